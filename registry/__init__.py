@@ -1,0 +1,98 @@
+"""The registries, one per kind of part. Importing `zoo`, `backbones`, `trainers` or `benchmarks` fills them."""
+
+from __future__ import annotations
+
+import inspect
+
+from registry.core import Registry
+
+__all__ = [
+    "backbones",
+    "datasets",
+    "derivatives",
+    "engines",
+    "heads",
+    "kinds",
+    "metrics",
+    "objectives",
+    "optimizers",
+    "paths",
+    "recorders",
+    "samplers",
+    "schedules",
+    "teachers",
+    "time_laws",
+    "weights",
+]
+
+
+def _check_objective(name: str, cls: type) -> None:
+    declared = getattr(cls, "heads", None)
+    if isinstance(declared, str) or not declared or not all(isinstance(h, str) for h in declared):
+        raise ValueError(
+            f"objective {name!r} declares heads = {declared!r}; "
+            'it needs a tuple of output names, such as heads: ClassVar = ("u",)'
+        )
+    _check_call(name, cls, "loss", ("net", "batch", "rng"))
+
+
+def _check_head(name: str, cls: type) -> None:
+    if isinstance(getattr(cls, "keys", None), str) or not getattr(cls, "keys", None):
+        raise ValueError(
+            f"head {name!r} must declare the outputs that it makes, such as "
+            'keys: ClassVar = ("u",)'
+        )
+
+
+def _check_sampler(name: str, cls: type) -> None:
+    if "nfe" not in inspect.signature(cls).parameters:
+        raise ValueError(f"sampler {name!r} needs a field `nfe`, its number of network calls")
+    _check_call(name, cls, "__call__", ("net", "x1", "cond", "rng"))
+
+
+def _check_call(name: str, cls: type, method: str, wanted: tuple[str, ...]) -> None:
+    found = getattr(cls, method, None)
+    if not callable(found):
+        raise ValueError(f"{name!r} needs a method {method}(self, {', '.join(wanted)})")
+    try:
+        inspect.signature(found).bind(None, *wanted)
+    except TypeError:
+        raise ValueError(
+            f"{name!r} defines {method}{inspect.signature(found)}; "
+            f"it must accept {method}(self, {', '.join(wanted)})"
+        ) from None
+
+
+objectives = Registry("objective", _check_objective)
+heads = Registry("head", _check_head)
+backbones = Registry("backbone")
+paths = Registry("path")
+time_laws = Registry("time law")
+derivatives = Registry("derivative")
+weights = Registry("weight")
+teachers = Registry("teacher")
+samplers = Registry("sampler", _check_sampler)
+datasets = Registry("data set")
+metrics = Registry("metric")
+engines = Registry("engine")
+optimizers = Registry("optimizer")
+schedules = Registry("schedule")
+recorders = Registry("recorder")
+
+kinds = (
+    objectives,
+    heads,
+    backbones,
+    paths,
+    time_laws,
+    derivatives,
+    weights,
+    teachers,
+    samplers,
+    datasets,
+    metrics,
+    engines,
+    optimizers,
+    schedules,
+    recorders,
+)

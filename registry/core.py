@@ -1,0 +1,146 @@
+"""Named parts: one decorator stores a class under its name and makes it a gin selector.
+
+    @objectives.register("mean_flow")
+    class MeanFlow: ...
+
+The name is the registry key, the gin selector (`@mean_flow()`), the word on the command line, the
+test id and the MLflow tag. Names are unique over all kinds, so that the short selector always
+resolves. The class comes back unchanged: plain Python calls are untouched and instances pickle.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import gin
+
+if not hasattr(gin, "register"):
+    raise ImportError(
+        "the module 'gin' found is not gin-config, but the folder of gin files. "
+        "Install it: pip install gin-config"
+    )
+
+C = TypeVar("C", bound=type)
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_OWNERS: dict[str, Registry] = {}
+
+
+class Registry:
+    """The classes of one kind, by name; `check` may reject a class with a ValueError."""
+
+    def __init__(self, kind: str, check: Callable[[str, type], None] | None = None):
+        self.kind = kind
+        self._check = check
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Decorator: enrol a class under `name` (snake_case) and make it the gin selector `@name`.
+
+        Raises ValueError for a name that is not snake_case, one that is taken (by any kind), or
+        a class that does not keep the contract of its kind.
+        """
+
+        def enrol(cls: C) -> C:
+            self._add(name, cls)
+            return cls
+
+        return enrol
+
+    def get(self, name: str) -> type:
+        """The class; KeyError with the nearest match and every registered name if unknown."""
+        try:
+            return self._classes[name]
+        except KeyError:
+            raise KeyError(_unknown(self, name)) from None
+
+    def build(self, name: str, **kwargs: Any) -> Any:
+        """An instance, its other arguments injected by gin."""
+        return gin.get_configurable(self.get(name))(**kwargs)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._classes))
+
+    def name_of(self, part: object) -> str:
+        """The name under which the part's class was registered (subclasses made by gin included)."""
+        cls = part if isinstance(part, type) else type(part)
+        for ancestor in cls.__mro__:
+            for name, registered in self._classes.items():
+                if registered is ancestor:
+                    return name
+        raise KeyError(f"{cls.__name__} is not a registered {self.kind}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._classes
+
+    @contextmanager
+    def temporary(self, name: str, cls: type) -> Iterator[type]:
+        """Register for the length of a `with` block; for tests."""
+        self._add(name, cls)
+        try:
+            yield cls
+        finally:
+            self._remove(name)
+
+    def _add(self, name: str, cls: type) -> None:
+        if not _NAME.match(name):
+            raise ValueError(f"{self.kind} name {name!r} is not snake_case, such as 'mean_flow'")
+        if name in _OWNERS:
+            owner = _OWNERS[name]._classes[name]
+            if not _same_source(owner, cls):
+                raise ValueError(
+                    f"{self.kind} name {name!r} is taken by the {_OWNERS[name].kind} "
+                    f"{owner.__module__}.{owner.__qualname__} ({_where(owner)}); choose another name"
+                )
+            _OWNERS[name]._remove(name)  # the same file, imported a second time
+        if self._check is not None:
+            self._check(name, cls)
+        gin.register(name, module=self.kind.replace(" ", "_"))(cls)
+        self._classes[name] = cls
+        _OWNERS[name] = self
+
+    def _remove(self, name: str) -> None:
+        cls = self._classes.pop(name)
+        del _OWNERS[name]
+        # gin has no public way to forget a configurable.
+        gin.config._REGISTRY.pop(f"{self.kind.replace(' ', '_')}.{name}")
+        gin.config._INVERSE_REGISTRY.pop(cls, None)
+
+
+def summary(cls: type) -> str:
+    """The first line of the class's docstring, without its full stop."""
+    text = inspect.getdoc(cls) or ""
+    return text.split("\n", 1)[0].rstrip(".")
+
+
+def _unknown(registry: Registry, name: str) -> str:
+    near = difflib.get_close_matches(name, registry.names(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    elsewhere = f" ({name!r} is a {_OWNERS[name].kind}.)" if name in _OWNERS else ""
+    return (
+        f"no {registry.kind} named {name!r}.{hint}{elsewhere} "
+        f"Registered: {', '.join(registry.names()) or 'none'}"
+    )
+
+
+def _where(cls: type) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):
+        return "defined interactively"
+
+
+def _same_source(one: type, other: type) -> bool:
+    """Whether both come from one definition in one file (a module imported twice)."""
+    if one.__qualname__ != other.__qualname__ or "<locals>" in one.__qualname__:
+        return False
+    try:
+        return inspect.getsourcefile(one) == inspect.getsourcefile(other)
+    except (OSError, TypeError):
+        return False

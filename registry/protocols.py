@@ -1,0 +1,245 @@
+"""The contracts between the parts; see each class for shapes, units and ranges.
+
+Time runs from t=0 (data) to t=1 (noise); `0 <= r <= t <= 1`, float32, shape [b]. `v` is the
+velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) u`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Cond = Mapping[str, Tensor]
+"""Conditioning by name. "label": int64 [b], where `NULL_LABEL` marks a row without a label."""
+
+NULL_LABEL = -1
+
+Network = Callable[[Tensor, Tensor, Tensor, "Cond | None"], dict[str, Tensor]]
+"""net(x [b *d], t [b], r [b], cond) -> {"u": [b *d], "v": [b *d], "logvar": [b], ...}.
+
+Which keys there are depends on the heads; velocity-only networks ignore r.
+"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a part comes from; `arxiv` is the bare identifier, such as "2505.13447"."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+
+    def __str__(self) -> str:
+        where = f"arXiv {self.arxiv}" if self.arxiv else str(self.year)
+        return f"{self.authors}, {self.title}, {where}"
+
+    def bibtex(self) -> str:
+        key = self.authors.split()[0].strip(",").lower() + str(self.year)
+        lines = [f"  title = {{{self.title}}}", f"  author = {{{self.authors}}}"]
+        lines += [f"  year = {{{self.year}}}"]
+        if self.arxiv:
+            lines += [f"  eprint = {{{self.arxiv}}}", "  archivePrefix = {arXiv}"]
+        return f"@misc{{{key},\n" + ",\n".join(lines) + "\n}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of data; schedules read `step` and `progress`, so that objectives hold no counter."""
+
+    x0: Tensor  # [b *d]
+    cond: Cond | None = None
+    step: int = 0
+    progress: float = 0.0  # share of the run's budget that is spent, in [0, 1]
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns.
+
+    `per_sample` [b] is weighted and differentiable, and the only thing reduced (by the loop, as its
+    mean). `terms` {name: [b]} are raw and detached: adaptive losses are flat by construction, so
+    the unweighted mean squared error per element is what gets logged. `diagnostics` {name: [b] or []}
+    are detached. `t` and `r` [b], where given, let a non-finite loss name the offending rows.
+    """
+
+    per_sample: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    t: Tensor | None = None
+    r: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """A point of a path and its conditional velocity d x_t / dt at fixed x0, x1."""
+
+    x_t: Tensor
+    velocity: Tensor
+
+
+class Path(Protocol):
+    """x_t = alpha(t) x0 + sigma(t) x1, with x_0 = x0 and x_1 = x1."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample: ...
+    def to_x0(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
+    def to_x1(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
+    def to_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
+
+
+class TimeLaw(Protocol):
+    """Draws (t, r). The rows with r < t come first, and their number depends on n alone."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
+    def num_off_diagonal(self, n: int) -> int: ...
+
+
+class Derivative(Protocol):
+    """(fn, primals, tangents) -> d/ds fn(primals + s tangents) at s=0, without gradient."""
+
+    needs_forward_ad: ClassVar[bool]
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor: ...
+
+
+class Weight(Protocol):
+    """Turns a squared error [b] into the loss [b]; `heads` are the outputs that it reads."""
+
+    heads: ClassVar[tuple[str, ...]]
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """net -> a Network without gradient.
+
+    `needs_copy` teachers own weights: the trainer makes the module, hands it over with `attach`,
+    shards, checkpoints and restores it, and calls `update` after each optimizer step. Until then
+    the teacher is the network itself, which is the state at step 0.
+    """
+
+    needs_copy: ClassVar[bool]
+
+    def __call__(self, net: Network) -> Network: ...
+    def attach(self, network: torch.nn.Module) -> None: ...
+    def update(self, net: torch.nn.Module, step: int) -> None: ...
+
+
+class Objective(Protocol):
+    """A frozen dataclass with one method; every choice that a paper varies is a field.
+
+    `heads` names the outputs that it trains. Optional: `samplers`, the registered samplers that are
+    valid for it, best first (default: every sampler whose outputs it trains), and `reference`.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput: ...
+
+
+class Trunk(Protocol):
+    """The shared body of a network, an nn.Module: (x, t, r, cond) -> (features, c).
+
+    Built as `trunk(shape=(channels, *size), num_classes=k, two_times=...)`; `readout()` makes one
+    new output layer (features, c) -> [b *d], zero at initialisation; `pool(features)` -> [b dim].
+    """
+
+    dim: int
+
+    def __call__(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def readout(self) -> torch.nn.Module: ...
+    def pool(self, features: Tensor) -> Tensor: ...
+
+
+class Head(Protocol):
+    """An nn.Module built as `head(trunk)`: (features, c) -> {key: tensor} for its `keys`."""
+
+    keys: ClassVar[tuple[str, ...]]
+    needs_r: ClassVar[bool]
+
+    def __call__(self, features: Tensor, c: Tensor) -> dict[str, Tensor]: ...
+
+
+class Sampler(Protocol):
+    """(net, x1 noise, cond, rng) -> x0, in `nfe` network calls; a dataclass, so that nfe can be replaced.
+
+    `heads` is the tuple of alternatives: it needs one of these outputs. Raises ValueError at
+    construction for an nfe that the method cannot have.
+    """
+
+    nfe: int
+    heads: ClassVar[tuple[str, ...]]
+
+    def __call__(
+        self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator
+    ) -> Tensor: ...
+
+
+class Dataset(Protocol):
+    """Training batches by step, and a fixed reference to measure against.
+
+    `shape` is one sample's, `num_classes` 0 without labels, `identity` says which data these are
+    (name, count and content hash), `size` the number of samples (0: drawn without end).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_classes: int
+    size: int
+
+    def identity(self) -> str: ...
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
+
+
+class Metric(Protocol):
+    """(samples, reference) -> (name, value) pairs; both [n *d] in the data's own range."""
+
+    def __call__(self, samples: Tensor, reference: Tensor) -> Iterator[tuple[str, float]]: ...
+
+
+class Recorder(Protocol):
+    """Where a run's record goes. Values are plain Python; nothing is lost when a server is away."""
+
+    def params(self, values: Mapping[str, str]) -> None: ...
+    def tags(self, values: Mapping[str, str]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def text(self, content: str, name: str) -> None: ...
+    def artifact(self, path: str) -> None: ...
+    def child(self, name: str) -> Recorder: ...
+    def close(self, status: str = "FINISHED") -> None: ...
+
+
+def parts(obj: object) -> Iterator[tuple[str, Any]]:
+    """The (field name, value) pairs of a dataclass and of the dataclasses inside it, outer first."""
+    if is_dataclass(obj) and not isinstance(obj, type):
+        for f in fields(obj):
+            value = getattr(obj, f.name)
+            yield f.name, value
+            for inner, part in parts(value):
+                yield f"{f.name}.{inner}", part
+
+
+def required_heads(objective: Any) -> tuple[str, ...]:
+    """The outputs that the objective trains, and those that its weights read."""
+    names = list(objective.heads)
+    for _, part in parts(objective):
+        if callable(part) and isinstance(getattr(type(part), "heads", None), tuple):
+            names += type(part).heads
+    return tuple(dict.fromkeys(names))

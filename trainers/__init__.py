@@ -1,0 +1,1 @@
+"""Optimisation: the loop, its engines, optimizers, EMA, checkpoints and callbacks."""

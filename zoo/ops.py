@@ -1,0 +1,31 @@
+"""Broadcasting and reductions over [b ...] tensors: the only place where [b] meets [b *d]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def like(s: Tensor, x: Tensor) -> Tensor:
+    """s [b] as [b 1 ... 1], to multiply x [b *d]."""
+    return s.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """[b *d] -> [b], the mean over all but the first axis."""
+    return x.flatten(1).mean(1)
+
+
+def sum_flat(x: Tensor) -> Tensor:
+    """[b *d] -> [b], the sum over all but the first axis."""
+    return x.flatten(1).sum(1)
+
+
+def rms(x: Tensor) -> Tensor:
+    """[b *d] -> [b], the root mean square over all but the first axis."""
+    return mean_flat(x**2).sqrt()
+
+
+def normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Standard normal noise of x's shape, dtype and device, drawn from rng."""
+    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
