@@ -1,5 +1,5 @@
 """The mathematics: paths, time laws, derivatives, objectives and samplers. Importing it registers all."""
 
-from zoo import derivatives, objectives, paths, samplers, teachers, times, weighting
+from zoo import paths
 
-__all__ = ["derivatives", "objectives", "paths", "samplers", "teachers", "times", "weighting"]
+__all__ = ["paths"]
