@@ -11,6 +11,7 @@ __all__ = [
     "datasets",
     "derivatives",
     "engines",
+    "extractors",
     "heads",
     "kinds",
     "metrics",
@@ -74,6 +75,7 @@ teachers = Registry("teacher")
 samplers = Registry("sampler", _check_sampler)
 datasets = Registry("data set")
 metrics = Registry("metric")
+extractors = Registry("feature extractor")
 engines = Registry("engine")
 optimizers = Registry("optimizer")
 schedules = Registry("schedule")
@@ -91,6 +93,7 @@ kinds = (
     samplers,
     datasets,
     metrics,
+    extractors,
     engines,
     optimizers,
     schedules,
