@@ -1,4 +1,7 @@
-"""The registries, one per kind of part. Importing `zoo`, `backbones`, `trainers` or `benchmarks` fills them."""
+"""The registries, one per kind of part.
+
+Importing `zoo`, `backbones`, `trainers` or `benchmarks` fills them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from registry.core import Registry
 
 __all__ = [
     "backbones",
+    "couplings",
     "datasets",
     "derivatives",
     "engines",
@@ -19,6 +23,7 @@ __all__ = [
     "optimizers",
     "paths",
     "recorders",
+    "residuals",
     "samplers",
     "schedules",
     "teachers",
@@ -40,8 +45,7 @@ def _check_objective(name: str, cls: type) -> None:
 def _check_head(name: str, cls: type) -> None:
     if isinstance(getattr(cls, "keys", None), str) or not getattr(cls, "keys", None):
         raise ValueError(
-            f"head {name!r} must declare the outputs that it makes, such as "
-            'keys: ClassVar = ("u",)'
+            f'head {name!r} must declare the outputs that it makes, such as keys: ClassVar = ("u",)'
         )
 
 
@@ -69,7 +73,9 @@ heads = Registry("head", _check_head)
 backbones = Registry("backbone")
 paths = Registry("path")
 time_laws = Registry("time law")
+couplings = Registry("coupling")
 derivatives = Registry("derivative")
+residuals = Registry("residual")
 weights = Registry("weight")
 teachers = Registry("teacher")
 samplers = Registry("sampler", _check_sampler)
@@ -87,7 +93,9 @@ kinds = (
     backbones,
     paths,
     time_laws,
+    couplings,
     derivatives,
+    residuals,
     weights,
     teachers,
     samplers,

@@ -49,7 +49,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of data; schedules read `step` and `progress`, so that objectives hold no counter."""
+    """One batch of data; schedules read `step` and `progress`: objectives hold no counter."""
 
     x0: Tensor  # [b *d]
     cond: Cond | None = None
@@ -65,9 +65,10 @@ class LossOutput:
     """What an objective returns.
 
     `per_sample` [b] is weighted and differentiable, and the only thing reduced (by the loop, as its
-    mean). `terms` {name: [b]} are raw and detached: adaptive losses are flat by construction, so
-    the unweighted mean squared error per element is what gets logged. `diagnostics` {name: [b] or []}
-    are detached. `t` and `r` [b], where given, let a non-finite loss name the offending rows.
+    mean). `terms` {name: [rows]} are raw and detached: adaptive losses are flat by construction, so
+    the unweighted mean squared error per element of the rows that it concerns is what gets logged.
+    `diagnostics` {name: [rows]} are detached. `t` and `r` [b], where given, let a non-finite loss
+    name the offending rows.
     """
 
     per_sample: Tensor
@@ -98,6 +99,12 @@ class Path(Protocol):
     def to_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
 
 
+class Coupling(Protocol):
+    """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0."""
+
+    def __call__(self, x0: Tensor, x1: Tensor) -> Tensor: ...
+
+
 class TimeLaw(Protocol):
     """Draws (t, r). The rows with r < t come first, and their number depends on n alone."""
 
@@ -112,6 +119,26 @@ class Derivative(Protocol):
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor: ...
+
+
+class Residual(Protocol):
+    """How far a predicted average velocity u [b *d] is from self-consistency, without gradient.
+
+    `direction` is the velocity along which the state is moved; `teacher` evaluates targets. The
+    residual vanishes at the truth and has the sign of an error in u.
+    """
+
+    def __call__(
+        self,
+        net: Network,
+        teacher: Network,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None,
+        u: Tensor,
+        direction: Tensor,
     ) -> Tensor: ...
 
 
@@ -177,7 +204,7 @@ class Head(Protocol):
 
 
 class Sampler(Protocol):
-    """(net, x1 noise, cond, rng) -> x0, in `nfe` network calls; a dataclass, so that nfe can be replaced.
+    """(net, x1 noise, cond, rng) -> x0, in `nfe` network calls; a dataclass with the field nfe.
 
     `heads` is the tuple of alternatives: it needs one of these outputs. Raises ValueError at
     construction for an nfe that the method cannot have.
@@ -227,7 +254,7 @@ class Recorder(Protocol):
 
 
 def parts(obj: object) -> Iterator[tuple[str, Any]]:
-    """The (field name, value) pairs of a dataclass and of the dataclasses inside it, outer first."""
+    """The (field name, value) pairs of a dataclass and of the dataclasses inside it."""
     if is_dataclass(obj) and not isinstance(obj, type):
         for f in fields(obj):
             value = getattr(obj, f.name)

@@ -1,5 +1,28 @@
-"""The mathematics: paths, time laws, derivatives, objectives and samplers. Importing it registers all."""
+"""The mathematics: paths, time laws, derivatives, objectives and samplers.
 
-from zoo import paths
+Importing it registers them all.
+"""
 
-__all__ = ["paths"]
+from zoo import (
+    couplings,
+    derivatives,
+    objectives,
+    paths,
+    residuals,
+    samplers,
+    teachers,
+    times,
+    weighting,
+)
+
+__all__ = [
+    "couplings",
+    "derivatives",
+    "objectives",
+    "paths",
+    "residuals",
+    "samplers",
+    "teachers",
+    "times",
+    "weighting",
+]

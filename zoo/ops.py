@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from registry.protocols import Cond
+
 
 def like(s: Tensor, x: Tensor) -> Tensor:
     """s [b] as [b 1 ... 1], to multiply x [b *d]."""
@@ -29,3 +31,22 @@ def rms(x: Tensor) -> Tensor:
 def normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
     """Standard normal noise of x's shape, dtype and device, drawn from rng."""
     return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
+
+
+def clipped(g: Tensor, bound: float, by: str) -> Tensor:
+    """g limited to +-bound "element" by element, or row by row in its root mean square ("rms")."""
+    if by == "element":
+        return g.clamp(-bound, bound)
+    return g * like(bound / rms(g).clamp_min(bound), g)
+
+
+def first_rows(cond: Cond | None, k: int) -> Cond | None:
+    """The conditioning of the first k rows."""
+    return None if cond is None else {name: value[:k] for name, value in cond.items()}
+
+
+def repeat_rows(cond: Cond | None, times: int) -> Cond | None:
+    """The conditioning of `times` copies of the batch, one after the other."""
+    if cond is None:
+        return None
+    return {name: torch.cat([value] * times) for name, value in cond.items()}

@@ -1,1 +1,5 @@
 """One file per method; importing this package registers them."""
+
+from zoo.objectives import decm, dumo, flow_matching, mean_flow, shortcut
+
+__all__ = ["decm", "dumo", "flow_matching", "mean_flow", "shortcut"]

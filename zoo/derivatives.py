@@ -1,0 +1,114 @@
+"""Directional derivatives of a network along (x, t, r): d/ds fn(primals + s tangents) at s=0.
+
+`dual` and `jvp` are exact (forward mode); `finite_difference` has an error of O(step^2) plus
+rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in a
+pass of their own, since every objective here uses the derivative inside a target: one code path
+for sharded engines, for non-reentrant activation checkpointing and for compilation.
+
+Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
+passes keep the fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from registry import derivatives
+
+
+@contextmanager
+def replay_rng() -> Iterator[None]:
+    """Leave the global generators as they were, so that the next forward draws the same dropout masks."""
+    with torch.random.fork_rng(devices=_cuda_devices()):
+        yield
+
+
+@contextmanager
+def no_gradient() -> Iterator[None]:
+    """No gradient, and no weights cached by autocast without one for the passes that follow."""
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@derivatives.register("dual")
+@dataclass(frozen=True, kw_only=True)
+class Dual:
+    """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine."""
+
+    needs_forward_ad: ClassVar = True
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        with _forward_mode(), forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(p.detach(), d) for p, d in zip(primals, tangents, strict=True)
+            ]
+            tangent = forward_ad.unpack_dual(fn(*duals)).tangent
+        if tangent is None:
+            raise RuntimeError(
+                "the network's output carries no tangent of (x, t, r): something in it cuts the "
+                "forward-mode derivative, such as .detach(), .data, numpy or a float() of an input"
+            )
+        return tangent
+
+
+@derivatives.register("jvp")
+@dataclass(frozen=True, kw_only=True)
+class Jvp:
+    """Exact, by torch.func.jvp; the second opinion to `dual`, not for sharded engines."""
+
+    needs_forward_ad: ClassVar = True
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        with _forward_mode():
+            detached = tuple(p.detach() for p in primals)
+            return torch.func.jvp(fn, detached, tuple(tangents))[1]
+
+
+@derivatives.register("finite_difference")
+@dataclass(frozen=True, kw_only=True)
+class FiniteDifference:
+    """Approximate, by a central difference of two forwards in the weights' own precision."""
+
+    needs_forward_ad: ClassVar = False
+
+    step: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < 1:
+            raise ValueError(f"finite_difference.step = {self.step!r} must lie in (0, 1)")
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        def at(s: float) -> Tensor:
+            with replay_rng():
+                return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
+
+        device = primals[0].device.type
+        with no_gradient(), torch.autocast(device, enabled=False):
+            return (at(self.step) - at(-self.step)) / (2 * self.step)
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -1,0 +1,71 @@
+"""Label dropout and classifier-free guidance inside a training target.
+
+A target of the form `v_c + a (v(y) - v(null))` with the network's own v has the guided velocity of
+scale 1 / (1 - a) as its fixed point; MeanFlow's `omega v_c + (1 - omega - kappa) u(null) +
+kappa u(y)` has scale omega / (1 - kappa). Rows whose label was dropped keep the unguided target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from registry.protocols import NULL_LABEL, Cond, Network
+from zoo.ops import like, rms
+
+
+def drop_labels(
+    cond: Cond | None, probability: float, rng: torch.Generator, n: int
+) -> tuple[Cond | None, Tensor]:
+    """Labels replaced by the null label with this probability, and the mask [n] of rows that kept theirs.
+
+    Without labels every row counts as unlabelled.
+    """
+    if cond is None or "label" not in cond:
+        return cond, torch.zeros(n, dtype=torch.bool, device=rng.device)
+    kept = torch.rand(n, generator=rng, device=rng.device) >= probability
+    label = torch.where(kept, cond["label"], NULL_LABEL)
+    return {**cond, "label": label}, kept & (label != NULL_LABEL)
+
+
+def unlabelled(cond: Cond | None) -> dict[str, Tensor]:
+    """The same conditioning without labels; ValueError if there were none."""
+    if cond is None or "label" not in cond:
+        raise ValueError(
+            "guidance needs a data set with labels, and this one has none; "
+            "choose another data set or switch the objective's guidance off"
+        )
+    return {**cond, "label": torch.full_like(cond["label"], NULL_LABEL)}
+
+
+def velocity_at(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """v(x, t) of a network: its "v" output, else its average velocity at r = t."""
+    return velocity_of(net(x, t, t, cond))
+
+
+def velocity_of(out: Mapping[str, Tensor]) -> Tensor:
+    """The velocity among outputs that were made with r = t."""
+    return out["v"] if "v" in out else out["u"]
+
+
+def guidance_direction(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """v(x, t, y) - v(x, t, null)."""
+    return velocity_at(net, x, t, cond) - velocity_at(net, x, t, unlabelled(cond))
+
+
+def limit_norm(direction: Tensor, bound: float) -> Tensor:
+    """direction [b *d] scaled down, row by row, to a root mean square of at most `bound`."""
+    size = rms(direction).clamp_min(torch.finfo(direction.dtype).tiny)
+    return direction * like((bound / size).clamp_max(1), direction)
+
+
+def inside(t: Tensor, interval: tuple[float, float]) -> Tensor:
+    """The mask [b] of times in a closed interval."""
+    return (interval[0] <= t) & (t <= interval[1])
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise ValueError(f"{name} = {interval!r} must be (low, high) with 0 <= low <= high <= 1")

@@ -1,0 +1,128 @@
+"""DuMo, duality models: velocity and flow map from one forward of one backbone with two heads.
+
+    v head   || v(x_t, t, r) - sg v_g ||^2                    on every row
+    u head   || u(x_t, t, r) - sg[ u - clip(g) ] ||^2         on every row
+
+g is a residual of the average velocity along a direction d (zoo/residuals.py): RCGM's finite
+difference with an EMA teacher, or the exact derivative. At the truth both losses are stationary for
+any positive clip, provided that d is a function of (x_t, t): the v head's own velocity is, the
+conditional velocity is not (an elementwise clip then moves the optimum towards its median).
+
+    v_g = v_c + omega ( v(x_t, t, t, y) - v(x_t, t, t, null) )    scale 1 / (1 - omega)
+
+The error of a few-step sample is bounded by both: along the v head's own trajectories
+x_t - (t - r) u - X_v(x_t, t, r) = - int_r^t R d tau, with R the exact residual for d = v.
+
+From the abstract (Sun et al., arXiv 2602.17682): one shared backbone, two heads predicting v and u
+together, the multi-step constraint on every sample; 679M parameters, i.e. two time embedders and
+two final layers. Everything else is our reading, after RCGM and TwinFlow of the same authors: the
+residual and its order, the EMA of 0.999, the laws of t and r, the equal weights, the guidance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from registry import objectives
+from registry.protocols import (
+    Batch,
+    Cond,
+    LossOutput,
+    Network,
+    Path,
+    Reference,
+    Residual,
+    Teacher,
+    TimeLaw,
+    Weight,
+)
+from zoo.guidance import check_interval, drop_labels, guidance_direction, inside
+from zoo.ops import clipped, like, mean_flat, normal_like, rms
+from zoo.paths import Linear
+from zoo.residuals import Rcgm
+from zoo.teachers import EmaTeacher
+from zoo.times import BetaPair
+from zoo.weighting import Constant
+
+Direction = Literal["head", "guided"]
+ClipBy = Literal["element", "rms"]
+
+
+@objectives.register("dumo")
+@dataclass(frozen=True, kw_only=True)
+class DuMo:
+    """Dual heads: velocity and average velocity from a single forward, both trained on every row."""
+
+    heads: ClassVar = ("u", "v")
+    samplers: ClassVar = ("flow_map", "restart", "euler", "heun")
+    reference: ClassVar = Reference(
+        title="Duality Models: An Embarrassingly Simple One-step Generation Paradigm",
+        authors="Sun et al.",
+        year=2026,
+        arxiv="2602.17682",
+    )
+
+    path: Path = field(default_factory=Linear)
+    times: TimeLaw = field(default_factory=BetaPair)
+    residual: Residual = field(default_factory=Rcgm)
+    teacher: Teacher = field(default_factory=EmaTeacher)
+    direction: Direction = "head"
+    clip: float = 1.0
+    clip_by: ClipBy = "element"
+    weight_v: Weight = field(default_factory=Constant)
+    weight_u: Weight = field(default_factory=Constant)
+    lambda_u: float = 1.0
+    omega: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_interval("dumo.guidance_interval", self.guidance_interval)
+        if not 0 <= self.omega < 1:
+            raise ValueError(
+                f"dumo.omega = {self.omega!r} must lie in [0, 1): the guidance scale is "
+                "1 / (1 - omega), and training diverges from 1 on"
+            )
+        for name, value, kind in (
+            ("direction", self.direction, Direction),
+            ("clip_by", self.clip_by, ClipBy),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"dumo.{name} = {value!r}; allowed: {', '.join(get_args(kind))}")
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
+        x1 = normal_like(batch.x0, rng)
+        t, r = self.times(len(batch), rng)
+        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
+        sample = self.path.sample(batch.x0, x1, t)
+        teacher = self.teacher(net)
+        v_g = self._guided(teacher, sample.x_t, t, cond, labelled, sample.velocity)
+
+        out = net(sample.x_t, t, r, cond)
+        u, v = out["u"], out["v"]
+        d = v.detach() if self.direction == "head" else v_g
+        g = self.residual(net, teacher, sample.x_t, t, r, cond, u.detach(), d)
+        target = (u - clipped(g, self.clip, self.clip_by)).detach()
+
+        error_v, error_u = mean_flat((v - v_g) ** 2), mean_flat((u - target) ** 2)
+        loss_v, loss_u = self.weight_v(error_v, out), self.weight_u(error_u, out)
+        return LossOutput(
+            per_sample=loss_v + self.lambda_u * loss_u,
+            terms={"v": error_v.detach(), "u": error_u.detach()},
+            diagnostics={"residual_rms": rms(g)},
+            t=t,
+            r=r,
+        )
+
+    def _guided(
+        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
+    ) -> Tensor:
+        """v_g on the labelled rows inside the interval, v_c elsewhere."""
+        if self.omega == 0:
+            return v_c
+        v_g = v_c + self.omega * guidance_direction(net, x, t, cond)
+        return torch.where(like(labelled & inside(t, self.guidance_interval), x), v_g, v_c)

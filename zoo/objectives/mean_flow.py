@@ -1,0 +1,124 @@
+"""MeanFlow: regress the average velocity onto its own differential identity.
+
+    u(x_t, t, r) = v(x_t, t) - (t - r) d/dt u(x_t, t, r)
+
+The total derivative runs along the path, so its tangents are (v, 1, 0) for (x, t, r). With the
+conditional velocity in place of v the identity holds in expectation over x_t. Rows with r = t are
+plain flow matching, so only the rows with r < t (25 %) pay for the derivative.
+
+Guidance during training replaces the conditional velocity v_c, inside an interval of t, by
+
+    v_g = omega v_c + (1 - omega - kappa) u(x_t, t, t, null) + kappa u(x_t, t, t, y),
+
+whose fixed point is classifier-free guidance of scale omega / (1 - kappa).
+
+From the paper (Geng et al., arXiv 2505.13447) and its released code: all of the above, the
+logit-normal times, the adaptive weight on the error summed over elements, 10 % label dropout with
+unguided targets. Our reading: dropped labels fall on any row (the code drops them on the diagonal
+rows), and the derivative is taken in a pass of its own, so under dropout its masks are its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from registry import objectives
+from registry.protocols import (
+    Batch,
+    Cond,
+    Derivative,
+    LossOutput,
+    Network,
+    Path,
+    Reference,
+    TimeLaw,
+    Weight,
+)
+from zoo.derivatives import Dual
+from zoo.guidance import check_interval, drop_labels, inside, unlabelled
+from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
+from zoo.paths import Linear
+from zoo.teachers import without_gradient
+from zoo.times import LogitNormalPair
+from zoo.weighting import Adaptive
+
+
+@objectives.register("mean_flow")
+@dataclass(frozen=True, kw_only=True)
+class MeanFlow:
+    """Average-velocity regression through the MeanFlow identity; one head."""
+
+    heads: ClassVar = ("u",)
+    samplers: ClassVar = ("flow_map", "restart", "euler", "heun")
+    reference: ClassVar = Reference(
+        title="Mean Flows for One-step Generative Modeling",
+        authors="Geng et al.",
+        year=2025,
+        arxiv="2505.13447",
+    )
+
+    path: Path = field(default_factory=Linear)
+    times: TimeLaw = field(default_factory=LogitNormalPair)
+    derivative: Derivative = field(default_factory=Dual)
+    weight: Weight = field(default_factory=Adaptive)
+    omega: float = 1.0
+    kappa: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_interval("mean_flow.guidance_interval", self.guidance_interval)
+        if not 0 <= self.kappa < 1:
+            raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
+        n, x1 = len(batch), normal_like(batch.x0, rng)
+        t, r = self.times(n, rng)
+        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
+        sample = self.path.sample(batch.x0, x1, t)
+        v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
+
+        out = net(sample.x_t, t, r, cond)
+        k = self.times.num_off_diagonal(n)
+        du_dt = self._du_dt(net, sample.x_t[:k], t[:k], r[:k], first_rows(cond, k), v[:k])
+        correction = like(t[:k] - r[:k], du_dt) * du_dt
+        target = torch.cat([v[:k] - correction, v[k:]]).detach()
+
+        squares = (out["u"] - target) ** 2
+        return LossOutput(
+            per_sample=self.weight(sum_flat(squares), out),
+            terms={"u": mean_flat(squares).detach()},
+            diagnostics={"du_dt_rms": rms(du_dt)} if k else {},
+            t=t,
+            r=r,
+        )
+
+    def _du_dt(
+        self, net: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None, v: Tensor
+    ) -> Tensor:
+        """The total derivative of u along the path, without gradient."""
+        if len(x) == 0:
+            return torch.zeros_like(x)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return net(x, t, r, cond)["u"]
+
+        return self.derivative(u, (x, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+
+    def _guided(
+        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
+    ) -> Tensor:
+        """v_g on the labelled rows inside the interval, v_c elsewhere."""
+        if self.omega == 1 and self.kappa == 0:
+            return v_c
+        model = without_gradient(net)
+        v_g = (
+            self.omega * v_c + (1 - self.omega - self.kappa) * model(x, t, t, unlabelled(cond))["u"]
+        )
+        if self.kappa:
+            v_g = v_g + self.kappa * model(x, t, t, cond)["u"]
+        return torch.where(like(labelled & inside(t, self.guidance_interval), x), v_g, v_c)

@@ -1,0 +1,93 @@
+"""Residuals of an average velocity: zero at the truth, with the sign of an error in u.
+
+    exact      g = u - d + (t - r) du/dt,  the derivative along (d, 1, 0)
+    rcgm       g = ((t - r) u - D) / (t - m) - d,  m = max(t - delta, r),
+               D the displacement of `order` teacher steps from (x - (t - m) d, m) to r
+
+`rcgm` needs no derivative and tends to `exact` as delta -> 0; its bias at the truth is O(delta). It
+is the consistency target of RCGM as read from the code of its successors (UCGM, TwinFlow), with the
+same clamped step in both places. Rows with t - r <= delta become flow matching, g = u - d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from registry import residuals
+from registry.protocols import Cond, Derivative, Network, Reference
+from zoo.derivatives import Dual
+from zoo.ops import like
+
+
+@residuals.register("exact")
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """The MeanFlow residual, by a derivative of the network itself."""
+
+    derivative: Derivative = field(default_factory=Dual)
+
+    def __call__(
+        self,
+        net: Network,
+        teacher: Network,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None,
+        u: Tensor,
+        direction: Tensor,
+    ) -> Tensor:
+        def average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return net(x, t, r, cond)["u"]
+
+        tangents = (direction, torch.ones_like(t), torch.zeros_like(r))
+        du_dt = self.derivative(average, (x, t, r), tangents)
+        return u - direction + like(t - r, x) * du_dt
+
+
+@residuals.register("rcgm")
+@dataclass(frozen=True, kw_only=True)
+class Rcgm:
+    """Finite difference of the flow map, carried to r by a few teacher steps."""
+
+    reference: ClassVar = Reference(
+        title="RCGM (recursive consistent generation)", authors="Sun et al.", year=2026
+    )
+
+    order: int = 2
+    delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.order < 1:
+            raise ValueError(f"rcgm.order = {self.order!r} must be at least 1")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"rcgm.delta = {self.delta!r} must lie in (0, 1)")
+
+    def __call__(
+        self,
+        net: Network,
+        teacher: Network,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None,
+        u: Tensor,
+        direction: Tensor,
+    ) -> Tensor:
+        step = (t - r).clamp_max(self.delta)
+        m = t - step
+        z = x - like(step, x) * direction
+        width = (m - r) / self.order
+        displacement = torch.zeros_like(x)
+        for i in range(self.order):
+            start, end = r + (self.order - i) * width, r + (self.order - i - 1) * width
+            move = like(width, x) * teacher(z, start, end, cond)["u"]
+            displacement, z = displacement + move, z - move
+        # Where t = r there is nothing to divide by: the displacement is 0 and the ratio 1.
+        divisor = torch.where(step > 0, step, 1)
+        ratio = torch.where(step > 0, (t - r) / divisor, 1)
+        return like(ratio, x) * u - displacement / like(divisor, x) - direction

@@ -1,0 +1,128 @@
+"""Teachers: who evaluates the targets. Each maps the network in training to a Network without gradient.
+
+`online` is the network itself, `ema` a running average of its weights, `frozen` another network
+that never changes. Targets are evaluated in eval mode (no dropout).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from registry import teachers
+from registry.protocols import Cond, Network
+from zoo.derivatives import no_gradient
+
+
+def without_gradient(net: Network) -> Network:
+    """The same network, evaluated without gradient and in eval mode."""
+
+    def evaluate(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
+        with no_gradient():
+            if not (isinstance(net, nn.Module) and net.training):
+                return net(x, t, r, cond)
+            net.eval()
+            try:
+                return net(x, t, r, cond)
+            finally:
+                net.train()
+
+    return evaluate
+
+
+@teachers.register("online")
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """The network in training itself, behind a stop-gradient."""
+
+    needs_copy: ClassVar = False
+    distils: ClassVar = False
+
+    def __call__(self, net: Network) -> Network:
+        return without_gradient(net)
+
+    def attach(self, network: nn.Module) -> None:
+        raise TypeError("the online teacher has no weights of its own")
+
+    def update(self, net: nn.Module, step: int) -> None:
+        pass
+
+
+@teachers.register("ema")
+@dataclass(kw_only=True)
+class EmaTeacher:
+    """An exponential moving average of the weights, its decay warmed up from 0.1."""
+
+    needs_copy: ClassVar = True
+    distils: ClassVar = False
+
+    decay: float = 0.999
+    network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay = {self.decay!r} must lie in [0, 1)")
+
+    def __call__(self, net: Network) -> Network:
+        return without_gradient(net if self.network is None else self.network)
+
+    def attach(self, network: nn.Module) -> None:
+        self.network = network
+
+    def update(self, net: nn.Module, step: int) -> None:
+        if self.network is not None:
+            update_average(self.network, net, warmed_up(self.decay, step))
+
+
+@teachers.register("frozen")
+@dataclass(kw_only=True)
+class Frozen:
+    """A trained network that never changes: from a finished run, or trained first in this run.
+
+    `checkpoint` is the folder of a finished run of flow matching; `pretrain` in (0, 1) is the share
+    of this run's budget that trains one with flow matching first. Give exactly one, or neither
+    and `attach` a network.
+    """
+
+    needs_copy: ClassVar = False
+    distils: ClassVar = True
+
+    checkpoint: str = ""
+    pretrain: float = 0.0
+    network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pretrain < 1:
+            raise ValueError(f"frozen.pretrain = {self.pretrain!r} must lie in [0, 1)")
+        if self.checkpoint and self.pretrain:
+            raise ValueError("frozen.checkpoint and frozen.pretrain exclude each other; give one")
+
+    def __call__(self, net: Network) -> Network:
+        if self.network is None:
+            raise ValueError(
+                "the frozen teacher has no network: bind frozen.checkpoint to the folder of a "
+                "finished run, or frozen.pretrain to a share of the budget such as 0.5"
+            )
+        return without_gradient(self.network)
+
+    def attach(self, network: nn.Module) -> None:
+        self.network = network.requires_grad_(False).eval()
+
+    def update(self, net: nn.Module, step: int) -> None:
+        pass
+
+
+def warmed_up(decay: float, step: int) -> float:
+    """The decay after `step` updates: min(decay, (1 + step) / (10 + step))."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) net, in one fused update; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    for mean, current in zip(average.buffers(), net.buffers(), strict=True):
+        mean.copy_(current)

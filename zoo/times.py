@@ -1,0 +1,187 @@
+"""Time laws: draws of (t, r) with 0 <= r <= t <= 1, the rows with r < t first.
+
+How many rows have r < t is a fixed function of n, so that objectives slice rows instead of masking
+them and every rank has the same control flow.
+
+`logit_normal_pair` is MeanFlow's (Geng et al., arXiv 2505.13447): two draws of sigmoid(N(mean,
+std^2)), t their maximum and r their minimum, then r = t on the diagonal rows, whose t therefore is
+a maximum of two draws too. `beta_pair` is the law of RCGM and TwinFlow as read from their code:
+t ~ Beta(a, b), r ~ U[0, t].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from registry import time_laws
+from registry.protocols import Reference
+
+MEAN_FLOW = Reference(
+    title="Mean Flows for One-step Generative Modeling",
+    authors="Geng et al.",
+    year=2025,
+    arxiv="2505.13447",
+)
+
+
+def uniform_draws(n: int, rng: torch.Generator) -> Tensor:
+    """n independent draws from U[0, 1)."""
+    return torch.rand(n, generator=rng, device=rng.device)
+
+
+def logit_normal_draws(n: int, mean: float, std: float, rng: torch.Generator) -> Tensor:
+    """n independent draws of sigmoid(mean + std z), z ~ N(0, 1)."""
+    return torch.sigmoid(mean + std * torch.randn(n, generator=rng, device=rng.device))
+
+
+def quota(n: int, fraction: float) -> int:
+    """The number of rows, rounded up, that a fraction of n rows is."""
+    return math.ceil(n * fraction - 1e-9)
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value!r} is not a fraction in [0, 1]")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} = {value!r} must be positive")
+
+
+class _Diagonal:
+    """A law of t alone: r = t in every row."""
+
+    def num_off_diagonal(self, n: int) -> int:
+        return 0
+
+
+@time_laws.register("uniform")
+@dataclass(frozen=True, kw_only=True)
+class Uniform(_Diagonal):
+    """t ~ U[0, 1), r = t."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = uniform_draws(n, rng)
+        return t, t
+
+
+@time_laws.register("logit_normal")
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal(_Diagonal):
+    """t = sigmoid(N(mean, std^2)), r = t."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("logit_normal.std", self.std)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = logit_normal_draws(n, self.mean, self.std, rng)
+        return t, t
+
+
+@time_laws.register("stratified")
+@dataclass(frozen=True, kw_only=True)
+class Stratified(_Diagonal):
+    """One uniform draw of t in each of n equal bins, in random order; r = t."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        bins = torch.randperm(n, generator=rng, device=rng.device)
+        t = (bins + uniform_draws(n, rng)) / n
+        return t, t
+
+
+@time_laws.register("uniform_pair")
+@dataclass(frozen=True, kw_only=True)
+class UniformPair:
+    """t, r the larger and smaller of two uniform draws; r = t outside the off-diagonal quota."""
+
+    off_diagonal_fraction: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_fraction("uniform_pair.off_diagonal_fraction", self.off_diagonal_fraction)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        first, second = uniform_draws(n, rng), uniform_draws(n, rng)
+        return _sorted_pair(first, second, self.num_off_diagonal(n))
+
+    def num_off_diagonal(self, n: int) -> int:
+        return quota(n, self.off_diagonal_fraction)
+
+
+@time_laws.register("logit_normal_pair")
+@dataclass(frozen=True, kw_only=True)
+class LogitNormalPair:
+    """t, r the larger and smaller of two logit-normal draws; r = t outside the quota."""
+
+    reference: ClassVar = MEAN_FLOW
+
+    mean: float = -0.4
+    std: float = 1.0
+    off_diagonal_fraction: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_positive("logit_normal_pair.std", self.std)
+        check_fraction("logit_normal_pair.off_diagonal_fraction", self.off_diagonal_fraction)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        first = logit_normal_draws(n, self.mean, self.std, rng)
+        second = logit_normal_draws(n, self.mean, self.std, rng)
+        return _sorted_pair(first, second, self.num_off_diagonal(n))
+
+    def num_off_diagonal(self, n: int) -> int:
+        return quota(n, self.off_diagonal_fraction)
+
+
+RLaw = Literal["uniform", "zero", "mix"]
+
+
+@time_laws.register("beta_pair")
+@dataclass(frozen=True, kw_only=True)
+class BetaPair:
+    """t ~ Beta(a, b); r ~ U[0, t), 0, or half of each; r = t outside the off-diagonal quota."""
+
+    a: float = 1.0
+    b: float = 1.0
+    r_law: RLaw = "uniform"
+    off_diagonal_fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_positive("beta_pair.a", self.a)
+        check_positive("beta_pair.b", self.b)
+        check_fraction("beta_pair.off_diagonal_fraction", self.off_diagonal_fraction)
+        if self.r_law not in get_args(RLaw):
+            raise ValueError(
+                f"beta_pair.r_law = {self.r_law!r}; allowed: {', '.join(get_args(RLaw))}"
+            )
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = self._beta(n, rng)
+        shares = uniform_draws(n, rng)
+        k = self.num_off_diagonal(n)
+        num_uniform = {"uniform": k, "zero": 0, "mix": k // 2}[self.r_law]
+        r = torch.cat([(shares * t)[:num_uniform], torch.zeros_like(t[num_uniform:k]), t[k:]])
+        return t, r
+
+    def num_off_diagonal(self, n: int) -> int:
+        return quota(n, self.off_diagonal_fraction)
+
+    def _beta(self, n: int, rng: torch.Generator) -> Tensor:
+        if self.a == self.b == 1.0:
+            return uniform_draws(n, rng)
+        # Beta(a, b) = A / (A + B) for gamma variables A, B; the only draw that takes a generator.
+        shapes = torch.tensor([[self.a], [self.b]], device=rng.device).expand(2, n).contiguous()
+        gammas = torch._standard_gamma(shapes, generator=rng)
+        return gammas[0] / gammas.sum(0)
+
+
+def _sorted_pair(first: Tensor, second: Tensor, num_off_diagonal: int) -> tuple[Tensor, Tensor]:
+    t, low = torch.maximum(first, second), torch.minimum(first, second)
+    return t, torch.cat([low[:num_off_diagonal], t[num_off_diagonal:]])

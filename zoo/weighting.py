@@ -1,0 +1,88 @@
+"""From a squared error to a loss: error [b] -> loss [b].
+
+The weights depend on the error without gradient, so `constant`, `adaptive` and `learned_logvar`
+have the same gradient direction per row. With conditional velocities in the target, a weight that
+depends on the error moves the optimum away from the conditional mean; `constant` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from registry import weights
+from registry.protocols import Reference
+from zoo.times import MEAN_FLOW
+
+
+@weights.register("constant")
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The squared error itself."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+        return error
+
+
+@weights.register("adaptive")
+@dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """error / sg(error + offset)^power: MeanFlow's adaptive weight."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar = MEAN_FLOW
+
+    power: float = 1.0
+    offset: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.offset > 0:
+            raise ValueError(f"adaptive.offset = {self.offset!r} must be positive")
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+        return error / (error.detach() + self.offset) ** self.power
+
+
+@weights.register("pseudo_huber")
+@dataclass(frozen=True, kw_only=True)
+class PseudoHuber:
+    """sqrt(error + c^2) - c: quadratic for small errors, linear for large ones."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar = Reference(
+        title="Improved Techniques for Training Consistency Models",
+        authors="Song and Dhariwal",
+        year=2023,
+        arxiv="2310.14189",
+    )
+
+    c: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise ValueError(f"pseudo_huber.c = {self.c!r} must be positive")
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+        return (error + self.c**2).sqrt() - self.c
+
+
+@weights.register("learned_logvar")
+@dataclass(frozen=True, kw_only=True)
+class LearnedLogvar:
+    """exp(-logvar) error + logvar, with the network's own log-variance head."""
+
+    heads: ClassVar[tuple[str, ...]] = ("logvar",)
+    reference: ClassVar = Reference(
+        title="Analyzing and Improving the Training Dynamics of Diffusion Models",
+        authors="Karras et al.",
+        year=2023,
+        arxiv="2312.02696",
+    )
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+        return (-out["logvar"]).exp() * error + out["logvar"]
