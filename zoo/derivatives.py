@@ -1,8 +1,8 @@
 """Directional derivatives of a network along (x, t, r): d/ds fn(primals + s tangents) at s=0.
 
 `dual` and `jvp` are exact (forward mode); `finite_difference` has an error of O(step^2) plus
-rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in a
-pass of their own, since every objective here uses the derivative inside a target: one code path
+rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in
+a pass of their own, since every objective here uses the derivative inside a target: one code path
 for sharded engines, for non-reentrant activation checkpointing and for compilation.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
@@ -26,7 +26,7 @@ from registry import derivatives
 
 @contextmanager
 def replay_rng() -> Iterator[None]:
-    """Leave the global generators as they were, so that the next forward draws the same dropout masks."""
+    """Leave the global generators as they were: the next forward draws the same dropout masks."""
     with torch.random.fork_rng(devices=_cuda_devices()):
         yield
 

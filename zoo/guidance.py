@@ -19,7 +19,7 @@ from zoo.ops import like, rms
 def drop_labels(
     cond: Cond | None, probability: float, rng: torch.Generator, n: int
 ) -> tuple[Cond | None, Tensor]:
-    """Labels replaced by the null label with this probability, and the mask [n] of rows that kept theirs.
+    """Labels dropped to the null label with this probability, and the mask [n] of labelled rows.
 
     Without labels every row counts as unlabelled.
     """

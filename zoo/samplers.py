@@ -106,7 +106,7 @@ class Heun:
 @samplers.register("restart")
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Jump to the data, add fresh noise, jump again; the multi-step sampler of consistency models."""
+    """Jump to the data, add fresh noise, jump again; as consistency models are sampled."""
 
     heads: ClassVar = ("u",)
     reference: ClassVar = Reference(

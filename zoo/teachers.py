@@ -1,4 +1,4 @@
-"""Teachers: who evaluates the targets. Each maps the network in training to a Network without gradient.
+"""Teachers: who evaluates the targets; each maps the network in training to one without gradient.
 
 `online` is the network itself, `ema` a running average of its weights, `frozen` another network
 that never changes. Targets are evaluated in eval mode (no dropout).

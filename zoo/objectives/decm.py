@@ -5,8 +5,8 @@
     noise-to-noisy  (t_n, r)  g = (lam + gamma) u - lam v2 - gamma v1 + (t_n - r) du,
                               du along (gamma v1, gamma, -lam);  t_n -> 1 in training
 
-v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network predicts,
-x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the velocity at
+v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network
+predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the velocity at
 the far end. With these tangents the true flow map is a fixed point for every lam and gamma. The
 published reading prints the tangents with lam and gamma swapped: a fixed point only if lam = gamma.
 
@@ -14,7 +14,7 @@ From a full reading of the paper (arXiv 2602.10764): the clusters and losses, la
 noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times, norm-limited
 guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. Our reading: the consistency loss in FACM's form
 (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1; clips at +-1; ||dv|| a root
-mean square; r of the noise-to-noisy rows is t_n times the time law; the cosine is over whole samples.
+mean square; r of the noise-to-noisy rows is t_n times the time law; cosines are over whole samples.
 
 The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). Without one, the
 default here and ours alone, v is the (guided) conditional velocity at the instantaneous rows and

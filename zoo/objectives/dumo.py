@@ -55,7 +55,7 @@ ClipBy = Literal["element", "rms"]
 @objectives.register("dumo")
 @dataclass(frozen=True, kw_only=True)
 class DuMo:
-    """Dual heads: velocity and average velocity from a single forward, both trained on every row."""
+    """Dual heads: velocity and average velocity from one forward, both trained on every row."""
 
     heads: ClassVar = ("u", "v")
     samplers: ClassVar = ("flow_map", "restart", "euler", "heun")

@@ -93,7 +93,7 @@ class Shortcut:
         )
 
     def draw_times(self, n: int, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(t, r) on the grid: k rows of a whole step of any size, then n - k of the smallest step."""
+        """(t, r) on the grid: k rows of a whole step of any size, then n - k of the smallest."""
         levels = int(math.log2(self.num_steps))
         level = torch.full((n,), levels, device=rng.device)
         level[:k] = torch.randint(levels, (k,), generator=rng, device=rng.device)
