@@ -6,8 +6,9 @@ velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path as FilePath
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -223,22 +224,63 @@ class Dataset(Protocol):
 
     `shape` is one sample's, `num_classes` 0 without labels, `identity` says which data these are
     (name, count and content hash), `size` the number of samples (0: drawn without end).
+    `sample_labels` are the conditions for n generated samples, with the frequencies of the data.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    num_classes: int
-    size: int
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def size(self) -> int: ...
     def identity(self) -> str: ...
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
+    def sample_labels(self, n: int) -> Cond | None: ...
 
 
 class Metric(Protocol):
     """(samples, reference) -> (name, value) pairs; both [n *d] in the data's own range."""
 
     def __call__(self, samples: Tensor, reference: Tensor) -> Iterator[tuple[str, float]]: ...
+
+
+class Optimizer(Protocol):
+    """The configuration of a torch optimizer; `lr` is what a schedule multiplies."""
+
+    lr: float
+
+    def build(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer: ...
+
+
+class Schedule(Protocol):
+    """(step from 0, share of the budget spent) -> factor on the learning rate."""
+
+    def __call__(self, step: int, progress: float) -> float: ...
+
+
+class Engine(Protocol):
+    """How one TrainStep(net, objective) is run and updated: precision, accumulation, sharding.
+
+    The one part that holds state, so it serves one run. `shares` cuts the global batch into this
+    process's equal parts, each with its number among all of them. Each is run by the call, which
+    goes through the engine's hooks, and followed by `backward` of its mean loss. `step` applies one
+    update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
+    `save` and `load` keep network, teachers and optimizer in a folder, without ever executing code.
+    """
+
+    def prepare(
+        self, module: Any, optimizer: Optimizer, device: torch.device, batch_size: int
+    ) -> None: ...
+    def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]: ...
+    def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, lr_factor: float) -> Tensor: ...
+    def update_teachers(self, step: int) -> None: ...
+    def save(self, folder: FilePath) -> None: ...
+    def load(self, folder: FilePath) -> None: ...
 
 
 class Recorder(Protocol):
