@@ -1,0 +1,195 @@
+"""A folder of pictures as one uint8 tensor.
+
+Each picture is turned as its EXIF orientation says, laid on white where it is transparent, brought
+to 8 bits (16-bit grey by rounding v / 257) and to grey or RGB, and resampled from its largest
+centred square to resolution x resolution with Pillow's antialiased bicubic filter, the one that
+clean-fid recommends (Parmar et al., arXiv 2104.11222). Of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
+BAR_FROM = 2000  # files from which on reading shows a progress bar
+SHOWN = 10  # names in an error
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pictures of a folder, sorted; `labels` are indices of `classes`, or both are empty."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+def find_pictures(folder: Path, *, labelled: bool) -> Found:
+    """All pictures below the folder, hidden ones aside; warns of files that are no pictures."""
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"the picture folder {str(folder)!r} {what}")
+    files, others = [], Counter[str]()
+    for path in _visible_files(folder):
+        if path.suffix.lower() in SUFFIXES:
+            files.append(path)
+        else:
+            others[path.suffix.lower() or "no suffix"] += 1
+    kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common())
+    if not files:
+        raise ValueError(
+            f"no picture in the folder {str(folder)!r}, sub-folders included; files of other "
+            f"kinds: {kinds or 'none'}. Pictures are recognised by {' '.join(SUFFIXES)}"
+        )
+    if others:
+        warnings.warn(
+            f"{folder}: {others.total()} files are no pictures and are ignored ({kinds})",
+            stacklevel=2,
+        )
+    files.sort(key=lambda path: path.parts)
+    classes = _classes(folder, files) if labelled else ()
+    labels = [classes.index(path.relative_to(folder).parts[0]) for path in files if classes]
+    return Found(tuple(files), tuple(labels), classes)
+
+
+def _classes(folder: Path, files: list[Path]) -> tuple[str, ...]:
+    """The sub-folders that are classes; () if there are fewer than two, which say nothing."""
+    way_out = "or bind image_folder.labelled = False"
+    beside = [path.name for path in files if path.parent == folder]
+    used = {path.relative_to(folder).parts[0] for path in files if path.parent != folder}
+    if beside and used:
+        raise ValueError(
+            f"{folder} has pictures beside its sub-folders ({_listed(beside)}) and in them "
+            f"({_listed(sorted(used))}), so the sub-folders cannot be the classes. Move the "
+            f"pictures into sub-folders, {way_out}"
+        )
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name)}
+    if used and folders - used:
+        raise ValueError(
+            f"no picture in these class folders of {folder}: {_listed(sorted(folders - used))}. "
+            f"Fill or remove them, {way_out}"
+        )
+    return tuple(sorted(used)) if len(used) > 1 else ()
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    seen = set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(top) in seen:  # a link back to where we were
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(top))
+        folders[:] = [name for name in folders if not _hidden(name)]
+        yield from (Path(top, name) for name in names if not _hidden(name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def read_pictures(files: tuple[Path, ...], resolution: int, channels: int) -> Tensor:
+    """uint8 [n c h w]; ValueError that names every file that cannot be read.
+
+    The result is remembered for as long as the files' names, sizes and times stay the same, since
+    the arms of a comparison read the same folder; treat it as read-only.
+    """
+    _check_memory(len(files), (channels, resolution, resolution))
+    stamps = [(str(path), *_size_and_time(path)) for path in files]
+    return _read_all(tuple(stamps), resolution, channels)
+
+
+def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return
+    needed = n * math.prod(shape)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory // 2:
+        raise ValueError(
+            f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
+            f"machine's {memory / 2**30:.1f} GiB. Choose a smaller image_folder.resolution or "
+            "fewer pictures"
+        )
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channels: int) -> Tensor:
+    pixels = torch.empty(len(stamps), channels, resolution, resolution, dtype=torch.uint8)
+
+    def read(row: int) -> str:
+        try:
+            pixels[row] = read_picture(stamps[row][0], resolution, channels)
+        except Exception as error:  # decoders raise anything; all of it is reported below
+            return f"{stamps[row][0]} ({type(error).__name__}: {error})"
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        reports = pool.map(read, range(len(stamps)))
+        quiet = len(stamps) < BAR_FROM
+        broken = [
+            report
+            for report in tqdm(reports, "reading pictures", len(stamps), disable=quiet)
+            if report
+        ]
+    if broken:
+        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError(
+            f"{len(broken)} of {len(stamps)} pictures cannot be read; repair or remove them:\n"
+            + "\n".join(broken[:SHOWN])
+            + more
+        )
+    return pixels
+
+
+def read_picture(path: str | Path, resolution: int, channels: int) -> Tensor:
+    """One picture as uint8 [channels resolution resolution], by the rules of this module."""
+    with Image.open(path) as image:
+        image.draft("RGB", (4 * resolution, 4 * resolution))  # big JPEGs: skip unseen detail
+        upright = _opaque_rgb(ImageOps.exif_transpose(image))
+    square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.BICUBIC)
+    values = np.array(square if channels == 3 else square.convert("L"))
+    return torch.from_numpy(values.reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"its values reach from {values.min()} to {values.max()}; save it with 8 or 16 bits"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
