@@ -1,8 +1,8 @@
 """From a squared error to a loss: error [b] -> loss [b].
 
-The weights depend on the error without gradient, so `constant`, `adaptive` and `learned_logvar`
+The weights depend on the error without gradient, so `unweighted`, `adaptive` and `learned_logvar`
 have the same gradient direction per row. With conditional velocities in the target, a weight that
-depends on the error moves the optimum away from the conditional mean; `constant` does not.
+depends on the error moves the optimum away from the conditional mean; `unweighted` does not.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from registry.protocols import Reference
 from zoo.times import MEAN_FLOW
 
 
-@weights.register("constant")
+@weights.register("unweighted")
 @dataclass(frozen=True, kw_only=True)
-class Constant:
+class Unweighted:
     """The squared error itself."""
 
     heads: ClassVar[tuple[str, ...]] = ()

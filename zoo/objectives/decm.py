@@ -6,8 +6,8 @@
                               du along (gamma v1, gamma, -lam);  t_n -> 1 in training
 
 v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network
-predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the velocity at
-the far end. With these tangents the true flow map is a fixed point for every lam and gamma. The
+predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the
+velocity at the far end. With these tangents the true flow map is a fixed point for every lam, gamma. The
 published reading prints the tangents with lam and gamma swapped: a fixed point only if lam = gamma.
 
 From a full reading of the paper (arXiv 2602.10764): the clusters and losses, lam = 0.5, gamma = 1,

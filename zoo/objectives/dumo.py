@@ -46,7 +46,7 @@ from zoo.paths import Linear
 from zoo.residuals import Rcgm
 from zoo.teachers import EmaTeacher
 from zoo.times import BetaPair
-from zoo.weighting import Constant
+from zoo.weighting import Unweighted
 
 Direction = Literal["head", "guided"]
 ClipBy = Literal["element", "rms"]
@@ -73,8 +73,8 @@ class DuMo:
     direction: Direction = "head"
     clip: float = 1.0
     clip_by: ClipBy = "element"
-    weight_v: Weight = field(default_factory=Constant)
-    weight_u: Weight = field(default_factory=Constant)
+    weight_v: Weight = field(default_factory=Unweighted)
+    weight_u: Weight = field(default_factory=Unweighted)
     lambda_u: float = 1.0
     omega: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -32,7 +32,7 @@ from zoo.guidance import drop_labels
 from zoo.ops import mean_flat, normal_like
 from zoo.paths import Linear
 from zoo.times import Uniform
-from zoo.weighting import Constant
+from zoo.weighting import Unweighted
 
 
 @objectives.register("flow_matching")
@@ -52,7 +52,7 @@ class FlowMatching:
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=Uniform)
     coupling: Coupling = field(default_factory=Independent)
-    weight: Weight = field(default_factory=Constant)
+    weight: Weight = field(default_factory=Unweighted)
     label_dropout: float = 0.1
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:

@@ -38,7 +38,7 @@ from zoo.ops import first_rows, like, mean_flat, normal_like
 from zoo.paths import Linear
 from zoo.teachers import EmaTeacher
 from zoo.times import check_fraction, quota, uniform_draws
-from zoo.weighting import Constant
+from zoo.weighting import Unweighted
 
 
 @objectives.register("shortcut")
@@ -57,7 +57,7 @@ class Shortcut:
 
     path: Path = field(default_factory=Linear)
     teacher: Teacher = field(default_factory=EmaTeacher)
-    weight: Weight = field(default_factory=Constant)
+    weight: Weight = field(default_factory=Unweighted)
     num_steps: int = 128
     bootstrap_fraction: float = 0.125
     clip: float = 4.0
