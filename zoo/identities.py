@@ -17,6 +17,7 @@ from torch import Tensor
 
 from registry.protocols import Cond, Derivative, Network
 from zoo.derivatives import Dual
+from zoo.guidance import velocity_at
 from zoo.ops import like
 from zoo.residuals import Rcgm
 
@@ -36,7 +37,7 @@ def mean_flow(
     net: Network, x: Tensor, t: Tensor, r: Tensor, derivative: Derivative = _DUAL
 ) -> Tensor:
     """u = v - (t - r) D(u; v, 1, 0). Geng et al., arXiv 2505.13447."""
-    v = _velocity(net, x, t)
+    v = velocity_at(net, x, t, None)
     du_dt = derivative(_average(net), (x, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
     return _average(net)(x, t, r) - (v - like(t - r, x) * du_dt)
 
@@ -47,14 +48,14 @@ def improved_mean_flow(
     """u + (t - r) D(u; u(x, t, t), 1, 0) = v. Improved MeanFlow, its variant without a v head."""
     u = _average(net)
     du_dt = derivative(u, (x, t, r), (u(x, t, t), torch.ones_like(t), torch.zeros_like(r)))
-    return u(x, t, r) + like(t - r, x) * du_dt - _velocity(net, x, t)
+    return u(x, t, r) + like(t - r, x) * du_dt - velocity_at(net, x, t, None)
 
 
 def eulerian(
     net: Network, x: Tensor, t: Tensor, r: Tensor, derivative: Derivative = _DUAL
 ) -> Tensor:
     """D(X; v, 1, 0) = 0. Flow-map matching; with r = 0, a continuous-time consistency model."""
-    tangents = (_velocity(net, x, t), torch.ones_like(t), torch.zeros_like(r))
+    tangents = (velocity_at(net, x, t, None), torch.ones_like(t), torch.zeros_like(r))
     return derivative(_flow_map(net), (x, t, r), tangents)
 
 
@@ -64,7 +65,7 @@ def lagrangian(
     """D(X; 0, 0, 1) = v(X, r). Flow-map matching; terminal velocity matching."""
     flow_map = _flow_map(net)
     tangents = (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(r))
-    return derivative(flow_map, (x, t, r), tangents) - _velocity(net, flow_map(x, t, r), r)
+    return derivative(flow_map, (x, t, r), tangents) - velocity_at(net, flow_map(x, t, r), r, None)
 
 
 def semigroup(net: Network, x: Tensor, t: Tensor, r: Tensor, fraction: float = 0.5) -> Tensor:
@@ -88,13 +89,13 @@ def alpha_flow(net: Network, x: Tensor, t: Tensor, r: Tensor, alpha: float = 0.5
 def alpha_flow_limit(net: Network, x: Tensor, t: Tensor, r: Tensor, alpha: float) -> Tensor:
     """`alpha_flow` with w = v, divided by alpha: tends to `mean_flow` as alpha -> 0. alpha-Flow."""
     s = t - alpha * (t - r)
-    return _after_shift(net, x, t, s, r, alpha, _velocity(net, x, t)) / alpha
+    return _after_shift(net, x, t, s, r, alpha, velocity_at(net, x, t, None)) / alpha
 
 
 def dumo_fd(net: Network, x: Tensor, t: Tensor, r: Tensor, delta: float, order: int) -> Tensor:
     """((t - r) u - D) / (t - m) = v (zoo/residuals.py): `mean_flow` as delta -> 0. RCGM, DuMo."""
     residual = Rcgm(delta=delta, order=order)
-    return residual(net, net, x, t, r, None, _average(net)(x, t, r), _velocity(net, x, t))
+    return residual(net, net, x, t, r, None, _average(net)(x, t, r), velocity_at(net, x, t, None))
 
 
 def n2n(
@@ -107,8 +108,8 @@ def n2n(
     derivative: Derivative = _DUAL,
 ) -> Tensor:
     """(lam + gam) u + (t - r) D(u; gam v, gam, -lam) = lam v(X, r) + gam v. arXiv 2602.10764."""
-    u, v = _average(net), _velocity(net, x, t)
-    v_end = _velocity(net, _flow_map(net)(x, t, r), r)
+    u, v = _average(net), velocity_at(net, x, t, None)
+    v_end = velocity_at(net, _flow_map(net)(x, t, r), r, None)
     tangents = (gam * v, gam * torch.ones_like(t), -lam * torch.ones_like(r))
     du = derivative(u, (x, t, r), tangents)
     return (lam + gam) * u(x, t, r) + like(t - r, x) * du - (lam * v_end + gam * v)
@@ -116,11 +117,6 @@ def n2n(
 
 def _average(net: Network) -> Callable[..., Tensor]:
     return lambda x, t, r: net(x, t, r, None)["u"]
-
-
-def _velocity(net: Network, x: Tensor, t: Tensor) -> Tensor:
-    out = net(x, t, t, None)
-    return out["v"] if "v" in out else out["u"]
 
 
 def _flow_map(net: Network) -> Callable[..., Tensor]:
