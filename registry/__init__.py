@@ -33,26 +33,27 @@ __all__ = [
 
 
 def _check_objective(name: str, cls: type) -> None:
-    declared = getattr(cls, "heads", None)
-    if isinstance(declared, str) or not declared or not all(isinstance(h, str) for h in declared):
-        raise ValueError(
-            f"objective {name!r} declares heads = {declared!r}; "
-            'it needs a tuple of output names, such as heads: ClassVar = ("u",)'
-        )
+    _check_names(name, cls, "heads")
     _check_call(name, cls, "loss", ("net", "batch", "rng"))
 
 
 def _check_head(name: str, cls: type) -> None:
-    if isinstance(getattr(cls, "keys", None), str) or not getattr(cls, "keys", None):
-        raise ValueError(
-            f'head {name!r} must declare the outputs that it makes, such as keys: ClassVar = ("u",)'
-        )
+    _check_names(name, cls, "keys")
 
 
 def _check_sampler(name: str, cls: type) -> None:
     if "nfe" not in inspect.signature(cls).parameters:
         raise ValueError(f"sampler {name!r} needs a field `nfe`, its number of network calls")
     _check_call(name, cls, "__call__", ("net", "x1", "cond", "rng"))
+
+
+def _check_names(name: str, cls: type, attribute: str) -> None:
+    found = getattr(cls, attribute, None)
+    if not (found and isinstance(found, tuple) and all(isinstance(key, str) for key in found)):
+        raise ValueError(
+            f"{name!r} declares {attribute} = {found!r}; "
+            f'it needs a tuple of output names, such as {attribute}: ClassVar = ("u",)'
+        )
 
 
 def _check_call(name: str, cls: type, method: str, wanted: tuple[str, ...]) -> None:

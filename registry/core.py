@@ -14,7 +14,7 @@ import difflib
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ if not hasattr(gin, "register"):
 C = TypeVar("C", bound=type)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_RESERVED = frozenset({"run", "macro", "constant", "singleton", "import", "include", "from"})
 _OWNERS: dict[str, Registry] = {}
 
 
@@ -68,7 +69,7 @@ class Registry:
         return tuple(sorted(self._classes))
 
     def name_of(self, part: object) -> str:
-        """The name under which the part's class was registered (subclasses made by gin included)."""
+        """The name under which the part's class, or its nearest base, was registered."""
         cls = part if isinstance(part, type) else type(part)
         for ancestor in cls.__mro__:
             for name, registered in self._classes.items():
@@ -91,16 +92,27 @@ class Registry:
     def _add(self, name: str, cls: type) -> None:
         if not _NAME.match(name):
             raise ValueError(f"{self.kind} name {name!r} is not snake_case, such as 'mean_flow'")
-        if name in _OWNERS:
-            owner = _OWNERS[name]._classes[name]
-            if not _same_source(owner, cls):
-                raise ValueError(
-                    f"{self.kind} name {name!r} is taken by the {_OWNERS[name].kind} "
-                    f"{owner.__module__}.{owner.__qualname__} ({_where(owner)}); choose another name"
-                )
-            _OWNERS[name]._remove(name)  # the same file, imported a second time
+        if name in _RESERVED:
+            raise ValueError(
+                f"{self.kind} name {name!r} means something else in gin; choose another"
+            )
+        owner = _OWNERS.get(name)
+        if owner is not None and not (owner is self and _same_source(self._classes[name], cls)):
+            taken = owner._classes[name]
+            raise ValueError(
+                f"{self.kind} name {name!r} is taken by the {owner.kind} "
+                f"{taken.__module__}.{taken.__qualname__} ({_where(taken)}); choose another name"
+            )
+        known = gin.config._INVERSE_REGISTRY.get(cls)
+        if known is not None and known.name != name:
+            raise ValueError(
+                f"{cls.__qualname__} is registered as {known.name!r} already; one thing has one "
+                f"name: make a subclass to register {name!r}"
+            )
         if self._check is not None:
             self._check(name, cls)
+        if owner is not None:
+            self._remove(name)  # the same definition, run a second time
         gin.register(name, module=self.kind.replace(" ", "_"))(cls)
         self._classes[name] = cls
         _OWNERS[name] = self
@@ -115,16 +127,20 @@ class Registry:
 
 def summary(cls: type) -> str:
     """The first line of the class's docstring, without its full stop."""
-    text = inspect.getdoc(cls) or ""
+    text = inspect.cleandoc(cls.__doc__ or "")  # its own: nn.Module's would say nothing
     return text.split("\n", 1)[0].rstrip(".")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean 'mean_flow'?', or nothing."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def _unknown(registry: Registry, name: str) -> str:
-    near = difflib.get_close_matches(name, registry.names(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     elsewhere = f" ({name!r} is a {_OWNERS[name].kind}.)" if name in _OWNERS else ""
     return (
-        f"no {registry.kind} named {name!r}.{hint}{elsewhere} "
+        f"no {registry.kind} named {name!r}.{did_you_mean(name, registry.names())}{elsewhere} "
         f"Registered: {', '.join(registry.names()) or 'none'}"
     )
 
@@ -137,9 +153,11 @@ def _where(cls: type) -> str:
 
 
 def _same_source(one: type, other: type) -> bool:
-    """Whether both come from one definition in one file (a module imported twice)."""
+    """Whether both come from one definition: a module imported, or a notebook cell run, twice."""
     if one.__qualname__ != other.__qualname__ or "<locals>" in one.__qualname__:
         return False
+    if one.__module__ == other.__module__ == "__main__":
+        return True
     try:
         return inspect.getsourcefile(one) == inspect.getsourcefile(other)
     except (OSError, TypeError):

@@ -1,0 +1,62 @@
+"""What gin's complaints mean for the person who wrote the file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+
+from gin import config
+
+from registry.core import did_you_mean
+
+_UNKNOWN = re.compile(r"No configurable matching (?:reference )?'(@?)([\w./]+)(?:\(\))?'\.")
+_NO_PARAMETER = re.compile(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'\.")
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+_NO_VALUE = re.compile(r"Failed to parse token '(.*)'", re.DOTALL)
+
+
+def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFoundError:
+    """The same error, saying what exists and what to do."""
+    text = str(error)
+    if match := _UNKNOWN.match(text):
+        name = match[2]
+        known = [c.name for _, c in config._REGISTRY.items() if c.module != "gin"]
+        return ValueError(
+            f"no part named {name!r}.{did_you_mean(name, known)} `objective-zoo list` prints all; "
+            f"for a part of your own, import its module first.{text[match.end() :]}"
+        )
+    if match := _NO_PARAMETER.match(text):
+        selector, parameter = match.groups()
+        known = list(inspect.signature(config._REGISTRY.get_match(selector).wrapped).parameters)
+        return ValueError(
+            f"{selector} has no parameter {parameter!r}.{did_you_mean(parameter, known)} "
+            f"It has: {', '.join(known) or 'none'}.{text[match.end() :]}"
+        )
+    if (match := _NO_MODULE.match(text)) and f"import {match[1].split('.')[0]}" in text:
+        return ModuleNotFoundError(
+            f"{text}\nA gin file imports modules that lie next to it or that are installed.",
+            name=match[1],
+        )
+    return error
+
+
+def explain_syntax(
+    error: SyntaxError | tokenize.TokenError, opened: Sequence[Path]
+) -> ValueError | SyntaxError:
+    """A ValueError with the place, for gin text; an error in a Python file stays as it is."""
+    if not isinstance(error, SyntaxError):
+        where = opened[-1] if opened else "the bindings"
+        return ValueError(f"{where}: a bracket or a quote is not closed ({error.args[0]})")
+    if str(error.filename).endswith(".py"):
+        return error
+    where = f"{error.filename or 'bindings'}, line {error.lineno}: {str(error.text).strip()}"
+    if match := _NO_VALUE.search(error.msg):
+        value = match[1]
+        return ValueError(
+            f"cannot read the value {value}. A text needs quotes ({value!r}), a part an @ and, "
+            f"to be built, brackets (@{value}())\n  In {where}"
+        )
+    return ValueError(f"this is not gin: {error.msg}\n  In {where}")

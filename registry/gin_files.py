@@ -1,0 +1,101 @@
+"""Where gin files are found, and the reader through which gin opens them.
+
+A gin file is looked for as given, then in the checkout's gin/, then in the installed share folder.
+An include is looked for next to the file that includes it, then in the same two: never in the
+current folder, which is where gin itself would look first.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from gin import config, config_parser
+
+from registry.core import did_you_mean
+from registry.plugins import make_importable
+
+
+def roots() -> tuple[Path, ...]:
+    """The folders that hold our gin files: the checkout's, and those where pip puts shared data."""
+    packages = Path(__file__).parents[1]
+    user = sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))
+    data = (sysconfig.get_path("data"), user, packages)
+    found = [packages / "gin", *(Path(d) / "share" / "objective-zoo" / "gin" for d in data)]
+    # In site-packages, the gin/ next to our packages is gin-config itself.
+    return tuple(f for f in dict.fromkeys(found) if f.is_dir() and not (f / "__init__.py").exists())
+
+
+def resolve(name: str | Path, folder: Path | None = None) -> Path:
+    """The gin file meant by `name`, seen from `folder` (default: the current one).
+
+    `experiments/digits.gin` and `gin/experiments/digits.gin` name the same shipped file.
+    """
+    given = Path(name)
+    inside = given.relative_to("gin") if given.is_relative_to("gin") else given
+    candidates = list(
+        dict.fromkeys([(folder or Path.cwd()) / given, *(r / inside for r in roots())])
+    )
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+    shipped = {f.relative_to(root).as_posix() for root in roots() for f in root.rglob("*.gin")}
+    raise FileNotFoundError(
+        f"no gin file {str(name)!r}.{did_you_mean(inside.as_posix(), shipped)} Looked at:"
+        + "".join(f"\n  {path}" for path in candidates)
+    )
+
+
+@contextmanager
+def reader() -> Iterator[list[Path]]:
+    """While it is open, gin opens its files through `resolve`; yields the files opened so far.
+
+    gin's own second reader logs an error at the root for every name that it does not know.
+    """
+    opened: list[Path] = []
+    including: list[Path] = []
+
+    @contextmanager
+    def read(name: str) -> Iterator[IO[str]]:
+        path = resolve(name, including[-1].parent if including else None)
+        if path in including:
+            raise ValueError(f"{path} includes itself")
+        opened.append(path)
+        including.append(path)
+        _make_imports_work(path)
+        with open(str(path), encoding="utf-8") as file:
+            yield file
+        including.pop()
+
+    before = list(config._FILE_READERS)
+    config._FILE_READERS[:] = [(read, lambda name: True)]
+    try:
+        yield opened
+    finally:
+        config._FILE_READERS[:] = before
+
+
+def _make_imports_work(path: Path) -> None:
+    """Let a gin file import the Python files next to it, and none that only looks like them."""
+    with open(str(path), encoding="utf-8") as file:
+        for statement in config_parser.ConfigParser(file, Verbatim()):
+            if isinstance(statement, config_parser.ImportStatement):
+                make_importable(statement.module.split(".")[0], path.parent)
+
+
+class _Text(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Verbatim(config_parser.ParserDelegate):  # type: ignore[misc]
+    """Reads gin text without knowing any part: references and macros stay their own text."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        return _Text(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
+
+    def macro(self, macro_name: str) -> str:
+        return _Text(f"%{macro_name}")

@@ -1,0 +1,201 @@
+"""gin: reading files and bindings, running under an arm, and which bindings took effect.
+
+An arm is a gin scope, a named bundle of bindings (`mean_flow/run.objective = @mean_flow()`), in
+force inside `with arm("mean_flow"):`. After the run's arguments are built nothing looks at gin.
+
+gin-config has no public way to ask for most of this, hence the private names; it is pinned.
+"""
+
+from __future__ import annotations
+
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gin
+from gin import config, config_parser
+
+from registry.core import did_you_mean
+from registry.gin_errors import explain, explain_syntax
+from registry.gin_files import Verbatim, reader
+from registry.gin_files import resolve as resolve
+from registry.plugins import load_plugins
+
+MACRO = "gin.macro"
+
+
+def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Path, ...]:
+    """Forget every binding, then read the files and the bindings; returns the files read, in order.
+
+    A file may import the Python files next to it (`import my_loss`).
+    """
+    load_plugins()
+    gin.clear_config()
+    paths = [str(resolve(file)) for file in files]
+    with reader() as opened:
+        try:
+            gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
+        except (SyntaxError, tokenize.TokenError) as error:
+            raise explain_syntax(error, opened) from None
+        except (ValueError, ModuleNotFoundError) as error:
+            raise explain(error) from None
+    _check_macros(bindings)
+    return tuple(dict.fromkeys(opened))
+
+
+@contextmanager
+def arm(name: str = "") -> Iterator[None]:
+    """Run under the bindings of an arm; '' means the plain bindings."""
+    if name and name not in arms():
+        raise ValueError(
+            f"no arm named {name!r}.{did_you_mean(name, arms())} "
+            f"Arms: {', '.join(arms()) or 'none; these files have no arms'}"
+        )
+    _check_required(name)
+    with gin.config_scope(name):
+        yield
+
+
+def arms() -> tuple[str, ...]:
+    """The arms in `Grid.arms`; without one, every scope that holds bindings."""
+    declared = query("Grid.arms")
+    scopes = (scope.split("/")[0] for (scope, selector), _ in _bound() if selector != MACRO)
+    return tuple(declared if declared is not None else dict.fromkeys(s for s in scopes if s))
+
+
+def query(key: str, default: Any = None) -> Any:
+    """The value bound to a key such as 'Grid.axes', or the default.
+
+    Macros are replaced by their values; references are kept, and their repr is legal gin.
+    """
+    scope, selector, parameter = config_parser.parse_binding_key(key)
+    owner = config._REGISTRY.get_match(selector)
+    found = config._CONFIG.get((scope, owner.selector), {}) if owner else {}
+    return _without_macros(found[parameter]) if parameter in found else default
+
+
+def scope_bindings(name: str) -> dict[str, str]:
+    """What an arm binds, without its name: {'run.objective': '@mean_flow()'}."""
+    return {
+        _key("", selector, parameter): repr(value)
+        for (scope, selector), values in _bound()
+        for parameter, value in values.items()
+        if scope == name and selector != MACRO
+    }
+
+
+def full_text() -> str:
+    """All that is bound, files and bindings merged, as gin text."""
+    return str(gin.config_str(max_line_length=100))
+
+
+def operative_text() -> str:
+    """What has been used since `parse`, defaults of the parts included, as gin text."""
+    return str(gin.operative_config_str(max_line_length=100))
+
+
+def bindings_of(text: str) -> dict[str, str]:
+    """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}."""
+    found = {}
+    for statement in config_parser.ConfigParser(text, Verbatim()):
+        if isinstance(statement, config_parser.BindingStatement):
+            scope, selector, parameter, value, _ = statement
+            key = f"{scope}/{selector}" if scope else selector
+            found[f"{key}.{parameter}" if parameter else key] = repr(value)
+    return found
+
+
+def inert_bindings(name: str = "", ignore: Sequence[str] = ("Grid",)) -> tuple[str, ...]:
+    """The keys that nothing has used since `parse`, for a run in this arm.
+
+    A binding that a more specific one overrides is not inert. Macros and the bindings of other
+    arms are left out.
+    """
+    used = set()
+    for (scope, selector), values in config._OPERATIVE_CONFIG.items():
+        used |= {(outer, selector, p) for outer in _enclosing(scope) for p in values}
+    others = set(query("Grid.arms", ())) - {name}
+    return tuple(
+        _key(scope, selector, parameter)
+        for (scope, selector), values in _bound()
+        if selector != MACRO and scope.split("/")[0] not in others
+        if config._REGISTRY.minimal_selector(selector) not in ignore
+        for parameter in values
+        if (scope, selector, parameter) not in used
+    )
+
+
+def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
+    """((scope, full selector), {parameter: value}); a macro is a scope with the selector MACRO."""
+    return tuple(config._CONFIG.items())
+
+
+def _key(scope: str, selector: str, parameter: str) -> str:
+    if selector == MACRO:
+        return scope
+    short = config._REGISTRY.minimal_selector(selector)
+    return f"{scope}/{short}.{parameter}" if scope else f"{short}.{parameter}"
+
+
+def _enclosing(scope: str) -> list[str]:
+    """'a/b' -> ['', 'a', 'a/b']: where gin looks for bindings, the last one wins."""
+    parts = scope.split("/") if scope else []
+    return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _is_macro(value: object) -> bool:
+    return isinstance(value, config.ConfigurableReference) and value.configurable.selector == MACRO
+
+
+def _without_macros(value: Any) -> Any:
+    if _is_macro(value):
+        return _without_macros(config._CONFIG[value.config_key]["value"])
+    if isinstance(value, Mapping):
+        return {_without_macros(k): _without_macros(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_macros(v) for v in value)
+    return value
+
+
+def _check_macros(bindings: Sequence[str]) -> None:
+    """Every macro that is read is set; one set by hand, or under an arm, is read."""
+    macros = [scope for (scope, selector), _ in _bound() if selector == MACRO]
+    read = set()
+    for (scope, selector), values in _bound():
+        for parameter, value in values.items():
+            for reference in filter(_is_macro, config.iterate_references([value])):
+                macro = reference.config_key[0]
+                read.add(macro)
+                if macro not in macros:
+                    raise ValueError(
+                        f"{_key(scope, selector, parameter)} reads the macro %{macro}, which is "
+                        f"not set.{did_you_mean(macro, macros)} Add a line such as {macro} = 1"
+                    )
+    by_hand = bindings_of("\n".join(bindings))
+    for macro in macros:
+        if macro in read or not (macro in by_hand or "/" in macro):
+            continue
+        scoped = "Macros know no arms; bind the parameter itself. " if "/" in macro else ""
+        raise ValueError(
+            f"nothing reads the macro {macro!r}. {scoped}"
+            f"Macros that are read: {', '.join(sorted(read)) or 'none'}."
+            f"{did_you_mean(macro.split('/')[-1], read)}"
+        )
+
+
+def _check_required(name: str) -> None:
+    effective = {}
+    for scope in _enclosing(name):
+        for (bound_in, selector), values in _bound():
+            if bound_in == scope or selector == MACRO:
+                for parameter, value in values.items():
+                    macro = bound_in if selector == MACRO else ""
+                    effective[macro, selector, parameter] = repr(value)
+    missing = [_key(*key) for key, value in effective.items() if value == "%gin.REQUIRED"]
+    if missing:
+        raise ValueError(
+            f"the gin files require a value for {', '.join(missing)}; add a line such as "
+            f"{missing[0]} = ..."
+        )

@@ -1,0 +1,71 @@
+"""Parts that live outside the repository: in an installed package, or in one Python file.
+
+A package declares its modules in its pyproject.toml; importing them registers their parts:
+
+    [project.entry-points."objective_zoo.plugins"]
+    my_losses = "my_package.losses"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+GROUP = "objective_zoo.plugins"
+
+
+def load_plugins() -> tuple[str, ...]:
+    """Import every plug-in that is installed; returns their names."""
+    names = []
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            owner = entry.dist.name if entry.dist else "unknown"
+            raise ImportError(
+                f"the plug-in {entry.name!r} of the package {owner!r} ({entry.value}) cannot be "
+                f"loaded: {type(error).__name__}: {error}\nRepair it, or: pip uninstall {owner}"
+            ) from error
+        names.append(entry.name)
+    return tuple(names)
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """Import a Python file by its path; one inside a package gets its full dotted name."""
+    file = Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise FileNotFoundError(f"no Python file {str(path)!r} (looked at {file})")
+    folder, parts = file.parent, [file.stem]
+    while (folder / "__init__.py").exists():
+        folder, parts = folder.parent, [folder.name, *parts]
+    name = ".".join(parts)
+    if not all(part.isidentifier() for part in parts):
+        raise ValueError(f"{file.name!r} cannot be imported: {name!r} is no Python name; rename it")
+    make_importable(parts[0], folder)
+    return importlib.import_module(name)
+
+
+def make_importable(name: str, folder: Path) -> None:
+    """Append the folder to the path; ValueError if its module `name` is hidden by another one."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()
+    own = [f for f in (folder / f"{name}.py", folder / name / "__init__.py") if f.is_file()]
+    if own:
+        found = _origin(name)
+        if found not in own:
+            raise ValueError(
+                f"{own[0]} cannot be imported: the name {name!r} already means "
+                f"{found or 'a built-in module'}; rename the file"
+            )
+
+
+def _origin(name: str) -> Path | None:
+    loaded = sys.modules.get(name)
+    spec = getattr(loaded, "__spec__", None) if loaded else importlib.util.find_spec(name)
+    origin = spec.origin if spec else getattr(loaded, "__file__", None)
+    return Path(origin).resolve() if origin and origin not in ("built-in", "frozen") else None

@@ -1,0 +1,36 @@
+"""Shared by all tests: quiet third parties, a clean gin configuration, a store of one's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gin
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# A default run must not depend on luck or on how busy the machine is.
+settings.register_profile("objective_zoo", deadline=None, derandomize=True, database=None)
+settings.load_profile("objective_zoo")
+
+
+@pytest.fixture(autouse=True)
+def clean_configuration() -> Iterator[None]:
+    """Bindings and search paths of one test are not seen by the next."""
+    path = list(sys.path)
+    yield
+    gin.clear_config()
+    sys.path[:] = path
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty MLflow store (SQLite; mlflow refuses plain folders)."""
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return address
