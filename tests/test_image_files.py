@@ -1,0 +1,266 @@
+"""Folders of pictures: every mode and orientation, classes, and errors that name the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import image_files
+from benchmarks.image_files import find_pictures, read_picture, read_pictures
+
+RNG = np.random.default_rng(0)
+
+
+def picture(path: Path, size=(8, 8), colour=(200, 100, 50), **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **how)
+    return path
+
+
+def colours(path: Path, channels: int = 3) -> list[int]:
+    """The one colour of a uniform picture."""
+    pixels = read_picture(path, 4, channels)
+    assert pixels.shape == (channels, 4, 4)
+    assert pixels.dtype == torch.uint8
+    flat = pixels.flatten(1)
+    assert (flat == flat[:, :1]).all()
+    return flat[:, 0].tolist()
+
+
+MODES = {
+    # name: (picture, file suffix, RGB expected)
+    "rgb": (Image.new("RGB", (8, 8), (200, 100, 50)), ".png", (200, 100, 50)),
+    "grey": (Image.new("L", (8, 8), 77), ".png", (77, 77, 77)),
+    "bilevel": (Image.new("1", (8, 8), 1), ".png", (255, 255, 255)),
+    "palette": (Image.new("RGB", (8, 8), (200, 100, 50)).quantize(4), ".png", (200, 100, 50)),
+    "gif": (Image.new("RGB", (8, 8), (200, 100, 50)).quantize(4), ".gif", (200, 100, 50)),
+    "half_transparent": (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), ".png", (204, 204, 204)),
+    "hidden_colour": (Image.new("RGBA", (8, 8), (200, 0, 0, 0)), ".png", (255, 255, 255)),
+    "grey_alpha": (Image.new("LA", (8, 8), (0, 51)), ".png", (204, 204, 204)),
+    "cmyk": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), ".tif", (255, 0, 0)),
+    "16_bit": (Image.fromarray(np.full((8, 8), 257 * 77, np.uint16)), ".png", (77, 77, 77)),
+    "16_bit_rounded": (Image.fromarray(np.full((8, 8), 65406, np.uint16)), ".tif", (254,) * 3),
+    "32_bit": (Image.fromarray(np.full((8, 8), 257 * 77, np.int32)), ".tif", (77, 77, 77)),
+    "webp": (Image.new("RGB", (8, 8), (255, 255, 255)), ".webp", (255, 255, 255)),
+    "jpeg_white": (Image.new("RGB", (8, 8), (255, 255, 255)), ".jpg", (255, 255, 255)),
+    "jpeg_cmyk": (Image.new("CMYK", (8, 8), (0, 0, 0, 0)), ".jpg", (255, 255, 255)),
+    "bmp": (Image.new("RGB", (8, 8), (1, 2, 3)), ".bmp", (1, 2, 3)),
+    "ppm": (Image.new("RGB", (8, 8), (1, 2, 3)), ".ppm", (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_read_picture_converts_mode(tmp_path, mode):
+    image, suffix, expected = MODES[mode]
+    path = tmp_path / f"x{suffix}"
+    image.save(path)
+    assert tuple(colours(path)) == expected
+    red, green, blue = expected
+    assert abs(colours(path, 1)[0] - (0.299 * red + 0.587 * green + 0.114 * blue)) <= 0.51
+
+
+def test_read_picture_lays_a_transparent_palette_colour_on_white(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "x.png", transparency=0)
+    assert colours(tmp_path / "x.png") == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("F", (8, 8), 0.5), "floating-point"),
+        (Image.fromarray(np.full((8, 8), 70000, np.int32)), "from 70000 to 70000"),
+    ],
+)
+def test_read_picture_rejects_values_of_unknown_range(tmp_path, image, expected):
+    image.save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=expected):
+        read_picture(tmp_path / "x.tif", 8, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_picture_applies_exif_orientation(tmp_path, orientation):
+    upright = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    # How a camera held that way stores the scene (Exif 2.3, tag 0x0112).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    found = read_picture(tmp_path / "x.png", 8, 3).permute(1, 2, 0).numpy()
+    assert (found == upright).all()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_read_picture_crops_the_centre(tmp_path, wide):
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, 10:38] = 255  # the square and what the filter sees around it
+    Image.fromarray(pixels if wide else pixels.transpose(1, 0, 2).copy()).save(tmp_path / "x.png")
+    assert colours(tmp_path / "x.png") == [255, 255, 255]
+
+
+def test_read_picture_antialiases(tmp_path):
+    fine = np.indices((64, 64)).sum(0) % 2 * 255
+    Image.fromarray(fine.astype(np.uint8)).save(tmp_path / "x.png")
+    grey = read_picture(tmp_path / "x.png", 8, 1).float()
+    assert (grey - 127.5).abs().max() <= 4  # picking pixels instead would give 0 or 255
+
+
+def test_read_picture_reads_big_jpegs_as_closely_as_small_steps_do(tmp_path):
+    scene = Image.fromarray(RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    scene = scene.resize((512, 512), Image.Resampling.BICUBIC)
+    scene.save(tmp_path / "x.jpg", quality=95)
+    scene.save(tmp_path / "x.png")
+    apart = read_picture(tmp_path / "x.jpg", 16, 3).int() - read_picture(tmp_path / "x.png", 16, 3)
+    assert apart.abs().max() <= 6  # JPEG's own loss, about 3 levels here
+
+
+def test_read_pictures_keeps_order(tmp_path):
+    files = tuple(picture(tmp_path / f"{i}.png", colour=(i, i, i)) for i in range(30))
+    assert read_pictures(files, 2, 1)[:, 0, 0, 0].tolist() == list(range(30))
+
+
+def test_read_pictures_names_every_broken_file(tmp_path):
+    good = picture(tmp_path / "good.png")
+    noise = Image.fromarray(RNG.integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    noise.save(tmp_path / "noise.jpg")
+    noise.save(tmp_path / "noise.png")
+    whole = {suffix: (tmp_path / f"noise{suffix}").read_bytes() for suffix in (".jpg", ".png")}
+    broken = {
+        "empty.png": b"",
+        "text.jpg": b"not a picture",
+        "half.jpg": whole[".jpg"][: len(whole[".jpg"]) // 2],
+        "half.png": whole[".png"][: len(whole[".png"]) // 2],
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    files = (good, *(tmp_path / name for name in broken))
+    with pytest.raises(ValueError, match="4 of 5 pictures cannot be read") as raised:
+        read_pictures(files, 8, 3)
+    assert all(str(tmp_path / name) in str(raised.value) for name in broken)
+    assert str(good) not in str(raised.value)
+
+
+def test_read_pictures_names_ten_broken_files_and_counts_the_rest(tmp_path):
+    files = tuple(tmp_path / f"{i:02}.png" for i in range(13))
+    for path in files:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="and 3 more") as raised:
+        read_pictures(files, 8, 3)
+    assert str(raised.value).count(".png (") == 10
+
+
+def test_read_pictures_reads_again_what_changed(tmp_path):
+    path = picture(tmp_path / "x.png", colour=(1, 1, 1))
+    assert read_pictures((path,), 2, 1).max() == 1
+    picture(path, colour=(2, 2, 2))
+    os.utime(path, ns=(0, 0))
+    assert read_pictures((path,), 2, 1).max() == 2
+
+
+def test_read_pictures_refuses_more_than_memory(tmp_path):
+    path = picture(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"GiB.*smaller image_folder\.resolution"):
+        read_pictures((path,), 10**7, 3)
+
+
+def test_read_pictures_shows_progress_for_many_files(tmp_path, monkeypatch, capsys):
+    files = tuple(picture(tmp_path / f"{i}.png") for i in range(3))
+    read_pictures(files, 3, 3)
+    assert "reading pictures" not in capsys.readouterr().err
+    monkeypatch.setattr(image_files, "BAR_FROM", 3)
+    read_pictures(files, 5, 3)
+    assert "reading pictures" in capsys.readouterr().err
+
+
+def test_find_pictures_takes_sorted_subfolders_as_classes(tmp_path):
+    for name in ("dog/b.PNG", "dog/deep/a.jpg", "cat/c.jpeg"):
+        picture(tmp_path / name)
+    found = find_pictures(tmp_path, labelled=True)
+    assert found.classes == ("cat", "dog")
+    names = [path.relative_to(tmp_path).as_posix() for path in found.files]
+    assert list(zip(names, found.labels, strict=True)) == [
+        ("cat/c.jpeg", 0),
+        ("dog/b.PNG", 1),
+        ("dog/deep/a.jpg", 1),
+    ]
+
+
+@pytest.mark.parametrize("names", [["a.png", "b.png"], ["all/a.png", "all/b.png"]])
+def test_find_pictures_gives_no_labels_without_two_subfolders(tmp_path, names):
+    for name in names:
+        picture(tmp_path / name)
+    found = find_pictures(tmp_path, labelled=True)
+    assert (found.labels, found.classes) == ((), ())
+    assert len(found.files) == 2
+
+
+def test_find_pictures_works_in_the_current_folder(tmp_path, monkeypatch):
+    picture(tmp_path / "a" / "x.png")
+    picture(tmp_path / "b" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    assert find_pictures(Path("."), labelled=True).labels == (0, 1)
+
+
+def test_find_pictures_refuses_pictures_beside_class_folders(tmp_path):
+    picture(tmp_path / "top.png")
+    picture(tmp_path / "cat" / "a.png")
+    with pytest.raises(ValueError, match=r"beside its sub-folders \(top.png\).*\(cat\)"):
+        find_pictures(tmp_path, labelled=True)
+    found = find_pictures(tmp_path, labelled=False)
+    assert (len(found.files), found.classes) == (2, ())
+
+
+def test_find_pictures_names_empty_class_folders(tmp_path):
+    picture(tmp_path / "cat" / "a.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"no picture in these class folders of .*: dog"):
+        find_pictures(tmp_path, labelled=True)
+
+
+def test_find_pictures_ignores_hidden_files_and_counts_other_kinds(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / ".hidden.png")
+    picture(tmp_path / ".thumbnails" / "a.png")
+    for name in ("notes.txt", "more.TXT", "README"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"3 files are no pictures.*\.txt 2, no suffix 1"):
+        found = find_pictures(tmp_path, labelled=True)
+    assert [path.name for path in found.files] == ["a.png"]
+
+
+def test_find_pictures_follows_links_once(tmp_path):
+    picture(tmp_path / "far" / "a.png")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "cat").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "near")
+    assert len(find_pictures(tmp_path / "near", labelled=False).files) == 1
+
+
+def test_find_pictures_says_what_is_wrong_with_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone' does not exist"):
+        find_pictures(tmp_path / "gone", labelled=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="file' is not a folder"):
+        find_pictures(tmp_path / "file", labelled=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no picture in the folder .*empty'.*: none"):
+        find_pictures(tmp_path / "empty", labelled=True)
+    (tmp_path / "empty" / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"other kinds: \.heic 1\. .*\.jpg"):
+        find_pictures(tmp_path / "empty", labelled=True)
