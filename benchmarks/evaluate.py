@@ -1,0 +1,151 @@
+"""Sampling for measurement: the same noise and labels in every arm, at every NFE and batch size.
+
+Row i of the noise depends on the seed and i alone, so that samples of two methods start from the
+same points, and the first rows of a large set are those of a small one. Labels are the reference's
+own, row by row, so both sides have the same classes. What a sampler draws while it runs comes from
+a generator seeded by its batch's first row: samplers that draw nothing do not notice how rows are
+batched, the others give the same values at the same batch size only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from registry.protocols import Cond, Dataset, Metric, Network, Sampler
+
+BLOCK = 256  # rows of noise from one generator; part of what a seed means
+_NOISE, _SAMPLER = 0, 1
+
+
+@runtime_checkable
+class Referenced(Protocol):
+    """A metric that knows its value on real data, and what its values depend on."""
+
+    def floor(self, reference: Tensor, num: int) -> Iterator[tuple[str, float]]: ...
+    def provenance(self, reference: Tensor, num: int) -> dict[str, str]: ...
+
+
+def evaluate(
+    net: Network,
+    sampler: Sampler,
+    nfe_list: Sequence[int],
+    metric: Metric,
+    dataset: Dataset,
+    num: int,
+    seed: int,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, float]]:
+    """("nfe{n}/{name}", value) for `num` samples at each NFE, then the metric's floors by name."""
+    runs = samplers_for(sampler, nfe_list)
+    reference, cond = reference_of(dataset, num, seed)
+    x1 = noise(dataset.shape, num, seed).to(device)
+    labels = None if cond is None else _cyclic(cond, num, device)
+    for nfe, run in runs.items():
+        samples = draw(net, run, x1, labels, seed, batch_size)
+        for name, value in metric(samples, reference):
+            yield f"nfe{nfe}/{name}", value
+    if isinstance(metric, Referenced):
+        yield from metric.floor(reference, num)
+
+
+def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[str, str]:
+    """What `evaluate`'s values depend on beside the network; also warms and checks the metric."""
+    about = {"data": dataset.identity(), "samples": str(num), "seed": str(seed)}
+    if isinstance(metric, Referenced):
+        about |= metric.provenance(reference_of(dataset, num, seed)[0], num)
+    return about
+
+
+def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler]:
+    """The sampler at each NFE; ValueError for those that it cannot have, all at once."""
+    if not nfe_list or len(set(nfe_list)) != len(nfe_list):
+        raise ValueError(f"the NFEs to evaluate are {list(nfe_list)}; give each one once, 1, 2 say")
+    made: Any = sampler  # a Protocol cannot say "a dataclass"
+    if not dataclasses.is_dataclass(made):
+        raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
+    runs, refused = {}, []
+    for nfe in nfe_list:
+        try:
+            runs[nfe] = dataclasses.replace(made, nfe=nfe)
+        except ValueError as error:
+            refused.append(f"nfe {nfe}: {error}")
+    if refused:
+        lines = "\n  ".join(refused)
+        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
+    return runs
+
+
+def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
+    """Data enough for a reference of `num` and a disjoint set of `num` to tell its floor from."""
+    return dataset.reference(2 * num, seed)
+
+
+def draw(
+    net: Network,
+    sampler: Sampler,
+    x1: Tensor,
+    cond: Cond | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> Tensor:
+    """Samples [n *d] from noise x1 [n *d], on its device, the network in evaluation mode."""
+    parts = []
+    with evaluation_mode(net), torch.no_grad():
+        for start in range(0, len(x1), batch_size):
+            rows = slice(start, start + batch_size)
+            rng = _generator(seed, _SAMPLER, start, x1.device)
+            part = None if cond is None else {name: c[rows] for name, c in cond.items()}
+            parts.append(sampler(net, x1[rows], part, rng))
+    samples = torch.cat(parts)
+    broken = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()
+    if len(broken):
+        raise FloatingPointError(
+            f"{type(sampler).__name__} at nfe {sampler.nfe} gave {len(broken)} of {len(samples)} "
+            f"samples that are not finite, the first at row {int(broken[0])}; the network diverged "
+            "or was loaded wrongly"
+        )
+    return samples
+
+
+def noise(shape: Sequence[int], n: int, seed: int) -> Tensor:
+    """Standard normal noise [n *shape] on the CPU, row i depending on seed and i alone."""
+    blocks = [
+        torch.randn(BLOCK, *shape, generator=_generator(seed, _NOISE, start))
+        for start in range(0, n, BLOCK)
+    ]
+    return torch.cat(blocks)[:n]
+
+
+@contextmanager
+def evaluation_mode(net: Network) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards; plain functions have none."""
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _cyclic(cond: Cond, n: int, device: torch.device | str) -> Cond:
+    """The first n rows, from the start again where there are fewer."""
+    return {name: c[torch.arange(n) % len(c)].to(device) for name, c in cond.items()}
+
+
+def _generator(
+    seed: int, purpose: int, start: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A stream for this seed, purpose and row, unrelated to those of neighbouring seeds."""
+    words = np.random.SeedSequence((seed, purpose, start)).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)

@@ -1,0 +1,49 @@
+"""The error against the exact flow: nothing at the oracle, the planted amount beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.datasets import Gaussian, Mixture
+from benchmarks.map_error import map_error
+from zoo.oracles import MixtureOracle
+
+
+@pytest.mark.parametrize("dataset", [Gaussian(), Mixture()])
+def test_map_error_is_nothing_at_the_exact_network(dataset) -> None:
+    found = dict(map_error(MixtureOracle(**dataset.components()), dataset, num=50))
+    assert list(found) == ["map_error_1_0", "map_error_1_0.5", "map_error_0.5_0", "velocity_error"]
+    assert max(found.values()) < 1e-5  # float32 results of float64 arithmetic
+
+
+def test_map_error_is_the_planted_displacement_in_units_of_the_data() -> None:
+    dataset = Mixture()
+    exact = MixtureOracle(**dataset.components())
+
+    def off(x, t, r, cond):
+        return {name: value + 0.1 for name, value in exact(x, t, r, cond).items()}
+
+    found = dict(map_error(off, dataset, num=50))
+    scale = float(exact.marginal_variance(torch.zeros(1)).mean().sqrt())
+    assert found["map_error_1_0"] == pytest.approx(0.1 / scale, rel=1e-4)
+    assert found["map_error_0.5_0"] == pytest.approx(0.05 / scale, rel=1e-4)
+    assert 0.02 < found["velocity_error"] < 0.2
+
+
+def test_a_velocity_network_has_no_map_and_a_map_has_its_velocity() -> None:
+    dataset = Gaussian()
+    exact = MixtureOracle(**dataset.components())
+    only_v = dict(map_error(lambda *a: {"v": exact(*a)["v"]}, dataset, num=20))
+    assert list(only_v) == ["velocity_error"]
+    only_u = dict(map_error(lambda *a: {"u": exact(*a)["u"]}, dataset, num=20))
+    assert len(only_u) == 4
+    assert only_u["velocity_error"] < 1e-5
+
+
+def test_data_without_a_closed_form_are_refused() -> None:
+    class Drawn:
+        name = "drawn"
+
+    with pytest.raises(ValueError, match="'drawn' has no closed form"):
+        list(map_error(lambda *a: {}, Drawn()))
