@@ -509,7 +509,7 @@ def test_import_file_registers_what_it_holds(write, forget):
 
 def test_import_file_gives_a_module_of_a_package_its_full_name():
     root = Path(__file__).parents[1]
-    assert import_file(root / "registry" / "protocols.py").__name__ == "registry.protocols"
+    assert import_file(root / "registry" / "plugins.py").__name__ == "registry.plugins"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+# Needs Python 3.11 or newer and make; everything else is installed into $(VENV).
+# Another interpreter: make quickstart PYTHON=/path/to/python3.12
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+QUICKSTART ?= run gin/experiments/digits.gin --out runs/quickstart
+
+py := $(VENV)/bin/python
+plain := $(VENV)/.installed
+dev := $(VENV)/.installed-dev
+
+export MLFLOW_DISABLE_TELEMETRY = true
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help quickstart install test test-all check fmt wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   install, then compare the five objectives on the 8x8 digits"
+	@echo "make test         the tests, without the slow ones"
+	@echo "make test-all     all tests"
+	@echo "make check        ruff, mypy and the import directions"
+	@echo "make fmt          let ruff format and repair"
+	@echo "make install      the package with its development tools, editable, in $(VENV)"
+	@echo "make wheel        dist/objective_zoo-*.whl"
+	@echo "make clean        remove caches and dist/; keeps $(VENV) and runs/"
+
+quickstart: $(plain)
+	$(VENV)/bin/objective-zoo $(QUICKSTART)
+
+install: $(dev)
+
+test: $(dev)
+	$(py) -m pytest -m "not slow"
+
+test-all: $(dev)
+	$(py) -m pytest
+
+check: $(dev)
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+	$(py) -m pytest -q tests/test_layering.py
+
+fmt: $(dev)
+	$(py) -m ruff format .
+	$(py) -m ruff check --fix .
+
+wheel: $(dev)
+	$(py) -m hatchling build -t wheel
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(wildcard registry zoo backbones trainers benchmarks tests) -name __pycache__ -prune -exec rm -rf {} +
+
+$(py):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and none is on the PATH" \
+		"(python3 is $$(python3 --version 2>&1)). Install one, or: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make a virtual environment. Debian, Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(plain): pyproject.toml | $(py)
+	@echo "Installing the package and what it needs (PyTorch is large: minutes, 6 GB)"
+	$(py) -m pip install -e .
+	@touch $@
+
+$(dev): pyproject.toml | $(py)
+	@echo "Installing the package, what it needs and the development tools (minutes, 6 GB)"
+	$(py) -m pip install -e '.[dev]'
+	@touch $(plain) $@
