@@ -250,8 +250,8 @@ class Metric(Protocol):
 class Optimizer(Protocol):
     """The configuration of a torch optimizer; `lr` is what a schedule multiplies."""
 
-    lr: float
-
+    @property
+    def lr(self) -> float: ...
     def build(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer: ...
 
 

@@ -1,1 +1,39 @@
 """Optimisation: the loop, its engines, optimizers, EMA, checkpoints and callbacks."""
+
+from __future__ import annotations
+
+from trainers.budget import Budget
+from trainers.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EmaCallback,
+    MetricsLog,
+    NonFiniteLoss,
+    PeriodicEvaluation,
+    ProgressBar,
+    StopOnNonFinite,
+)
+from trainers.engines import TorchEngine, TrainStep
+from trainers.loop import fit
+from trainers.optim import AdamW, ConstantLr, Cosine, RAdam
+from trainers.state import TrainState
+
+__all__ = [
+    "AdamW",
+    "Budget",
+    "Callback",
+    "CheckpointCallback",
+    "ConstantLr",
+    "Cosine",
+    "EmaCallback",
+    "MetricsLog",
+    "NonFiniteLoss",
+    "PeriodicEvaluation",
+    "ProgressBar",
+    "RAdam",
+    "StopOnNonFinite",
+    "TorchEngine",
+    "TrainState",
+    "TrainStep",
+    "fit",
+]

@@ -1,0 +1,265 @@
+"""What happens round the updates: averages, records, evaluation, checkpoints, the progress bar.
+
+`fit` calls them in the order given: an Ema before the evaluation and the checkpoint that read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from registry.protocols import LossOutput
+from trainers import checkpoint
+from trainers.ema import Ema
+from trainers.finite import NonFiniteLoss, StopOnNonFinite
+from trainers.state import Callback, TrainState
+
+__all__ = [
+    "Callback",
+    "CheckpointCallback",
+    "EmaCallback",
+    "MetricsLog",
+    "NonFiniteLoss",
+    "PeriodicEvaluation",
+    "ProgressBar",
+    "StopOnNonFinite",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class EmaCallback(Callback):
+    """Keeps an average of the weights per decay in `state.emas`; the first is `state.ema_net`."""
+
+    decays: Sequence[float] = (0.9999,)
+
+    _emas: list[Ema] = field(default_factory=list, init=False, repr=False)
+
+    def on_start(self, state: TrainState) -> None:
+        self._emas = [Ema(state.net, decay) for decay in self.decays]
+        state.emas = {str(ema.decay): ema.net for ema in self._emas}
+        if state.resumed:
+            for name, net in state.emas.items():
+                checkpoint.load_module(state.resumed / f"ema_{name}.safetensors", net)
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        for ema in self._emas:
+            ema.update(state.step - 1)
+
+
+@dataclass(kw_only=True, eq=False)
+class MetricsLog(Callback):
+    """Sends means over `every` steps to `record(values, step)`, and evaluations as they come.
+
+    Between two records it only keeps references: no arithmetic and no wait for the device.
+    """
+
+    record: Callable[[dict[str, float], int], None]
+    every: int = 50
+
+    _held: defaultdict[str, list[Tensor]] = field(
+        default_factory=lambda: defaultdict(list), init=False, repr=False
+    )
+    _since: tuple[int, float] = field(default=(0, 0.0), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"MetricsLog(every={self.every!r}) must be 1 or more")
+
+    def on_start(self, state: TrainState) -> None:
+        self._since = (state.images, state.seconds)
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        self._held["loss"].append(out.per_sample)
+        for name, value in out.terms.items():
+            self._held[f"terms/{name}"].append(value)
+        for name, value in out.diagnostics.items():
+            self._held[f"diagnostics/{name}"].append(value)
+        if state.grad_norm is not None:
+            self._held["grad_norm"].append(state.grad_norm)
+        if state.step % self.every == 0:
+            self._send(state)
+
+    def on_evaluate(self, state: TrainState, values: Mapping[str, float]) -> None:
+        self.record(dict(values), state.step)
+
+    def on_end(self, state: TrainState) -> None:
+        if self._held:
+            self._send(state)
+
+    def _send(self, state: TrainState) -> None:
+        held, self._held = self._held, defaultdict(list)
+        # Each mean over all rows of the window, since terms and diagnostics may concern a few rows.
+        rows = {name: torch.cat([v.reshape(-1) for v in vs]) for name, vs in held.items()}
+        means = {name: value.float().mean() for name, value in rows.items() if len(value)}
+        values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+        images, seconds = self._since
+        self._since = (state.images, state.seconds)
+        if state.seconds > seconds:
+            values["images_per_second"] = (state.images - images) / (state.seconds - seconds)
+        values |= {"lr": state.lr, "images": float(state.images), "seconds": state.seconds}
+        self.record(values, state.step)
+
+
+@dataclass(kw_only=True, eq=False)
+class PeriodicEvaluation(Callback):
+    """Calls `fn(state) -> values` every `every` steps (0: never) and at the end, off the clock.
+
+    The network is in eval mode meanwhile and there is no gradient. Every callback hears the values.
+    """
+
+    fn: Callable[[TrainState], Mapping[str, float]]
+    every: int = 0
+    at_end: bool = True
+
+    _last: int = field(default=-1, init=False, repr=False)
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        if self.every and state.step % self.every == 0:
+            self._evaluate(state)
+
+    def on_end(self, state: TrainState) -> None:
+        if self.at_end and state.finished and not state.stop and self._last != state.step:
+            self._evaluate(state)
+
+    def _evaluate(self, state: TrainState) -> None:
+        self._last = state.step
+        training = state.net.training
+        with state.paused(), torch.no_grad():
+            state.net.eval()
+            try:
+                values = self.fn(state)
+            finally:
+                state.net.train(training)
+            state.evaluated(values)
+
+
+@dataclass(kw_only=True, eq=False)
+class CheckpointCallback(Callback):
+    """Saves each `every` steps and `every_seconds` (0 is off), at the end, on SIGTERM and SIGINT.
+
+    A first signal ends the run after its step, with a checkpoint and without an error; a second one
+    acts at once. A save that fails for the disk's sake is a warning: training goes on.
+    """
+
+    every: int = 0
+    every_seconds: float = 600.0
+    keep: int = 2
+
+    _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
+    _handlers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"CheckpointCallback(keep={self.keep!r}) must be 1 or more")
+
+    def on_start(self, state: TrainState) -> None:
+        present = checkpoint.checkpoints(checkpoint.folder_of(state))
+        if present and not state.resumed:
+            raise ValueError(
+                f"{state.folder} holds checkpoints of an earlier run (newest: {present[-1].name}). "
+                "Resume it, or choose another folder"
+            )
+        self._last = (state.step if state.resumed else -1, time.monotonic())
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._stopper(state))
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        due = self.every and state.step % self.every == 0
+        if due or 0 < self.every_seconds <= time.monotonic() - self._last[1]:
+            self._save(state)
+
+    def on_end(self, state: TrainState) -> None:
+        try:
+            if state.finished and self._last[0] != state.step:
+                self._save(state)
+        finally:
+            self._restore_handlers()
+
+    def _save(self, state: TrainState) -> None:
+        with state.paused():
+            self._last = (state.step, time.monotonic())
+            norm = torch.nn.utils.get_total_norm(list(state.net.parameters()))
+            if not norm.isfinite():
+                raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
+            try:
+                checkpoint.save(state, self.keep)
+            except OSError as problem:
+                log.warning(
+                    "NO CHECKPOINT at step %d: %s. Training goes on; older checkpoints are intact",
+                    state.step,
+                    problem,
+                )
+
+    def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            state.stop = signal.Signals(number).name
+            log.warning("%s: the run ends after this step, with a checkpoint", state.stop)
+            self._restore_handlers()
+
+        return stop
+
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+@dataclass(kw_only=True, eq=False)
+class ProgressBar(Callback):
+    """Loss, images per second and time left on stderr: a bar, or lines where that is a file."""
+
+    label: str = ""
+    enabled: bool = True
+
+    _bar: tqdm[Any] | None = field(default=None, init=False, repr=False)
+    _start: tuple[int, float, float] = field(default=(0, 0.0, 0.0), init=False, repr=False)
+    _shown: float = field(default=0.0, init=False, repr=False)
+
+    def on_start(self, state: TrainState) -> None:
+        self._start = (state.images, state.seconds, state.progress)
+        self._shown = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            form = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
+            self._bar = tqdm(total=1.0, desc=self.label, bar_format=form, dynamic_ncols=True)
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        interval = 10.0 if self._bar is None else 0.5
+        if self.enabled and time.monotonic() - self._shown >= interval:
+            self._show(state, f"step {state.step}, loss {out.per_sample.mean().item():.4g}")
+
+    def on_end(self, state: TrainState) -> None:
+        if self.enabled:
+            self._show(state, f"step {state.step}")
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _show(self, state: TrainState, what: str) -> None:
+        self._shown = time.monotonic()
+        images, seconds, progress = self._start
+        took, advance = state.seconds - seconds, state.progress - progress
+        if took > 0 and advance > 0:
+            left = timedelta(seconds=round(took * (1 - state.progress) / advance))
+            what += f", {(state.images - images) / took:.0f} images/s, {left} left"
+        if self._bar is None:
+            print(
+                f"{self.label} {state.progress:4.0%} {what}".lstrip(), file=sys.stderr, flush=True
+            )
+        else:
+            self._bar.n = state.progress
+            self._bar.set_postfix_str(what)

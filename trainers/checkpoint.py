@@ -1,0 +1,224 @@
+"""Checkpoints that are whole or not there: written aside, synced, then renamed into place.
+
+    checkpoints/step_00001000/
+        net.safetensors  ema_0.9999.safetensors  teacher_<field>.safetensors  optimizer.pt
+        state.json       step, images and seconds so far, and what made them
+        manifest.json    size and SHA-256 of every other file
+
+A folder whose files do not fit its manifest is refused by name, and the one before it is used.
+Loading executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainers.state import TrainState
+
+_NAME = re.compile(r"step_(\d{8,})\Z")
+_MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint that is torn, truncated or edited; the message says which file and how."""
+
+
+def save(state: TrainState, keep: int) -> Path:
+    """Write a checkpoint under state.folder and leave the last `keep` up to this one.
+
+    Raises OSError, with what was there before intact, if the disk is full or will not be written.
+    """
+    target = folder_of(state) / f"step_{state.step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        state.engine.save(partial)
+        for name, ema in state.emas.items():
+            save_module(partial / f"ema_{name}.safetensors", ema)
+        _write_json(partial / "state.json", _counters(state))
+        files = sorted(f for f in partial.iterdir())
+        _write_json(partial / _MANIFEST, {f.name: _fingerprint(f) for f in files})
+        for path in (*files, partial / _MANIFEST, partial):
+            _sync(path)
+        _discard(target)
+        partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in [c for c in checkpoints(target.parent) if c <= target][:-keep]:
+        _discard(old)
+    return target
+
+
+def restore(state: TrainState) -> None:
+    """Continue from the newest whole checkpoint under state.folder; without any, from the start."""
+    path = latest(folder_of(state))
+    if path is None:
+        log.info("no checkpoint in %s: starting from the beginning", folder_of(state))
+        return
+    state.engine.load(path)
+    saved = json.loads((path / "state.json").read_text())
+    for name, now in (("seed", state.seed), ("batch_size", state.batch_size)):
+        if saved[name] != now:
+            log.warning(
+                "%s was made with %s = %s and goes on with %s: not the run it would have been",
+                path, name, saved[name], now,
+            )  # fmt: skip
+    state.step, state.images = saved["step"], saved["images"]
+    state.clock.elapsed = saved["seconds"]
+    state.resumed = path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None if there never was one; broken ones are named aloud."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            verify(path)
+            return path
+        except BrokenCheckpoint as problem:
+            log.warning("checkpoint refused, trying the one before it: %s", problem)
+    if found:
+        raise BrokenCheckpoint(
+            f"none of the {len(found)} checkpoints in {folder} is whole. "
+            "Remove them to start from the beginning"
+        )
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, oldest first, whole or not."""
+    found = [p for p in folder.iterdir() if _NAME.match(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def verify(path: Path) -> None:
+    """Raise BrokenCheckpoint, naming the file, unless all files are as they were written."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        expected = {name: (int(m["size"]), str(m["sha256"])) for name, m in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise BrokenCheckpoint(f"{path / _MANIFEST} cannot be read: {problem!r}") from problem
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise BrokenCheckpoint(f"{file} has {file.stat().st_size} bytes instead of {size}")
+        if _fingerprint(file)["sha256"] != digest:
+            raise BrokenCheckpoint(f"{file} was changed after it was written (SHA-256 differs)")
+
+
+def save_module(path: Path, module: nn.Module) -> None:
+    """A module's weights as safetensors; OSError if they cannot be written."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in module.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        if value.data_ptr() in seen:  # safetensors has no shared storage
+            value = value.clone()
+        seen.add(value.data_ptr())
+        tensors[name] = value
+    try:
+        save_file(tensors, path)
+    except SafetensorError as problem:
+        raise OSError(f"{path} cannot be written: {problem}") from problem
+
+
+def load_module(path: Path, module: nn.Module) -> None:
+    """Load weights that fit the module exactly; ValueError naming what differs."""
+    if not path.is_file():
+        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
+        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as problem:
+        raise BrokenCheckpoint(f"{path} is no safetensors file: {problem}") from problem
+    current = module.state_dict()
+    differences = [f"{name} is missing" for name in current.keys() - tensors.keys()]
+    differences += [f"{name} is unknown here" for name in tensors.keys() - current.keys()]
+    differences += [
+        f"{name} has shape {tuple(tensors[name].shape)}, here {tuple(value.shape)}"
+        for name, value in current.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if differences:
+        shown = "; ".join(sorted(differences)[:5]) + ("; ..." if len(differences) > 5 else "")
+        raise ValueError(
+            f"{path} does not fit this network in {len(differences)} of {len(current)} tensors: "
+            f"{shown}. Use the backbone, heads and data shape that it was made with"
+        )
+    module.load_state_dict(tensors)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """An optimizer's state; OSError if it cannot be written."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as problem:  # what torch's file writer raises
+        raise OSError(f"{path} cannot be written: {problem}") from problem
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def folder_of(state: TrainState) -> Path:
+    if state.folder is None:
+        raise ValueError("checkpoints and resume need a folder: fit(folder=...)")
+    return state.folder / "checkpoints"
+
+
+def _counters(state: TrainState) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "step": state.step,
+        "images": state.images,
+        "seconds": state.seconds,
+        "seed": state.seed,
+        "batch_size": state.batch_size,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint so that no moment shows half of one."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.discarded")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)

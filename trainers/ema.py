@@ -1,0 +1,37 @@
+"""Running averages of the weights, for sampling and evaluation.
+
+    average <- decay_k average + (1 - decay_k) net,   decay_k = min(decay, (1 + k) / (10 + k))
+
+at update k = 0, 1, ... Until the limit is reached, what came before update j has a weight of about
+(j / k)^9, so the average forgets its start and looks back over the last tenth of the run. The
+same rule serves EMA teachers (zoo/teachers.py). Buffers are copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainers.engines import frozen_copy
+from zoo.teachers import warmed_up
+
+
+class Ema:
+    """An average of a network's weights at one decay; `net` is in eval mode."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"the EMA decay {decay!r} must lie in [0, 1)")
+        self.decay = decay
+        self.net = frozen_copy(net)
+        # The lists are made once: walking a module's tree costs as much as the update.
+        self._means: list[Tensor] = list(self.net.parameters())
+        self._params: list[Tensor] = list(net.parameters())
+        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After update number `step`, counting from 0."""
+        torch._foreach_lerp_(self._means, self._params, 1 - warmed_up(self.decay, step))
+        for mean, current in self._buffers:
+            mean.copy_(current)

@@ -1,0 +1,166 @@
+"""What the loop drives: one module of network, objective and teachers, and an engine round it.
+
+The objective runs inside `TrainStep.forward`, so every network call of a step passes through the
+hooks that an engine may put on that module. An engine cuts the global batch into equal shares
+(processes, and micro-batches of gradient accumulation). The mean over shares of mean losses
+is the mean over the batch; what an objective counts in rows (quotas, couplings) is per share.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from registry import engines
+from registry.protocols import Batch, LossOutput, Objective, Optimizer, Teacher, parts
+from trainers.checkpoint import load_module, read_state, save_module, save_state
+
+
+class TrainStep(nn.Module):
+    """A network, its objective and that one's teachers, as one module whose call is the loss."""
+
+    def __init__(self, net: nn.Module, objective: Objective):
+        super().__init__()
+        self.net = net
+        self.objective = objective
+        self.teachers = nn.ModuleDict()
+        self._owners: list[Teacher] = []
+        for path, teacher in _distinct_teachers(objective):
+            key = path.replace(".", "-")  # a module's name holds no dots
+            if teacher.needs_copy:
+                self.teachers[key] = frozen_copy(net)
+                teacher.attach(self.teachers[key])
+                self._owners.append(teacher)
+            elif isinstance(own := getattr(teacher, "network", None), nn.Module):
+                self.teachers[key] = own
+
+    def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        out = self.objective.loss(self.net, batch, rng)
+        if out.per_sample.shape != (len(batch),):
+            raise ValueError(
+                f"{type(self.objective).__name__}.loss returned per_sample of shape "
+                f"{tuple(out.per_sample.shape)}; it must hold one loss per row, ({len(batch)},)"
+            )
+        return out
+
+    def train(self, mode: bool = True) -> TrainStep:
+        super().train(mode)
+        self.teachers.eval()  # targets are evaluated without dropout
+        return self
+
+    def update_teachers(self, step: int) -> None:
+        for teacher in self._owners:
+            teacher.update(self.net, step)
+
+
+@engines.register("torch_engine")
+@dataclass(kw_only=True, eq=False)
+class TorchEngine:
+    """Plain PyTorch on one device, in fp32 or with bf16 autocast."""
+
+    precision: str = "fp32"
+    clip: float = 0.0  # largest norm of the gradient; 0 is off
+    accumulate: int = 1  # micro-batches per step
+
+    module: TrainStep = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(
+                f"torch_engine.precision = {self.precision!r} is neither fp32 nor bf16"
+            )
+        if not self.clip >= 0:
+            raise ValueError(f"torch_engine.clip = {self.clip!r} must not be negative (0 is off)")
+        if self.accumulate < 1:
+            raise ValueError(f"torch_engine.accumulate = {self.accumulate!r} must be 1 or more")
+
+    def prepare(
+        self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
+    ) -> None:
+        if batch_size % self.accumulate:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be cut into torch_engine.accumulate = "
+                f"{self.accumulate} equal micro-batches; choose a divisor of the batch size"
+            )
+        self.module = module.to(device).train()
+        module.zero_grad(set_to_none=True)
+        self._params = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = optimizer.build(self._params)
+        self._lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._device = device
+        self._loss = torch.zeros((), device=device)
+
+    def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
+        if self.accumulate == 1:
+            yield 0, batch
+            return
+        size = len(batch) // self.accumulate
+        for number in range(self.accumulate):
+            rows = slice(number * size, (number + 1) * size)
+            cond = batch.cond and {name: value[rows] for name, value in batch.cond.items()}
+            yield number, replace(batch, x0=batch.x0[rows], cond=cond)
+
+    def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        # Without autocast's cache: a weight cast in a pass without gradient would be met again,
+        # cut off from its parameter, by the pass with gradient.
+        enabled = self.precision == "bf16"
+        with torch.autocast(
+            self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        ):
+            return self.module(batch, rng)
+
+    def backward(self, loss: Tensor) -> None:
+        loss = loss / self.accumulate
+        loss.backward()
+        self._loss = self._loss + loss.detach()
+
+    def step(self, lr_factor: float) -> Tensor:
+        """One update, but none from a loss or gradient that is not finite, on a CPU (where looking
+        is free): the weights stay clean and the gradients stay to be looked at."""
+        norm = self._gradient_norm()
+        if self._device.type == "cpu" and not torch.isfinite(norm + self._loss):
+            return norm
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros_like(self._loss)
+        return norm
+
+    def update_teachers(self, step: int) -> None:
+        self.module.update_teachers(step)
+
+    def save(self, folder: Path) -> None:
+        save_module(folder / "net.safetensors", self.module.net)
+        for name, teacher in self.module.teachers.items():
+            save_module(folder / f"teacher_{name}.safetensors", teacher)
+        save_state(folder / "optimizer.pt", self._optimizer.state_dict())
+
+    def load(self, folder: Path) -> None:
+        load_module(folder / "net.safetensors", self.module.net)
+        for name, teacher in self.module.teachers.items():
+            load_module(folder / f"teacher_{name}.safetensors", teacher)
+        self._optimizer.load_state_dict(read_state(folder / "optimizer.pt"))
+
+    def _gradient_norm(self) -> Tensor:
+        if self.clip:
+            return nn.utils.clip_grad_norm_(self._params, self.clip)
+        return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights take no gradient."""
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def _distinct_teachers(objective: Objective) -> Iterator[tuple[str, Teacher]]:
+    seen: set[int] = set()
+    for path, part in parts(objective):
+        if isinstance(part, Teacher) and not isinstance(part, type) and id(part) not in seen:
+            seen.add(id(part))
+            yield path, part

@@ -1,0 +1,130 @@
+"""The one training loop: batch, loss, update, teachers, callbacks.
+
+Everything random is reseeded from (seed, share, step), and data, schedules and averages are
+functions of the step. So the same seed gives bit-equal losses on the same machine, and a resumed
+run continues bit-equal to one that never stopped. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from registry.protocols import Batch, Dataset, Engine, LossOutput, Objective, Optimizer, Schedule
+from trainers import checkpoint
+from trainers.budget import Budget
+from trainers.engines import TorchEngine, TrainStep
+from trainers.finite import StopOnNonFinite
+from trainers.optim import AdamW, ConstantLr
+from trainers.rng import generator, seed_dropout
+from trainers.state import Callback, TrainState
+
+
+def fit(
+    *,
+    net: nn.Module,
+    objective: Objective,
+    dataset: Dataset,
+    batch_size: int,
+    budget: Budget,
+    engine: Engine | None = None,
+    optimizer: Optimizer = AdamW(),  # noqa: B008  frozen
+    schedule: Schedule = ConstantLr(),  # noqa: B008  frozen
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    callbacks: Sequence[Callback] = (),
+    folder: Path | None = None,
+    resume: bool = False,
+) -> TrainState:
+    """Train `net` in place until the budget is spent or a callback sets `state.stop`.
+
+    A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
+    `folder`; `resume` continues from the newest whole one, or starts where there is none.
+    """
+    device = torch.device(device)
+    engine = engine or TorchEngine()
+    engine.prepare(TrainStep(net, objective), optimizer, device, batch_size)
+    if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
+        callbacks = (StopOnNonFinite(), *callbacks)
+    state = TrainState(
+        net=net,
+        engine=engine,
+        budget=budget,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        folder=folder,
+        callbacks=tuple(callbacks),
+    )
+    if resume:
+        checkpoint.restore(state)
+
+    with ExitStack() as ends:
+        for callback in callbacks:
+            callback.on_start(state)
+            ends.callback(callback.on_end, state)
+        state.clock.start()
+        while not (budget.done(state) or state.stop):
+            out = _update(state, dataset, optimizer.lr, schedule)
+            for callback in callbacks:
+                callback.on_step(state, out)
+        state.clock.stop()
+        state.finished = True
+    return state
+
+
+def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) -> LossOutput:
+    """One update of the weights from one global batch; returns its losses, detached."""
+    engine, step, progress = state.engine, state.step, state.progress
+    x0, cond = dataset.batch(step, state.batch_size, state.seed)
+    batch = _on(state.device, Batch(x0, cond, step, progress))
+    outs = []
+    for number, share in engine.shares(batch):
+        rng = generator(state.seed, number, step, state.device)
+        seed_dropout(state.seed, number, step, state.device)
+        out = engine(share, rng)
+        engine.backward(out.per_sample.mean())
+        outs.append(replace(out, per_sample=out.per_sample.detach()))
+
+    factor = schedule(step, progress)
+    state.lr = lr * factor
+    state.grad_norm = engine.step(factor)
+    engine.update_teachers(step)
+    state.step += 1
+    state.images += len(batch)
+    return outs[0] if len(outs) == 1 else _joined(outs)
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    cond = batch.cond and {
+        name: value.to(device, non_blocking=True) for name, value in batch.cond.items()
+    }
+    return replace(batch, x0=batch.x0.to(device, non_blocking=True), cond=cond)
+
+
+def _joined(outs: Sequence[LossOutput]) -> LossOutput:
+    """The outputs of all shares as one, rows in the order of the batch."""
+
+    def rows(values: Sequence[Tensor | None]) -> Tensor | None:
+        given = [value for value in values if value is not None]
+        return torch.cat(given) if len(given) == len(values) else None
+
+    def named(maps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for values in maps for name in values)
+        return {
+            name: torch.cat([values[name].reshape(-1) for values in maps if name in values])
+            for name in names
+        }
+
+    return LossOutput(
+        per_sample=torch.cat([out.per_sample for out in outs]),
+        terms=named([out.terms for out in outs]),
+        diagnostics=named([out.diagnostics for out in outs]),
+        t=rows([out.t for out in outs]),
+        r=rows([out.r for out in outs]),
+    )

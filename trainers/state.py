@@ -1,0 +1,113 @@
+"""Where a run stands: the loop writes it, callbacks read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from registry.protocols import Engine, LossOutput
+from trainers.budget import Budget
+
+
+class Callback(Protocol):
+    """Four moments of a run; on_end comes in every case, `state.finished` tells a proper end."""
+
+    def on_start(self, state: TrainState) -> None:
+        """Before the first step, with a checkpoint already restored (`state.resumed`)."""
+        return
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        """After each update; `out` is detached, and reading a number from it may stall a GPU."""
+        return
+
+    def on_evaluate(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """After an evaluation."""
+        return
+
+    def on_end(self, state: TrainState) -> None:
+        """After the last step or an exception."""
+        return
+
+
+@dataclass
+class Stopwatch:
+    """Training seconds: what passes between start and stop, except while paused."""
+
+    elapsed: float = 0.0
+    _since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.elapsed, self._since = self.seconds, None
+
+    @property
+    def running(self) -> bool:
+        return self._since is not None
+
+    @property
+    def seconds(self) -> float:
+        return self.elapsed + (time.perf_counter() - self._since if self._since else 0.0)
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainState:
+    """A run's network, counters and clock."""
+
+    net: nn.Module
+    engine: Engine
+    budget: Budget
+    seed: int
+    batch_size: int
+    device: torch.device
+    folder: Path | None = None
+    callbacks: tuple[Callback, ...] = ()
+
+    step: int = 0  # updates done
+    images: int = 0
+    lr: float = 0.0
+    grad_norm: Tensor | None = None  # of the last update, before clipping
+    emas: dict[str, nn.Module] = field(default_factory=dict)  # by decay
+    resumed: Path | None = None  # the checkpoint that the run continues
+    stop: str = ""  # a callback's reason to end after this step
+    finished: bool = False  # the loop came to its end without an exception
+    clock: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def seconds(self) -> float:
+        return self.clock.seconds
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self)
+
+    @property
+    def ema_net(self) -> nn.Module:
+        """The first running average of the weights, or the network itself where there is none."""
+        return next(iter(self.emas.values()), self.net)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what is queued is training
+        running = self.clock.running
+        self.clock.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.clock.start()
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Tell every callback the result of an evaluation."""
+        for callback in self.callbacks:
+            callback.on_evaluate(self, values)
