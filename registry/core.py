@@ -39,7 +39,7 @@ class Registry:
     def __init__(self, kind: str, check: Callable[[str, type], None] | None = None):
         self.kind = kind
         self._check = check
-        self._classes: dict[str, type] = {}
+        self._classes: dict[str, type[Any]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
         """Decorator: enrol a class under `name` (snake_case) and make it the gin selector `@name`.
@@ -54,7 +54,7 @@ class Registry:
 
         return enrol
 
-    def get(self, name: str) -> type:
+    def get(self, name: str) -> type[Any]:
         """The class; KeyError with the nearest match and every registered name if unknown."""
         try:
             return self._classes[name]

@@ -91,7 +91,7 @@ class _Text(str):
         return str(self)
 
 
-class Verbatim(config_parser.ParserDelegate):  # type: ignore[misc]
+class Verbatim(config_parser.ParserDelegate):
     """Reads gin text without knowing any part: references and macros stay their own text."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
