@@ -6,10 +6,11 @@ velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) 
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -284,15 +285,41 @@ class Engine(Protocol):
 
 
 class Recorder(Protocol):
-    """Where a run's record goes. Values are plain Python; nothing is lost when a server is away."""
+    """Where the records of runs go. `start` opens one, or continues the one that is in the folder.
 
-    def params(self, values: Mapping[str, str]) -> None: ...
-    def tags(self, values: Mapping[str, str]) -> None: ...
+    `parent` is the folder of the run that this one belongs to.
+    """
+
+    def start(
+        self,
+        name: str,
+        folder: pathlib.Path,
+        parent: pathlib.Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> RunRecord: ...
+
+
+class RunRecord(Protocol):
+    """The record of one run. Values are plain Python; nothing is lost when a server is away.
+
+    `text` writes a file into the run's folder; `artifact` records one that is there. `close` takes
+    "FINISHED", "FAILED" or "KILLED"; leaving the `with` block closes accordingly.
+    """
+
+    id: str
+    name: str
+
+    def params(self, values: Mapping[str, object]) -> None: ...
+    def tags(self, values: Mapping[str, object]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def text(self, content: str, name: str) -> None: ...
-    def artifact(self, path: str) -> None: ...
-    def child(self, name: str) -> Recorder: ...
+    def artifact(self, path: pathlib.Path | str) -> None: ...
+    def child(
+        self, name: str, folder: pathlib.Path, tags: Mapping[str, str] | None = None
+    ) -> RunRecord: ...
     def close(self, status: str = "FINISHED") -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: Any) -> None: ...
 
 
 def parts(obj: object) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,180 @@
+"""The record of a run: `record.jsonl` in its folder, one JSON object a line, only appended to.
+
+    {"kind": "start", "id": ..., "name": ..., "time": ms, "parent": ..., "store": ...}
+    {"kind": "params" | "tags", "values": {name: text}}
+    {"kind": "metrics", "step": n, "time": ms, "values": {name: number}}
+    {"kind": "artifact", "path": ...}       relative to the folder if it lies inside
+    {"kind": "end", "status": ..., "time": ms}
+    {"kind": "resume", "time": ms}          the run goes on
+
+Each line reaches the operating system before the call returns, so a killed process loses at most
+the line that it was writing. Such a torn line is skipped and counted by the reader. Non-finite
+numbers are the texts "NaN", "Infinity" and "-Infinity", so that every line is strict JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RECORD = "record.jsonl"
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class RecordWriter:
+    """Appends lines to the record of a folder; a torn last line is closed off first."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RECORD
+        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
+        self._file = open(path, "ab")
+        if torn:
+            self._file.write(b"\n")
+
+    def append(self, kind: str, **entry: Any) -> None:
+        line = json.dumps({"kind": kind, **entry}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+    """The values as strict JSON."""
+    return {name: v if math.isfinite(v) else _non_finite(v) for name, v in values.items()}
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """The complete lines from a byte offset on, each with the offset behind it; None if torn."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            yield _parse(raw), offset
+
+
+def read_start(folder: Path) -> dict[str, Any] | None:
+    """The start line of the folder's record; None without a record, or without a readable start."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    starts = (e for e, _ in read_lines(path) if e is not None and e["kind"] == "start")
+    return next(starts, None)
+
+
+@dataclass(frozen=True)
+class History:
+    """One metric over the steps, ascending; of a step recorded twice (after a resume) the later."""
+
+    steps: np.ndarray  # int64 [n]
+    values: np.ndarray  # float64 [n]
+    times: np.ndarray  # int64 [n], milliseconds since 1970
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass
+class Record:
+    """What was recorded of one run; `unreadable` counts torn lines."""
+
+    folder: Path
+    id: str
+    name: str
+    started: int
+    parent: str | None = None  # the id of the parent run
+    status: str = "RUNNING"
+    ended: int | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, History] = field(default_factory=dict)
+    artifacts: list[Path] = field(default_factory=list)
+    unreadable: int = 0
+
+    def text(self, name: str) -> str:
+        """What `text(content, name)` recorded last."""
+        return (self.folder / name).read_text(encoding="utf-8")
+
+
+def read_record(folder: Path | str) -> Record:
+    """The record in a run's folder, also of a run that still goes on or was killed."""
+    folder = Path(folder)
+    start = read_start(folder)
+    if start is None:
+        raise ValueError(f"{folder / RECORD} is missing or has no start line; give a run's folder")
+    parent = start["parent"]["id"] if start["parent"] else None
+    record = Record(folder, start["id"], start["name"], start["time"], parent)
+    points: dict[str, dict[int, tuple[float, int]]] = {}
+    read = 0
+    for entry, end in read_lines(folder / RECORD):
+        read = end
+        if entry is None:
+            record.unreadable += 1
+        elif entry["kind"] == "metrics":
+            for name, value in entry["values"].items():
+                points.setdefault(name, {})[entry["step"]] = (float(value), entry["time"])
+        else:
+            _apply(record, entry)
+    record.unreadable += read < (folder / RECORD).stat().st_size
+    record.metrics = {name: _history(by_step) for name, by_step in points.items()}
+    return record
+
+
+def _apply(record: Record, entry: dict[str, Any]) -> None:
+    match entry["kind"]:
+        case "params":
+            record.params.update(entry["values"])
+        case "tags":
+            record.tags.update(entry["values"])
+        case "artifact":
+            path = record.folder / entry["path"]
+            if path not in record.artifacts:
+                record.artifacts.append(path)
+        case "end":
+            record.status, record.ended = entry["status"], entry["time"]
+        case "resume":
+            record.status, record.ended = "RUNNING", None
+
+
+def _history(by_step: dict[int, tuple[float, int]]) -> History:
+    steps = sorted(by_step)
+    return History(
+        steps=np.array(steps, dtype=np.int64),
+        values=np.array([by_step[s][0] for s in steps], dtype=np.float64),
+        times=np.array([by_step[s][1] for s in steps], dtype=np.int64),
+    )
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "kind" in entry else None
+
+
+def _non_finite(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
