@@ -1,0 +1,184 @@
+"""Diffusion transformer: patches, adaLN-zero blocks of timm's attention and MLP, linear readout.
+
+    x <- x + gate * f((1 + scale) LayerNorm(x) + shift),  f = attention, then MLP
+
+with (shift, scale, gate) linear in c and zero at initialisation, so that each block starts as the
+identity. Differences from the released code: unscaled times, an optional second time (see
+embeddings.py), no variance channels, and positions as a buffer rather than a frozen parameter.
+
+Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from timm.layers import Attention, GELUTanh, Mlp, RmsNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
+from registry import backbones
+from registry.protocols import Cond, Reference
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by c."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, dropout: float, qk_norm: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(
+            dim, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RmsNorm, proj_drop=dropout
+        )
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, drop=dropout)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            _xavier(layer)
+        zero_(self.modulation)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        )  # [b 1 dim] each
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class PatchReadout(nn.Module):
+    """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer of its own modulation."""
+
+    def __init__(self, dim: int, channels: int, grid: tuple[int, int], patch: int):
+        super().__init__()
+        self.height, self.width = grid
+        self.patch = patch
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, patch * patch * channels)
+        zero_(self.modulation)
+        zero_(self.linear)
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        patches = self.linear(modulate(self.norm(tokens), shift, scale))
+        return rearrange(
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=self.height,
+            w=self.width,
+            p=self.patch,
+            q=self.patch,
+        )
+
+
+@backbones.register("dit")
+class DiT(nn.Module):
+    """Diffusion transformer with adaLN-zero, for [b c h w].
+
+    Dropout draws from the global RNG of torch. `checkpointing` recomputes each block in the
+    backward pass instead of keeping its activations.
+    """
+
+    reference: ClassVar = Reference(
+        title="Scalable Diffusion Models with Transformers",
+        authors="Peebles and Xie",
+        year=2022,
+        arxiv="2212.09748",
+    )
+    positions: Tensor
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        num_classes: int = 0,
+        two_times: bool = False,
+        patch: int = 2,
+        dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        second_time: str = "h",
+        max_frequency: float = 16.0,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        _check_width(dim, num_heads)
+        self.channels, self.grid = shape[0], _patch_grid(shape, patch)
+        self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
+        self.embed = nn.Linear(self.channels * patch * patch, dim)
+        _xavier(self.embed)
+        self.register_buffer("positions", positions_2d(*self.grid, dim), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, dropout, qk_norm) for _ in range(depth)
+        )
+        self.conditioning = Conditioning(
+            dim,
+            num_classes=num_classes,
+            two_times=two_times,
+            second_time=second_time,
+            max_frequency=max_frequency,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        c = self.conditioning(t, r, cond)
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        tokens = self.embed(patches.to(self.embed.weight.dtype)) + self.positions
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+        return tokens, c
+
+    def readout(self) -> nn.Module:
+        return PatchReadout(self.dim, self.channels, self.grid, self.patch)
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features.mean(1)
+
+
+def _xavier(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"dit takes images, shape (channels, height, width); the data have shape "
+            f"{tuple(shape)}. For vectors use @mlp"
+        )
+    _, height, width = shape
+    if patch < 1 or height % patch or width % patch:
+        fitting = [p for p in range(1, min(height, width) + 1) if not (height % p or width % p)]
+        raise ValueError(
+            f"images of {height}x{width} cannot be cut into patches of dit.patch = {patch}. "
+            f"Patches that fit: {', '.join(map(str, fitting))}. Nearest legal height: "
+            f"{_nearest(height, max(patch, 1))}; width: {_nearest(width, max(patch, 1))}"
+        )
+    return height // patch, width // patch
+
+
+def _check_width(dim: int, num_heads: int) -> None:
+    unit = math.lcm(4, num_heads)  # the position embedding has four parts
+    if dim % unit:
+        raise ValueError(
+            f"dit.dim = {dim} must be a multiple of 4 and of dit.num_heads = {num_heads}. "
+            f"Nearest legal dim: {_nearest(dim, unit)}"
+        )
+
+
+def _nearest(n: int, unit: int) -> str:
+    """The positive multiples of unit on both sides of n, as text."""
+    lower = n // unit * unit
+    return str(n) if lower == n else f"{lower} or {lower + unit}" if lower else str(unit)

@@ -1,0 +1,131 @@
+"""What conditions every trunk, c = SiLU(e(t) + e'(t - r or r) + e''(label)), and positions.
+
+A time in [0, 1] enters unscaled, as cos(w t) and sin(w t) with angular frequencies w from 1 to
+`max_frequency` in geometric progression. Times multiplied by 1000, as in DiT, would multiply the
+time tangent of a forward-mode derivative by 1000 and spoil finite differences; here a feature's
+derivative is at most max_frequency. Whether the second time is the interval h = t - r or the
+end r itself is decided in this file and nowhere else.
+
+The second embedder's last layer starts at zero, so that a two-time network begins as the one-time
+network with the same weights. It is made last, so that both draw the same initial weights.
+
+Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from registry.protocols import NULL_LABEL, Cond
+
+NUM_FREQUENCIES = 128
+SECOND_TIMES = ("h", "r")
+
+
+class TimeEmbedding(nn.Module):
+    """t [b] -> [b dim]: sinusoidal features and a SiLU MLP with one hidden layer."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, max_frequency: float, *, zero_output: bool = False):
+        super().__init__()
+        frequencies = max_frequency ** torch.linspace(0, 1, NUM_FREQUENCIES)
+        # Rounded to bfloat16, so that a bfloat16 copy of the network has the same frequencies.
+        frequencies = frequencies.bfloat16().float()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.hidden = nn.Linear(2 * NUM_FREQUENCIES, dim)
+        self.output = nn.Linear(dim, dim)
+        for layer in (self.hidden, self.output):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        if zero_output:
+            nn.init.zeros_(self.output.weight)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None] * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.output(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+
+
+class LabelEmbedding(nn.Module):
+    """cond["label"] [b] -> [b dim]; the last row stands for NULL_LABEL and for no labels at all."""
+
+    null: Tensor
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, dim)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.register_buffer("null", torch.tensor([num_classes]), persistent=False)
+
+    def forward(self, cond: Cond | None) -> Tensor:
+        if cond is None or "label" not in cond:
+            return self.table(self.null)  # [1 dim]
+        label = cond["label"]
+        return self.table(torch.where(label == NULL_LABEL, self.num_classes, label))
+
+
+class Conditioning(nn.Module):
+    """(t [b], r [b], cond) -> c [b dim], in float32 under autocast too."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_classes: int,
+        two_times: bool,
+        second_time: str,
+        max_frequency: float,
+    ):
+        super().__init__()
+        if second_time not in SECOND_TIMES:
+            raise ValueError(
+                f"second_time = {second_time!r}; allowed are 'h' (the interval t - r) and 'r'"
+            )
+        if max_frequency < 1:
+            raise ValueError(f"max_frequency = {max_frequency}; it must be at least 1")
+        self.second_is_interval = second_time == "h"
+        self.time = TimeEmbedding(dim, max_frequency)
+        self.label = LabelEmbedding(dim, num_classes) if num_classes else None
+        self.second_time = (
+            TimeEmbedding(dim, max_frequency, zero_output=True) if two_times else None
+        )
+
+    def forward(self, t: Tensor, r: Tensor, cond: Cond | None) -> Tensor:
+        with _full_precision(t.device.type):
+            c = self.time(t)
+            if self.label is not None:
+                c = c + self.label(cond)
+            if self.second_time is not None:
+                c = c + self.second_time(t - r if self.second_is_interval else r)
+            return F.silu(c)
+
+
+def positions_2d(height: int, width: int, dim: int) -> Tensor:
+    """[height * width, dim] sines and cosines, in DiT's order: sin x, cos x, sin y, cos y."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y = torch.arange(height).repeat_interleave(width)[:, None] * frequencies
+    x = torch.arange(width).repeat(height)[:, None] * frequencies
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def zero_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Zero weight and bias."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # the meta device

@@ -1,0 +1,73 @@
+"""Heads: which outputs a network has. Each is built on a trunk, as `head(trunk)`.
+
+Every readout is a final layer of its own (normalisation, modulation by c, linear) and zero at
+initialisation. The dual head is two of them: at DiT-XL/2 the second costs 2.7 million parameters,
+0.4 %. No source gives its design; it follows from the parameter count of DuMo (arXiv 2602.17682),
+679M, which two final layers and two time embedders reproduce.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from backbones.embeddings import zero_
+from registry import heads
+from registry.protocols import Reference
+
+
+class Readouts(nn.Module):
+    """One readout of the trunk for each key."""
+
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, trunk: Any):
+        super().__init__()
+        self.readouts = nn.ModuleDict({key: trunk.readout() for key in self.keys})
+
+    def forward(self, features: Tensor, c: Tensor) -> dict[str, Tensor]:
+        return {key: readout(features, c) for key, readout in self.readouts.items()}
+
+
+@heads.register("velocity")
+class Velocity(Readouts):
+    """Instantaneous velocity v(x, t)."""
+
+    keys = ("v",)
+    needs_r: ClassVar = False
+
+
+@heads.register("average_velocity")
+class AverageVelocity(Readouts):
+    """Average velocity u(x, t, r) over [r, t]."""
+
+    keys = ("u",)
+    needs_r: ClassVar = True
+
+
+@heads.register("dual_head")
+class Dual(Readouts):
+    """Average and instantaneous velocity from one trunk, by two final layers."""
+
+    keys = ("u", "v")
+    needs_r: ClassVar = True
+    reference: ClassVar = Reference(
+        title="Duality Models", authors="Sun, Shang, Lin, Shen", year=2026, arxiv="2602.17682"
+    )
+
+
+@heads.register("log_variance")
+class LogVariance(nn.Module):
+    """Log-variance of the error, a linear function of the conditioning vector."""
+
+    keys: ClassVar[tuple[str, ...]] = ("logvar",)
+    needs_r: ClassVar = False
+
+    def __init__(self, trunk: Any):
+        super().__init__()
+        self.linear = nn.Linear(trunk.dim, 1)
+        zero_(self.linear)
+
+    def forward(self, features: Tensor, c: Tensor) -> dict[str, Tensor]:
+        return {"logvar": self.linear(c).squeeze(-1)}

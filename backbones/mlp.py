@@ -1,0 +1,92 @@
+"""Residual MLP for vectors, the network of the 2-D problems.
+
+    h <- h + W' SiLU((1 + scale) W h + shift),  (shift, scale) linear in c
+
+There is no normalisation: a point's distance from the origin matters in two dimensions. Inputs
+enter as they are, since Fourier features of x would make its tangents large.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.embeddings import Conditioning, modulate, zero_
+from registry import backbones
+from registry.protocols import Cond
+
+
+class ResidualBlock(nn.Module):
+    """One hidden layer around a skip, scaled and shifted by c."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.hidden = nn.Linear(dim, dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+        zero_(self.modulation)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=1)
+        return h + self.output(F.silu(modulate(self.hidden(h), shift, scale)))
+
+
+class VectorReadout(nn.Module):
+    """(features [b dim], c [b dim]) -> [b d]: modulation, SiLU, zero linear layer."""
+
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, size)
+        zero_(self.modulation)
+        zero_(self.linear)
+
+    def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=1)
+        return self.linear(F.silu(modulate(features, shift, scale)))
+
+
+@backbones.register("mlp")
+class MLP(nn.Module):
+    """Residual MLP for vectors [b d], conditioned by scale and shift."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        num_classes: int = 0,
+        two_times: bool = False,
+        dim: int = 256,
+        depth: int = 4,
+        second_time: str = "h",
+        max_frequency: float = 16.0,
+    ):
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(
+                f"mlp takes vectors, shape (d,); the data have shape {tuple(shape)}. "
+                "For images use @dit or @unet"
+            )
+        self.dim, self.size = dim, shape[0]
+        self.embed = nn.Linear(self.size, dim)
+        self.blocks = nn.ModuleList(ResidualBlock(dim) for _ in range(depth))
+        self.conditioning = Conditioning(
+            dim,
+            num_classes=num_classes,
+            two_times=two_times,
+            second_time=second_time,
+            max_frequency=max_frequency,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        c = self.conditioning(t, r, cond)
+        h = self.embed(x.to(self.embed.weight.dtype))
+        for block in self.blocks:
+            h = block(h, c)
+        return h, c
+
+    def readout(self) -> nn.Module:
+        return VectorReadout(self.dim, self.size)
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features

@@ -1,0 +1,134 @@
+"""A network is a trunk and its heads: (x, t, r, cond) -> {"u": ..., "v": ..., "logvar": ...}.
+
+The heads decide which outputs there are and whether the trunk embeds a second time. Whatever two
+networks have in common starts from the same weights under one `torch.manual_seed`: a trunk makes
+its second time embedder last, and the heads follow the trunk. Every output is zero at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+import registry
+from backbones.heads import AverageVelocity, Dual, LogVariance, Readouts, Velocity
+from registry.protocols import Cond
+
+
+class FlowNetwork(nn.Module):
+    """A trunk and its heads; the outputs, named by `keys`, have the dtype of x."""
+
+    def __init__(self, trunk: nn.Module, heads: Sequence[Any]):
+        super().__init__()
+        _check_distinct([type(head) for head in heads])
+        self.keys: tuple[str, ...] = tuple(key for head in heads for key in head.keys)
+        self.trunk = trunk
+        self.heads = nn.ModuleDict({registry.heads.name_of(head): head for head in heads})
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        features, c = self.trunk(x, t, r, cond)
+        return {
+            key: value.to(x.dtype)
+            for head in self.heads.values()
+            for key, value in head(features, c).items()
+        }
+
+
+def build_network(
+    backbone: Callable[..., nn.Module],
+    shape: tuple[int, ...],
+    num_classes: int,
+    keys: Iterable[str],
+    heads: Sequence[type[Any]] | None = None,
+) -> FlowNetwork:
+    """A network that makes the outputs `keys`, with these head classes or the default ones."""
+    keys = tuple(dict.fromkeys(keys))
+    chosen = default_heads(keys) if heads is None else tuple(heads)
+    _check_cover(keys, chosen)
+    _check_distinct(chosen)
+    two_times = any(head.needs_r for head in chosen)
+    trunk = backbone(shape=shape, num_classes=num_classes, two_times=two_times)
+    if heads is None:  # by name, so that gin fills the fields of a plug-in's head
+        names = [registry.heads.name_of(head) for head in chosen]
+        return FlowNetwork(trunk, [registry.heads.build(name, trunk=trunk) for name in names])
+    return FlowNetwork(trunk, [head(trunk) for head in chosen])
+
+
+def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
+    """Registered heads that make `keys`: `dual` for u with v, else one for each key.
+
+    A plug-in's head is taken for what the heads of this package do not make.
+    """
+    wanted, chosen = set(keys), []
+    own: list[type[Any]] = [Dual, Velocity, AverageVelocity, LogVariance]
+    for head in own + [registry.heads.get(name) for name in registry.heads.names()]:
+        if wanted.issuperset(head.keys):
+            chosen.append(head)
+            wanted.difference_update(head.keys)
+    return tuple(chosen)
+
+
+def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
+    """Copy the teacher's weights, so that the student's u and v equal the teacher's at the start.
+
+    An output that the teacher lacks, u or v, takes the readout of the other. A second time
+    embedder that only the student has keeps its start, which adds nothing; so do other heads.
+    """
+    ours, theirs = student.trunk.state_dict(), teacher.trunk.state_dict()
+    added = {name for name in ours.keys() - theirs.keys() if ".second_time." in name}
+    differing = sorted((ours.keys() ^ theirs.keys()) - added)
+    if differing:
+        raise ValueError(
+            f"the student cannot start from the teacher: only one of their trunks has "
+            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. "
+            "Give both the same backbone, and a second time to the student if the teacher has one"
+        )
+    given = _readouts(teacher)
+    if not given:
+        raise ValueError(f"the teacher makes {', '.join(teacher.keys)}; it needs u or v")
+    student.trunk.load_state_dict(theirs, strict=False)
+    for key, readout in _readouts(student).items():
+        source = key if key in given else next(iter(given))
+        readout.load_state_dict(given[source].state_dict())
+
+
+def _readouts(net: FlowNetwork) -> dict[str, nn.Module]:
+    return {
+        key: readout
+        for head in net.heads.values()
+        if isinstance(head, Readouts)
+        for key, readout in head.readouts.items()
+    }
+
+
+def _check_distinct(heads: Sequence[type[Any]]) -> None:
+    makers: dict[str, str] = {}
+    for head in heads:
+        name = registry.heads.name_of(head)
+        for key in head.keys:
+            if key in makers:
+                raise ValueError(
+                    f"the heads {makers[key]!r} and {name!r} both make {key!r}; keep one of them"
+                )
+            makers[key] = name
+
+
+def _check_cover(keys: Sequence[str], chosen: Sequence[type[Any]]) -> None:
+    made = {key for head in chosen for key in head.keys}
+    for key in keys:
+        if key not in made:
+            names = [n for n in registry.heads.names() if key in registry.heads.get(n).keys]
+            raise ValueError(
+                f"the objective needs the output {key!r}; {_described(chosen)}. "
+                f"Registered heads that make {key!r}: {', '.join(names) or 'none'}. "
+                + ("Add one of them to the heads" if names else "Register one, or check the key")
+            )
+
+
+def _described(chosen: Sequence[type[Any]]) -> str:
+    pairs = [f"{registry.heads.name_of(head)} makes {', '.join(head.keys)}" for head in chosen]
+    return "of the heads, " + "; ".join(pairs) if pairs else "no head was chosen"
