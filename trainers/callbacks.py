@@ -193,7 +193,6 @@ class CheckpointCallback(Callback):
 
     def _save(self, state: TrainState) -> None:
         with state.paused():
-            self._last = (state.step, time.monotonic())
             norm = torch.nn.utils.get_total_norm(list(state.net.parameters()))
             if not norm.isfinite():
                 raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
@@ -205,6 +204,7 @@ class CheckpointCallback(Callback):
                     state.step,
                     problem,
                 )
+            self._last = (state.step, time.monotonic())
 
     def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
         def stop(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,410 @@
+"""Checkpoints: exact resume, whole or refused, and nothing lost when a disk or a process fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from trainer_toys import StopAt, ToyNet, ToyObjective, run, same
+
+from registry.protocols import LossOutput
+from trainers import (
+    AdamW,
+    Budget,
+    Callback,
+    CheckpointCallback,
+    Cosine,
+    EmaCallback,
+    NonFiniteLoss,
+    RAdam,
+    TorchEngine,
+    TrainState,
+)
+from trainers import checkpoint as checkpoints_
+from trainers.checkpoint import BrokenCheckpoint, checkpoints, latest, load_module, save_module
+
+
+def trained(folder: Path, steps: int = 9, every: int = 3, keep: int = 10, **more: Any) -> Path:
+    """A finished short run with checkpoints; the folder that holds them."""
+    saving = CheckpointCallback(every=every, keep=keep)
+    run(folder=folder, budget=Budget(steps=steps), callbacks=[saving], **more)
+    return folder / "checkpoints"
+
+
+# --- exact resume
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": AdamW(lr=1e-2), "budget": Budget(steps=12)},
+        {"optimizer": RAdam(lr=1e-2), "budget": Budget(images=96)},
+        {"optimizer": AdamW(lr=1e-2), "engine": {"accumulate": 2, "clip": 0.5}},
+        {"optimizer": AdamW(lr=1e-2), "engine": {"precision": "bf16"}},
+    ],
+    ids=["adamw", "radam", "accumulate", "bf16"],
+)
+def test_resume_is_bit_equal_to_an_uninterrupted_run(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With an EMA teacher, dropout, a cosine with warm-up and two averages."""
+
+    def go(*more: Callback, **changes: Any) -> tuple[TrainState, list[torch.Tensor]]:
+        arguments: dict[str, Any] = {
+            "budget": Budget(steps=12),
+            "schedule": Cosine(warmup_steps=3),
+            "seed": 5,
+            **settings,
+            "engine": TorchEngine(**settings.get("engine", {})),
+            "callbacks": [EmaCallback(decays=(0.5, 0.99)), *more],
+        }
+        return run(**arguments | changes)
+
+    whole, losses = go()
+    first, before = go(CheckpointCallback(), StopAt(5), folder=tmp_path)
+    torch.manual_seed(1)
+    state, after = go(
+        CheckpointCallback(), net=ToyNet(seed=77), objective=ToyObjective(), folder=tmp_path,
+        resume=True,
+    )  # fmt: skip
+    assert first.step == 5
+    assert state.resumed == tmp_path / "checkpoints" / "step_00000005"
+    assert torch.equal(torch.stack(before + after), torch.stack(losses))
+    assert (state.step, state.images) == (whole.step, whole.images)
+    assert same(state.engine.module.state_dict(), whole.engine.module.state_dict())
+    for name in whole.emas:
+        assert same(state.emas[name].state_dict(), whole.emas[name].state_dict())
+    assert state.lr == whole.lr
+    assert state.seconds > first.seconds
+
+
+def test_resume_without_any_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    _, losses = run()
+    state, again = run(folder=tmp_path, resume=True)
+    assert state.resumed is None
+    assert torch.equal(torch.stack(losses), torch.stack(again))
+
+
+def test_resume_with_another_seed_or_batch_size_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path)
+    run(folder=tmp_path, resume=True, seed=0, batch_size=8)
+    assert not caplog.records
+    run(folder=tmp_path, resume=True, seed=3, batch_size=4)
+    assert "seed = 0 and goes on with 3" in caplog.text
+    assert "batch_size = 8 and goes on with 4" in caplog.text
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="folder"):
+        run(resume=True)
+    with pytest.raises(ValueError, match="folder"):
+        run(callbacks=[CheckpointCallback()])
+
+
+def test_a_new_run_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=r"earlier run \(newest: step_00000009\)"):
+        trained(tmp_path)
+
+
+# --- whole or refused
+
+
+def test_checkpoint_holds_every_file_with_its_hash(tmp_path: Path) -> None:
+    folder = trained(tmp_path, 3)
+    path = folder / "step_00000003"
+    manifest = json.loads((path / "manifest.json").read_text())
+    names = {"net.safetensors", "teacher_teacher.safetensors", "optimizer.pt", "state.json"}
+    assert set(manifest) == names
+    assert {p.name for p in path.iterdir()} == names | {"manifest.json"}
+    for name in names:
+        content = (path / name).read_bytes()
+        assert manifest[name]["size"] == len(content)
+        assert manifest[name]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert [p.name for p in folder.iterdir()] == ["step_00000003"]  # nothing left over
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("net.safetensors", truncate, "bytes instead of"),
+        ("net.safetensors", flip, "changed after it was written"),
+        ("optimizer.pt", flip, "changed after it was written"),
+        ("state.json", flip, "changed after it was written"),
+        ("teacher_teacher.safetensors", Path.unlink, "is missing"),
+        ("manifest.json", Path.unlink, "cannot be read"),
+        ("manifest.json", truncate, "cannot be read"),
+        ("manifest.json", lambda p: p.write_text("[1]"), "cannot be read"),
+    ],
+)
+def test_latest_refuses_a_broken_checkpoint_by_name_and_takes_the_one_before(
+    name: str,
+    damage: Callable[[Path], Any],
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = trained(tmp_path)
+    damage(folder / "step_00000009" / name)
+    assert latest(folder) == folder / "step_00000006"
+    warning = caplog.records[-1]
+    assert warning.levelno == logging.WARNING
+    assert f"step_00000009/{name}" in warning.getMessage()
+    assert reason in warning.getMessage()
+    state, _ = run(folder=folder.parent, resume=True, budget=Budget(steps=9))
+    whole, _ = run(budget=Budget(steps=9))
+    assert same(state.net.state_dict(), whole.net.state_dict())
+
+
+def test_latest_raises_when_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    for path in checkpoints(folder):
+        truncate(path / "net.safetensors")
+    with pytest.raises(BrokenCheckpoint, match="none of the 3 checkpoints"):
+        latest(folder)
+    assert latest(tmp_path / "nothing") is None
+
+
+def test_loading_never_executes_code(tmp_path: Path) -> None:
+    """Even where an attacker has adapted the manifest."""
+    witness = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(witness),))
+
+    path = trained(tmp_path, 3) / "step_00000003"
+    torch.save({"state": Payload()}, path / "optimizer.pt")
+    content = (path / "optimizer.pt").read_bytes()
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["optimizer.pt"] = {
+        "size": len(content), "sha256": hashlib.sha256(content).hexdigest()
+    }  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError):
+        run(folder=tmp_path, resume=True)
+    assert not witness.exists()
+    torch.load(path / "optimizer.pt", weights_only=False)
+    assert witness.exists()  # the control: the payload is a live one
+
+
+def test_weights_of_another_network_are_refused_with_the_differences(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_module(path, nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
+    with pytest.raises(ValueError) as caught:
+        load_module(path, nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1), nn.Linear(1, 1)))
+    message = str(caught.value)
+    assert "0.weight has shape (3, 2), here (4, 2)" in message
+    assert "2.weight is missing" in message
+    with pytest.raises(ValueError, match=r"1.bias is unknown here; 1.weight is unknown here"):
+        load_module(path, nn.Sequential(nn.Linear(2, 3)))
+    path.write_bytes(b"no tensors")
+    with pytest.raises(BrokenCheckpoint, match="no safetensors file"):
+        load_module(path, nn.Linear(2, 3))
+
+
+def test_weights_tied_or_not_contiguous_come_back(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(4, 4), nn.Linear(4, 4))
+        net[2].weight = net[1].weight
+        return net.to(memory_format=torch.channels_last)
+
+    one, other = build(), build()
+    save_module(tmp_path / "net.safetensors", one)
+    load_module(tmp_path / "net.safetensors", other)
+    assert same(one.state_dict(), other.state_dict())
+    assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert other[2].weight is other[1].weight
+
+
+# --- keeping
+
+
+def test_keep_leaves_the_last_ones(tmp_path: Path) -> None:
+    folder = trained(tmp_path, steps=11, every=2, keep=2)
+    assert [p.name for p in checkpoints(folder)] == ["step_00000010", "step_00000011"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000010", "step_00000011"]
+
+
+def test_keep_does_not_count_a_broken_newer_one(tmp_path: Path) -> None:
+    folder = trained(tmp_path, steps=9, every=3)
+    truncate(folder / "step_00000009" / "net.safetensors")
+    run(
+        folder=tmp_path, resume=True, budget=Budget(steps=9),
+        callbacks=[CheckpointCallback(every=1, keep=1), StopAt(7)],
+    )  # fmt: skip
+    assert latest(folder) == folder / "step_00000007"
+    run(folder=tmp_path, resume=True, budget=Budget(steps=9), callbacks=[CheckpointCallback()])
+    assert latest(folder) == folder / "step_00000009"  # written anew
+
+
+def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(Callback):
+        now = 0.0
+
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            self.now += 30.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr("trainers.callbacks.time", clock)
+    saving = CheckpointCallback(every_seconds=90.0, keep=100)
+    run(folder=tmp_path, callbacks=[clock, saving], budget=Budget(steps=8))
+    assert [int(p.name[-2:]) for p in checkpoints(tmp_path / "checkpoints")] == [3, 6, 8]
+
+
+# --- failures
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes; further writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("limit", "file"), [(64, "net.safetensors"), (1500, "optimizer.pt")])
+def test_full_disk_is_a_warning_and_leaves_older_checkpoints(
+    limit: int, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(Callback):
+        def on_start(self, state: TrainState) -> None:
+            self.context = full_disk(limit)
+
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            if state.step == 4:
+                self.context.__enter__()
+            if state.step == 8:
+                self.context.__exit__(None, None, None)
+
+    saving = CheckpointCallback(every=3, keep=10)
+    _, losses = run(folder=tmp_path, callbacks=[Full(), saving], budget=Budget(steps=9))
+    folder = tmp_path / "checkpoints"
+    assert [p.name for p in checkpoints(folder)] == ["step_00000003", "step_00000009"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000009"]
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("NO CHECKPOINT at step 6: ")
+    assert f"{file} cannot be written" in warning.getMessage()
+    for path in checkpoints(folder):
+        checkpoints_.verify(path)
+    assert torch.equal(torch.stack(losses), torch.stack(run(budget=Budget(steps=9))[1]))
+
+
+def test_a_save_that_is_interrupted_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if "00000006" in str(target):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step_00000003"]
+    shutil.copytree(folder / "step_00000003", folder / ".step_00000006.partial")  # as by SIGKILL
+    assert latest(folder) == folder / "step_00000003"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            if state.step == 4:
+                state.net.inner.weight.data[0, 0] = float("nan")
+
+    with pytest.raises(NonFiniteLoss, match="step 4: the weights are not finite; not saved"):
+        run(folder=tmp_path, callbacks=[Spoil(), CheckpointCallback(every=2)])
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_run_with_a_checkpoint_and_no_error(number: int, tmp_path: Path) -> None:
+    class Send(Callback):
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            if state.step == 4:
+                os.kill(os.getpid(), number)
+
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    state, losses = run(folder=tmp_path, callbacks=[Send(), CheckpointCallback()])
+    assert (state.stop, state.step, state.finished) == (signal.Signals(number).name, 4, True)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    _, rest = run(folder=tmp_path, resume=True, callbacks=[CheckpointCallback()])
+    assert torch.equal(torch.stack(losses + rest), torch.stack(run()[1]))
+
+
+def test_second_signal_acts_at_once(tmp_path: Path) -> None:
+    class Twice(Callback):
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            if state.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path, callbacks=[CheckpointCallback(), Twice()])
+    assert not checkpoints(tmp_path / "checkpoints")
+
+
+def test_killed_process_resumes_bit_equal(tmp_path: Path) -> None:
+    """SIGKILL at an arbitrary moment, for real."""
+    code = (
+        "from pathlib import Path; from trainer_toys import run;"
+        "from trainers import Budget, CheckpointCallback;"
+        f"run(folder=Path({str(tmp_path)!r}), budget=Budget(steps=10**7),"
+        "callbacks=[CheckpointCallback(every=1, keep=3)])"
+    )
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    folder = tmp_path / "checkpoints"
+    deadline = time.monotonic() + 60
+    try:
+        while len(checkpoints(folder)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    newest = latest(folder)
+    assert newest is not None
+    done = int(newest.name.removeprefix("step_"))
+    budget = Budget(steps=done + 5)
+    state, losses = run(folder=tmp_path, resume=True, budget=budget)
+    whole, all_losses = run(budget=budget)
+    assert torch.equal(torch.stack(losses), torch.stack(all_losses[done:]))
+    assert same(state.net.state_dict(), whole.net.state_dict())
