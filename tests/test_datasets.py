@@ -31,7 +31,8 @@ def fashion_folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for prefix, n in (("train", 20), ("t10k", 10)):
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (n, 28, 28)))
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(n) % 10)
+        labels = np.arange(n)[:: 1 if prefix == "train" else -1] % 10
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
     return folder
 
 
@@ -109,7 +110,7 @@ def test_fashion_mnist_joins_the_splits(fashion_folder):
     assert sizes == {"train": 20, "test": 10, "all": 30}
     every = FashionMnist(folder=str(fashion_folder), split="all")
     assert (every.shape, every.num_classes) == ((1, 28, 28), 10)
-    assert every.stored.labels.tolist() == [*range(10), *range(10), *range(10)]
+    assert every.stored.labels.tolist() == [*range(10), *range(10), *reversed(range(10))]
 
 
 def test_fashion_mnist_says_how_to_get_it(tmp_path):
