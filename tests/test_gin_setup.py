@@ -78,6 +78,7 @@ def shipped(tmp_path, monkeypatch, write):
     for folder in folders:
         folder.mkdir(parents=True)
     monkeypatch.setattr(gin_files, "roots", lambda: folders)
+    monkeypatch.chdir(tmp_path / "share")
     return folders
 
 
@@ -135,6 +136,14 @@ def test_include_prefers_the_folder_of_the_including_file(shipped, write, tmp_pa
     beside = write("checkout/gin/experiments/base.gin", "job.seed = 4")
     assert gin_setup.parse([mine]) == (mine, digits, beside)
     assert run()[1] == 4
+
+
+def test_second_include_is_seen_from_the_file_again(write):
+    file = write("my.gin", "include 'deep/one.gin'\ninclude 'two.gin'")
+    files = (file, write("deep/one.gin", ""), write("two.gin", "job.seed = 2"))
+    write("deep/two.gin", "job.seed = 3")
+    assert gin_setup.parse([file]) == files
+    assert run()[1] == 2
 
 
 def test_file_that_includes_itself_is_refused(write):
@@ -264,9 +273,10 @@ def test_macro_set_by_hand_must_be_read_by_something(write):
         gin_setup.parse([file], ["STEP = 5"])
 
 
-def test_macro_of_an_arm_is_refused():
+def test_macro_of_an_arm_is_refused(write):
+    file = write("a.gin", "STEPS = 1\na/STEPS = 2\njob.steps = %STEPS")
     with pytest.raises(ValueError, match=r"'a/STEPS'. Macros know no arms; bind the parameter"):
-        gin_setup.parse([], ["STEPS = 1", "a/STEPS = 2", "job.steps = %STEPS"])
+        gin_setup.parse([file])
 
 
 # Arms
@@ -293,7 +303,7 @@ def test_unknown_arm_lists_the_arms(write):
     gin_setup.parse([write("grid.gin", ARMS)])
     with pytest.raises(ValueError, match=r"no arm named 'p'. .*Arms: plain, p0, p2"):
         run("p")
-    gin_setup.parse([], ["a/job.seed = 1"])
+    gin_setup.parse([], ["job.seed = 0", "a/job.seed = 1", "a/job.steps = 1"])
     assert gin_setup.arms() == ("a",)
     gin_setup.parse([], ["job.seed = 1"])
     with pytest.raises(ValueError, match="these files have no arms"):
@@ -465,6 +475,7 @@ def test_objective_next_to_the_gin_file_is_imported(write, forget):
         assert objective.scale == 2.0
         assert objectives.name_of(objective) == "own_loss_a"
     assert "import own_loss_a" in gin_setup.full_text()
+    assert sys.path.count(str(file.parent)) == 1
 
 
 def test_own_module_hidden_by_another_is_refused(write, forget):

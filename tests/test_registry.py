@@ -7,6 +7,7 @@ import pickle
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import gin
@@ -133,8 +134,8 @@ def test_temporary_leaves_nothing_behind_after_an_error():
     assert "test_local" not in weights
     with pytest.raises(ValueError, match="No configurable"):
         gin.parse_config("test_local.factor = 1")
-    with weights.temporary("test_local", Local):
-        assert weights.names().count("test_local") == 1
+    with weights.temporary("test_other", Local):
+        assert weights.name_of(Local) == "test_other"
 
 
 def test_every_kind_is_exported_and_listed_once():
@@ -195,6 +196,20 @@ def test_same_name_in_another_file_is_refused(load):
     assert weights.get("test_twice") is first.Twice
 
 
+def test_same_name_in_two_functions_is_refused():
+    def make():
+        class Local:
+            pass
+
+        return Local
+
+    with (
+        weights.temporary("test_local", make()),
+        pytest.raises(ValueError, match="taken by the weight"),
+    ):
+        weights.register("test_local")(make())
+
+
 def test_class_that_breaks_its_contract_does_not_replace_the_old_one():
     broken = type("Toy", (), {"heads": "u", "__module__": __name__})
     broken.__qualname__ = Toy.__qualname__
@@ -203,7 +218,8 @@ def test_class_that_breaks_its_contract_does_not_replace_the_old_one():
     assert objectives.get("test_toy") is Toy
 
 
-def test_notebook_cell_that_runs_again_replaces_its_part():
+def test_notebook_cell_that_runs_again_replaces_its_part(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # it has no file
     cells = [type("Cell", (), {"__module__": "__main__"}) for _ in range(2)]
     with weights.temporary("test_cell", cells[0]):
         assert weights.register("test_cell")(cells[1]) is cells[1]
