@@ -109,3 +109,20 @@ def test_installed_gin_files_are_found_and_parsed_from_another_folder(installed)
     found = Path(installed("python", "-c", code).strip())
     assert found.is_relative_to(share)
     assert found.read_text() == (ROOT / some).read_text()
+
+
+def test_help_and_list_work_from_another_folder(installed):
+    assert "COMMAND" in installed("objective-zoo", "--help")
+    listing = installed("objective-zoo", "list")
+    assert "mean_flow" in listing
+    assert "2505.13447" in listing
+
+
+def test_run_of_a_shipped_gin_file_works_from_another_folder(installed):
+    small = ["run.steps = 2", "run.batch_size = 8", "run.num_samples = 16", "run.nfe = (1,)"]
+    small += ["dit.dim = 16", "dit.depth = 1", "run.metric = @mmd()", "run.recorder = @jsonl()"]
+    sets = [word for binding in small for word in ("--set", binding)]
+    arm = ["--arm", "mean_flow", "--out", "out"]
+    table = installed("objective-zoo", "run", "gin/experiments/digits.gin", *arm, *sets)
+    assert "mean_flow" in table
+    assert (installed.folder / "out" / "mean_flow" / "result.json").is_file()
