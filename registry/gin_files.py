@@ -1,8 +1,8 @@
 """Where gin files are found, and the reader through which gin opens them.
 
-A gin file is looked for as given, then in the checkout's gin/, then in the installed share folder.
-An include is looked for next to the file that includes it, then in the same two: never in the
-current folder, which is where gin itself would look first.
+A gin file is looked for as given, then among ours: in the checkout's gin/, or in the share folder of
+an installation. An include is looked for next to the file that includes it, then among ours: never
+in the current folder, which is where gin itself would look first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from registry.plugins import make_importable
 
 
 def roots() -> tuple[Path, ...]:
-    """The folders that hold our gin files: the checkout's, and those where pip puts shared data."""
+    """The folder of our gin files: the checkout's, else all those where pip puts shared data."""
     packages = Path(__file__).parents[1]
+    checkout = packages / "gin"
+    # Next to installed packages, gin/ is gin-config itself.
+    if checkout.is_dir() and not (checkout / "__init__.py").exists():
+        return (checkout,)
     user = sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))
-    data = (sysconfig.get_path("data"), user, packages)
-    found = [packages / "gin", *(Path(d) / "share" / "objective-zoo" / "gin" for d in data)]
-    # In site-packages, the gin/ next to our packages is gin-config itself.
-    return tuple(f for f in dict.fromkeys(found) if f.is_dir() and not (f / "__init__.py").exists())
+    data = (sysconfig.get_path("data"), user, packages)  # the last is pip install --target
+    shared = [Path(folder) / "share" / "objective-zoo" / "gin" for folder in data]
+    return tuple(folder for folder in dict.fromkeys(shared) if folder.is_dir())
 
 
 def resolve(name: str | Path, folder: Path | None = None) -> Path:

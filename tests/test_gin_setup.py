@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -173,23 +174,23 @@ def test_roots_are_folders_of_gin_files_and_never_gin_config():
     for root in gin_files.roots():
         assert not list(root.rglob("*.py"))
     checkout = Path(__file__).parents[1]
-    assert gin_files.roots()[0] == checkout / "gin"
+    assert gin_files.roots() == (checkout / "gin",)  # no stale copy of an installation beside it
 
 
 def test_share_folder_of_a_user_install_is_found(tmp_path):
-    code = "from registry import gin_setup; print(gin_setup.resolve('only_here.gin'))"
-    folder = tmp_path / "share" / "objective-zoo" / "gin"
-    folder.mkdir(parents=True)
-    (folder / "only_here.gin").touch()
-    root = Path(__file__).parents[1]
+    shutil.copytree(Path(gin_files.__file__).parent, tmp_path / "site" / "registry")
+    shared = tmp_path / "share" / "objective-zoo" / "gin"
+    shared.mkdir(parents=True)
+    code = "from registry import gin_files; print(*gin_files.roots(), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONUSERBASE": str(tmp_path), "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONUSERBASE": str(tmp_path), "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(folder / "only_here.gin")
+    assert str(shared) in done.stdout.splitlines()
 
 
 # Parsing
