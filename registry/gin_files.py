@@ -1,8 +1,8 @@
 """Where gin files are found, and the reader through which gin opens them.
 
-A gin file is looked for as given, then among ours: in the checkout's gin/, or in the share folder of
-an installation. An include is looked for next to the file that includes it, then among ours: never
-in the current folder, which is where gin itself would look first.
+A gin file is looked for as given, then among ours: in the checkout's gin/, or in an installation's
+share folder. An include is looked for next to the file that includes it, then among ours: never in
+the current folder, which is where gin itself would look first.
 """
 
 from __future__ import annotations
