@@ -1,0 +1,40 @@
+"""What is registered: every part with one line and its paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import registry
+from benchmarks import parts  # noqa: F401  registers
+from registry.core import Registry, summary
+from registry.plugins import import_file, load_plugins
+
+
+def catalogue(kind: str | None = None, file: Path | None = None, *, bibtex: bool = False) -> str:
+    """The text of `objective-zoo list`; plug-ins included, and the parts of one more Python file."""
+    load_plugins()
+    if file is not None:
+        import_file(file)
+    chosen = [k for k in registry.kinds if kind in (None, k.kind, k.kind.replace(" ", "_"))]
+    if not chosen:
+        known = ", ".join(k.kind for k in registry.kinds)
+        raise ValueError(f"no kind of part is called {kind!r}; there are: {known}")
+    if bibtex:
+        return "\n\n".join(_references(chosen))
+    return "\n\n".join(_section(k) for k in chosen if k.names())
+
+
+def _section(kind: Registry) -> str:
+    width = max(map(len, kind.names()))
+    lines = [f"{kind.kind}s" if not kind.kind.endswith("s") else kind.kind]
+    for name in kind.names():
+        cls = kind.get(name)
+        reference = getattr(cls, "reference", None)
+        paper = f"  [{reference}]" if reference else ""
+        lines.append(f"  {name:<{width}}  {summary(cls)}{paper}")
+    return "\n".join(lines)
+
+
+def _references(kinds: list[Registry]) -> list[str]:
+    found = [getattr(kind.get(name), "reference", None) for kind in kinds for name in kind.names()]
+    return list(dict.fromkeys(reference.bibtex() for reference in found if reference))

@@ -1,0 +1,122 @@
+"""The command line: objective-zoo run | list | sample | send.
+
+Nothing heavy is imported before the arguments are read, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it did what was asked, 1 if a run failed, 2 for a request in error."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        arguments.command(arguments)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    except SystemExit as end:
+        if end.code:
+            print(end.code, file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="objective-zoo",
+        description="Compare training objectives for one- and few-step generation.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train, sample and measure what a gin file says")
+    _add_request(run)
+    run.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME-DATE-TIME")
+    run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    run.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
+    run.set_defaults(command=_run)
+
+    listing = commands.add_parser("list", help="every registered part, with its paper")
+    listing.add_argument("--kind", help="one kind only, such as objective")
+    listing.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
+    listing.add_argument("--bibtex", action="store_true", help="the references as BibTeX")
+    listing.set_defaults(command=_list)
+
+    sample = commands.add_parser("sample", help="draw samples from a finished run")
+    sample.add_argument("run", type=Path, help="the folder of a finished run")
+    sample.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations")
+    sample.add_argument("--num", type=int, default=64, help="samples per NFE")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise")
+    sample.add_argument("--sampler", help="a registered sampler; default the run's own")
+    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
+    sample.set_defaults(command=_sample)
+
+    send = commands.add_parser("send", help="send records to MLflow that could not be sent before")
+    send.add_argument("folder", type=Path, help="the folder of a run or of a comparison")
+    send.add_argument("--tracking-uri", help="default: the store that the run was meant for")
+    send.set_defaults(command=_send)
+    return parser
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a gin file, such as experiments/digits.gin")
+    parser.add_argument("--arm", default="", help="only this arm of the file")
+    parser.add_argument(
+        "--set", dest="bindings", action="append", default=[], metavar="BINDING",
+        help="one more binding, such as 'run.seed = 1'; may be repeated",
+    )  # fmt: skip
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from benchmarks.comparison import Request, compare
+
+    bindings = list(arguments.bindings)
+    if arguments.tracking_uri:
+        bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
+    request = Request(file=arguments.file, bindings=tuple(bindings), arm=arguments.arm)
+    name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    compare(request, arguments.out or Path("runs") / name, resume=arguments.resume)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from benchmarks.catalogue import catalogue
+
+    print(catalogue(arguments.kind, arguments.file, bibtex=arguments.bibtex))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from benchmarks.sampling import sample_run
+
+    where = sample_run(
+        arguments.run,
+        nfe=tuple(arguments.nfe),
+        num=arguments.num,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        out=arguments.out,
+    )
+    print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")
+
+
+def _send(arguments: argparse.Namespace) -> None:
+    from benchmarks.mlflow_copy import send
+
+    for folder, state in send(arguments.folder, arguments.tracking_uri):
+        print(f"{folder}: {state}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""One run, as data: `run()` takes everything from gin and returns it built and checked.
+
+`run` is the only gin.configurable of the project. It builds the network and asks the objective for
+one loss on a few rows, so that whatever does not fit together is said before any training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gin
+import torch
+
+import registry
+from backbones.network import FlowNetwork, build_network
+from benchmarks import evaluate
+from benchmarks.features import Pixels
+from benchmarks.metrics import FeatureMetrics
+from registry.protocols import (
+    Batch,
+    Dataset,
+    Engine,
+    Metric,
+    Objective,
+    Optimizer,
+    Sampler,
+    Schedule,
+    parts,
+    required_heads,
+)
+from trainers.budget import Budget
+from trainers.engines import TrainStep
+from trainers.rng import generator
+from zoo.samplers import check_sampler, valid_samplers
+from zoo.teachers import Frozen
+
+PROBE_ROWS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, built and checked; see benchmarks/runner.py for what it does."""
+
+    objective: Objective
+    dataset: Dataset
+    net: FlowNetwork
+    teacher: Frozen | None  # a frozen teacher, its network attached but not yet trained or loaded
+    sampler: Sampler
+    engine: Engine
+    optimizer: Optimizer
+    schedule: Schedule
+    metric: Metric
+    recorder: Any
+    budget: Budget
+    batch_size: int
+    seed: int
+    ema_decay: float
+    nfe: tuple[int, ...]
+    num_samples: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_seconds: float
+    device: torch.device
+
+    @property
+    def objective_name(self) -> str:
+        return registry.objectives.name_of(self.objective)
+
+    @property
+    def backbone_name(self) -> str:
+        return registry.backbones.name_of(self.net.trunk)
+
+    @property
+    def sampler_name(self) -> str:
+        return registry.samplers.name_of(self.sampler)
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.net.parameters())
+
+
+@gin.configurable("run")
+def run(
+    *,
+    objective: Objective | None = None,
+    backbone: type | None = None,
+    dataset: Dataset | None = None,
+    heads: Sequence[type] | None = None,
+    sampler: Sampler | None = None,
+    engine: Engine | None = None,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    metric: Metric | None = None,
+    recorder: Any = None,
+    steps: int | None = None,
+    images: int | None = None,
+    seconds: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    ema_decay: float = 0.999,
+    nfe: Sequence[int] = (1, 2, 4, 8),
+    num_samples: int = 1000,
+    log_every: int = 50,
+    evaluate_every: int = 0,
+    checkpoint_seconds: float = 600.0,
+    device: str = "auto",
+) -> Experiment:
+    """Build and check one run; ValueError for anything that does not fit together.
+
+    The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
+    average of the weights at `ema_decay`, at each of `nfe` network evaluations.
+    """
+    objective = _bound("objective", objective, registry.objectives)
+    backbone = _bound("backbone", backbone, registry.backbones)
+    dataset = _bound("dataset", dataset, registry.datasets)
+    name = registry.objectives.name_of(objective)
+    if sampler is None:
+        valid = valid_samplers(objective)
+        if not valid:
+            raise ValueError(f"no registered sampler reads the outputs of objective {name!r}")
+        sampler = registry.samplers.build(valid[0])
+    check_sampler(name, objective, sampler)
+    evaluate.samplers_for(sampler, nfe)
+
+    def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
+        # Seeded for each network: what two of them share starts from the same weights.
+        torch.manual_seed(seed)
+        return build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
+
+    net = network(required_heads(objective), heads)
+    teacher = _frozen_teacher(objective)
+    if teacher is not None:
+        teacher.attach(network(("v",), None))
+    experiment = Experiment(
+        objective=objective,
+        dataset=dataset,
+        net=net,
+        teacher=teacher,
+        sampler=sampler,
+        engine=engine or registry.engines.build("torch_engine"),
+        optimizer=optimizer or registry.optimizers.build("adamw"),
+        schedule=schedule or registry.schedules.build("cosine"),
+        metric=metric or _default_metric(dataset),
+        recorder=recorder or registry.recorders.build("mlflow"),
+        budget=Budget(steps=steps, images=images, seconds=seconds),
+        batch_size=batch_size,
+        seed=seed,
+        ema_decay=ema_decay,
+        nfe=tuple(nfe),
+        num_samples=num_samples,
+        log_every=log_every,
+        evaluate_every=evaluate_every,
+        checkpoint_seconds=checkpoint_seconds,
+        device=_device(device),
+    )
+    _probe(experiment)
+    return experiment
+
+
+def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
+    if part is None:
+        raise ValueError(
+            f"run.{name} is not bound. Bind it in the gin file or by --set, for example "
+            f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
+            f"registered: {', '.join(kind.names())}"
+        )
+    return part
+
+
+def _frozen_teacher(objective: Objective) -> Frozen | None:
+    found = [part for _, part in parts(objective) if isinstance(part, Frozen)]
+    for teacher in found:
+        if not (teacher.checkpoint or teacher.pretrain):
+            raise ValueError(
+                "the frozen teacher has no network: bind frozen.checkpoint to the folder of a "
+                "finished flow-matching run, or frozen.pretrain to a share of the budget such as 0.5"
+            )
+    return found[0] if found else None
+
+
+def _default_metric(dataset: Dataset) -> Metric:
+    if len(dataset.shape) == 1:
+        return FeatureMetrics(extractor=Pixels(), metrics=(registry.metrics.build("mmd"),))
+    return registry.metrics.build("feature_metrics")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _probe(experiment: Experiment) -> None:
+    """One loss on a few rows, outside the run's own random streams."""
+    dataset, seed = experiment.dataset, experiment.seed
+    x0, cond = dataset.reference(PROBE_ROWS, seed)
+    step = TrainStep(experiment.net, experiment.objective)
+    with torch.no_grad():
+        step(Batch(x0=x0, cond=cond), generator(seed, 0, 0))
