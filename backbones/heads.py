@@ -53,7 +53,10 @@ class Dual(Readouts):
     keys = ("u", "v")
     needs_r: ClassVar = True
     reference: ClassVar = Reference(
-        title="Duality Models", authors="Sun, Shang, Lin, Shen", year=2026, arxiv="2602.17682"
+        title="Duality Models: An Embarrassingly Simple One-step Generation Paradigm",
+        authors="Sun et al.",
+        year=2026,
+        arxiv="2602.17682",
     )
 
 

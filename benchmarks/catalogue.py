@@ -8,10 +8,11 @@ import registry
 from benchmarks import parts  # noqa: F401  registers
 from registry.core import Registry, summary
 from registry.plugins import import_file, load_plugins
+from registry.protocols import Reference
 
 
 def catalogue(kind: str | None = None, file: Path | None = None, *, bibtex: bool = False) -> str:
-    """The text of `objective-zoo list`; plug-ins included, and the parts of one more Python file."""
+    """The text of `objective-zoo list`: plug-ins too, and the parts of one more Python file."""
     load_plugins()
     if file is not None:
         import_file(file)
@@ -29,12 +30,17 @@ def _section(kind: Registry) -> str:
     lines = [f"{kind.kind}s" if not kind.kind.endswith("s") else kind.kind]
     for name in kind.names():
         cls = kind.get(name)
-        reference = getattr(cls, "reference", None)
-        paper = f"  [{reference}]" if reference else ""
+        paper = f"  [{reference}]" if (reference := _reference(cls)) else ""
         lines.append(f"  {name:<{width}}  {summary(cls)}{paper}")
     return "\n".join(lines)
 
 
 def _references(kinds: list[Registry]) -> list[str]:
-    found = [getattr(kind.get(name), "reference", None) for kind in kinds for name in kind.names()]
+    found = [_reference(kind.get(name)) for kind in kinds for name in kind.names()]
     return list(dict.fromkeys(reference.bibtex() for reference in found if reference))
+
+
+def _reference(cls: type) -> Reference | None:
+    """The paper; a data set's `reference` is a method."""
+    found = getattr(cls, "reference", None)
+    return found if isinstance(found, Reference) else None

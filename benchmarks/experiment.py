@@ -175,7 +175,7 @@ def _frozen_teacher(objective: Objective) -> Frozen | None:
         if not (teacher.checkpoint or teacher.pretrain):
             raise ValueError(
                 "the frozen teacher has no network: bind frozen.checkpoint to the folder of a "
-                "finished flow-matching run, or frozen.pretrain to a share of the budget such as 0.5"
+                "finished flow-matching run, or frozen.pretrain to a share of the budget, 0.5 say"
             )
     return found[0] if found else None
 

@@ -3,7 +3,7 @@
 The run's folder holds
 
     config.gin  operative.gin  objective.txt     what it was
-    record.jsonl                                 what happened, step by step (benchmarks/tracking.py)
+    record.jsonl                                 what happened, step by step (see tracking.py)
     checkpoints/  teacher/checkpoints/           to continue it
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed

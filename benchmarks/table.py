@@ -8,7 +8,7 @@ from benchmarks.runner import Result
 
 
 def result_table(results: Sequence[Result]) -> str:
-    """Arm x NFE of the first metric, with cost and budget; then the errors against the exact flow."""
+    """Arm x NFE of the first metric, with cost and budget; then errors against the exact flow."""
     first = results[0].values
     nfes = sorted({int(k[3:].split("/")[0]) for r in results for k in r.values if k[:3] == "nfe"})
     metric = next(key.split("/", 1)[1] for key in first if key.startswith("nfe"))

@@ -55,7 +55,9 @@ class Rcgm:
     """Finite difference of the flow map, carried to r by a few teacher steps."""
 
     reference: ClassVar = Reference(
-        title="RCGM (recursive consistent generation)", authors="Sun et al.", year=2026
+        title="Any-step Generation via N-th Order Recursive Consistent Velocity Field Estimation",
+        authors="Sun and Lin",
+        year=2026,
     )
 
     order: int = 2

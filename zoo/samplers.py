@@ -144,7 +144,7 @@ class Mix:
 
     heads: ClassVar = ("u",)
     reference: ClassVar = Reference(
-        title="Dual-End Consistency Model", authors="DE-CM authors", year=2026, arxiv="2602.10764"
+        title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )
 
     nfe: int = 2

@@ -10,7 +10,7 @@ predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` m
 velocity at the far end. With these tangents the true flow map is a fixed point for every lam, gamma. The
 published reading prints the tangents with lam and gamma swapped: a fixed point only if lam = gamma.
 
-From a full reading of the paper (arXiv 2602.10764): the clusters and losses, lam = 0.5, gamma = 1,
+From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5, gamma = 1,
 noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times, norm-limited
 guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. Our reading: the consistency loss in FACM's form
 (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1; clips at +-1; ||dv|| a root
@@ -62,7 +62,7 @@ class DECM:
     heads: ClassVar = ("u",)
     samplers: ClassVar = ("restart", "mix", "euler", "heun")
     reference: ClassVar = Reference(
-        title="Dual-End Consistency Model", authors="DE-CM authors", year=2026, arxiv="2602.10764"
+        title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )
 
     path: Path = field(default_factory=Linear)
