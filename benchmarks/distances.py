@@ -126,7 +126,7 @@ class PrecisionRecall:
     better: ClassVar = "higher"
 
     k: int = 3
-    block: int = 2000  # rows of the distance matrix at a time
+    block: int = 1000  # rows of the distance matrix at a time
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.block < 1:
@@ -141,19 +141,19 @@ class PrecisionRecall:
 
         def compare(samples: Tensor) -> Values:
             found = _vectors(samples)
-            inside = torch.zeros(len(found))  # how many reference balls hold each sample
+            inside = torch.zeros(len(found), dtype=target.dtype)  # reference balls around each
             recalled = torch.zeros(len(target), dtype=torch.bool)
             nearest = torch.full((len(target),), torch.inf, dtype=target.dtype)
             radii = self._radii(found)
             for rows in torch.arange(len(found)).split(self.block):
                 distance = torch.cdist(found[rows], target)  # [rows m]
-                inside[rows] = (distance <= target_radii).sum(1).float()
+                inside[rows] = (distance <= target_radii).sum(1).double()
                 recalled |= (distance <= radii[rows, None]).any(0)
                 nearest = torch.minimum(nearest, distance.amin(0))
-            yield "precision", float((inside > 0).float().mean())
-            yield "recall", float(recalled.float().mean())
+            yield "precision", float((inside > 0).double().mean())
+            yield "recall", float(recalled.double().mean())
             yield "density", float(inside.mean() / self.k)
-            yield "coverage", float((nearest <= target_radii).float().mean())
+            yield "coverage", float((nearest <= target_radii).double().mean())
 
         return compare
 
@@ -183,6 +183,7 @@ class Mmd:
     bandwidths: tuple[float, ...] = (0.1, 0.3, 1.0)  # in the data's units
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bandwidths", tuple(self.bandwidths))  # gin may hand over a list
         if not self.bandwidths or min(self.bandwidths) <= 0:
             raise ValueError(f"mmd.bandwidths = {self.bandwidths!r}; give positive widths")
 

@@ -68,13 +68,13 @@ def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler
     """The sampler at each NFE; ValueError for those that it cannot have, all at once."""
     if not nfe_list or len(set(nfe_list)) != len(nfe_list):
         raise ValueError(f"the NFEs to evaluate are {list(nfe_list)}; give each one once, 1, 2 say")
-    made: Any = sampler  # a Protocol cannot say "a dataclass"
-    if not dataclasses.is_dataclass(made):
+    if not dataclasses.is_dataclass(type(sampler)):
         raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
+    replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
     runs, refused = {}, []
     for nfe in nfe_list:
         try:
-            runs[nfe] = dataclasses.replace(made, nfe=nfe)
+            runs[nfe] = replace(sampler, nfe=nfe)
         except ValueError as error:
             refused.append(f"nfe {nfe}: {error}")
     if refused:

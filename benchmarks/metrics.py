@@ -37,6 +37,13 @@ class FeatureMetrics:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         if not self.metrics:
             raise ValueError("feature_metrics.metrics is empty; give at least one, @frechet() say")
+        try:
+            hash(self)  # results are remembered by what computed them
+        except TypeError as error:
+            raise ValueError(
+                f"feature_metrics needs an extractor and metrics that are frozen dataclasses of "
+                f"plain values: {error}"
+            ) from None
 
     def __call__(self, samples: Tensor, reference: Tensor) -> Values:
         real = self._real(reference, len(samples))

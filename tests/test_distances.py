@@ -87,7 +87,7 @@ def test_frechet_of_samples_without_common_directions_adds_their_spreads() -> No
 
 def test_frechet_of_a_set_with_itself_is_zero_and_symmetric_otherwise() -> None:
     a, b = normal(30, 50, 1), normal(30, 50, 2, scale=2)
-    assert abs(only(Frechet()(a, a))) < 1e-4  # rank 29 of 50: 21 roots of rounding noise, cut off
+    assert abs(only(Frechet()(a, a))) < 1e-8  # 1e-6 with the roots of noise in 21 empty dimensions
     assert only(Frechet()(a, b)) == pytest.approx(only(Frechet()(b, a)), rel=1e-8)
 
 
@@ -132,6 +132,14 @@ def test_kid_equals_its_definition_and_leaves_numpys_generator_alone() -> None:
     assert np.random.rand() == wanted_draw
     wanted = off_diagonal_mean(a) + off_diagonal_mean(b) - 2 * kernel(a, b).mean()
     assert value == pytest.approx(float(wanted), rel=1e-10)
+
+
+def test_kid_compares_sets_that_fit_once_and_whole(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(distances, "kernel_distance", lambda *a, **sizes: calls.append(sizes))
+    list(Kid(max_subset_size=12, num_subsets=3)(normal(12, 2), normal(12, 2)))
+    list(Kid(max_subset_size=11, num_subsets=3)(normal(12, 2), normal(12, 2)))
+    assert [call["num_subsets"] for call in calls] == [1, 3]
 
 
 def test_kid_over_subsets_is_reproducible_and_depends_on_its_seed() -> None:

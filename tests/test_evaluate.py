@@ -118,7 +118,8 @@ def test_a_samplers_own_noise_depends_on_seed_and_first_row_alone() -> None:
     assert torch.equal(first[:4], draw(identity, random, x1[:4], seed=1, batch_size=4))
     assert not torch.equal(first[:4], first[4:])
     assert not torch.equal(first, draw(identity, random, x1, seed=2, batch_size=4))
-    assert not torch.equal(first[:4], noise((2,), 4, 1))  # nor is it the noise that x1 is made of
+    block = draw(identity, random, torch.zeros(BLOCK, 2), seed=1, batch_size=BLOCK)
+    assert not torch.equal(block, noise((2,), BLOCK, 1))  # nor is it the noise that x1 is made of
 
 
 def test_drawing_is_in_evaluation_mode_without_gradient_and_restores_modes() -> None:
@@ -179,8 +180,9 @@ def test_values_are_named_by_nfe_and_start_from_the_same_noise() -> None:
 
 def test_labels_are_the_references_row_by_row() -> None:
     net = Net()
-    list(evaluate(net, EvenOnly(), [2], mean_of, Toy(), 25, 0, batch_size=25))
-    ((_, labels, _),) = net.seen
+    list(evaluate(net, EvenOnly(), [2], mean_of, Toy(), 25, 0, batch_size=10))
+    assert [len(labels) for _, labels, _ in net.seen] == [10, 10, 5]
+    labels = [label for _, part, _ in net.seen for label in part]
     assert labels == [i % 20 % 3 for i in range(25)]  # 20 rows of data, then from the start
 
 

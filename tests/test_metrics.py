@@ -128,6 +128,19 @@ def test_a_list_of_metrics_is_taken_and_an_empty_one_refused() -> None:
         FeatureMetrics(metrics=())
 
 
+def test_parts_that_cannot_be_remembered_are_refused_at_construction() -> None:
+    @dataclass
+    class Loose:
+        k: int = 3
+
+    with pytest.raises(ValueError, match="frozen.*unhashable"):
+        FeatureMetrics(extractor=Pixels(), metrics=(Loose(),))
+
+
+def test_bandwidths_from_a_gin_file_may_be_a_list() -> None:
+    assert FeatureMetrics(metrics=(Mmd(bandwidths=[0.5]),)).metrics[0].bandwidths == (0.5,)
+
+
 def test_real_digits_are_closer_than_noise_in_every_metric() -> None:
     digits = pytest.importorskip("sklearn.datasets").load_digits().images
     images = torch.from_numpy(digits[:120, None] / 8 - 1).float()
