@@ -91,7 +91,15 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(
     for name in whole.emas:
         assert same(state.emas[name].state_dict(), whole.emas[name].state_dict())
     assert state.lr == whole.lr
-    assert state.seconds > first.seconds
+
+
+def test_resume_of_a_finished_run_does_nothing_and_keeps_its_time(tmp_path: Path) -> None:
+    finished, _ = run(folder=tmp_path, callbacks=[CheckpointCallback()])
+    state, losses = run(net=ToyNet(seed=9), folder=tmp_path, resume=True)
+    assert not losses
+    assert (state.step, state.finished) == (10, True)
+    assert same(state.net.state_dict(), finished.net.state_dict())
+    assert 0 <= state.seconds - finished.seconds < 0.5 * finished.seconds
 
 
 def test_resume_without_any_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
@@ -248,6 +256,19 @@ def test_weights_tied_or_not_contiguous_come_back(tmp_path: Path) -> None:
 # --- keeping
 
 
+def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save = [], checkpoints_.save
+
+    def counted(state: TrainState, keep: int) -> Path:
+        saved.append(state.step)
+        return save(state, keep)
+
+    monkeypatch.setattr(checkpoints_, "save", counted)
+    trained(tmp_path, steps=6, every=3)
+    run(folder=tmp_path, resume=True, budget=Budget(steps=6), callbacks=[CheckpointCallback()])
+    assert saved == [3, 6]
+
+
 def test_keep_leaves_the_last_ones(tmp_path: Path) -> None:
     folder = trained(tmp_path, steps=11, every=2, keep=2)
     assert [p.name for p in checkpoints(folder)] == ["step_00000010", "step_00000011"]
@@ -376,8 +397,12 @@ def test_second_signal_acts_at_once(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(folder=tmp_path, callbacks=[CheckpointCallback(), Twice()])
+    ambient = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(folder=tmp_path, callbacks=[CheckpointCallback(), Twice()])
+    finally:
+        signal.signal(signal.SIGINT, ambient)
     assert not checkpoints(tmp_path / "checkpoints")
 
 

@@ -259,6 +259,32 @@ def test_fit_uses_dropout_of_its_own_at_every_step() -> None:
     assert torch.allclose(losses[0], losses[-1])  # the control: nothing else is random
 
 
+def test_fit_ignores_gradients_left_by_others() -> None:
+    net = ToyNet()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    _, losses = run(net=net)
+    assert torch.equal(torch.stack(losses), torch.stack(run()[1]))
+
+
+def test_fit_hands_callbacks_losses_without_their_graph() -> None:
+    class Watching(Callback):
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            assert not out.per_sample.requires_grad
+
+    run(callbacks=[Watching()], budget=Budget(steps=1))
+    run(callbacks=[Watching()], budget=Budget(steps=1), engine=TorchEngine(accumulate=2))
+
+
+def test_fit_updates_the_teacher_after_the_weights_counting_from_zero() -> None:
+    teacher, start = EmaTeacher(decay=0.9), ToyNet().inner.weight
+    state, _ = run(objective=ToyObjective(teacher=teacher), budget=Budget(steps=1))
+    # the decay of update 0 is 0.1; one more float32 rounding
+    expected = 0.1 * start + 0.9 * state.net.inner.weight
+    assert torch.allclose(teacher.network.inner.weight, expected, atol=1e-7)
+    assert (state.net.inner.weight - start).abs().max() > 1e-3  # else the test would show nothing
+
+
 def test_fit_learns() -> None:
     _, losses = run(net=ToyNet(dropout=0.0), budget=Budget(steps=200), batch_size=64)
     early, late = torch.stack(losses[:20]), torch.stack(losses[-20:])
@@ -321,6 +347,23 @@ def test_accumulation_draws_for_each_share_and_joins_their_outputs() -> None:
     expected = generator(0, 1, 0)
     torch.randn(4, 2, generator=expected)
     assert torch.equal(out.t[4:], torch.rand(4, generator=expected))
+
+
+def test_accumulation_has_dropout_of_its_own_in_each_share() -> None:
+    class Twice(ToyData):
+        def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            x0, cond = super().batch(step, n // 2, seed)
+            return x0.repeat(2, 1), {"label": cond["label"].repeat(2)}
+
+    def halves(dropout: float) -> tuple[Tensor, Tensor]:
+        _, losses = run(
+            net=ToyNet(dropout=dropout), dataset=Twice(), objective=Quadratic(),
+            engine=TorchEngine(accumulate=2), budget=Budget(steps=1),
+        )  # fmt: skip
+        return losses[0].chunk(2)
+
+    assert torch.equal(*halves(0.0))
+    assert not torch.equal(*halves(0.5))
 
 
 def test_engine_refuses_what_it_cannot_do() -> None:

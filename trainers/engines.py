@@ -106,8 +106,8 @@ class TorchEngine:
             yield number, replace(batch, x0=batch.x0[rows], cond=cond)
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        # Without autocast's cache: a weight cast in a pass without gradient would be met again,
-        # cut off from its parameter, by the pass with gradient.
+        # Without autocast's cache, which in older versions of torch hands a weight that was cast in
+        # a pass without gradient, cut off from its parameter, to the pass with gradient.
         enabled = self.precision == "bf16"
         with torch.autocast(
             self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
