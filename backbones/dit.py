@@ -3,8 +3,8 @@
     x <- x + gate * f((1 + scale) LayerNorm(x) + shift),  f = attention, then MLP
 
 with (shift, scale, gate) linear in c and zero at initialisation, so that each block starts as the
-identity. Differences from the released code: unscaled times, an optional second time (see
-embeddings.py), no variance channels, and positions as a buffer rather than a frozen parameter.
+identity. Differences from the released code: unscaled times, an optional second time and larger
+initial embeddings (see embeddings.py), no variance channels, positions as a buffer.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 """

@@ -6,8 +6,10 @@ time tangent of a forward-mode derivative by 1000 and spoil finite differences; 
 derivative is at most max_frequency. Whether the second time is the interval h = t - r or the
 end r itself is decided in this file and nowhere else.
 
-The second embedder's last layer starts at zero, so that a two-time network begins as the one-time
-network with the same weights. It is made last, so that both draw the same initial weights.
+The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on 8x8
+digits a DiT and a U-Net then reach the same loss in half the steps. The second embedder's last
+layer starts at zero, so that a two-time network begins as the one-time network with the same
+weights; it is made last, so that both draw the same initial weights.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 """
@@ -40,7 +42,7 @@ class TimeEmbedding(nn.Module):
         self.hidden = nn.Linear(2 * NUM_FREQUENCIES, dim)
         self.output = nn.Linear(dim, dim)
         for layer in (self.hidden, self.output):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         if zero_output:
             nn.init.zeros_(self.output.weight)
@@ -60,7 +62,6 @@ class LabelEmbedding(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
         self.register_buffer("null", torch.tensor([num_classes]), persistent=False)
 
     def forward(self, cond: Cond | None) -> Tensor:

@@ -59,7 +59,7 @@ def build_network(
 
 
 def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
-    """Registered heads that make `keys`: `dual` for u with v, else one for each key.
+    """Registered heads that make `keys`: `dual_head` for u with v, else one for each key.
 
     A plug-in's head is taken for what the heads of this package do not make.
     """

@@ -25,20 +25,33 @@ from registry import backbones
 from registry.protocols import Cond, Reference
 
 
+class GroupNorm(nn.GroupNorm):
+    """Groups of at least four channels, 32 groups at most, in the dtype of its weights.
+
+    On the CPU autocast leaves the input in bfloat16, and the forward-mode tangent would come out
+    in float32 beside it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(math.gcd(channels, max(1, min(32, channels // 4))), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class ResBlock(nn.Module):
     """Two convolutions around a skip; c scales and shifts what enters the second."""
 
     def __init__(self, channels: int, out_channels: int, dim: int, dropout: float):
         super().__init__()
-        self.norm1 = _group_norm(channels)
+        self.norm1 = GroupNorm(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = _group_norm(out_channels)
+        self.norm2 = GroupNorm(out_channels)
         self.modulation = nn.Linear(dim, 2 * out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-        zero_(self.modulation)
         zero_(self.conv2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -53,7 +66,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
-        self.norm = _group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.attn = Attention(channels, num_heads, qkv_bias=True)
         zero_(self.attn.proj)
 
@@ -117,7 +130,7 @@ class ConvReadout(nn.Module):
 
     def __init__(self, width: int, dim: int, channels: int):
         super().__init__()
-        self.norm = _group_norm(width)
+        self.norm = GroupNorm(width)
         self.modulation = nn.Linear(dim, 2 * width)
         self.conv = nn.Conv2d(width, channels, 3, padding=1)
         zero_(self.modulation)
@@ -195,11 +208,6 @@ def _level(
 def _blocks(inputs: Sequence[int], width: int, dim: int, dropout: float) -> nn.ModuleList:
     """One block per number of input channels."""
     return nn.ModuleList(ResBlock(c_in, width, dim, dropout) for c_in in inputs)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of at least four channels, 32 groups at most."""
-    return nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 4))), channels)
 
 
 def _check(shape: tuple[int, ...], widths: Sequence[int], num_heads: int) -> None:
