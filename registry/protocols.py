@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -114,6 +115,7 @@ class TimeLaw(Protocol):
     def num_off_diagonal(self, n: int) -> int: ...
 
 
+@runtime_checkable
 class Derivative(Protocol):
     """(fn, primals, tangents) -> d/ds fn(primals + s tangents) at s=0, without gradient."""
 
@@ -265,10 +267,11 @@ class Schedule(Protocol):
 class Engine(Protocol):
     """How one TrainStep(net, objective) is run and updated: precision, accumulation, sharding.
 
-    The one part that holds state, so it serves one run. `shares` cuts the global batch into this
+    The one part that holds state, so it serves one run at a time. `shares` cuts the global batch into this
     process's equal parts, each with its number among all of them. Each is run by the call, which
-    goes through the engine's hooks, and followed by `backward` of its mean loss. `step` applies one
-    update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
+    goes through the engine's hooks, and followed by `backward` of its mean loss. `autocast` is the
+    precision of that call, for checks that precede `prepare`. `step` applies one update at
+    `lr_factor` times the learning rate and returns the gradient's norm before clipping.
     `save` and `load` keep network, teachers and optimizer in a folder, without ever executing code.
     """
 
@@ -277,6 +280,7 @@ class Engine(Protocol):
     ) -> None: ...
     def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]: ...
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput: ...
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr_factor: float) -> Tensor: ...
     def update_teachers(self, step: int) -> None: ...

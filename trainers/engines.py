@@ -9,6 +9,7 @@ is the mean over the batch; what an objective counts in rows (quotas, couplings)
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class TorchEngine:
         self._optimizer = optimizer.build(self._params)
         self._lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._device = device
-        self._loss = torch.zeros((), device=device)
+        self._losses: list[Tensor] = []
 
     def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
         if self.accumulate == 1:
@@ -106,30 +107,28 @@ class TorchEngine:
             yield number, replace(batch, x0=batch.x0[rows], cond=cond)
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        if self.precision == "fp32":
+            return self.module(batch, rng)
         # Without autocast's cache, which in older versions of torch hands a weight that was cast in
         # a pass without gradient, cut off from its parameter, to the pass with gradient.
-        enabled = self.precision == "bf16"
-        with torch.autocast(
-            self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
-        ):
+        with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
             return self.module(batch, rng)
 
     def backward(self, loss: Tensor) -> None:
-        loss = loss / self.accumulate
-        loss.backward()
-        self._loss = self._loss + loss.detach()
+        self._losses.append(loss.detach())
+        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
 
     def step(self, lr_factor: float) -> Tensor:
         """One update, but none from a loss or gradient that is not finite, on a CPU (where looking
         is free): the weights stay clean and the gradients stay to be looked at."""
         norm = self._gradient_norm()
-        if self._device.type == "cpu" and not torch.isfinite(norm + self._loss):
+        losses, self._losses = self._losses, []
+        if self._device.type == "cpu" and not all(math.isfinite(x) for x in (norm, *losses)):
             return norm
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * lr_factor
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._loss = torch.zeros_like(self._loss)
         return norm
 
     def update_teachers(self, step: int) -> None:

@@ -53,7 +53,8 @@ class Dual:
     ) -> Tensor:
         with _forward_mode(), forward_ad.dual_level():
             duals = [
-                forward_ad.make_dual(p.detach(), d) for p, d in zip(primals, tangents, strict=True)
+                forward_ad.make_dual(p.detach(), d.detach())
+                for p, d in zip(primals, tangents, strict=True)
             ]
             tangent = forward_ad.unpack_dual(fn(*duals)).tangent
         if tangent is None:
@@ -75,8 +76,8 @@ class Jvp:
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
         with _forward_mode():
-            detached = tuple(p.detach() for p in primals)
-            return torch.func.jvp(fn, detached, tuple(tangents))[1]
+            detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
+            return torch.func.jvp(fn, *detached)[1]
 
 
 @derivatives.register("finite_difference")
