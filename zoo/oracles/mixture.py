@@ -6,9 +6,9 @@
     Var(x1 - x0 | x_t) = sum_k g_k (s_k^2 / S_k^2 + a_k^2) - v*^2
     grad v* = sum_k g_k (diag(c_k) + a_k (l_k - l)^T),     l_k = -(x - m_k) / S_k^2, l = sum g_k l_k
 
-Given its component, a point is Gaussian: a_k and s_k^2 / S_k^2 are the mean and variance of zoo/
-oracles/gaussian.py, g_k is the posterior of the component, and the laws of total expectation and
-variance give the rest; l is the score.
+Given its component, a point is Gaussian: a_k and s_k^2 / S_k^2 are mean and variance as in
+zoo/oracles/gaussian.py, g_k is the posterior of the component, and the laws of total expectation
+and variance give the rest; l is the score.
 
 The average velocity is integrated as itself. With s in [0, 1] running from t down to r,
 

@@ -50,8 +50,8 @@ class WithBias(nn.Module):
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
         out = self.oracle(x, t, r, cond)
-        time, end, states = (z.to(torch.float64).reshape(len(x), -1) for z in (t, r, x))
-        features = torch.cat([time, end, time * end, states.tanh()], 1)
+        states = x.to(torch.float64).flatten(1).tanh()
+        features = torch.cat([torch.stack([t, r, t * r], 1).to(states.dtype), states], 1)
         added = {k: self.bias[k] + features @ self.matrix[k].T for k in self.bias}
         return out | {k: out[k] + y.reshape(x.shape).to(x.dtype) for k, y in added.items()}
 
