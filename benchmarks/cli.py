@@ -13,19 +13,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+EXPECTED = (ValueError, KeyError, OSError, ImportError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did what was asked, 1 if a run failed, 2 for a request in error."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         arguments.command(arguments)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:
         if arguments.traceback:
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {text}", file=sys.stderr)
+        from registry.gin_errors import said
+
+        hint = "" if isinstance(error, EXPECTED) else "\nobjective-zoo --traceback ... shows where"
+        print(f"error: {said(error)}{hint}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except SystemExit as end:
         if end.code:
             print(end.code, file=sys.stderr)
@@ -85,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> None:
     bindings = list(arguments.bindings)
     if arguments.tracking_uri:
         bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
+    if arguments.resume and not arguments.out:
+        raise ValueError("--resume needs --out, the folder of the runs to continue")
     request = Request(file=arguments.file, bindings=tuple(bindings), arm=arguments.arm)
     name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     compare(request, arguments.out or Path("runs") / name, resume=arguments.resume)
@@ -118,5 +128,4 @@ def _send(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     sys.exit(main())

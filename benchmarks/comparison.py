@@ -8,6 +8,7 @@ initialisation. A file (or --set) that binds run.objective outside every arm is 
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -20,9 +21,20 @@ from safetensors.torch import load_file
 
 from benchmarks.experiment import Experiment, run
 from benchmarks.mlflow_store import open_hint
-from benchmarks.runner import RESULT, SAMPLES, Result, Stopped, Texts, execute, picture
+from benchmarks.runner import (
+    RESULT,
+    SAMPLES,
+    Result,
+    Stopped,
+    Texts,
+    execute,
+    load_teacher,
+    picture,
+)
 from benchmarks.table import result_table
 from registry import gin_setup
+from registry.core import did_you_mean
+from registry.gin_errors import said
 
 NUM_COLUMNS = 20  # samples per line of the picture
 
@@ -32,9 +44,15 @@ log = logging.getLogger(__name__)
 @gin.register("Grid")
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Which arms (gin scopes) a file compares."""
+    """Which arms (gin scopes) a file compares.
+
+    The gin text that a run keeps also says which arm it `only` is, and the `folders` of what it
+    imports.
+    """
 
     arms: tuple[str, ...] = ()
+    only: str | None = None
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +63,33 @@ class Request:
     bindings: tuple[str, ...] = ()
     arm: str = ""
 
-    def parse(self) -> None:
-        gin_setup.parse([self.file], self.bindings)
+    def parse(self) -> tuple[Path, ...]:
+        return gin_setup.parse([self.file], self.bindings)
 
     def arms(self) -> tuple[str, ...]:
         """The arms to run; ('',) is one run outside every arm."""
         self.parse()
+        declared = _declared_arms()
         if self.arm:
             return (self.arm,)
-        declared = tuple(gin_setup.query("Grid.arms", ()))
+        if (only := gin_setup.query("Grid.only")) is not None:
+            return (only,)
         if not declared or gin_setup.query("run.objective") is not None:
             return ("",)
         return declared
 
-    def own_keys(self) -> set[str]:
-        """The keys bound by the file itself or on the command line, not by an include."""
-        text = gin_setup.resolve(self.file).read_text()
-        return set(gin_setup.bindings_of("\n".join([text, *self.bindings])))
+    def own_keys(self, arms: Sequence[str]) -> set[str]:
+        """The keys bound on the command line or by the file itself, not by an include.
+
+        Where only some of the file's arms run, its plain bindings may serve the others. The text
+        that a run keeps has those of its includes.
+        """
+        keys = set(gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()))
+        if "Grid.folders" in keys:
+            keys = set()
+        elif self.arm or (tuple(arms) == ("",) and "Grid.arms" in keys):
+            keys = {key for key in keys if self.arm and key.startswith(f"{self.arm}/")}
+        return keys | set(gin_setup.bindings_of("\n".join(self.bindings)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,46 +103,74 @@ class Cell:
 
 def build(request: Request) -> list[Cell]:
     """Every cell, built and checked; ValueError with the troubles of all cells together."""
-    cells, troubles, inert = [], [], []
+    cells, inert = [], []
+    troubles: list[str] = []
+    cause = None
     arms = request.arms()
     for arm in arms:
         try:
             cell, unused = build_cell(request, arm)
             cells.append(cell)
             inert.append(unused)
-        except (ValueError, KeyError, OSError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            troubles.append(f"{arm}: {text}" if arm else str(text))
-    if not troubles and (useless := sorted(request.own_keys() & set.intersection(*inert))):
+        except Exception as error:
+            troubles.append(f"{arm}: {said(error)}" if arm else said(error))
+            cause = cause or error
+    if not troubles and (useless := sorted(request.own_keys(arms) & set.intersection(*inert))):
         troubles.append(
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
             "by reference, such as mean_flow.weight = @adaptive()"
         )
     if troubles:
-        raise ValueError("\n".join(troubles))
+        raise ValueError("\n".join(dict.fromkeys(troubles))) from cause
     return cells
 
 
 def build_cell(request: Request, arm: str) -> tuple[Cell, set[str]]:
     """The run of one arm, and the keys that it does not use."""
-    request.parse()
+    opened = request.parse()
     with gin_setup.arm(arm):
         experiment = run()
+    load_teacher(experiment)
+    unused = set(gin_setup.inert_bindings(arm))
     operative = gin_setup.operative_text()
     prefix = f"{arm}/" if arm else ""
     params = {
         key.removeprefix(prefix): value for key, value in gin_setup.bindings_of(operative).items()
     }
-    texts = Texts(config=_config_text(request, arm), operative=operative, params=params)
-    name = arm or experiment.objective_name
-    return Cell(name=name, experiment=experiment, texts=texts), set(gin_setup.inert_bindings(arm))
+    config = _config_text(request, opened, arm)
+    texts = Texts(config=config, operative=operative, params=params)
+    return Cell(name=arm or experiment.objective_name, experiment=experiment, texts=texts), unused
 
 
-def _config_text(request: Request, arm: str) -> str:
-    command = f"objective-zoo run {request.file}"
-    command += f" --arm {arm}" if arm else ""
-    command += "".join(f" --set {binding!r}" for binding in request.bindings)
-    return f"# {command}\n\n{gin_setup.full_text()}\n"
+def _config_text(request: Request, opened: Sequence[Path], arm: str | None) -> str:
+    """All that was read, as one gin file that runs the same again; arm None is all arms."""
+    gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
+    words = ["objective-zoo", "run", str(request.file)]
+    if arm is not None:
+        gin.bind_parameter("Grid.only", arm)
+        words += ["--arm", arm] if arm else []
+    words += [word for binding in request.bindings for word in ("--set", binding)]
+    made = shlex.join(words).replace("\n", "\n#   ")
+    again = "# The same again: objective-zoo run THIS_FILE"
+    return f"# Made by: {made}\n{again}\n\n{gin_setup.full_text()}\n"
+
+
+def _declared_arms() -> tuple[str, ...]:
+    """Grid.arms, checked: each a scope with bindings of its own."""
+    arms = gin_setup.query("Grid.arms", ())
+    if isinstance(arms, str) or not all(isinstance(arm, str) and arm for arm in arms):
+        raise ValueError(f"Grid.arms = {arms!r} must be a tuple of names, such as ('dumo', 'decm')")
+    if twice := sorted({arm for arm in arms if list(arms).count(arm) > 1}):
+        raise ValueError(f"Grid.arms names {', '.join(twice)} more than once; a run has one name")
+    scopes = gin_setup.scopes()
+    for arm in arms:
+        if arm not in scopes:
+            raise ValueError(
+                f"Grid.arms names {arm!r}, and nothing is bound under it."
+                f"{did_you_mean(arm, scopes - set(arms))} "
+                f"Add a line such as {arm}/run.objective = @{arm}()"
+            )
+    return tuple(arms)
 
 
 def compare(request: Request, out: Path, *, resume: bool = False) -> list[Result]:
@@ -125,10 +181,12 @@ def compare(request: Request, out: Path, *, resume: bool = False) -> list[Result
     """
     _check_folder(out, resume)
     cells = build(request)
+    for cell in cells:
+        _check_finished(cell, out / cell.name)
     recorder = cells[0].experiment.recorder
     started, failed = time.monotonic(), {}
     with recorder.start(name=out.name, folder=out) as parent:
-        parent.text(cells[0].texts.config, "config.gin")
+        parent.text(_config_text(request, request.parse(), None), "config.gin")
         for number, cell in enumerate(cells, 1):
             print(f"[{number}/{len(cells)}] {_headline(cell)}", file=sys.stderr, flush=True)
             if (out / cell.name / RESULT).exists():
@@ -143,9 +201,10 @@ def compare(request: Request, out: Path, *, resume: bool = False) -> list[Result
                 log.exception("the run %s failed; the others go on", cell.name)
                 failed[cell.name] = error
         results = _report(parent, cells, out)
+        parent.close("FAILED" if failed else "FINISHED")
     _say_where(recorder, out, time.monotonic() - started)
     if failed:
-        raise SystemExit("\n".join(f"{name} failed: {error}" for name, error in failed.items()))
+        raise SystemExit("\n".join(f"{name} failed: {said(e)}" for name, e in failed.items()))
     return results
 
 
@@ -189,6 +248,22 @@ def _say_where(recorder: Any, out: Path, seconds: float) -> None:
     print(f"gin text  {out}/*/config.gin, operative.gin")
     if uri := getattr(getattr(recorder, "store", None), "name", ""):
         print(f"MLflow    {uri}; open it with\n          {open_hint(uri)}")
+
+
+def _check_finished(cell: Cell, folder: Path) -> None:
+    """A finished run is kept: refuse to put it beside runs of other settings."""
+    if not (folder / RESULT).exists():
+        return
+    ours, theirs = (
+        {k: v for k, v in gin_setup.bindings_of(text).items() if not k.startswith("mlflow.")}
+        for text in (cell.texts.operative, (folder / "operative.gin").read_text())
+    )
+    if differing := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):
+        shown = [f"{k} = {theirs.get(k, 'unset')}, now {ours.get(k, 'unset')}" for k in differing]
+        raise ValueError(
+            f"{folder} is finished with other settings: {'; '.join(shown[:5])}. "
+            "Remove it to run it again, or choose another --out"
+        )
 
 
 def _check_folder(out: Path, resume: bool) -> None:

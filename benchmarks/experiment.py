@@ -13,15 +13,18 @@ from typing import Any
 import gin
 import torch
 
+import benchmarks.parts  # noqa: F401  registers every part
 import registry
 from backbones.network import FlowNetwork, build_network
 from benchmarks import evaluate
 from benchmarks.features import Pixels
 from benchmarks.metrics import FeatureMetrics
+from registry.gin_errors import said
 from registry.protocols import (
     Batch,
     Dataset,
     Engine,
+    LossOutput,
     Metric,
     Objective,
     Optimizer,
@@ -144,7 +147,7 @@ def run(
         schedule=schedule or registry.schedules.build("cosine"),
         metric=metric or _default_metric(dataset),
         recorder=recorder or registry.recorders.build("mlflow"),
-        budget=Budget(steps=steps, images=images, seconds=seconds),
+        budget=_budget(steps=steps, images=images, seconds=seconds),
         batch_size=batch_size,
         seed=seed,
         ema_decay=ema_decay,
@@ -167,6 +170,19 @@ def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
             f"registered: {', '.join(kind.names())}"
         )
     return part
+
+
+def _budget(**amounts: float | None) -> Budget:
+    given = {name: amount for name, amount in amounts.items() if amount is not None}
+    if len(given) > 1:
+        raise ValueError(
+            f"the budget is one of steps, images and seconds; bound are "
+            f"{', '.join(f'run.{name} = {amount}' for name, amount in given.items())}. "
+            f"Unbind what you do not mean, such as run.{next(iter(given))} = None"
+        )
+    if not given:
+        raise ValueError("no budget is bound; bind one of run.steps, run.images and run.seconds")
+    return Budget(**given)
 
 
 def _frozen_teacher(objective: Objective) -> Frozen | None:
@@ -197,5 +213,14 @@ def _probe(experiment: Experiment) -> None:
     dataset, seed = experiment.dataset, experiment.seed
     x0, cond = dataset.reference(PROBE_ROWS, seed)
     step = TrainStep(experiment.net, experiment.objective)
-    with torch.no_grad():
-        step(Batch(x0=x0, cond=cond), generator(seed, 0, 0))
+    where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
+    try:
+        with torch.no_grad():
+            out = step(Batch(x0=x0, cond=cond), generator(seed, 0, 0))
+    except Exception as error:
+        raise ValueError(f"{where}: {said(error)}") from error
+    if not (isinstance(out, LossOutput) and out.per_sample.ndim == 1):
+        raise ValueError(
+            f"{where}: loss() gave {type(out).__name__}; it must give a LossOutput whose "
+            "per_sample has one number a row, [b]"
+        )

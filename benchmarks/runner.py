@@ -28,6 +28,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.images import save_grid, save_scatter
 from benchmarks.map_error import ClosedForm, map_error
 from benchmarks.provenance import provenance
+from registry import gin_setup
 from trainers.budget import Budget
 from trainers.callbacks import (
     Callback,
@@ -115,8 +116,48 @@ def execute(
     return result
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """A signal ended the run; its checkpoint continues it."""
+
+
+def finished_run(folder: Path) -> Path:
+    """The weights of the finished run in `folder`; ValueError if there is none."""
+    if not (folder / RESULT).exists():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{RESULT}"))
+        hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{folder} holds no finished run (no {RESULT}).{hint}")
+    return folder / MODEL
+
+
+def load_teacher(experiment: Experiment) -> None:
+    """The frozen teacher's weights, if they come from another run, and the student's from them."""
+    teacher = experiment.teacher
+    if teacher is None or not teacher.checkpoint:
+        return
+    folder = Path(teacher.checkpoint)
+    try:
+        _check_teacher(experiment, folder)
+    except ValueError as error:
+        raise ValueError(f"frozen.checkpoint = {teacher.checkpoint!r}: {error}") from None
+    _start_from(experiment, teacher.network)
+
+
+def _check_teacher(experiment: Experiment, folder: Path) -> None:
+    """Shapes alone do not tell everything that a backbone is built with, its heads for one."""
+    load_module(finished_run(folder), experiment.teacher.network)
+    name = f"{experiment.backbone_name}."
+    was, now = (
+        {k.split("/")[-1]: v for k, v in gin_setup.bindings_of(text).items() if name in k}
+        for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
+    )
+    if differing := [k for k in was | now if was.get(k) != now.get(k)]:
+        shown = [f"{k} = {was.get(k)} there, {now.get(k)} here" for k in differing]
+        raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
+
+
+def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
+    experiment.teacher.attach(network.to(experiment.device))
+    warm_start(experiment.net, network)
 
 
 @dataclass(frozen=True)
@@ -127,20 +168,16 @@ class Spent:
 
 
 def _prepare_teacher(experiment: Experiment, record: Any, folder: Path, resume: bool) -> Spent:
-    """Load or train the frozen teacher, and start the student from it."""
+    """Train the frozen teacher, unless it came from another run, and start the student from it."""
     teacher = experiment.teacher
-    if teacher is None or not isinstance(teacher.network, FlowNetwork):
+    if teacher is None or teacher.checkpoint:
         return Spent()
-    spent = Spent()
-    if teacher.checkpoint:
-        load_module(Path(teacher.checkpoint) / MODEL, teacher.network)
-    elif resume and (folder / MODEL).exists():
+    if resume and (folder / MODEL).exists():
         load_module(folder / MODEL, teacher.network)
         spent = Spent(**json.loads((folder / "spent.json").read_text()))
     else:
         spent = _train_teacher(experiment, teacher.network, record, folder, resume)
-    teacher.attach(teacher.network)
-    warm_start(experiment.net, teacher.network)
+    _start_from(experiment, teacher.network)
     return spent
 
 
@@ -158,8 +195,7 @@ def _train_teacher(
         budget=_scaled(experiment.budget, share),
     )
     state = _fit(teaching, record, folder, resume, prefix="teacher/")
-    load_state = state.ema_net.state_dict()
-    net.load_state_dict(load_state)
+    net.load_state_dict(state.ema_net.state_dict())
     spent = Spent(state.step, state.images, state.seconds)
     (folder / "spent.json").write_text(json.dumps(asdict(spent)) + "\n")
     save_module(folder / MODEL, net)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+import registry
+from benchmarks import comparison  # noqa: F401  registers Grid
 from benchmarks.experiment import run
-from benchmarks.runner import MODEL, draw_samples, load_run, picture
+from benchmarks.runner import draw_samples, finished_run, load_run, picture
 from registry import gin_setup
-
-_COMMAND = re.compile(r"# objective-zoo run .*? --arm (\w+)")
 
 
 def sample_run(
@@ -20,16 +19,15 @@ def sample_run(
     Raises ValueError for a folder without a finished run, an NFE that the sampler cannot have, a
     sampler that the objective is not valid for, and data that cannot be drawn.
     """
-    if not (folder / MODEL).exists():
-        inside = sorted(p.parent.name for p in folder.glob(f"*/{MODEL}"))
-        hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{folder} holds no finished run (no {MODEL}).{hint}")
-    config = folder / "config.gin"
-    command = _COMMAND.match(config.read_text())
-    arm = command.group(1) if command else ""
-    scope = f"{arm}/" if arm else ""
-    bindings = [f"{scope}run.sampler = @{sampler}()"] if sampler else []
-    gin_setup.parse([config], bindings)
+    finished_run(folder)
+    if num < 1:
+        raise ValueError(f"the number of samples is {num}; give 1 or more")
+    gin_setup.parse([folder / "config.gin"])
+    arm = gin_setup.query("Grid.only", "")
+    if sampler:
+        registry.samplers.get(sampler)  # says which there are
+        scope = f"{arm}/" if arm else ""
+        gin_setup.parse([folder / "config.gin"], [f"{scope}run.sampler = @{sampler}()"])
     with gin_setup.arm(arm):
         experiment = run()
     net = load_run(experiment, folder)

@@ -43,6 +43,15 @@ def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFo
     return error
 
 
+def said(error: BaseException) -> str:
+    """An error as one reads it: a complaint by its text alone, a fault with its kind."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # str() would quote it
+    if isinstance(error, ValueError | OSError | ImportError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
 def explain_syntax(
     error: SyntaxError | tokenize.TokenError, opened: Sequence[Path]
 ) -> ValueError | SyntaxError:

@@ -7,8 +7,9 @@ the current folder, which is where gin itself would look first.
 
 from __future__ import annotations
 
+import importlib.util
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -83,10 +84,43 @@ def reader() -> Iterator[list[Path]]:
 
 def _make_imports_work(path: Path) -> None:
     """Let a gin file import the Python files next to it, and none that only looks like them."""
+    names, folders = imports_of(path)
+    for name in names:
+        near = [folder for folder in (path.parent, *folders) if _holds(folder, name)]
+        if folders and not near and importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"{path} imports {name!r}, which lay in {' or '.join(map(str, folders))} and is "
+                "gone; put it back, or name its folder in Grid.folders",
+                name=name,
+            )
+        make_importable(name, (near or [path.parent])[0])
+
+
+def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """The modules that a gin file imports, and the folders where it says that they lie."""
+    names: list[str] = []
+    folders: list[Path] = []
     with open(str(path), encoding="utf-8") as file:
         for statement in config_parser.ConfigParser(file, Verbatim()):
             if isinstance(statement, config_parser.ImportStatement):
-                make_importable(statement.module.split(".")[0], path.parent)
+                names.append(statement.module.split(".")[0])
+            elif isinstance(statement, config_parser.BindingStatement):
+                if (statement.selector, statement.arg_name) == ("Grid", "folders"):
+                    folders += map(Path, statement.value)
+    return tuple(dict.fromkeys(names)), tuple(folders)
+
+
+def import_folders(opened: Iterable[Path]) -> tuple[str, ...]:
+    """The folders, outside the installed packages, of what these gin files import."""
+    found = []
+    for path in opened:
+        names, folders = imports_of(path)
+        found += [f for f in (path.parent, *folders) if any(_holds(f, name) for name in names)]
+    return tuple(dict.fromkeys(str(folder.resolve()) for folder in found))
+
+
+def _holds(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
 
 
 class _Text(str):

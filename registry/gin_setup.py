@@ -20,6 +20,7 @@ from gin import config, config_parser
 from registry.core import did_you_mean
 from registry.gin_errors import explain, explain_syntax
 from registry.gin_files import Verbatim, reader
+from registry.gin_files import import_folders as import_folders
 from registry.gin_files import resolve as resolve
 from registry.plugins import load_plugins
 
@@ -76,6 +77,11 @@ def query(key: str, default: Any = None) -> Any:
     return _without_macros(found[parameter]) if parameter in found else default
 
 
+def scopes() -> set[str]:
+    """Every scope that holds bindings."""
+    return {scope for (scope, selector), _ in _bound() if scope and selector != MACRO}
+
+
 def scope_bindings(name: str) -> dict[str, str]:
     """What an arm binds, without its name: {'run.objective': '@mean_flow()'}."""
     return {
@@ -84,6 +90,12 @@ def scope_bindings(name: str) -> dict[str, str]:
         for parameter, value in values.items()
         if scope == name and selector != MACRO
     }
+
+
+def overridden_bindings(name: str) -> tuple[str, ...]:
+    """The plain keys for which an arm has a value of its own."""
+    own = scope_bindings(name) if name else {}
+    return tuple(key for key in scope_bindings("") if key in own)
 
 
 def full_text() -> str:
