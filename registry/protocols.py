@@ -267,11 +267,11 @@ class Schedule(Protocol):
 class Engine(Protocol):
     """How one TrainStep(net, objective) is run and updated: precision, accumulation, sharding.
 
-    The one part that holds state, so it serves one run at a time. `shares` cuts the global batch into this
-    process's equal parts, each with its number among all of them. Each is run by the call, which
-    goes through the engine's hooks, and followed by `backward` of its mean loss. `autocast` is the
-    precision of that call, for checks that precede `prepare`. `step` applies one update at
-    `lr_factor` times the learning rate and returns the gradient's norm before clipping.
+    The one part that holds state, so it serves one run at a time. `shares` cuts the global batch
+    into this process's equal parts, each with its number among all of them. Each is run by the
+    call, which goes through the engine's hooks, and followed by `backward` of its mean loss.
+    `autocast` is the precision of that call, for checks that precede `prepare`. `step` applies one
+    update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
     `save` and `load` keep network, teachers and optimizer in a folder, without ever executing code.
     """
 

@@ -409,6 +409,13 @@ def test_bf16_reaches_every_weight_after_a_pass_without_gradient() -> None:
         assert not torch.equal(a, b)
 
 
+def test_autocast_serves_checks_before_the_run() -> None:
+    net, x = nn.Linear(2, 2), torch.randn(3, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with TorchEngine(precision=precision).autocast(CPU):
+            assert net(x).dtype == dtype
+
+
 def test_bf16_losses_are_near_those_of_fp32() -> None:
     _, full = run(budget=Budget(steps=5))
     _, half = run(budget=Budget(steps=5), engine=TorchEngine(precision="bf16"))

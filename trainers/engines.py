@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,12 +109,15 @@ class TorchEngine:
             yield number, replace(batch, x0=batch.x0[rows], cond=cond)
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        if self.precision == "fp32":
+        with self.autocast(self._device):
             return self.module(batch, rng)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
         # Without autocast's cache, which in older versions of torch hands a weight that was cast in
         # a pass without gradient, cut off from its parameter, to the pass with gradient.
-        with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
-            return self.module(batch, rng)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
     def backward(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())

@@ -50,7 +50,7 @@ class StopOnNonFinite(Callback):
     def _check(self, state: TrainState) -> None:
         held, self._held = self._held, []
         values = [v for _, out, norm in held for v in (out.per_sample.sum(), norm) if v is not None]
-        if not torch.isfinite(torch.as_tensor(sum(values))):
+        if values and not all(map(math.isfinite, torch.stack(values).tolist())):
             for step, out, norm in held:
                 raise_unless_finite(state, step, out, norm)
 

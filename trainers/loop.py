@@ -47,7 +47,7 @@ def fit(
     `folder`; `resume` continues from the newest whole one, or starts where there is none.
     """
     device = torch.device(device)
-    engine = engine or TorchEngine()
+    engine = TorchEngine() if engine is None else engine
     engine.prepare(TrainStep(net, objective), optimizer, device, batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
