@@ -53,6 +53,7 @@ class Experiment:
     sampler: Sampler
     engine: Engine
     optimizer: Optimizer
+    teacher_optimizer: Optimizer
     schedule: Schedule
     metric: Metric
     recorder: Any
@@ -94,6 +95,7 @@ def run(
     sampler: Sampler | None = None,
     engine: Engine | None = None,
     optimizer: Optimizer | None = None,
+    teacher_optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
     metric: Metric | None = None,
     recorder: Any = None,
@@ -113,7 +115,8 @@ def run(
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
-    average of the weights at `ema_decay`, at each of `nfe` network evaluations.
+    average of the weights at `ema_decay`, at each of `nfe` network evaluations. A teacher that is
+    trained first takes `teacher_optimizer`, by default the run's own.
     """
     objective = _bound("objective", objective, registry.objectives)
     backbone = _bound("backbone", backbone, registry.backbones)
@@ -133,6 +136,7 @@ def run(
         return build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
 
     net = network(required_heads(objective), heads)
+    optimizer = optimizer or registry.optimizers.build("adamw")
     teacher = _frozen_teacher(objective)
     if teacher is not None:
         teacher.attach(network(("v",), None))
@@ -143,7 +147,8 @@ def run(
         teacher=teacher,
         sampler=sampler,
         engine=engine or registry.engines.build("torch_engine"),
-        optimizer=optimizer or registry.optimizers.build("adamw"),
+        optimizer=optimizer,
+        teacher_optimizer=teacher_optimizer or optimizer,
         schedule=schedule or registry.schedules.build("cosine"),
         metric=metric or _default_metric(dataset),
         recorder=recorder or registry.recorders.build("mlflow"),

@@ -326,6 +326,12 @@ def test_scope_bindings_are_what_the_arm_changes(write):
     assert gin_setup.scope_bindings("plain") == {}
 
 
+def test_plain_binding_that_an_arm_overrides_is_known():
+    gin_setup.parse([], ["job.seed = 1", "job.steps = 1", "a/job.seed = 2", "b/job.steps = 2"])
+    assert gin_setup.overridden_bindings("a") == ("job.seed",)
+    assert gin_setup.overridden_bindings("") == ()
+
+
 def test_required_value_may_come_from_the_arm_or_from_above():
     bindings = ["job.steps = %gin.REQUIRED", "a/job.steps = 3"]
     gin_setup.parse([], bindings)
