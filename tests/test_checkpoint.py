@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ import torch
 from torch import nn
 from trainer_toys import StopAt, ToyNet, ToyObjective, run, same
 
-from registry.protocols import LossOutput
+import registry
+import zoo  # noqa: F401  registers the objectives
+from backbones import build_network
+from backbones.mlp import MLP
+from registry.protocols import LossOutput, required_heads
 from trainers import (
     AdamW,
     Budget,
@@ -38,6 +43,7 @@ from trainers import (
 )
 from trainers import checkpoint as checkpoints_
 from trainers.checkpoint import BrokenCheckpoint, checkpoints, latest, load_module, save_module
+from zoo.teachers import Frozen
 
 
 def trained(folder: Path, steps: int = 9, every: int = 3, keep: int = 10, **more: Any) -> Path:
@@ -91,6 +97,30 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(
     for name in whole.emas:
         assert same(state.emas[name].state_dict(), whole.emas[name].state_dict())
     assert state.lr == whole.lr
+
+
+@pytest.mark.parametrize("name", [*registry.objectives.names(), "decm_distilled"])
+def test_resume_is_bit_equal_for_every_objective(name: str, tmp_path: Path) -> None:
+    """Stopped where neither DE-CM's cycle of three nor an accumulation ends."""
+
+    def network(seed: int, keys: tuple[str, ...]) -> nn.Module:
+        torch.manual_seed(seed)
+        return build_network(partial(MLP, dim=32, depth=1), (2,), 3, keys)
+
+    def go(seed: int, **changes: Any) -> tuple[TrainState, list[torch.Tensor]]:
+        if name == "decm_distilled":
+            objective = registry.objectives.get("decm")(teacher=Frozen())
+            objective.teacher.attach(network(5, ("v",)))
+        else:
+            objective = registry.objectives.get(name)()
+        net = network(seed, required_heads(objective))
+        return run(net=net, objective=objective, batch_size=16, budget=Budget(steps=6), **changes)
+
+    whole, losses = go(1)
+    _, before = go(1, folder=tmp_path, callbacks=[CheckpointCallback(), StopAt(2)])
+    state, after = go(2, folder=tmp_path, resume=True)
+    assert torch.equal(torch.stack(before + after), torch.stack(losses))
+    assert same(state.engine.module.state_dict(), whole.engine.module.state_dict())
 
 
 def test_resume_of_a_finished_run_does_nothing_and_keeps_its_time(tmp_path: Path) -> None:
