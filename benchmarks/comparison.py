@@ -118,7 +118,8 @@ def build(request: Request) -> list[Cell]:
     if not troubles and (useless := sorted(request.own_keys(arms) & set.intersection(*inert))):
         troubles.append(
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
-            "by reference, such as mean_flow.weight = @adaptive()"
+            "by reference, such as mean_flow.weight = @adaptive(); and what an arm binds for itself "
+            "is changed under its name, such as mean_flow/run.objective = @dumo()"
         )
     if troubles:
         raise ValueError("\n".join(dict.fromkeys(troubles))) from cause
@@ -131,7 +132,8 @@ def build_cell(request: Request, arm: str) -> tuple[Cell, set[str]]:
     with gin_setup.arm(arm):
         experiment = run()
     load_teacher(experiment)
-    unused = set(gin_setup.inert_bindings(arm))
+    asked = set(gin_setup.bindings_of("\n".join(request.bindings)))
+    unused = {*gin_setup.inert_bindings(arm), *(asked & {*gin_setup.overridden_bindings(arm)})}
     operative = gin_setup.operative_text()
     prefix = f"{arm}/" if arm else ""
     params = {
