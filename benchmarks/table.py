@@ -31,7 +31,8 @@ def result_table(results: Sequence[Result]) -> str:
     if (floor := first.get(f"{metric}_floor")) is not None:
         title += f"; real data score {floor:.4g}"
     parts = [f"{title}:\n", _markdown([*header, "parameters"], rows)]
-    exact = [key for key in first if "_error" in key and not key.startswith("nfe")]
+    keys = dict.fromkeys(key for result in results for key in result.values)
+    exact = sorted(key for key in keys if "_error" in key and not key.startswith("nfe"))
     if exact:
         lines = [[r.name, *(_number(r.values.get(key)) for key in exact)] for r in results]
         parts += ["\nerror against the exact flow, relative to the data's scale:\n"]
