@@ -118,8 +118,8 @@ def build(request: Request) -> list[Cell]:
     if not troubles and (useless := sorted(request.own_keys(arms) & set.intersection(*inert))):
         troubles.append(
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
-            "by reference, such as mean_flow.weight = @adaptive(); and what an arm binds for itself "
-            "is changed under its name, such as mean_flow/run.objective = @dumo()"
+            "by reference, such as mean_flow.weight = @adaptive(); what an arm binds for itself is "
+            "changed under its name, such as mean_flow/run.objective = @dumo()"
         )
     if troubles:
         raise ValueError("\n".join(dict.fromkeys(troubles))) from cause

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,8 +17,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"registry", "zoo", "backbones", "trainers", "benchmarks"}
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-DATA, INFO = (f"objective_zoo-{VERSION}.{kind}" for kind in ("data", "dist-info"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORTED_AS = {
+    "PIL": "pillow",
+    "cleanfid": "clean-fid",
+    "gin": "gin-config",
+    "sklearn": "scikit-learn",
+}
+DATA, INFO = (f"objective_zoo-{PROJECT['version']}.{kind}" for kind in ("data", "dist-info"))
 SHARE = f"{DATA}/data/share/objective-zoo/"
 
 
@@ -56,6 +64,17 @@ def test_wheel_carries_its_license(contents):
 def test_every_dependency_says_why():
     lines = (ROOT / "pyproject.toml").read_text().split("dependencies = [\n")[1].split("\n]")[0]
     assert [line for line in lines.splitlines() if not line.partition("#")[2].strip()] == []
+
+
+def test_every_import_is_a_declared_dependency():
+    trees = [ast.parse((ROOT / f).read_text()) for p in PACKAGES for f in files(p, ".py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    third = {name.split(".")[0] for name in names} - sys.stdlib_module_names - PACKAGES
+    declared = {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]}
+    assert "torch" in third
+    assert {IMPORTED_AS.get(name, name.replace("_", "-")) for name in third} <= declared
 
 
 @pytest.fixture(scope="module")
