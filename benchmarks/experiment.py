@@ -1,27 +1,31 @@
 """One run, as data: `run()` takes everything from gin and returns it built and checked.
 
-`run` is the only gin.configurable of the project. It builds the network and asks the objective for
-one loss on a few rows, so that whatever does not fit together is said before any training.
+`run` is the only gin.configurable of the project. It builds the network, compares the objective's
+derivative on it with another method and asks for one loss on a few rows, so that whatever does not
+fit together is said before any training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gin
 import torch
+from torch import Tensor
 
 import benchmarks.parts  # noqa: F401  registers every part
 import registry
 from backbones.network import FlowNetwork, build_network
 from benchmarks import evaluate
+from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.features import Pixels
 from benchmarks.metrics import FeatureMetrics
 from registry.gin_errors import said
 from registry.protocols import (
     Batch,
+    Cond,
     Dataset,
     Engine,
     LossOutput,
@@ -67,6 +71,7 @@ class Experiment:
     evaluate_every: int
     checkpoint_seconds: float
     device: torch.device
+    derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
 
     @property
     def objective_name(self) -> str:
@@ -163,8 +168,7 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         device=_device(device),
     )
-    _probe(experiment)
-    return experiment
+    return replace(experiment, derivative_error=_probe(experiment))
 
 
 def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
@@ -213,13 +217,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _probe(experiment: Experiment) -> None:
-    """One loss on a few rows, outside the run's own random streams."""
+def _probe(experiment: Experiment) -> dict[str, float]:
+    """The derivative's error, then one loss, on a few rows outside the run's own random streams."""
     dataset, seed = experiment.dataset, experiment.seed
     x0, cond = dataset.reference(PROBE_ROWS, seed)
     step = TrainStep(experiment.net, experiment.objective)
     where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
     try:
+        derivative_error = _derivative_error(experiment, x0, cond)
         with torch.no_grad():
             out = step(Batch(x0=x0, cond=cond), generator(seed, 0, 0))
     except Exception as error:
@@ -229,3 +234,15 @@ def _probe(experiment: Experiment) -> None:
             f"{where}: loss() gave {type(out).__name__}; it must give a LossOutput whose "
             "per_sample has one number a row, [b]"
         )
+    return derivative_error
+
+
+def _derivative_error(experiment: Experiment, x0: Tensor, cond: Cond | None) -> dict[str, float]:
+    device = experiment.device
+    return probe_derivatives(
+        experiment.objective,
+        experiment.net,
+        x0.to(device),
+        cond and {name: value.to(device) for name, value in cond.items()},
+        experiment.engine.autocast(device),
+    )

@@ -192,6 +192,7 @@ def _train_teacher(
         objective=FlowMatching(),
         net=net.requires_grad_(True),
         teacher=None,
+        optimizer=experiment.teacher_optimizer,
         budget=_scaled(experiment.budget, share),
     )
     state = _fit(teaching, record, folder, resume, prefix="teacher/")
@@ -326,6 +327,8 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     )
     record.tags({f"measured.{name}": value for name, value in measuring.items()})
     record.params({**texts.params, "parameters": experiment.num_params})
+    if experiment.derivative_error:
+        record.metrics(experiment.derivative_error, step=0)
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")
