@@ -291,6 +291,21 @@ def test_identities_of_one_network_agree_with_each_other():
     )
 
 
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_semigroup_stops_at_its_fraction_of_the_way(fraction):
+    """At the truth every stop will do; elsewhere its place decides what is measured."""
+    x, t, r = at(0.9, 0.2)
+    calls = set()
+
+    def recorded(x, t, r, cond):
+        calls.add((round(float(t[0]), 9), round(float(r[0]), 9)))
+        return wrong(x, t, r, cond)
+
+    identities.semigroup(recorded, x, t, r, fraction)
+    m = round(0.9 - fraction * 0.7, 9)
+    assert calls == {(0.9, m), (m, 0.2), (0.9, 0.2)}
+
+
 def test_finite_difference_step_bounds_the_residual():
     """Halving the step quarters it: what remains at the oracle is the difference's own error."""
     x, t, r = at(0.7, 0.3)
