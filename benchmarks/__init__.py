@@ -1,1 +1,1 @@
-"""Everything that measures: experiments, data sets, metrics, records, grids and the command line."""
+"""Everything that measures: experiments, data sets, metrics, records and the command line."""

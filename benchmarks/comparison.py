@@ -257,7 +257,11 @@ def _check_finished(cell: Cell, folder: Path) -> None:
     if not (folder / RESULT).exists():
         return
     ours, theirs = (
-        {k: v for k, v in gin_setup.bindings_of(text).items() if not k.startswith("mlflow.")}
+        {
+            k.removeprefix(f"{cell.name}/"): v
+            for k, v in gin_setup.bindings_of(text).items()
+            if not k.startswith("mlflow.")
+        }
         for text in (cell.texts.operative, (folder / "operative.gin").read_text())
     )
     if differing := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):

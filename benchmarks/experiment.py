@@ -123,6 +123,13 @@ def run(
     average of the weights at `ema_decay`, at each of `nfe` network evaluations. A teacher that is
     trained first takes `teacher_optimizer`, by default the run's own.
     """
+    _check_counts(
+        nfe,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        log_every=log_every,
+        evaluate_every=evaluate_every,
+    )
     objective = _bound("objective", objective, registry.objectives)
     backbone = _bound("backbone", backbone, registry.backbones)
     dataset = _bound("dataset", dataset, registry.datasets)
@@ -172,13 +179,23 @@ def run(
 
 
 def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
-    if part is None:
-        raise ValueError(
-            f"run.{name} is not bound. Bind it in the gin file or by --set, for example "
-            f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
-            f"registered: {', '.join(kind.names())}"
-        )
-    return part
+    """The part; ValueError if there is none, or something else that gin can write."""
+    if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
+        return part
+    given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
+    raise ValueError(
+        f"run.{name} {given}. Bind it in the gin file or by --set, for example "
+        f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
+        f"registered: {', '.join(kind.names())}"
+    )
+
+
+def _check_counts(nfe: Any, **counts: int) -> None:
+    if isinstance(nfe, int):
+        raise ValueError(f"run.nfe = {nfe} must be a tuple, such as run.nfe = ({nfe},)")
+    for name, count in counts.items():
+        if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
+            raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
 
 
 def _budget(**amounts: float | None) -> Budget:

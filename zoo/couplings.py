@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from registry import couplings
@@ -40,6 +39,8 @@ class MinibatchOT:
     )
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor:
+        from scipy.optimize import linear_sum_assignment  # slow to import, seldom used
+
         cost = torch.cdist(x0.flatten(1).double(), x1.flatten(1).double()) ** 2
         _, pairing = linear_sum_assignment(cost.cpu().numpy())
         return x1[torch.as_tensor(pairing, device=x1.device)]
