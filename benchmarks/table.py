@@ -8,55 +8,68 @@ from benchmarks.runner import Result
 
 
 def result_table(results: Sequence[Result]) -> str:
-    """Arm x NFE of the first metric, with cost and budget; then errors against the exact flow."""
+    """Arm x NFE of the first metric with cost and budget, fidelity and diversity, exact errors."""
     first = results[0].values
-    nfes = sorted({int(k[3:].split("/")[0]) for r in results for k in r.values if k[:3] == "nfe"})
-    metric = next(key.split("/", 1)[1] for key in first if key.startswith("nfe"))
-    header = ["arm", "sampler", *(f"NFE {n}" for n in nfes), "s/step", "steps", "images", "seconds"]
-    rows = [
-        [
-            result.name,
-            result.sampler,
-            *(_number(result.values.get(f"nfe{n}/{metric}")) for n in nfes),
-            f"{result.seconds_per_step:.4f}",
-            f"{result.steps:,}"
-            + (f" ({result.teacher_steps:,} teacher)" if result.teacher_steps else ""),
-            f"{result.images:,}",
-            f"{result.seconds:.0f}",
-            f"{result.num_params:,}",
-        ]
-        for result in results
-    ]
+    keys = list(dict.fromkeys(key for result in results for key in result.values))
+    nfes = sorted({int(key[3:].split("/")[0]) for key in keys if key.startswith("nfe")})
+    metric = next(key.split("/", 1)[1] for key in keys if key.startswith("nfe"))
     title = f"{metric} by number of network evaluations (NFE), lower is better"
     if (floor := first.get(f"{metric}_floor")) is not None:
         title += f"; real data score {floor:.4g}"
-    parts = [f"{title}:\n", _markdown([*header, "parameters"], rows)]
-    keys = dict.fromkeys(key for result in results for key in result.values)
+    steps = [f"NFE {n}" for n in nfes]
+    header = ["arm", "sampler", *steps, "s/step", "steps", "images", "seconds", "parameters"]
+    rows = [
+        [r.name, r.sampler, *(_number(r.values, f"nfe{n}/{metric}") for n in nfes), *_cost(r)]
+        for r in results
+    ]
+    parts = [f"{title}:", _markdown(header, rows)]
+    pair = [next((k[5:] for k in keys if k.startswith(f"nfe1/{p}_")), "") for p in _QUALITY]
+    if all(pair):
+        lines = [[r.name, *(_quality(r, n, pair) for n in nfes)] for r in results]
+        real = _ceilings(first, pair)
+        parts += [f"precision / recall, higher is better{real}:", _markdown(["arm", *steps], lines)]
     exact = sorted(key for key in keys if "_error" in key and not key.startswith("nfe"))
     if exact:
-        lines = [[r.name, *(_number(r.values.get(key)) for key in exact)] for r in results]
-        parts += ["\nerror against the exact flow, relative to the data's scale:\n"]
+        lines = [[r.name, *(_number(r.values, key) for key in exact)] for r in results]
+        parts += ["error against the exact flow, relative to the data's scale:"]
         parts += [_markdown(["arm", *exact], lines)]
-    return "\n".join(parts)
+    return "\n\n".join(parts)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+_QUALITY = ("precision", "recall")
+
+
+def _cost(result: Result) -> list[str]:
+    teacher = f" ({result.teacher_steps:,} teacher)" if result.teacher_steps else ""
+    return [
+        f"{result.seconds_per_step:.4f}",
+        f"{result.steps:,}{teacher}",
+        f"{result.images:,}",
+        f"{result.seconds:.0f}",
+        f"{result.num_params:,}",
+    ]
+
+
+def _quality(result: Result, nfe: int, names: Sequence[str]) -> str:
+    values = [result.values.get(f"nfe{nfe}/{name}") for name in names]
+    return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+
+
+def _ceilings(values: dict[str, float], names: Sequence[str]) -> str:
+    real = [values[f"{name}_ceiling"] for name in names if f"{name}_ceiling" in values]
+    return f"; real data score {' / '.join(f'{v:.2f}' for v in real)}" if real else ""
+
+
+def _number(values: dict[str, float], key: str) -> str:
+    return f"{values[key]:.4g}" if key in values else "-"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
+        first, *rest = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]) + " |"
 
-    rule = (
-        "|"
-        + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    rule = "|".join([f"{'':-<{widths[0] + 2}}", *(f"{'':-<{w + 1}}:" for w in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *(line(row) for row in rows)])
