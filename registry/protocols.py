@@ -160,10 +160,12 @@ class Teacher(Protocol):
 
     `needs_copy` teachers own weights: the trainer makes the module, hands it over with `attach`,
     shards, checkpoints and restores it, and calls `update` after each optimizer step. Until then
-    the teacher is the network itself, which is the state at step 0.
+    the teacher is the network itself, which is the state at step 0. A teacher that `distils` is
+    another network, trained before: its velocity is the target, not the conditional one.
     """
 
     needs_copy: ClassVar[bool]
+    distils: ClassVar[bool]
 
     def __call__(self, net: Network) -> Network: ...
     def attach(self, network: torch.nn.Module) -> None: ...
