@@ -82,14 +82,16 @@ class Request:
         """The keys bound on the command line or by the file itself, not by an include.
 
         Where only some of the file's arms run, its plain bindings may serve the others. The text
-        that a run keeps has those of its includes.
+        that a run keeps has those of its includes. A part put in on the command line leaves those
+        of the part that it replaces.
         """
+        asked = gin_setup.bindings_of("\n".join(self.bindings))
         keys = set(gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()))
-        if "Grid.folders" in keys:
+        if "Grid.folders" in keys or any("@" in value for value in asked.values()):
             keys = set()
         elif self.arm or (tuple(arms) == ("",) and "Grid.arms" in keys):
             keys = {key for key in keys if self.arm and key.startswith(f"{self.arm}/")}
-        return keys | set(gin_setup.bindings_of("\n".join(self.bindings)))
+        return keys | set(asked)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,6 +208,11 @@ def _scaled(budget: Budget, share: float) -> Budget:
     return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, round(amount))})
 
 
+def _rest(budget: Budget, taken: Budget) -> Budget:
+    amount = budget.amount - taken.amount
+    return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, amount)})
+
+
 def _fit(
     experiment: Experiment,
     record: Any,
@@ -220,7 +225,7 @@ def _fit(
     """Train what `experiment` says, less what the teacher has spent; Stopped if a signal came."""
     budget = experiment.budget
     if done and done.steps:
-        budget = _scaled(budget, 1 - experiment.teacher.pretrain)
+        budget = _rest(budget, _scaled(budget, experiment.teacher.pretrain))
 
     def log(values: dict[str, float], step: int) -> None:
         record.metrics({prefix + name: value for name, value in values.items()}, step)

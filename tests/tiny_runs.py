@@ -12,7 +12,13 @@ from benchmarks.cli import main
 
 DIGITS = "experiments/digits.gin"
 ARMS = ("flow_matching", "mean_flow", "shortcut", "dumo", "decm")
-NETWORK = ("dit.dim = 16", "dit.depth = 1", "dit.num_heads = 2")
+NETWORK = (
+    "run.backbone = @dit",
+    "dit.patch = 2",
+    "dit.dim = 16",
+    "dit.depth = 1",
+    "dit.num_heads = 2",
+)
 METRIC = ("run.metric = @feature_metrics()", "feature_metrics.extractor = @pixels()")
 SIZES = (
     "run.steps = 4",
