@@ -1,0 +1,406 @@
+"""Derivative backends on every backbone: agreement, checkpointing, autocast, dropout, kernels."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import registry
+from backbones.heads import AverageVelocity, Velocity
+from registry.protocols import Derivative
+from tests.backbone_cases import awake, inputs, small
+from zoo.derivatives import Dual, FiniteDifference, Jvp
+from zoo.ops import like
+from zoo.teachers import without_gradient
+
+each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
+each_backend = pytest.mark.parametrize("backend", registry.derivatives.names())
+each_exact = pytest.mark.parametrize("backend", ["dual", "jvp"])
+
+# Relative errors in float32, measured: 3e-6 and, at the default step 1e-3, up to 6e-4.
+ROUNDING, DIFFERENCES = 1e-5, 2e-3
+
+HEAD_SETS = {
+    "v": (("v",), None),
+    "u": (("u",), None),
+    "dual": (("u", "v"), None),
+    "two": (("u", "v"), (AverageVelocity, Velocity)),
+    "logvar": (("u", "v", "logvar"), None),
+}
+
+
+def output(net, cond=None, key="u"):
+    return lambda x, t, r: net(x, t, r, cond)[key]
+
+
+def directions(x: Tensor, t: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    return {"mean_flow": (v, one, zero), "n2n": (1.5 * v, 1.5 * one, -0.5 * one)}
+
+
+def along(backbone, n=5, which="mean_flow"):
+    """The primals, tangents and condition of a backbone's test inputs."""
+    x, t, r, cond = inputs(backbone, n)
+    return (x, t, r), directions(x, t)[which], cond
+
+
+def central(fn, primals, tangents, step=1e-5) -> Tensor:
+    """In float64; errors of (16 step)^2 / 6 = 4e-9 by truncation and 1e-16 / step by rounding."""
+    primals, tangents = ([v.double() for v in vs] for vs in (primals, tangents))
+    with torch.no_grad():
+        ahead, behind = (
+            fn(*(p + s * d for p, d in zip(primals, tangents, strict=True))) for s in (step, -step)
+        )
+    return (ahead - behind) / (2 * step)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.double().norm())
+
+
+# closed form
+
+
+def test_three_backends_are_registered():
+    assert registry.derivatives.names() == ("dual", "finite_difference", "jvp")
+    for name in registry.derivatives.names():
+        assert isinstance(registry.derivatives.build(name), Derivative)
+    assert not FiniteDifference.needs_forward_ad
+    assert Dual.needs_forward_ad
+    assert Jvp.needs_forward_ad
+
+
+@each_backend
+@settings(max_examples=10)
+@given(a=st.floats(-2, 2), b=st.floats(-2, 2), c=st.floats(-2, 2))
+def test_derivative_matches_the_closed_form_along_any_direction(backend, a, b, c):
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+    t, r = torch.tensor([[0.9, 0.5, 0.2], [0.0, 0.4, 0.1]], dtype=torch.float64)
+    tangents = (a * torch.cos(x), torch.full_like(t, b), torch.full_like(r, c))
+    found = registry.derivatives.build(backend)(
+        lambda x, t, r: torch.sin(2 * x) * like(t**2, x) + like(torch.exp(r), x),
+        (x, t, r),
+        tangents,
+    )
+    expected = 2 * torch.cos(2 * x) * like(t**2, x) * tangents[0] + torch.sin(2 * x) * like(
+        2 * t * b, x
+    )
+    # Central differences: step^2 / 6 times a third derivative of at most 200.
+    tolerance = 1e-4 if backend == "finite_difference" else 1e-12
+    torch.testing.assert_close(found, expected + like(torch.exp(r) * c, x), atol=tolerance, rtol=0)
+
+
+def test_finite_difference_is_second_order():
+    primals, tangents, cond = along("mlp")
+    f = output(awake(small("mlp")).double(), cond)
+    primals, tangents = ([v.double() for v in vs] for vs in (primals, tangents))
+    exact = Dual()(f, primals, tangents)
+    coarse, fine = (
+        error(FiniteDifference(step=step)(f, primals, tangents), exact) for step in (2e-3, 1e-3)
+    )
+    assert coarse / fine == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("step", [0.0, -1e-3, 1.0, float("nan")])
+def test_finite_difference_refuses_a_step_outside_its_interval(step):
+    with pytest.raises(ValueError, match=r"finite_difference.step = .* must lie in \(0, 1\)"):
+        FiniteDifference(step=step)
+
+
+# every backbone
+
+
+@each_backbone
+@pytest.mark.parametrize("heads", HEAD_SETS)
+def test_backends_agree_on_every_output(backbone, heads):
+    keys, chosen = HEAD_SETS[heads]
+    net = awake(small(backbone, keys, heads=chosen))
+    single = {}
+    for which in ("mean_flow", "n2n"):
+        primals, tangents, cond = along(backbone, which=which)
+        for key in net.keys:
+            f = output(net, cond, key)
+            single[which, key] = [
+                registry.derivatives.build(name)(f, primals, tangents)
+                for name in ("dual", "jvp", "finite_difference")
+            ]
+    net.double()
+    for (which, key), (dual, jvp, difference) in single.items():
+        primals, tangents, cond = along(backbone, which=which)
+        expected = central(output(net, cond, key), primals, tangents)
+        assert dual.dtype == jvp.dtype == difference.dtype == torch.float32
+        assert error(dual, jvp.double()) < ROUNDING
+        assert error(dual, expected) < ROUNDING
+        assert error(jvp, expected) < ROUNDING
+        assert error(difference, expected) < DIFFERENCES
+
+
+@each_backbone
+@each_backend
+def test_result_carries_no_graph_and_leaves_no_gradient(backbone, backend):
+    net = awake(small(backbone))
+    primals, tangents, cond = along(backbone)
+    for value in (*primals, *tangents):
+        value.requires_grad_()
+    derivative = registry.derivatives.build(backend)
+    for f in (output(net, cond), lambda x, t, r: x):
+        found = derivative(f, primals, tangents)
+        assert not found.requires_grad
+        assert found.grad_fn is None
+        assert not forward_ad.unpack_dual(found).tangent
+    assert all(p.grad is None for p in (*net.parameters(), *primals, *tangents))
+    assert torch.is_grad_enabled()
+
+
+# activation checkpointing
+
+
+class AlwaysCheckpointed(nn.Module):
+    """Recomputes its body whether or not a gradient is wanted, as networks of others may."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t, r, cond=None):
+        return {"u": checkpoint(output(self.net, cond), x, t, r, use_reentrant=False)}
+
+
+@each_backend
+@pytest.mark.parametrize("always", [False, True])
+def test_checkpointed_network_has_the_derivative_and_gradient_of_the_plain_one(backend, always):
+    plain = awake(small("dit"))
+    saving = awake(small("dit", checkpointing=not always))
+    saving = AlwaysCheckpointed(saving) if always else saving
+    primals, tangents, cond = along("dit")
+    derivative = registry.derivatives.build(backend)
+    found, expected = (derivative(output(n, cond), primals, tangents) for n in (saving, plain))
+    assert found.equal(expected)
+    for net in (saving, plain):  # as in a loss: the target comes first
+        (output(net, cond)(*primals) - expected).square().mean().backward()
+    for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
+        assert ours.grad.abs().sum() > 0
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# bfloat16
+
+
+@each_backbone
+def test_exact_backends_stay_close_under_autocast_and_differences_leave_it(backbone):
+    primals, tangents, cond = along(backbone)
+    f = output(awake(small(backbone)), cond)
+    expected, differences = (d(f, primals, tangents) for d in (Dual(), FiniteDifference()))
+
+    def naive(step):
+        with torch.no_grad():
+            ahead, behind = (
+                f(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
+                for s in (step, -step)
+            )
+        return (ahead - behind) / (2 * step)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for derivative in (Dual(), Jvp()):
+            found = derivative(f, primals, tangents)
+            assert found.dtype == torch.float32
+            # 8 bits, 0.4 % a rounding and a few roundings deep; measured 1-4 %.
+            assert 1e-4 < error(found, expected.double()) < 0.06
+        assert FiniteDifference()(f, primals, tangents).equal(differences)
+        assert error(naive(1e-3), expected.double()) > 0.3
+        assert torch.is_autocast_enabled("cpu")
+
+
+@each_backend
+@pytest.mark.parametrize("teacher", [False, True])
+def test_autocast_cache_keeps_no_weight_without_gradient(backend, teacher):
+    primals, tangents, cond = along("mlp")
+    net = awake(small("mlp"))
+    f = output(net, cond)
+
+    def gradients(before):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):  # its cache enabled
+            before()
+            f(*primals).square().mean().backward()
+        return [p.grad for p in net.parameters()]
+
+    def pass_without_gradient():
+        if teacher:
+            without_gradient(net)(*primals, cond)
+        else:
+            registry.derivatives.build(backend)(f, primals, tangents)
+
+    expected = gradients(lambda: None)
+    assert all(g.abs().sum() > 0 for g in expected)
+    for ours, theirs in zip(gradients(pass_without_gradient), expected, strict=True):
+        assert ours.equal(theirs)
+
+
+@each_backend
+@pytest.mark.parametrize("fails", [False, True])
+def test_autocast_cache_is_empty_after_a_pass_and_after_an_error(backend, fails):
+    # A stale weight shows what the cache holds. Some releases of torch cache without gradient too.
+    linear, x = nn.Linear(3, 3, bias=False), torch.ones(2, 3)
+    derivative = registry.derivatives.build(backend)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with torch.enable_grad():
+            before = linear(x)
+        linear.weight *= 2
+        with torch.enable_grad():
+            assert linear(x).equal(before)
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            derivative(lambda x: linear(x) / (1 // (not fails)), (x,), (x,))
+        with torch.enable_grad():
+            assert linear(x).equal(2 * before)
+
+
+# dropout
+
+
+@each_backend
+@pytest.mark.parametrize("backbone", ["dit", "unet"])
+def test_dropout_is_the_same_in_both_evaluations_and_in_the_next_forward(backbone, backend):
+    primals, tangents, cond = along(backbone)
+    net = awake(small(backbone, dropout=0.3)).train()
+    f = output(net, cond)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    found = registry.derivatives.build(backend)(f, primals, tangents)
+    assert torch.get_rng_state().equal(before)
+
+    net.double()  # masks of one seed are the same in every precision on a CPU
+
+    def seeded(*args):
+        torch.manual_seed(4)
+        return f(*args)
+
+    expected = central(seeded, primals, tangents)
+    assert error(found, expected) < DIFFERENCES
+    torch.manual_seed(5)  # other masks: another derivative
+    assert (
+        error(Dual()(f, *([v.double() for v in vs] for vs in (primals, tangents))), expected) > 0.1
+    )
+
+
+@each_backend
+def test_the_forward_after_a_derivative_draws_the_masks_of_the_pass(backend):
+    masks = []
+
+    def f(x, t, r):
+        masks.append(F.dropout(torch.ones(4, 3), 0.5))
+        return x * masks[-1]
+
+    x, t = torch.ones(4, 3), torch.zeros(4)
+    torch.manual_seed(6)
+    found = registry.derivatives.build(backend)(f, (x, t, t), (x, t, t))
+    following = f(x, t, t)
+    assert 0 < (following == 0).sum() < 12
+    torch.testing.assert_close(found, following, atol=1e-4, rtol=1e-4)
+    assert not f(x, t, t).equal(following)
+
+
+@each_backend
+def test_the_generator_is_restored_after_an_error_too(backend):
+    def fails(x):
+        return torch.rand(3) / (1 // 0)
+
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        registry.derivatives.build(backend)(fails, (torch.ones(2),), (torch.ones(2),))
+    assert torch.get_rng_state().equal(before)
+
+
+# attention kernels
+
+
+class Kernels(TorchDispatchMode):
+    """Counts fused attention."""
+
+    fused = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.fused += "_scaled_dot_product" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def fused_calls(fn) -> int:
+    with Kernels() as kernels:
+        fn()
+    return kernels.fused
+
+
+@each_backend
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backbone", ["dit", "unet"])
+def test_only_the_forward_mode_pass_takes_the_math_kernel(backbone, backend, training):
+    primals, tangents, cond = along(backbone)
+    net = awake(small(backbone)).train(training)
+    f, derivative = output(net, cond), registry.derivatives.build(backend)
+    layers = len(net.trunk.blocks) if backbone == "dit" else 1
+    expected = f(*primals)
+    assert fused_calls(lambda: f(*primals)) == layers
+    evaluations = 2 * layers if backend == "finite_difference" else 0
+    assert fused_calls(lambda: derivative(f, primals, tangents)) == evaluations
+    assert fused_calls(lambda: f(*primals)) == layers
+    assert f(*primals).equal(expected)
+    with pytest.raises(ZeroDivisionError):
+        derivative(lambda x, t, r: f(x, t, r) / (1 // 0), primals, tangents)
+    assert fused_calls(lambda: f(*primals)) == layers
+
+
+@each_exact
+def test_fused_attention_has_no_forward_mode_rule_without_the_math_kernel(backend, monkeypatch):
+    # What the math kernel is for; where torch gains a rule, derivatives.py may lose a line.
+    monkeypatch.setattr("zoo.derivatives.sdpa_kernel", lambda _: nullcontext())
+    primals, tangents, cond = along("dit")
+    with pytest.raises(NotImplementedError, match="flash_attention"):
+        registry.derivatives.build(backend)(output(awake(small("dit")), cond), primals, tangents)
+
+
+# networks that cut the derivative
+
+
+class Cut(nn.Module):
+    """A network behind a stray operation on one of its inputs."""
+
+    def __init__(self, net: nn.Module, how: str):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x, t, r, cond=None):
+        if self.how == "detach":
+            t = t.detach()
+        elif self.how == "item":
+            t = torch.stack([torch.tensor(s.item(), dtype=t.dtype) for s in t])
+        return self.net(x, t, r, cond)
+
+
+@each_backbone
+@pytest.mark.parametrize("how", ["detach", "item"])
+def test_a_cut_is_wrong_in_both_exact_backends_alike_and_not_in_differences(backbone, how):
+    primals, tangents, cond = along(backbone)
+    net = awake(small(backbone))
+    expected = Dual()(output(net, cond), primals, tangents).double()
+    f = output(Cut(net, how), cond)
+    assert f(*primals).equal(output(net, cond)(*primals))  # nothing shows in the output
+    dual, jvp, differences = (d(f, primals, tangents) for d in (Dual(), Jvp(), FiniteDifference()))
+    assert error(dual, jvp.double()) < ROUNDING
+    assert error(dual, expected) > 0.1
+    assert error(differences, expected) < DIFFERENCES
+
+
+def test_dual_says_so_when_nothing_of_the_derivative_is_left():
+    primals, tangents, _ = along("mlp")
+    with pytest.raises(RuntimeError, match=r"carries no tangent of \(x, t, r\): .*\.detach\(\)"):
+        Dual()(lambda x, t, r: x.detach(), primals, tangents)
