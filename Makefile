@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-QUICKSTART ?= run gin/experiments/digits.gin --out runs/quickstart
+QUICKSTART ?= run gin/experiments/digits.gin
 
 py := $(VENV)/bin/python
 plain := $(VENV)/.installed

@@ -41,7 +41,7 @@ def shifted(times: list[float], shift: float) -> list[float]:
 class FlowMap:
     """Steps of the average velocity on an even grid; deterministic."""
 
-    heads: ClassVar = ("u",)
+    heads: ClassVar[tuple[str, ...]] = ("u",)
 
     nfe: int = 1
 
@@ -60,7 +60,7 @@ class FlowMap:
 class Euler:
     """Euler steps on the velocity, optionally shifted towards the noise."""
 
-    heads: ClassVar = ("v", "u")
+    heads: ClassVar[tuple[str, ...]] = ("v", "u")
 
     nfe: int = 50
     shift: float = 1.0
@@ -81,7 +81,7 @@ class Euler:
 class Heun:
     """Heun steps on the velocity; an odd number of evaluations ends with one Euler step."""
 
-    heads: ClassVar = ("v", "u")
+    heads: ClassVar[tuple[str, ...]] = ("v", "u")
 
     nfe: int = 50
     shift: float = 1.0
@@ -108,7 +108,7 @@ class Heun:
 class Restart:
     """Jump to the data, add fresh noise, jump again; as consistency models are sampled."""
 
-    heads: ClassVar = ("u",)
+    heads: ClassVar[tuple[str, ...]] = ("u",)
     reference: ClassVar = Reference(
         title="Consistency Models", authors="Song et al.", year=2023, arxiv="2303.01469"
     )
@@ -142,7 +142,7 @@ class Mix:
     The paper's switch point is not public: `t_switch` is the time of the last jump (our reading).
     """
 
-    heads: ClassVar = ("u",)
+    heads: ClassVar[tuple[str, ...]] = ("u",)
     reference: ClassVar = Reference(
         title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )

@@ -7,8 +7,8 @@
 
 v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network
 predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the
-velocity at the far end. With these tangents the true flow map is a fixed point for every lam, gamma. The
-published reading prints the tangents with lam and gamma swapped: a fixed point only if lam = gamma.
+velocity at the far end. With these tangents the true flow map is a fixed point for all lam, gamma.
+The published reading prints them swapped in the tangents: a fixed point only where lam = gamma.
 
 From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5, gamma = 1,
 noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times, norm-limited
@@ -59,8 +59,8 @@ from zoo.times import Stratified
 class DECM:
     """Consistency, flow matching and noise-to-noisy maps together; one head."""
 
-    heads: ClassVar = ("u",)
-    samplers: ClassVar = ("restart", "mix", "euler", "heun")
+    heads: ClassVar[tuple[str, ...]] = ("u",)
+    samplers: ClassVar[tuple[str, ...]] = ("restart", "mix", "euler", "heun")
     reference: ClassVar = Reference(
         title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )

@@ -40,8 +40,8 @@ from zoo.weighting import Unweighted
 class FlowMatching:
     """Velocity regression, sampled as an ODE; the baseline of every few-step method."""
 
-    heads: ClassVar = ("v",)
-    samplers: ClassVar = ("euler", "heun")
+    heads: ClassVar[tuple[str, ...]] = ("v",)
+    samplers: ClassVar[tuple[str, ...]] = ("euler", "heun")
     reference: ClassVar = Reference(
         title="Flow Matching for Generative Modeling",
         authors="Lipman et al.",
