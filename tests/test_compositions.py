@@ -1,0 +1,196 @@
+"""Every objective with every backbone and every set of heads that covers it; what cannot be."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import combinations
+
+import pytest
+import torch
+
+import registry
+from backbones.network import build_network
+from benchmarks import evaluate
+from benchmarks.datasets import Digits, Gaussian
+from benchmarks.experiment import run
+from registry import gin_setup
+from registry.protocols import required_heads
+from tests.backbone_cases import SMALL
+from trainers.budget import Budget
+from trainers.callbacks import Callback
+from trainers.loop import fit
+from zoo.samplers import valid_samplers
+from zoo.weighting import LearnedLogvar
+
+OBJECTIVES, BACKBONES = registry.objectives.names(), registry.backbones.names()
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, state, out):
+        self.seen.append(out.per_sample.mean().item())
+
+
+def data(backbone: str):
+    return Gaussian() if backbone == "mlp" else Digits()
+
+
+def network(backbone: str, keys, heads=None):
+    dataset = data(backbone)
+    torch.manual_seed(0)
+    trunk = partial(registry.backbones.get(backbone), **SMALL[backbone][1])
+    return build_network(trunk, dataset.shape, dataset.num_classes, keys, heads)
+
+
+def train(objective, net, dataset, steps: int = 3) -> list[float]:
+    losses = Losses()
+    fit(
+        net=net,
+        objective=objective,
+        dataset=dataset,
+        batch_size=8,
+        budget=Budget(steps=steps),
+        callbacks=(losses,),
+    )
+    return losses.seen
+
+
+def coverings(keys: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The sets of registered heads that make all of `keys` and nothing twice."""
+    names = registry.heads.names()
+    sets = [s for k in range(1, len(names) + 1) for s in combinations(names, k)]
+    made = {s: [key for name in s for key in registry.heads.get(name).keys] for s in sets}
+    return [s for s in sets if set(keys) <= set(made[s]) and len(set(made[s])) == len(made[s])]
+
+
+CASES = [
+    pytest.param(objective, backbone, heads, id=f"{objective}-{backbone}-{'+'.join(heads)}")
+    for objective in OBJECTIVES
+    for backbone in BACKBONES
+    for heads in coverings(required_heads(registry.objectives.get(objective)()))
+]
+
+
+def test_every_objective_and_backbone_is_covered_by_several_sets_of_heads():
+    assert len(CASES) >= 4 * len(OBJECTIVES) * len(BACKBONES)
+
+
+@pytest.mark.parametrize(("objective", "backbone", "heads"), CASES)
+def test_composition_trains_with_finite_losses(objective, backbone, heads):
+    made = registry.objectives.get(objective)()
+    classes = [registry.heads.get(name) for name in heads]
+    net = network(backbone, required_heads(made), classes)
+    losses = train(made, net, data(backbone))
+    assert len(losses) == 3
+    assert all(torch.tensor(losses).isfinite()), losses
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_extra_heads_do_not_change_the_losses(objective, backbone):
+    made = registry.objectives.get(objective)()
+    keys = required_heads(made)
+    plain = train(made, network(backbone, keys), data(backbone))
+    extra = train(made, network(backbone, (*keys, "logvar")), data(backbone))
+    assert extra == plain
+
+
+@pytest.mark.parametrize("objective", [n for n in OBJECTIVES if "weight" in dir(
+    registry.objectives.get(n)()
+)])  # fmt: skip
+def test_learned_weight_brings_its_head(objective):
+    made = registry.objectives.get(objective)(weight=LearnedLogvar())
+    assert "logvar" in required_heads(made)
+    net = network("mlp", required_heads(made))
+    assert torch.tensor(train(made, net, Gaussian())).isfinite().all()
+    assert net.heads["log_variance"].linear.weight.abs().sum() > 0  # it learns
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_same_seed_gives_the_same_losses_to_the_bit(objective):
+    one, two = (
+        train(made := registry.objectives.get(objective)(), network("dit", required_heads(made)),
+              Digits())
+        for _ in range(2)
+    )  # fmt: skip
+    assert one == two
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_valid_sampler_draws_at_every_nfe(objective):
+    made = registry.objectives.get(objective)()
+    net = network("dit", required_heads(made))
+    valid = valid_samplers(made)
+    assert valid
+    x1 = evaluate.noise((1, 8, 8), 3, 0)
+    for name in valid:
+        for nfe in (1, 2, 3):
+            sampler = registry.samplers.get(name)(nfe=nfe)
+            drawn = evaluate.draw(net, sampler, x1, {"label": torch.tensor([0, 1, 2])})
+            assert drawn.shape == x1.shape
+
+
+# What cannot be is said while the run is built
+
+
+POINTS = ("data/gaussian.gin", "trainer/cpu.gin")
+PICTURES = ("data/digits.gin", "trainer/cpu.gin")
+MLP = ("run.backbone = @mlp", "mlp.dim = 8", "mlp.depth = 1")
+DIT = ("run.backbone = @dit", "dit.dim = 16", "dit.depth = 1", "dit.num_heads = 2")
+
+
+def refused(files, *bindings: str) -> str:
+    gin_setup.parse(files, ["run.steps = 1", "run.recorder = @null()", *bindings])
+    with pytest.raises(ValueError) as caught:
+        run()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "bindings", "says"),
+    [
+        (POINTS, ("run.objective = @mean_flow()", *DIT), "dit"),
+        (POINTS, ("run.objective = @mean_flow()", "run.backbone = @unet"), "unet"),
+        (PICTURES, ("run.objective = @mean_flow()", *MLP), "mlp"),
+        (PICTURES, ("run.objective = @mean_flow()",), "run.backbone is not bound"),
+        (POINTS, MLP, "run.objective is not bound"),
+        (
+            POINTS,
+            ("run.objective = @dumo()", *MLP, "run.heads = [@velocity]"),
+            "needs the output 'u'",
+        ),
+        (
+            POINTS,
+            ("run.objective = @dumo()", *MLP, "run.heads = [@dual_head, @velocity]"),
+            "both make 'v'",
+        ),
+        (
+            POINTS,
+            ("run.objective = @flow_matching()", *MLP, "run.sampler = @flow_map()"),
+            "cannot use sampler 'flow_map'",
+        ),
+        (
+            POINTS,
+            ("run.objective = @decm()", "decm.teacher = @frozen()", *MLP),
+            "frozen.checkpoint",
+        ),
+        (POINTS, ("run.objective = @mean_flow()", *MLP, "mean_flow.omega = 2.0"), "label"),
+        (POINTS, ("run.objective = @dumo()", *MLP, "dumo.omega = 0.5"), "label"),
+        (POINTS, ("run.objective = @decm()", *MLP, "decm.guidance_scale = 2.0"), "label"),
+        (
+            POINTS,
+            (
+                "run.objective = @mean_flow()",
+                *MLP,
+                "mean_flow.weight = @learned_logvar()",
+                "run.heads = [@average_velocity]",
+            ),
+            "log_variance",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(files, bindings, says):
+    assert says in refused(files, *bindings)
