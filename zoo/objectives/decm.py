@@ -10,11 +10,12 @@ predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` m
 velocity at the far end. With these tangents the true flow map is a fixed point for all lam, gamma.
 The published reading prints them swapped in the tangents: a fixed point only where lam = gamma.
 
-From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5, gamma = 1,
-noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times, norm-limited
-guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. Our reading: the consistency loss in FACM's form
-(beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1; clips at +-1; ||dv|| a root
-mean square; r of the noise-to-noisy rows is t_n times the time law; cosines are over whole samples.
+From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5,
+gamma = 1, noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times,
+norm-limited guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. Our reading: the consistency loss in
+FACM's form (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1; clips at +-1;
+||dv|| a root mean square; r of the noise-to-noisy rows is t_n times the time law; cosines are over
+whole samples.
 
 The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). Without one, the
 default here and ours alone, v is the (guided) conditional velocity at the instantaneous rows and
