@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import registry
 from registry.protocols import Cond, Derivative, Objective, parts
+from trainers.rng import generator
 from zoo.derivatives import FiniteDifference, no_gradient, replay_rng
-from zoo.ops import first_rows, like, repeat_rows, rms
+from zoo.ops import first_rows, like, normal_like, repeat_rows, rms
 
 # Exact derivatives of our backbones are right to 4e-6 in float32 (with TF32 products, some 1e-3),
 # in bfloat16 to 1-6 %; cutting one branch of one block in twelve costs 15 % and more.
@@ -96,10 +97,11 @@ class Expected:
         return "" if self.value.dtype == torch.float64 else "_float32"
 
 
+@torch.no_grad()
 def perturbed(net: nn.Module, device: torch.device) -> nn.Module:
     """A copy on the device, with noise on its trainable weights: 1 / sqrt(fan-in); vectors, 0.1."""
     net = copy.deepcopy(net).to(device)
-    rng = torch.Generator(device).manual_seed(0)
+    rng = generator(0, 0, 0, device)
     for p in net.parameters():
         if p.requires_grad and p.numel():
             scale = (len(p) / p.numel()) ** 0.5 if p.ndim > 1 else 0.1
@@ -112,8 +114,7 @@ def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
     """On the straight path from data to noise."""
     k, n = len(TIMES), len(DIRECTIONS)
     x0, (t, r) = x0[:k], torch.tensor(TIMES, device=x0.device).T
-    rng = torch.Generator(x0.device).manual_seed(0)
-    x1 = torch.randn(x0.shape, generator=rng, device=x0.device)
+    x1 = normal_like(x0, generator(0, 0, 1, x0.device))
     primals = (x0 + like(t, x0) * (x1 - x0), t, r)
     moves = (x1 - x0, torch.ones_like(t), torch.ones_like(r))
     tangents = [
