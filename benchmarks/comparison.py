@@ -8,6 +8,7 @@ initialisation. A file (or --set) that binds run.objective outside every arm is 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import time
@@ -82,12 +83,16 @@ class Request:
         """The keys bound on the command line or by the file itself, not by an include.
 
         Where only some of the file's arms run, its plain bindings may serve the others. The text
-        that a run keeps has those of its includes. A part put in on the command line leaves those
-        of the part that it replaces.
+        that a run keeps has those of its includes. A part put in on the command line may replace
+        one that the file puts in, and leave its bindings.
         """
         asked = gin_setup.bindings_of("\n".join(self.bindings))
-        keys = set(gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()))
-        if "Grid.folders" in keys or any("@" in value for value in asked.values()):
+        own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text())
+        keys = set(own)
+        if any("@" in value for value in asked.values()):
+            parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))
+            keys = {key for key in keys if key.split("/")[-1].split(".")[0] not in parts}
+        if "Grid.folders" in keys:
             keys = set()
         elif self.arm or (tuple(arms) == ("",) and "Grid.arms" in keys):
             keys = {key for key in keys if self.arm and key.startswith(f"{self.arm}/")}

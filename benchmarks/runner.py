@@ -147,7 +147,11 @@ def _check_teacher(experiment: Experiment, folder: Path) -> None:
     load_module(finished_run(folder), experiment.teacher.network)
     name = f"{experiment.backbone_name}."
     was, now = (
-        {k.split("/")[-1]: v for k, v in gin_setup.bindings_of(text).items() if name in k}
+        {
+            key.split("/")[-1]: value
+            for key, value in gin_setup.bindings_of(text).items()
+            if key.split("/")[-1].startswith(name)
+        }
         for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
     )
     if differing := [k for k in was | now if was.get(k) != now.get(k)]:
@@ -205,7 +209,7 @@ def _train_teacher(
 
 def _scaled(budget: Budget, share: float) -> Budget:
     amount = budget.amount * share
-    return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, round(amount))})
+    return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, int(amount))})
 
 
 def _rest(budget: Budget, taken: Budget) -> Budget:

@@ -70,7 +70,7 @@ def test_comparison_prints_a_table_of_every_arm(finished):
     folder, done = finished
     assert (folder / "table.md").read_text() in done.out
     rows = [line.split("|")[1].strip() for line in done.out.splitlines() if line.startswith("| ")]
-    assert rows == ["arm", *ARMS]
+    assert rows[:6] == ["arm", *ARMS]
     assert "NFE 2" in done.out
     assert "mlflow ui --backend-store-uri" in done.out
     assert str(folder / "samples.png") in done.out
@@ -361,6 +361,16 @@ def test_a_binding_of_ones_own_file_that_nothing_uses_is_refused(tmp_path, monke
     said = refused(file="mine.gin", arm="")
     assert "nothing uses adaptive.power" in said
     assert "by reference" in said
+
+
+def test_a_part_put_in_on_the_command_line_may_leave_bindings_of_the_one_in_the_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = f"include '{DIGITS}'\nrun.objective = @mean_flow()\nmean_flow.weight = @adaptive()\n"
+    Path("mine.gin").write_text(text + "adaptive.power = 0.5\n")
+    words = sets(*FILE_ONLY, "mean_flow.weight = @unweighted()")
+    assert zoo("run", "mine.gin", "--out", "out", *words).status == 0
 
 
 def test_an_error_in_an_objective_is_said_before_any_training(tmp_path, monkeypatch):
