@@ -103,7 +103,10 @@ class Path(Protocol):
 
 
 class Coupling(Protocol):
-    """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0."""
+    """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0.
+
+    A class with `couples_rows = True` looks at the whole batch, and so changes the velocity field.
+    """
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor: ...
 
@@ -177,6 +180,11 @@ class Objective(Protocol):
 
     `heads` names the outputs that it trains. Optional: `samplers`, the registered samplers that are
     valid for it, best first (default: every sampler whose outputs it trains), and `reference`.
+
+    Optional, for `objective-zoo check`: `exact_with`, the fields {name: value} that make the exact
+    solution a fixed point of the loss (default: every weight is `unweighted`); `fixed_point`, where
+    it is one: "pointwise" (default), for the "distribution" alone, or "none"; `couples_rows = True`
+    if a row's loss depends on other rows, `full_gradient = True` if targets are differentiated.
     """
 
     heads: ClassVar[tuple[str, ...]]

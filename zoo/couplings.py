@@ -31,6 +31,7 @@ class Independent:
 class MinibatchOT:
     """Noise permuted to the least total squared distance from the data of the batch."""
 
+    couples_rows: ClassVar = True
     reference: ClassVar = Reference(
         title="Improving and Generalizing Flow-Based Generative Models with Minibatch OT",
         authors="Tong et al.",

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from registry import derivatives
+from registry.protocols import Cond, Derivative, Network
 
 
 @contextmanager
@@ -103,6 +104,21 @@ class FiniteDifference:
         device = primals[0].device.type
         with no_gradient(), torch.autocast(device, enabled=False):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
+
+
+def derivative_of_u(
+    derivative: Derivative,
+    net: Network,
+    cond: Cond | None,
+    point: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The derivative of the network's u(x, t, r) at a point along tangents of (x, t, r)."""
+
+    def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return net(x, t, r, cond)["u"]
+
+    return derivative(u, point, tangents)
 
 
 @contextmanager

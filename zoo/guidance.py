@@ -7,6 +7,7 @@ kappa u(y)` has scale omega / (1 - kappa). Rows whose label was dropped keep the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -53,6 +54,33 @@ def velocity_of(out: Mapping[str, Tensor]) -> Tensor:
 def guidance_direction(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
     """v(x, t, y) - v(x, t, null)."""
     return velocity_at(net, x, t, cond) - velocity_at(net, x, t, unlabelled(cond))
+
+
+def guided_velocity(
+    net: Network, x: Tensor, t: Tensor, cond: Cond | None, scale: float, limit: float = math.inf
+) -> Tensor:
+    """v(y) + (scale - 1) dv, dv = v(y) - v(null) limited in its root mean square."""
+    v = velocity_at(net, x, t, cond)
+    if scale == 1:
+        return v
+    return v + (scale - 1) * limit_norm(v - velocity_at(net, x, t, unlabelled(cond)), limit)
+
+
+def guided_target(
+    v_c: Tensor,
+    net: Network,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond | None,
+    rows: Tensor,
+    share: float,
+    limit: float = math.inf,
+) -> Tensor:
+    """v_c + share (v(y) - v(null)) on the rows of a mask [b], v_c on the others."""
+    if share == 0:
+        return v_c
+    dv = limit_norm(guidance_direction(net, x, t, cond), limit)
+    return torch.where(like(rows, x), v_c + share * dv, v_c)
 
 
 def limit_norm(direction: Tensor, bound: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registry import residuals
 from registry.protocols import Cond, Derivative, Network, Reference
-from zoo.derivatives import Dual
+from zoo.derivatives import Dual, derivative_of_u
 from zoo.ops import like
 
 
@@ -41,11 +41,8 @@ class Exact:
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        def average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return net(x, t, r, cond)["u"]
-
         tangents = (direction, torch.ones_like(t), torch.zeros_like(r))
-        du_dt = self.derivative(average, (x, t, r), tangents)
+        du_dt = derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
         return u - direction + like(t - r, x) * du_dt
 
 

@@ -47,8 +47,8 @@ from registry.protocols import (
     Teacher,
     TimeLaw,
 )
-from zoo.derivatives import Dual
-from zoo.guidance import drop_labels, guidance_direction, limit_norm, unlabelled, velocity_at
+from zoo.derivatives import Dual, derivative_of_u
+from zoo.guidance import drop_labels, guided_target, guided_velocity
 from zoo.ops import like, mean_flat, normal_like, repeat_rows
 from zoo.paths import Linear
 from zoo.teachers import Online
@@ -108,7 +108,10 @@ class DECM:
             v = anchor = self._velocity(teacher, near.x_t, t, cond)
         else:
             v = u[1].detach()
-            anchor = self._conditional(teacher, near.x_t, t, cond, near.velocity, labelled)
+            share, limit = 1 - 1 / self.guidance_scale, self.guidance_limit
+            anchor = guided_target(
+                near.velocity, teacher, near.x_t, t, cond, labelled, share, limit
+            )
 
         g = self._consistency_residual(net, near.x_t, t, cond, u[0].detach(), v)
         per_sample = self._consistency_loss(u[0], g, t)
@@ -129,7 +132,7 @@ class DECM:
         self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, u: Tensor, v: Tensor
     ) -> Tensor:
         zero, one = torch.zeros_like(t), torch.ones_like(t)
-        du = self._derivative(net, (x, t, zero), (v, one, zero), cond)
+        du = derivative_of_u(self.derivative, net, cond, (x, t, zero), (v, one, zero))
         return u - v + like(t, x) * du
 
     def _n2n_residual(
@@ -146,7 +149,7 @@ class DECM:
         v2 = self._velocity(teacher, x - like(t - r, x) * u, r, cond)
         one = torch.ones_like(t)
         tangents = (self.gamma * v1, self.gamma * one, -self.lam * one)
-        du = self._derivative(net, (x, t, r), tangents, cond)
+        du = derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
         return (self.lam + self.gamma) * u - self.lam * v2 - self.gamma * v1 + like(t - r, x) * du
 
     def _consistency_loss(self, u: Tensor, g: Tensor, t: Tensor) -> Tensor:
@@ -161,29 +164,5 @@ class DECM:
 
     def _velocity(self, teacher: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """The teacher's velocity, guided if it is distilled (else it has learned guidance)."""
-        v = velocity_at(teacher, x, t, cond)
-        if self.guidance_scale == 1 or not self.teacher.distils:
-            return v
-        dv = v - velocity_at(teacher, x, t, unlabelled(cond))
-        return v + (self.guidance_scale - 1) * limit_norm(dv, self.guidance_limit)
-
-    def _conditional(
-        self, teacher: Network, x: Tensor, t: Tensor, cond: Cond | None, v_c: Tensor, keep: Tensor
-    ) -> Tensor:
-        """The conditional velocity, guided to the same scale on the rows that keep their label."""
-        if self.guidance_scale == 1:
-            return v_c
-        dv = limit_norm(guidance_direction(teacher, x, t, cond), self.guidance_limit)
-        return v_c + like(keep * (1 - 1 / self.guidance_scale), x) * dv
-
-    def _derivative(
-        self,
-        net: Network,
-        point: tuple[Tensor, Tensor, Tensor],
-        tangents: tuple[Tensor, Tensor, Tensor],
-        cond: Cond | None,
-    ) -> Tensor:
-        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return net(x, t, r, cond)["u"]
-
-        return self.derivative(u, point, tangents)
+        scale = self.guidance_scale if self.teacher.distils else 1.0
+        return guided_velocity(teacher, x, t, cond, scale, self.guidance_limit)

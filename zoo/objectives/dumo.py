@@ -25,12 +25,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from registry import objectives
 from registry.protocols import (
     Batch,
-    Cond,
     LossOutput,
     Network,
     Path,
@@ -40,10 +38,10 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
-from zoo.guidance import check_interval, drop_labels, guidance_direction, inside
-from zoo.ops import clipped, like, mean_flat, normal_like, rms
+from zoo.guidance import check_interval, drop_labels, guided_target, inside
+from zoo.ops import clipped, mean_flat, normal_like, rms
 from zoo.paths import Linear
-from zoo.residuals import Rcgm
+from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher
 from zoo.times import BetaPair
 from zoo.weighting import Unweighted
@@ -57,14 +55,15 @@ ClipBy = Literal["element", "rms"]
 class DuMo:
     """Dual heads: velocity and average velocity from one forward, both trained on every row."""
 
-    heads: ClassVar = ("u", "v")
-    samplers: ClassVar = ("flow_map", "restart", "euler", "heun")
+    heads: ClassVar[tuple[str, ...]] = ("u", "v")
+    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "restart", "euler", "heun")
     reference: ClassVar = Reference(
         title="Duality Models: An Embarrassingly Simple One-step Generation Paradigm",
         authors="Sun et al.",
         year=2026,
         arxiv="2602.17682",
     )
+    exact_with: ClassVar = {"residual": Exact()}  # rcgm's bias at the truth is O(delta)
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=BetaPair)
@@ -100,7 +99,8 @@ class DuMo:
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
         sample = self.path.sample(batch.x0, x1, t)
         teacher = self.teacher(net)
-        v_g = self._guided(teacher, sample.x_t, t, cond, labelled, sample.velocity)
+        rows = labelled & inside(t, self.guidance_interval)
+        v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, self.omega)
 
         out = net(sample.x_t, t, r, cond)
         u, v = out["u"], out["v"]
@@ -117,12 +117,3 @@ class DuMo:
             t=t,
             r=r,
         )
-
-    def _guided(
-        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
-    ) -> Tensor:
-        """v_g on the labelled rows inside the interval, v_c elsewhere."""
-        if self.omega == 0:
-            return v_c
-        v_g = v_c + self.omega * guidance_direction(net, x, t, cond)
-        return torch.where(like(labelled & inside(t, self.guidance_interval), x), v_g, v_c)

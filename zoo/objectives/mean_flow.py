@@ -38,13 +38,13 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
-from zoo.derivatives import Dual
+from zoo.derivatives import Dual, derivative_of_u
 from zoo.guidance import check_interval, drop_labels, inside, unlabelled
 from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient
 from zoo.times import LogitNormalPair
-from zoo.weighting import Adaptive
+from zoo.weighting import Adaptive, Unweighted
 
 
 @objectives.register("mean_flow")
@@ -52,14 +52,15 @@ from zoo.weighting import Adaptive
 class MeanFlow:
     """Average-velocity regression through the MeanFlow identity; one head."""
 
-    heads: ClassVar = ("u",)
-    samplers: ClassVar = ("flow_map", "restart", "euler", "heun")
+    heads: ClassVar[tuple[str, ...]] = ("u",)
+    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "restart", "euler", "heun")
     reference: ClassVar = Reference(
         title="Mean Flows for One-step Generative Modeling",
         authors="Geng et al.",
         year=2025,
         arxiv="2505.13447",
     )
+    exact_with: ClassVar = {"weight": Unweighted()}
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=LogitNormalPair)
@@ -103,11 +104,8 @@ class MeanFlow:
         """The total derivative of u along the path, without gradient."""
         if len(x) == 0:
             return torch.zeros_like(x)
-
-        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return net(x, t, r, cond)["u"]
-
-        return self.derivative(u, (x, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+        tangents = (v, torch.ones_like(t), torch.zeros_like(r))
+        return derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
 
     def _guided(
         self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor

@@ -46,14 +46,15 @@ from zoo.weighting import Unweighted
 class Shortcut:
     """Self-consistency of doubled steps, anchored by flow matching at the smallest; one head."""
 
-    heads: ClassVar = ("u",)
-    samplers: ClassVar = ("flow_map",)
+    heads: ClassVar[tuple[str, ...]] = ("u",)
+    samplers: ClassVar[tuple[str, ...]] = ("flow_map",)
     reference: ClassVar = Reference(
         title="One Step Diffusion via Shortcut Models",
         authors="Frans et al.",
         year=2024,
         arxiv="2410.12557",
     )
+    exact_with: ClassVar = {"num_steps": 2**14}  # the anchor is u over one step, not v
 
     path: Path = field(default_factory=Linear)
     teacher: Teacher = field(default_factory=EmaTeacher)
