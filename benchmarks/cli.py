@@ -1,4 +1,4 @@
-"""The command line: objective-zoo run | list | sample | send.
+"""The command line: objective-zoo run | list | check | sample | send.
 
 Nothing heavy is imported before the arguments are read, so that --help answers at once.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 EXPECTED = (ValueError, KeyError, OSError, ImportError)
@@ -62,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--bibtex", action="store_true", help="the references as BibTeX")
     listing.set_defaults(command=_list)
 
+    check = commands.add_parser("check", help="test an objective against closed forms")
+    check.add_argument("name", help="a registered objective, such as mean_flow")
+    check.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
+    check.add_argument("--mutations", action="store_true", help="plant mistakes, list what rejects")
+    check.add_argument("--json", action="store_true", help="for machines")
+    check.set_defaults(command=_check)
+
     sample = commands.add_parser("sample", help="draw samples from a finished run")
     sample.add_argument("run", type=Path, help="the folder of a finished run")
     sample.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations")
@@ -104,6 +112,17 @@ def _list(arguments: argparse.Namespace) -> None:
     from benchmarks.catalogue import catalogue
 
     print(catalogue(arguments.kind, arguments.file, bibtex=arguments.bibtex))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from benchmarks.conformance import check
+
+    tell = (lambda line: None) if arguments.json else partial(print, flush=True)
+    report = check(arguments.name, arguments.file, mutations=arguments.mutations, tell=tell)
+    if arguments.json:
+        print(report.json())
+    if problems := report.problems():
+        raise SystemExit(f"{arguments.name} fails: {', '.join(problems)}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,317 @@
+"""Claims that every objective must meet, whatever its mathematics: on random networks and data."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.conformance.networks import Tapped, Toy
+from benchmarks.conformance.results import Broken, Claim, Result, compared, declared, held
+from benchmarks.conformance.subject import (
+    STEPS,
+    Subject,
+    gradients,
+    is_derivative,
+    random_batch,
+    replaced,
+)
+from registry import derivatives
+from registry.protocols import NULL_LABEL, Batch, LossOutput, parts
+
+SHAPES = ((2,), (1,), (3, 4), (1, 8, 8))
+LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean_flat"
+
+
+def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0) -> LossOutput:
+    """The loss on a random network; whatever it raises names the case."""
+    shape = tuple(batch.x0.shape[1:])
+    try:
+        return subject.loss(subject.objective(), Toy(shape, subject.keys), batch, seed)
+    except Exception as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise Broken(f"{case}: {type(error).__name__}: {text}", hint) from error
+
+
+def one_loss_per_row(subject: Subject) -> Result:
+    """The others need this one."""
+    batch = random_batch()
+    out = evaluate(subject, batch, "8 rows of shape (2,)", "see the contract in registry/protocols")
+    if not isinstance(out, LossOutput):
+        raise Broken(
+            f"loss returns a {type(out).__name__}, not a LossOutput",
+            "return LossOutput(per_sample=..., terms={...}) of registry.protocols",
+        )
+    _check_per_sample(out, batch, "8 rows of shape (2,)")
+    if not out.per_sample.requires_grad:
+        raise Broken(
+            "per_sample has no gradient",
+            "detach the target alone; the prediction must come from a call with gradient",
+        )
+    return held(f"per_sample {list(out.per_sample.shape)}")
+
+
+def shapes_and_dtypes(subject: Subject) -> Result:
+    """Vectors, images and anything between, in single and double precision."""
+    cases = 0
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.float64):
+            case = f"{str(dtype).removeprefix('torch.')} data of shape {list(shape)}"
+            batch = random_batch(shape, dtype=dtype)
+            out = evaluate(subject, batch, case, LIKE)
+            _check_per_sample(out, batch, case)
+            for name, rows in {**out.terms, **out.diagnostics}.items():
+                _check_recorded(name, rows, len(batch), case)
+            cases += 1
+    return held(f"{cases} cases")
+
+
+def few_rows(subject: Subject) -> Result:
+    """A last batch may have a single row; schedules may be anywhere."""
+    cases = 0
+    for n in (1, 2, 3, 5):
+        for step in STEPS:
+            case = f"{n} row{'s' * (n > 1)} at step {step}"
+            batch = random_batch(n=n, step=step)
+            hint = "a share of n rows may be none, and a spread over one row is nan"
+            out = evaluate(subject, batch, case, hint)
+            _check_per_sample(out, batch, case)
+            if not out.per_sample.isfinite().all():
+                raise Broken(f"{case}: per_sample is {out.per_sample.tolist()}", hint)
+            cases += 1
+    return held(f"{cases} cases")
+
+
+def labels(subject: Subject) -> Result:
+    """Data without labels, with labels, and with every label dropped; labels reach the network."""
+    cond = "pass batch.cond (or its dropped-label form) to every call of the network"
+    for kind in ("none", "null", "given"):
+        out = evaluate(subject, batch := random_batch(n=16, labels=kind), f"labels: {kind}", cond)
+        _check_per_sample(out, batch, f"labels: {kind}")
+    net = Tapped(Toy((2,), subject.keys), 16)
+    subject.loss(subject.objective(), net, batch)
+    seen = [call for call in net.calls if call.labels is not None]
+    if not any(call.with_gradient and (call.labels != NULL_LABEL).any() for call in seen):
+        raise Broken("no label reaches a call that is trained", cond)
+    return held("none, dropped, given")
+
+
+def finite(subject: Subject) -> Result:
+    """Also where networks start, at zero outputs, and on constant data: the loss and gradient."""
+    largest = 0.0
+    for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
+        for step in STEPS:
+            batch = random_batch(n=256, step=step, dtype=torch.float32, labels="given")
+            if constant:
+                batch = replace(batch, x0=torch.zeros_like(batch.x0))
+            net = Toy((2,), subject.keys, scale=scale)
+            out = subject.loss(subject.objective(), net, batch, seed=step)
+            out.per_sample.mean().backward()
+            figures = [out.per_sample, *out.terms.values(), *out.diagnostics.values()]
+            figures += [p.grad for p in net.parameters() if p.grad is not None]
+            if not all(figure.isfinite().all() for figure in figures):
+                what = "a network of zeros" if scale == 0 else "a random network"
+                raise Broken(
+                    f"not finite on {what}, {'constant' if constant else 'normal'} data, "
+                    f"step {step}",
+                    "look for 0/0 where r = t and for the slope of sqrt or a norm at 0",
+                )
+            largest = max(largest, float(out.per_sample.detach().abs().max()))
+    return held(f"|loss| up to {largest:.3g}")
+
+
+def calls_within_times(subject: Subject) -> Result:
+    """0 <= r <= t <= 1 in every call, and one time for each row."""
+    slack, excess = 0.02, 0.0  # a central difference steps a little outside
+    for seed, step in enumerate(STEPS):
+        net = Tapped(Toy((2,), subject.keys), 64)
+        batch = random_batch(n=64, step=step, labels="given")
+        subject.loss(subject.objective(), net, batch, seed)
+        for call in net.calls:
+            n = len(call.x)
+            if call.t.shape != (n,) or call.r.shape != (n,):
+                raise Broken(
+                    f"the network is called with x {list(call.x.shape)}, t {list(call.t.shape)}, "
+                    f"r {list(call.r.shape)}",
+                    "t and r have the shape [b], as the time law gives them",
+                )
+            if n:
+                bounds = (-call.r).max(), (call.r - call.t).max(), (call.t - 1).max()
+                excess = max(excess, *(float(bound) for bound in bounds))
+    return compared(
+        "outside by",
+        max(excess, 0.0),
+        slack,
+        "the network is called outside 0 <= r <= t <= 1",
+        "t is the noisier time: net(x_t, t, r, cond), r being the end of the step",
+    )
+
+
+def batch_left_alone(subject: Subject) -> Result:
+    """The batch belongs to the trainer, which may use it again."""
+    batch = random_batch(labels="given")
+    before = batch.x0.clone(), batch.cond["label"].clone() if batch.cond else None
+    evaluate(subject, batch, "8 rows", "see above")
+    changed = [
+        name
+        for name, old, new in (
+            ("batch.x0", before[0], batch.x0),
+            ("batch.cond['label']", before[1], batch.cond and batch.cond["label"]),
+        )
+        if not torch.equal(old, new)
+    ]
+    if changed:
+        raise Broken(
+            f"{' and '.join(changed)} changed in place",
+            "write x = x * a instead of x *= a or x.mul_(a), and torch.where for labels",
+        )
+    return held("x0, labels")
+
+
+def deterministic(subject: Subject) -> Result:
+    """The same rng gives the same loss, on the same instance too; another one another loss."""
+    batch, net, objective = random_batch(n=16), Toy((2,), subject.keys), subject.objective()
+
+    def loss(seed: int, global_seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        return subject.loss(objective, net, batch, seed).per_sample.detach()
+
+    with torch.random.fork_rng(devices=[]):
+        first, again, elsewhere, other = loss(0, 0), loss(0, 0), loss(0, 1), loss(1, 0)
+    if not torch.equal(first, again):
+        raise Broken(
+            "two calls with the same rng differ",
+            "keep no counter or cache in the objective; schedules read batch.step",
+        )
+    if not torch.equal(first, elsewhere):
+        raise Broken(
+            "torch.manual_seed changes the loss",
+            "draw with generator=rng: zoo.ops.normal_like(x, rng), the time laws",
+        )
+    if torch.equal(first, other):
+        raise Broken("the loss ignores rng", "draw noise and times from the rng that is given")
+    return held("bit-equal")
+
+
+def global_generators_untouched(subject: Subject) -> Result:
+    """Otherwise runs with different objectives see different data order and noise."""
+    batch, net = random_batch(n=16, labels="given"), Toy((2,), subject.keys)
+    state = random.getstate()
+    before = _global_states()
+    try:
+        subject.loss(subject.objective(), net, batch)
+        moved = [
+            name for name, old in before.items() if not np.array_equal(old, _global_states()[name])
+        ]
+    finally:
+        random.setstate(state)
+    if moved:
+        raise Broken(
+            f"it draws from the global generator of {', '.join(moved)}",
+            "draw with generator=rng: zoo.ops.normal_like(x, rng), the time laws",
+        )
+    return held("torch, numpy, python")
+
+
+def rows_are_independent(subject: Subject) -> Result:
+    """A row's loss does not change with the data of the other rows."""
+    if subject.couples_rows:
+        return declared("couples_rows")
+    change = 0.0
+    for step in STEPS[:2]:
+        for kept in (0, 5, 11):
+            batch = random_batch(n=12, step=step)
+            x0 = random_batch(n=12, seed=1).x0
+            x0[kept] = batch.x0[kept]
+            one, two = (
+                subject.loss(
+                    subject.objective(), Toy((2,), subject.keys), replace(batch, x0=data), 3
+                )
+                .per_sample[kept]
+                .detach()
+                for data in (batch.x0, x0)
+            )
+            change = max(change, float((one - two).abs() / (one.abs() + 1e-3)))
+    return compared(
+        "change",
+        change,
+        1e-9,
+        "a row's loss depends on the data of other rows",
+        "reduce over elements alone (mean_flat); declare couples_rows = True if it is meant",
+    )
+
+
+def derivatives_agree(subject: Subject) -> Result:
+    """The exact backends to rounding, finite differences to 1e-3, in loss and gradient."""
+    chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
+    if not chosen:
+        return declared("no derivative part")
+    batch, net = random_batch(n=32, labels="given"), Toy((2,), subject.keys)
+    found = {}
+    for backend in derivatives.names():
+        objective = subject.objective(exact=True)
+        for name in chosen:
+            objective = replaced(objective, name, derivatives.get(backend)())
+        per_sample = subject.loss(objective, net, batch).per_sample
+        gradient = gradients(per_sample, list(net.parameters()))
+        found[backend] = torch.cat([per_sample, *(g.flatten() for g in gradient)]).detach()
+    size = found["jvp"].norm()
+    errors = {name: float((value - found["jvp"]).norm() / size) for name, value in found.items()}
+    loose = errors.pop("finite_difference")
+    return compared(
+        f"finite difference {loose:.1g}; exact",
+        max(*errors.values(), loose * 1e-6),
+        1e-9,
+        f"derivative backends disagree: {errors}, finite_difference {loose:.2g}",
+        "the function that is differentiated must be smooth and free of .detach()",
+    )
+
+
+def _check_per_sample(out: LossOutput, batch: Batch, case: str) -> None:
+    loss, wanted = out.per_sample, (len(batch),)
+    if tuple(loss.shape) != wanted:
+        raise Broken(
+            f"{case}: per_sample has the shape {list(loss.shape)}, not {list(wanted)}",
+            "one loss for each row: mean over elements (mean_flat), not over the batch",
+        )
+    if loss.dtype != batch.x0.dtype:
+        raise Broken(
+            f"{case}: per_sample is {loss.dtype}",
+            "keep the data's dtype: noise by normal_like(x0, rng), no .float() or .double()",
+        )
+
+
+def _check_recorded(name: str, rows: Tensor, n: int, case: str) -> None:
+    if rows.requires_grad:
+        raise Broken(f"{case}: {name!r} is recorded with its gradient", "detach what is recorded")
+    if rows.ndim != 1 or len(rows) > n:
+        raise Broken(
+            f"{case}: {name!r} is recorded with the shape {list(rows.shape)}",
+            f"record one number for each row that it concerns: [at most {n}]",
+        )
+
+
+def _global_states() -> dict[str, np.ndarray]:
+    version, internal, _ = random.getstate()
+    return {
+        "torch": torch.get_rng_state().numpy(),
+        "numpy": np.concatenate([np.random.get_state()[1], [np.random.get_state()[2]]]),
+        "python": np.array(internal),
+    }
+
+
+GENERAL: dict[str, Claim] = {
+    "shapes and dtypes": shapes_and_dtypes,
+    "few rows": few_rows,
+    "labels": labels,
+    "finite": finite,
+    "calls within 0 <= r <= t <= 1": calls_within_times,
+    "batch left alone": batch_left_alone,
+    "determined by rng": deterministic,
+    "global generators untouched": global_generators_untouched,
+    "rows are independent": rows_are_independent,
+    "derivatives agree": derivatives_agree,
+}

@@ -1,0 +1,225 @@
+"""The exact solution must be a fixed point that errors are pulled back to, in expectation.
+
+An oracle with trainable additions that are zero (`WithBias`): their mean gradient is the moment of
+the loss's slope with smooth functions of (x, t, r), zero at a fixed point whatever the network.
+Means over blocks of rows are compared with the blocks' spread; "z" is Student's t turned into the normal
+deviate of equal probability. Divided by the slope's own slope, the mean gradient is a shift of the
+optimum in units of velocity, so that no loss passes for being small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from benchmarks.conformance.networks import VELOCITIES, Exact, Shifted, Tapped
+from benchmarks.conformance.results import Broken, Result, declared, held, note
+from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, STEPS, Subject, gradients, law_batch
+from registry.protocols import Network
+from zoo.oracles import Oracle, WithBias
+from zoo.samplers import valid_samplers
+
+BLOCKS = 16
+ROWS = {GAUSSIAN: 4096, MIXTURE: 512}
+LIMIT = 4.0  # standard errors
+# Shifts below this are arithmetic: times are float32, the mixture's flow map has its solver's error.
+FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 2e-3}
+EPS = 0.1
+
+NOT_FIXED = (
+    "see which term is wrong with a sign or tangent changed (t=0 data, t=1 noise, x_r = x_t - "
+    "(t-r) u). If a weight, clip or finite step biases it by design, name the fields that make it "
+    "exact in exact_with; if it holds for distributions alone, set fixed_point"
+)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The largest of the mean gradients at the exact solution."""
+
+    z: float  # in standard errors
+    shift: float  # of the optimum, in units of velocity
+    error: float  # its standard error
+    output: str
+
+
+def at_gaussian(subject: Subject) -> Result:
+    return _fixed(subject, GAUSSIAN)
+
+
+def at_mixture(subject: Subject) -> Result:
+    """Skewed given x_t, with labels."""
+    return _fixed(subject, MIXTURE)
+
+
+def with_defaults(subject: Subject) -> Result:
+    """For the record: how far the fields as they are move the optimum."""
+    if reason := inapplicable(subject):
+        return declared(reason)
+    changes = subject.exact_with()
+    if not changes:
+        return note("as above: the defaults are exact")
+    found = measure(subject, MIXTURE, exact=False)
+    names = ", ".join(changes)
+    size = f"shift {found.shift:.1g} +- {found.error:.1g}"
+    return note(f"z {found.z:.1f}: {size}, exact with other {names}", found.z)
+
+
+def pulled_back(subject: Subject) -> Result:
+    """Every prediction that is off by +-eps, its targets being exact, is pushed back."""
+    if reason := inapplicable(subject):
+        return declared(reason)
+    found = list(_pulls(subject))
+    for key in subject.velocity_keys:
+        if not any(pull.key == key for pull in found):
+            raise Broken(f"an error in {key!r} changes no gradient", "train it in every batch")
+    for pull in found:
+        if not pull.z > LIMIT:
+            where = "r = t" if pull.diagonal else "r < t"
+            raise Broken(
+                f"an error of {EPS} in {pull.key!r} at {where} is not pushed back: z {pull.z:.1f}",
+                "the loss must fall towards the target: || prediction - sg target ||^2",
+            )
+    needs_map = [n for n in valid_samplers(subject.make()) if n in ("flow_map", "restart", "mix")]
+    if needs_map and not any(pull.key == "u" and not pull.diagonal for pull in found):
+        raise Broken(
+            f"u is trained at r = t alone, but the sampler {needs_map[0]!r} needs r < t",
+            "train u at r < t, or name the samplers that are valid in `samplers`",
+        )
+    weakest = min(pull.z for pull in found)
+    return held(f"{len(found)} predictions, z {weakest:.0f} > {LIMIT:.0f}", weakest, LIMIT)
+
+
+def inapplicable(subject: Subject) -> str:
+    """Why there is no pointwise fixed point to test, or nothing."""
+    if subject.fixed_point != "pointwise":
+        return f"fixed_point = {subject.fixed_point!r}"
+    if subject.changes_coupling:
+        return "a part couples data and noise: the velocity is another one"
+    if not subject.velocity_keys:
+        return "it trains neither u nor v"
+    unknown = set(subject.make().heads) - set(VELOCITIES)
+    return f"no exact {', '.join(sorted(unknown))} is known" if unknown else ""
+
+
+def measure(
+    subject: Subject, law: Oracle, *, exact: bool = True, blocks: int = BLOCKS, seed: int = 0
+) -> Bias:
+    """The mean gradients in all moments of all outputs, the largest in standard errors."""
+    network = subject.exact_network(law) if exact else _default_network(subject, law)
+    outputs = subject.velocity_keys
+    probe = WithBias(network, law.shape[0], outputs)
+    parameters = list(probe.parameters())
+    objective = subject.objective(exact=exact, teacher=network)
+    rows = []
+    for block in range(blocks):
+        batch = law_batch(law, ROWS[law], seed + block)
+        per_sample = subject.loss(objective, probe, batch, seed + block).per_sample
+        rows.append(torch.cat([g.flatten() for g in gradients(per_sample, parameters)]))
+    names = [name.split(".")[1] for name, p in probe.named_parameters() for _ in range(p.numel())]
+    slopes = {key: _slope(subject, objective, network, law, key) for key in outputs}
+    scale = torch.tensor([slopes[name] for name in names], dtype=torch.float64)
+    return _largest(torch.stack(rows) / scale, names, FLOOR[law])
+
+
+def _fixed(subject: Subject, law: Oracle) -> Result:
+    if reason := inapplicable(subject):
+        return declared(reason)
+    found = measure(subject, law)
+    if LIMIT <= found.z < 2 * LIMIT:  # may be luck: four times as many new rows decide
+        found = measure(subject, law, blocks=4 * BLOCKS, seed=1000)
+    changes = subject.exact_with()
+    used = f", with other {', '.join(changes)}" if changes else ""
+    size = f"shift {found.shift:.1g} +- {found.error:.1g}"
+    if found.z < LIMIT:
+        return held(f"z {found.z:.1f} < {LIMIT:.0f}: {size}{used}", found.z, LIMIT)
+    return Result(
+        status="FAIL",
+        figure=f"z {found.z:.1f} >= {LIMIT:.0f}: {size}{used}",
+        value=found.z,
+        limit=LIMIT,
+        reason=f"the exact solution is no fixed point: {found.output!r} is pulled off by about "
+        f"{found.shift:.2g}",
+        hint=NOT_FIXED,
+    )
+
+
+def _largest(gradient: Tensor, names: list[str], floor: float) -> Bias:
+    """gradient [blocks parameters] in units of a shift; blocks of one step differ by chance alone."""
+    mean, freedom = gradient.mean(0), len(gradient) - len(STEPS)
+    by_step = gradient.unflatten(0, (-1, len(STEPS)))
+    chance = (by_step - by_step.mean(0)).square().sum((0, 1)) / freedom
+    error = (chance / len(gradient)).sqrt()
+    shift = mean.abs().nan_to_num(nan=torch.inf)
+    t = (shift - floor).clamp_min(0) / error.clamp_min(torch.finfo(error.dtype).tiny)
+    worst = int(t.nan_to_num(nan=torch.inf).argmax())
+    tail = stats.t.logsf(float(t[worst]), freedom)
+    z = _normal_deviate(tail)
+    return Bias(z, float(shift[worst]), float(error[worst]), names[worst])
+
+
+def _normal_deviate(log_tail: float) -> float:
+    """z with P(N(0, 1) > z) = exp(log_tail), 37 at most."""
+    return float(stats.norm.isf(math.exp(max(log_tail, -700.0))))
+
+
+def _default_network(subject: Subject, law: Oracle) -> nn.Module:
+    return Exact(subject.exact_field(law), subject.keys)
+
+
+def _slope(subject: Subject, objective: object, network: Network, law: Oracle, key: str) -> float:
+    """d gradient / d error of one output, its targets held: 2 for an unweighted squared error."""
+    batch, ends = law_batch(law, ROWS[law], 0), []
+    for eps in (EPS, -EPS):
+        net = Shifted(network, key, eps=eps)
+        per_sample = subject.loss(objective, net, batch).per_sample
+        ends.append(float(gradients(per_sample, [net.bias])[0]))
+    return abs(ends[0] - ends[1]) / (2 * EPS) or 1.0
+
+
+@dataclass(frozen=True)
+class _Pull:
+    key: str
+    diagonal: bool
+    z: float
+
+
+def _pulls(subject: Subject) -> Iterator[_Pull]:
+    """For each call with gradient, output and side of the diagonal: slope against its spread."""
+    network = subject.exact_network(GAUSSIAN)
+    objective = subject.objective(exact=True, teacher=network)
+    for phase in (0, len(STEPS) - 1):  # the seed of a batch chooses its step among STEPS
+        tapped = Tapped(network, 8)
+        subject.loss(objective, tapped, law_batch(GAUSSIAN, 8, phase))
+        for call in [i for i, call in enumerate(tapped.calls) if call.with_gradient]:
+            for key, diagonal in itertools.product(subject.velocity_keys, (False, True)):
+                changes = [
+                    _change(subject, objective, (network, key, call, diagonal), phase + block)
+                    for block in range(0, 8 * len(STEPS), len(STEPS))
+                ]
+                if any(changes):
+                    yield _Pull(key, diagonal, _z(torch.tensor(changes)))
+
+
+def _change(
+    subject: Subject, objective: object, where: tuple[Network, str, int, bool], seed: int
+) -> float:
+    """By how much the slope of the loss rises as the error goes from -eps to eps."""
+    batch, ends = law_batch(GAUSSIAN, 256, seed), []
+    for eps in (EPS, -EPS):
+        net = Shifted(*where, eps)
+        per_sample = subject.loss(objective, net, batch, seed).per_sample
+        ends.append(float(gradients(per_sample, [net.bias])[0]))
+    return ends[0] - ends[1]
+
+
+def _z(changes: Tensor) -> float:
+    error = (changes.std() / len(changes) ** 0.5).clamp_min(1e-12)
+    t = float(changes.mean() / error)
+    return math.copysign(_normal_deviate(stats.t.logsf(abs(t), len(changes) - 1)), t)

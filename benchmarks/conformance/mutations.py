@@ -1,0 +1,282 @@
+"""Planted mistakes, the negative controls of the suite: which claims reject which mistake.
+
+Each is put into every objective that has the part. A mistake that leaves every loss bit-equal (the
+part is not used, or used where it makes no difference) has no effect and nothing to reject it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.conformance.networks import Toy
+from benchmarks.conformance.results import Claim, run_claim
+from benchmarks.conformance.subject import STEPS, Subject, gradients, is_derivative, random_batch
+from registry.protocols import Cond, Network, Teacher, parts
+from zoo.derivatives import Dual
+from zoo.ops import like
+from zoo.residuals import Rcgm
+from zoo.samplers import Restart, jump, valid_samplers
+
+Tangents = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake; `plant` gives the subject with it, or None where there is no such part."""
+
+    name: str
+    plant: Callable[[Subject], Subject | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutation: the claims that fail because of it."""
+
+    mutation: str
+    killed_by: tuple[str, ...]
+    no_effect: bool = False
+
+    @property
+    def survived(self) -> bool:
+        return not self.killed_by and not self.no_effect
+
+
+def verdicts(subject: Subject, claims: dict[str, Claim]) -> Iterator[Verdict]:
+    """One for each mutation that the objective has a part for."""
+    for mutation in MUTATIONS:
+        planted = mutation.plant(subject)
+        if planted is None:
+            continue
+        if mutation.name != RECOMBINED and not _has_effect(subject, planted):
+            yield Verdict(mutation.name, (), no_effect=True)
+            continue
+        failed = [n for n, c in claims.items() if run_claim(n, c, planted).status == "FAIL"]
+        yield Verdict(mutation.name, tuple(failed))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A derivative along other tangents, times `sign`."""
+
+    choose: Callable[[Tensor, Tensor, Tensor], Tangents]
+    sign: int = 1
+    needs_forward_ad: ClassVar = True
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        return self.sign * Dual()(fn, primals, self.choose(*tangents))
+
+
+@dataclass(frozen=True)
+class Leaky:
+    """A derivative that gradients run through."""
+
+    needs_forward_ad: ClassVar = True
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        return torch.func.jvp(fn, tuple(primals), tuple(tangents))[1]
+
+
+@dataclass
+class Taught:
+    """A teacher whose network is changed on the way, or which lets gradients through."""
+
+    change: Callable[[Network], Network]
+    inner: Teacher | None
+    distils: bool
+    needs_copy: bool
+
+    def __call__(self, net: Network) -> Network:
+        return self.change(net if self.inner is None else self.inner(net))
+
+    def attach(self, network: torch.nn.Module) -> None:
+        if self.inner is not None:
+            self.inner.attach(network)
+
+    def update(self, net: torch.nn.Module, step: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongClamp(Rcgm):
+    """Divides by delta where the step to r was shorter, as the public code does."""
+
+    def __call__(
+        self,
+        net: Network,
+        teacher: Network,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None,
+        u: Tensor,
+        direction: Tensor,
+    ) -> Tensor:
+        g = super().__call__(net, teacher, x, t, r, cond, u, direction)
+        share = (t - r).clamp_max(self.delta) / self.delta
+        return like(share, x) * (g + direction) - direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recombined(Restart):
+    """Goes back to the noise that the jump started from, instead of fresh noise."""
+
+    def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
+        x = jump(net, x1, 1.0, 0.0, cond)
+        for t in self.times()[1:]:
+            noisy = self.path.sample(x, x1, torch.full((len(x),), t, dtype=x.dtype)).x_t
+            x = jump(net, noisy, t, 0.0, cond)
+        return x
+
+
+def _tangents(choose: Callable[[Tensor, Tensor, Tensor], Tangents], sign: int = 1) -> Any:
+    def plant(subject: Subject) -> Subject | None:
+        return _with_parts(subject, is_derivative, lambda _: Turned(choose, sign))
+
+    return plant
+
+
+def _swapped_ends(subject: Subject) -> Subject | None:
+    """DE-CM as one source prints it: tangents (lam v, lam, -gamma)."""
+    made = subject.make()
+    if not (hasattr(made, "lam") and hasattr(made, "gamma")):
+        return None
+    lam, gamma = made.lam, made.gamma
+
+    def choose(a: Tensor, b: Tensor, c: Tensor) -> Tangents:
+        if not c.any():
+            return a, b, c
+        return a * (lam / gamma), b * (lam / gamma), c * (gamma / lam)
+
+    return _with_parts(subject, is_derivative, lambda _: Turned(choose))
+
+
+def _gap_for_r(subject: Subject) -> Subject | None:
+    if "u" not in subject.keys:
+        return None
+
+    def wrap(net: Network) -> Network:
+        return lambda x, t, r, cond: net(x, t, t - r, cond)
+
+    return replace(subject, wrap=wrap)
+
+
+def _swapped_times(subject: Subject) -> Subject | None:
+    def change(net: Network) -> Network:
+        return lambda x, t, r, cond: net(x, r, t, cond)
+
+    return _with_parts(subject, _is_teacher, lambda teacher: _taught(change, teacher))
+
+
+def _leaking(subject: Subject) -> Subject | None:
+    """No stop-gradient: teachers and derivatives leak and .detach() does nothing."""
+
+    def leak(part: Any) -> Any:
+        return Leaky() if is_derivative(part) else replace(_taught(_same, part), inner=None)
+
+    planted = _with_parts(subject, lambda part: is_derivative(part) or _is_teacher(part), leak)
+    return planted and replace(planted, around=_without_detach)
+
+
+def _wrong_clamp(subject: Subject) -> Subject | None:
+    def change(part: Rcgm) -> Rcgm:
+        return WrongClamp(order=part.order, delta=part.delta)
+
+    return _with_parts(subject, lambda part: isinstance(part, Rcgm), change)
+
+
+def _recombined(subject: Subject) -> Subject | None:
+    if "restart" not in valid_samplers(subject.make()):
+        return None
+
+    def edit(sampler: Any) -> Any:
+        return Recombined(nfe=sampler.nfe) if isinstance(sampler, Restart) else sampler
+
+    return replace(subject, edit_sampler=edit)
+
+
+RECOMBINED = "r = 0 head recombined without fresh noise"
+MUTATIONS = (
+    Mutation("tangents (v, 0, 1)", _tangents(lambda a, b, c: (a, c, b))),
+    Mutation("tangents (v, 1, 1)", _tangents(lambda a, b, c: (a, b + c, b + c))),
+    Mutation("tangents (v, 0, 0)", _tangents(lambda a, b, c: (a, 0 * b, 0 * c))),
+    Mutation("tangents (0, 1, 0)", _tangents(lambda a, b, c: (0 * a, b, c))),
+    Mutation("derivative with the other sign", _tangents(lambda a, b, c: (a, b, c), -1)),
+    Mutation("t - r fed where r is expected", _gap_for_r),
+    Mutation("no stop-gradient", _leaking),
+    Mutation("lam and gamma swapped in the tangents", _swapped_ends),
+    Mutation("teacher at swapped times", _swapped_times),
+    Mutation("finite difference with the wrong clamp", _wrong_clamp),
+    Mutation(RECOMBINED, _recombined),
+)
+
+
+def _same(net: Network) -> Network:
+    return net
+
+
+def _is_teacher(part: object) -> bool:
+    return isinstance(part, Teacher)
+
+
+def _taught(change: Callable[[Network], Network], teacher: Any) -> Taught:
+    return Taught(change, teacher, getattr(teacher, "distils", False), teacher.needs_copy)
+
+
+def _with_parts(
+    subject: Subject, chosen: Callable[[Any], bool], change: Callable[[Any], Any]
+) -> Subject | None:
+    """Every part that is chosen changed, in the defaults and in what makes them exact."""
+    forms = (subject.objective(), subject.objective(exact=True))
+    if not any(chosen(part) for form in forms for _, part in parts(form)):
+        return None
+
+    def edit(objective: Any) -> Any:
+        changes = {}
+        for f in fields(objective):
+            value = getattr(objective, f.name)
+            if f.init and chosen(value):
+                changes[f.name] = change(value)
+            elif f.init and is_dataclass(value):
+                changes[f.name] = edit(value)
+        return replace(objective, **changes)
+
+    return replace(subject, edit=edit)
+
+
+@contextmanager
+def _without_detach() -> Iterator[None]:
+    torch.Tensor.detach = lambda self: self  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.detach  # the one of the base class shows again
+
+
+def _has_effect(subject: Subject, planted: Subject) -> bool:
+    """Whether any loss or gradient differs."""
+    for exact in (False, True):
+        for step in STEPS:
+            one, other = (_loss_and_gradient(s, exact, step) for s in (subject, planted))
+            if not torch.equal(one, other):
+                return True
+    return False
+
+
+def _loss_and_gradient(subject: Subject, exact: bool, step: int) -> Tensor:
+    keys = subject.exact_keys if exact else subject.keys
+    net, teacher = Toy((2,), keys, seed=0), Toy((2,), keys, seed=1)
+    objective = subject.objective(exact=exact, teacher=teacher)
+    batch = random_batch(n=32, step=step, labels="given")
+    per_sample = subject.loss(objective, net, batch, step).per_sample
+    gradient = gradients(per_sample, list(net.parameters()))
+    return torch.cat([per_sample.detach(), *(g.flatten() for g in gradient)])

@@ -1,0 +1,185 @@
+"""Networks to put an objective on: a random one, an exact one, and ones that watch or shift calls.
+
+All keep the network's contract, compute in float64 and let forward-mode derivatives through.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from backbones.mlp import MLP
+from backbones.network import build_network
+from registry.protocols import Cond, Network, Path
+from zoo.ops import like
+from zoo.oracles import Oracle
+
+NUM_CLASSES = 2
+VELOCITIES = ("u", "v")
+Shape = tuple[int, ...]
+
+_detach = torch.Tensor.detach  # as it is now: a planted mistake may disable it
+
+
+class Toy(nn.Module):
+    """A random smooth network whose outputs share nothing but the input."""
+
+    def __init__(self, shape: Shape, keys: Sequence[str], seed: int = 0, scale: float = 1.0):
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+
+        def draw(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*size, generator=rng, dtype=torch.float64))
+
+        size, width, per_row = math.prod(shape), 16, outputs_per_row(tuple(keys))
+        self.inner = nn.ParameterDict({key: draw(size + 2, width) for key in keys})
+        self.label = nn.ParameterDict({key: draw(NUM_CLASSES + 1, width) for key in keys})
+        self.outer = nn.ParameterDict({k: draw(width, 1 if k in per_row else size) for k in keys})
+        for weight in self.outer.values():
+            weight.data *= scale / width**0.5
+        self.per_row = per_row
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        point = torch.cat([x.double().flatten(1), torch.stack([t, r], 1).double()], 1)
+        label = None if cond is None else cond.get("label")
+        return {key: self._output(key, point, label, x) for key in self.inner}
+
+    def _output(self, key: str, point: Tensor, label: Tensor | None, x: Tensor) -> Tensor:
+        hidden = point @ self.inner[key]
+        if label is not None:
+            hidden = hidden + self.label[key][label + 1]  # NULL_LABEL is -1
+        out = torch.tanh(hidden) @ self.outer[key]
+        return (out[:, 0] if key in self.per_row else out.reshape(x.shape)).to(x.dtype)
+
+
+class Exact(nn.Module):
+    """An oracle that makes just these outputs; those that it does not know are zero rows [b]."""
+
+    def __init__(self, oracle: nn.Module, keys: Sequence[str]):
+        super().__init__()
+        self.oracle, self.keys = oracle, tuple(keys)
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        out = self.oracle(x, t, r, cond)
+        return {key: out[key] if key in VELOCITIES else x.new_zeros(len(x)) for key in self.keys}
+
+
+class OnPath(nn.Module):
+    """An oracle, exact on the linear path, as it looks on another one.
+
+    x_t / (alpha + sigma) lies on the linear path at the time sigma / (alpha + sigma).
+    """
+
+    def __init__(self, oracle: Oracle, path: Path):
+        super().__init__()
+        self.oracle, self.path, self.shape = oracle, path, oracle.shape
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        t, r = t.double(), r.double()
+        scale, time = self._linear(t)
+        end_scale, end_time = self._linear(r)
+        y = x.double() / like(scale, x)
+        v = self.oracle.velocity(y, time, cond)
+        v = self.path.to_velocity(y - like(time, y) * v, y + like(1 - time, y) * v, t)
+        end = like(end_scale, y) * self.oracle.flow_map(y, time, end_time, cond)
+        gap = like(torch.where(t > r, t - r, 1), y)
+        u = torch.where(like(t > r, y), (x - end) / gap, v)
+        return {"u": u.to(x.dtype), "v": v.to(x.dtype)}
+
+    def _linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.path.alpha(t) + self.path.sigma(t)
+        return scale, self.path.sigma(t) / scale
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of the network by an objective."""
+
+    x: Tensor
+    t: Tensor
+    r: Tensor
+    labels: Tensor | None
+    with_gradient: bool
+    value: dict[str, Tensor] = field(default_factory=dict)  # zero leaves, added to the outputs
+    slope: dict[str, Tensor] = field(default_factory=dict)  # zero leaves, of derivatives alone
+
+
+class Tapped(nn.Module):
+    """Records every call and adds zero leaves to it.
+
+    `slope` multiplies x - sg x, t - sg t and r - sg r, whose values are zero and whose derivatives
+    are not: a gradient that reaches it runs through a derivative of the network.
+    """
+
+    def __init__(self, net: Network, rows: int):
+        super().__init__()
+        self.net, self.calls = net, list[Call]()
+        self.leaves = [self._leaf(rows) for _ in range(64)]  # made here: none can be inside a jvp
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        out = dict(self.net(x, t, r, cond))
+        labels = None if cond is None else cond.get("label")
+        call = Call(_detach(x), _detach(t), _detach(r), labels, torch.is_grad_enabled())
+        self.calls.append(call)
+        steps = (x - _detach(x), like(t - _detach(t), x), like(r - _detach(r), x))
+        for key in [key for key in out if out[key].shape == x.shape and self.leaves]:
+            leaf = self.leaves.pop()
+            call.value[key], call.slope[key] = leaf, self.leaves.pop()
+            value = leaf[: len(x)].reshape(-1, *[1] * (x.ndim - 1))
+            slope = call.slope[key][: len(x)].reshape(-1, *[1] * (x.ndim - 1))
+            out[key] = out[key] + value + sum(slope * step for step in steps)
+        return out
+
+    @staticmethod
+    def _leaf(rows: int) -> Tensor:
+        return torch.zeros(8 * rows, dtype=torch.float64, requires_grad=True)
+
+
+@dataclass
+class Shifted:
+    """Adds `eps` + a trainable `bias` to one output of one call, on or off the diagonal r = t.
+
+    Call None are all those with gradient. Targets are other calls, so they stay at the truth.
+    """
+
+    net: Network
+    key: str
+    call: int | None = None
+    diagonal: bool | None = None
+    eps: float = 0.0
+    num_calls: int = 0
+    bias: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float64, requires_grad=True)
+    )
+
+    def __call__(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        out, index = self.net(x, t, r, cond), self.num_calls
+        self.num_calls += 1
+        if not torch.is_grad_enabled() if self.call is None else index != self.call:
+            return out
+        rows = torch.ones_like(t) if self.diagonal is None else ((t == r) == self.diagonal)
+        shift = like(rows.to(x.dtype), x) * (self.eps + self.bias)
+        return {**out, self.key: out[self.key] + shift}
+
+
+@functools.cache
+def outputs_per_row(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of these outputs have one number per row, asked of a real network."""
+    net = build_network(functools.partial(MLP, dim=8, depth=1), (2,), 0, keys)
+    out = net(torch.zeros(1, 2), torch.ones(1), torch.zeros(1), None)
+    return tuple(key for key in keys if out[key].ndim == 1)

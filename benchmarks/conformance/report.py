@@ -1,0 +1,125 @@
+"""Running the claims, and the report: one line for each, and what to do about a failure."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import registry
+from benchmarks import parts  # noqa: F401  registers
+from benchmarks.conformance import fixed_point, gradients
+from benchmarks.conformance.claims import GENERAL, one_loss_per_row
+from benchmarks.conformance.limits import SPECIAL
+from benchmarks.conformance.mutations import Verdict, verdicts
+from benchmarks.conformance.results import Claim, Result, run_claim
+from benchmarks.conformance.sampling import samplers_reach_the_data
+from benchmarks.conformance.subject import Subject
+from registry.plugins import import_file, load_plugins
+
+FIRST = "one loss per row"
+SLOW = ("fixed point at a skewed mixture", "shift of the defaults")  # planted mistakes are larger
+
+CLAIMS: dict[str, Claim] = {
+    FIRST: one_loss_per_row,
+    **GENERAL,
+    "gradient reaches every head": gradients.reaches_every_head,
+    "no gradient through targets": gradients.not_through_targets,
+    "fixed point at a Gaussian": fixed_point.at_gaussian,
+    "fixed point at a skewed mixture": fixed_point.at_mixture,
+    "shift of the defaults": fixed_point.with_defaults,
+    "errors are pulled back": fixed_point.pulled_back,
+    "samplers reach the data": samplers_reach_the_data,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of the claims on one objective, and of mistakes planted in it."""
+
+    objective: str
+    results: tuple[Result, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+    def problems(self) -> tuple[str, ...]:
+        """The claims that fail and the mistakes that nothing rejects."""
+        failed = [result.claim for result in self.results if result.status == "FAIL"]
+        return (*failed, *(verdict.mutation for verdict in self.verdicts if verdict.survived))
+
+    def json(self) -> str:
+        return json.dumps({"passed": not self.problems(), **asdict(self)}, indent=2)
+
+
+def check(
+    name: str,
+    file: Path | None = None,
+    *,
+    mutations: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Every claim on the objective of this name, or every planted mistake; `tell` gets the lines.
+
+    `file` is a Python file of one's own, imported first.
+    """
+    load_plugins()
+    if file is not None:
+        import_file(file)
+    subject, claims = subject_of(name), claims_for(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        if mutations:
+            quick = {name: claim for name, claim in claims.items() if name not in SLOW}
+            found = []
+            for verdict in verdicts(subject, quick):
+                tell(_verdict_line(verdict))
+                found.append(verdict)
+            return Report(name, verdicts=tuple(found))
+        results = []
+        for result in run(subject, claims):
+            tell(_result_lines(result))
+            results.append(result)
+        return Report(name, results=tuple(results))
+
+
+def claims_for(name: str) -> dict[str, Claim]:
+    """Every claim for the objective of this name, its own at the end."""
+    return CLAIMS | SPECIAL.get(name, {})
+
+
+def subject_of(name: str) -> Subject:
+    """The registered objective with its defaults."""
+    cls = registry.objectives.get(name)
+    try:
+        cls()
+    except TypeError as error:
+        raise ValueError(
+            f"objective {name!r} cannot be made without arguments ({error}); "
+            "give every field a default, which gin may then override"
+        ) from error
+    return Subject(name, cls)
+
+
+def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[Result]:
+    """All results, in order; where the first claim fails, nothing else can be tested."""
+    first = run_claim(FIRST, claims[FIRST], subject)
+    yield first
+    if first.status != "FAIL":
+        for name, claim in claims.items():
+            if name != FIRST:
+                yield run_claim(name, claim, subject)
+
+
+def _result_lines(result: Result) -> str:
+    lines = [f"{result.status:<9} {result.claim:<36} {result.figure or result.reason}"]
+    if result.status == "FAIL":
+        lines += [f"{'':<10}reason: {result.reason}", f"{'':<10}hint:   {result.hint}"]
+    return "\n".join(lines)
+
+
+def _verdict_line(verdict: Verdict) -> str:
+    if verdict.no_effect:
+        return f"{'no effect':<9} {verdict.mutation}"
+    status = "SURVIVED" if verdict.survived else "rejected"
+    return f"{status:<9} {verdict.mutation:<42} {', '.join(verdict.killed_by)}"

@@ -1,0 +1,87 @@
+"""What a claim comes to, and how it is run: a figure, and a reason and a hint if it fails."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from benchmarks.conformance.subject import Subject
+
+Status = Literal["ok", "FAIL", "declared", "note"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One claim's outcome; "declared" ones do not apply by the objective's own word.
+
+    `value` is what was measured and `limit` what it may be, in the figure's unit.
+    """
+
+    status: Status
+    claim: str = ""
+    figure: str = ""
+    value: float | None = None
+    limit: float | None = None
+    reason: str = ""
+    hint: str = ""
+    seconds: float = 0.0
+
+
+Claim = Callable[[Subject], Result]
+
+
+class Broken(Exception):
+    """A claim that does not hold: what was seen, and what to do about it."""
+
+    def __init__(self, reason: str, hint: str):
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+
+def held(figure: str, value: float | None = None, limit: float | None = None) -> Result:
+    return Result(status="ok", figure=figure, value=value, limit=limit)
+
+
+def note(figure: str, value: float | None = None) -> Result:
+    return Result(status="note", figure=figure, value=value)
+
+
+def declared(reason: str) -> Result:
+    return Result(status="declared", reason=reason)
+
+
+def compared(unit: str, value: float, limit: float, reason: str, hint: str) -> Result:
+    """ok if value < limit, which nan is not."""
+    figure = f"{unit} {value:.2g} < {limit:.2g}"
+    if value < limit:
+        return held(figure, value, limit)
+    figure = f"{unit} {value:.2g} >= {limit:.2g}"
+    return Result(status="FAIL", figure=figure, value=value, limit=limit, reason=reason, hint=hint)
+
+
+def run_claim(name: str, claim: Claim, subject: Subject) -> Result:
+    """The result with its name and time; an objective that raises has failed the claim."""
+    start = time.perf_counter()
+    try:
+        result = claim(subject)
+    except Broken as broken:
+        result = Result(status="FAIL", reason=broken.reason, hint=broken.hint)
+    except Exception as error:  # whatever foreign code may raise is a result here
+        result = Result(status="FAIL", reason=_told(error), hint=_hint(error))
+    return replace(result, claim=name, seconds=time.perf_counter() - start)
+
+
+def _told(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"it raised {type(error).__name__}: {text}{where}"
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return "read only the outputs named in `heads`, or name this one there"
+    return "run the objective on such a batch: benchmarks/conformance says which"

@@ -1,0 +1,180 @@
+"""What is under test: an objective by name, made afresh for every claim, and data to put it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.conformance.networks import NUM_CLASSES, VELOCITIES, Exact, OnPath, Shape
+from registry import weights
+from registry.protocols import (
+    NULL_LABEL,
+    Batch,
+    LossOutput,
+    Network,
+    Teacher,
+    parts,
+    required_heads,
+)
+from zoo.oracles import GaussianOracle, MixtureOracle, Oracle
+from zoo.paths import Linear
+from zoo.weighting import Unweighted
+
+F64 = torch.float64
+
+# Within the +-4 to which some methods clip their states, and with different elements.
+GAUSSIAN = GaussianOracle([0.6, -0.4], [0.4, 0.8])
+# Skewed given x_t, within a class and without; the solver's error is far below a standard error.
+MIXTURE = MixtureOracle(
+    [[1.4, -0.6], [-0.5, 0.4], [0.3, 1.2]],
+    [[0.3, 0.4], [0.5, 0.4], [0.4, 0.3]],
+    [0.2, 0.6, 0.2],
+    labels=[0, 0, 1],
+    rtol=1e-5,
+)
+STEPS = (0, 1, 9_000, 30_001)  # schedules: first steps, in between, and long after
+
+
+def _same(thing: Any) -> Any:
+    return thing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An objective and, for a negative control, the mistake that is planted in it."""
+
+    name: str
+    make: Callable[[], Any]  # a new objective with its defaults
+    edit: Callable[[Any], Any] = _same
+    wrap: Callable[[Network], Network] = _same
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    edit_sampler: Callable[[Any], Any] = _same
+
+    def objective(self, *, exact: bool = False, teacher: nn.Module | None = None) -> Any:
+        """A new objective; `exact` applies what its fixed point needs, `teacher` is attached."""
+        objective = self.make()
+        if exact and (changes := self.exact_with()):
+            objective = replace(objective, **changes)
+        objective = self.edit(objective)
+        for part in {id(part): part for _, part in parts(objective)}.values():
+            if teacher is not None and holds_weights(part):
+                part.attach(teacher)
+        return objective
+
+    def loss(self, objective: Any, net: Network, batch: Batch, seed: int = 0) -> LossOutput:
+        rng = torch.Generator().manual_seed(seed)
+        with self.around():
+            return objective.loss(self.wrap(net), batch, rng)
+
+    def exact_with(self) -> dict[str, Any]:
+        """The fields under which the exact solution is a fixed point of every row's loss."""
+        objective = self.make()
+        declared = getattr(objective, "exact_with", None)
+        if declared is not None:
+            return dict(declared)
+        if not is_dataclass(objective):
+            return {}
+        known = tuple(weights.get(name) for name in weights.names())
+        values = {f.name: getattr(objective, f.name) for f in fields(objective) if f.init}
+        return {
+            name: Unweighted()
+            for name, part in values.items()
+            if isinstance(part, known) and not isinstance(part, Unweighted)
+        }
+
+    @property
+    def fixed_point(self) -> str:
+        return getattr(self.make(), "fixed_point", "pointwise")
+
+    @property
+    def full_gradient(self) -> bool:
+        return getattr(self.make(), "full_gradient", False)
+
+    @property
+    def couples_rows(self) -> bool:
+        return getattr(self.make(), "couples_rows", False) or self.changes_coupling
+
+    @property
+    def changes_coupling(self) -> bool:
+        """Whether a part couples the rows of a batch: data and noise are then dependent."""
+        return any(getattr(part, "couples_rows", False) for _, part in parts(self.make()))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return required_heads(self.objective(exact=False))
+
+    def exact_network(self, law: Oracle) -> nn.Module:
+        """The law's solution on the objective's own path, with the outputs that it may read."""
+        return Exact(self.exact_field(law), self.exact_keys)
+
+    @property
+    def exact_keys(self) -> tuple[str, ...]:
+        return required_heads(self.objective(exact=True))
+
+    def exact_field(self, law: Oracle) -> nn.Module:
+        path = getattr(self.make(), "path", None)
+        return law if path is None or isinstance(path, Linear) else OnPath(law, path)
+
+    @property
+    def velocity_keys(self) -> tuple[str, ...]:
+        return tuple(key for key in self.make().heads if key in VELOCITIES)
+
+
+def holds_weights(part: object) -> bool:
+    """Whether it is a teacher that evaluates another network than the one in training."""
+    return isinstance(part, Teacher) and (part.needs_copy or getattr(part, "distils", False))
+
+
+def is_derivative(part: object) -> bool:
+    return hasattr(type(part), "needs_forward_ad")
+
+
+def replaced(objective: object, name: str, part: object) -> object:
+    """A copy whose part 'a.b' is another one."""
+    first, _, rest = name.partition(".")
+    new = replaced(getattr(objective, first), rest, part) if rest else part
+    return replace(objective, **{first: new})  # type: ignore[type-var]
+
+
+def random_batch(
+    shape: Shape = (2,),
+    n: int = 8,
+    *,
+    labels: str = "none",
+    dtype: torch.dtype = F64,
+    step: int = 0,
+    seed: int = 0,
+) -> Batch:
+    """Normal data with no labels, "given" ones, or only "null" ones."""
+    rng = torch.Generator().manual_seed(1000 + seed)
+    x0 = torch.randn(n, *shape, generator=rng, dtype=F64).to(dtype)
+    label = torch.randint(NUM_CLASSES, (n,), generator=rng)
+    if labels == "null":
+        label = torch.full_like(label, NULL_LABEL)
+    cond = None if labels == "none" else {"label": label}
+    return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
+
+
+def law_batch(law: Oracle, n: int, seed: int) -> Batch:
+    """Rows of a law; the seed also chooses the step of the run."""
+    x0, cond = law.sample(n, torch.Generator().manual_seed(10_000 + seed))
+    step = STEPS[seed % len(STEPS)]
+    return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
+
+
+def progress(step: int) -> float:
+    return step / max(STEPS)
+
+
+def gradients(per_sample: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The mean loss's gradient, zeros where there is none."""
+    if not per_sample.requires_grad:
+        return [torch.zeros_like(p) for p in inputs]
+    return list(
+        torch.autograd.grad(per_sample.mean(), inputs, allow_unused=True, materialize_grads=True)
+    )
