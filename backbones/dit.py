@@ -105,7 +105,7 @@ class DiT(nn.Module):
         dropout: float = 0.0,
         qk_norm: bool = False,
         second_time: str = "h",
-        max_frequency: float = 16.0,
+        max_frequency: float = 8.0,
         checkpointing: bool = False,
     ):
         super().__init__()

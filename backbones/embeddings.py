@@ -3,13 +3,15 @@
 A time in [0, 1] enters unscaled, as cos(w t) and sin(w t) with angular frequencies w from 1 to
 `max_frequency` in geometric progression. Times multiplied by 1000, as in DiT, would multiply the
 time tangent of a forward-mode derivative by 1000 and spoil finite differences; here a feature's
-derivative is at most max_frequency. Whether the second time is the interval h = t - r or the
-end r itself is decided in this file and nowhere else.
+derivative is at most max_frequency. The default, 8, gave MeanFlow the smallest map error on an
+eight-mode mixture (0.23 and 0.23 in two seeds; 0.23 and 0.26 at 4, 0.25 and 0.28 at 16), and flow
+matching did not mind. Whether the second time is the interval h = t - r or the end r itself is
+decided in this file and nowhere else.
 
-The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on 8x8
-digits a DiT and a U-Net then reach the same loss in half the steps. The second embedder's last
-layer starts at zero, so that a two-time network begins as the one-time network with the same
-weights; it is made last, so that both draw the same initial weights.
+The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on the
+8x8 digits a DiT then took 180 steps to a loss that it had otherwise after 330, and ended alike.
+The second embedder's last layer starts at zero, so that a two-time network begins as the one-time
+network with the same weights; it is made last, so that both draw the same initial weights.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 """

@@ -59,7 +59,7 @@ class MLP(nn.Module):
         dim: int = 256,
         depth: int = 4,
         second_time: str = "h",
-        max_frequency: float = 16.0,
+        max_frequency: float = 8.0,
     ):
         super().__init__()
         if len(shape) != 1:

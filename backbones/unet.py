@@ -168,7 +168,7 @@ class UNet(nn.Module):
         num_heads: int = 4,
         dropout: float = 0.0,
         second_time: str = "h",
-        max_frequency: float = 16.0,
+        max_frequency: float = 8.0,
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
