@@ -110,7 +110,8 @@ class Cell:
 
 def build(request: Request) -> list[Cell]:
     """Every cell, built and checked; ValueError with the troubles of all cells together."""
-    cells, inert = [], []
+    cells: list[Cell] = []
+    inert: list[set[str]] = []
     troubles: list[str] = []
     cause = None
     arms = request.arms()
@@ -122,7 +123,7 @@ def build(request: Request) -> list[Cell]:
         except Exception as error:
             troubles.append(f"{arm}: {said(error)}" if arm else said(error))
             cause = cause or error
-    if not troubles and (useless := sorted(request.own_keys(arms) & set.intersection(*inert))):
+    if not troubles and (useless := sorted(request.own_keys(arms).intersection(*inert))):
         troubles.append(
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
             "by reference, such as mean_flow.weight = @adaptive(); what an arm binds for itself is "

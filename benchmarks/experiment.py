@@ -74,6 +74,13 @@ class Experiment:
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
 
     @property
+    def distilled(self) -> tuple[Frozen, FlowNetwork] | None:
+        """The frozen teacher and its network."""
+        if self.teacher is None or not isinstance(self.teacher.network, FlowNetwork):
+            return None
+        return self.teacher, self.teacher.network
+
+    @property
     def objective_name(self) -> str:
         return registry.objectives.name_of(self.objective)
 
@@ -198,7 +205,7 @@ def _check_counts(nfe: Any, **counts: int) -> None:
             raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
 
 
-def _budget(**amounts: float | None) -> Budget:
+def _budget(**amounts: Any) -> Budget:
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     if len(given) > 1:
         raise ValueError(

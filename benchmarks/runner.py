@@ -42,6 +42,7 @@ from trainers.checkpoint import load_module, save_module
 from trainers.loop import fit
 from trainers.state import TrainState
 from zoo.objectives.flow_matching import FlowMatching
+from zoo.teachers import Frozen
 
 NUM_SHOWN = 64  # samples kept per NFE
 MODEL, RESULT, SAMPLES = "model.safetensors", "result.json", "samples.safetensors"
@@ -131,20 +132,21 @@ def finished_run(folder: Path) -> Path:
 
 def load_teacher(experiment: Experiment) -> None:
     """The frozen teacher's weights, if they come from another run, and the student's from them."""
-    teacher = experiment.teacher
-    if teacher is None or not teacher.checkpoint:
+    if experiment.distilled is None:
         return
-    folder = Path(teacher.checkpoint)
+    teacher, network = experiment.distilled
+    if not teacher.checkpoint:
+        return
     try:
-        _check_teacher(experiment, folder)
+        load_module(finished_run(Path(teacher.checkpoint)), network)
+        _check_backbone(experiment, Path(teacher.checkpoint))
     except ValueError as error:
         raise ValueError(f"frozen.checkpoint = {teacher.checkpoint!r}: {error}") from None
-    _start_from(experiment, teacher.network)
+    _start_from(experiment, teacher, network)
 
 
-def _check_teacher(experiment: Experiment, folder: Path) -> None:
+def _check_backbone(experiment: Experiment, folder: Path) -> None:
     """Shapes alone do not tell everything that a backbone is built with, its heads for one."""
-    load_module(finished_run(folder), experiment.teacher.network)
     name = f"{experiment.backbone_name}."
     was, now = (
         {
@@ -159,8 +161,8 @@ def _check_teacher(experiment: Experiment, folder: Path) -> None:
         raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
 
 
-def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
-    experiment.teacher.attach(network.to(experiment.device))
+def _start_from(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+    teacher.attach(network.to(experiment.device))
     warm_start(experiment.net, network)
 
 
@@ -173,22 +175,28 @@ class Spent:
 
 def _prepare_teacher(experiment: Experiment, record: Any, folder: Path, resume: bool) -> Spent:
     """Train the frozen teacher, unless it came from another run, and start the student from it."""
-    teacher = experiment.teacher
-    if teacher is None or teacher.checkpoint:
+    if experiment.distilled is None:
+        return Spent()
+    teacher, network = experiment.distilled
+    if teacher.checkpoint:
         return Spent()
     if resume and (folder / MODEL).exists():
-        load_module(folder / MODEL, teacher.network)
+        load_module(folder / MODEL, network)
         spent = Spent(**json.loads((folder / "spent.json").read_text()))
     else:
-        spent = _train_teacher(experiment, teacher.network, record, folder, resume)
-    _start_from(experiment, teacher.network)
+        spent = _train_teacher(experiment, teacher.pretrain, network, record, folder, resume)
+    _start_from(experiment, teacher, network)
     return spent
 
 
 def _train_teacher(
-    experiment: Experiment, net: FlowNetwork, record: Any, folder: Path, resume: bool
+    experiment: Experiment,
+    share: float,
+    net: FlowNetwork,
+    record: Any,
+    folder: Path,
+    resume: bool,
 ) -> Spent:
-    share = experiment.teacher.pretrain
     print(f"  first its teacher: flow matching with {share:.0%} of the budget", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     teaching = replace(
@@ -203,18 +211,24 @@ def _train_teacher(
     net.load_state_dict(state.ema_net.state_dict())
     spent = Spent(state.step, state.images, state.seconds)
     (folder / "spent.json").write_text(json.dumps(asdict(spent)) + "\n")
-    save_module(folder / MODEL, net)
+    save_module(folder / f".{MODEL}", net)
+    (folder / f".{MODEL}").rename(folder / MODEL)  # there, or not: a resumed run looks for it
     return spent
 
 
 def _scaled(budget: Budget, share: float) -> Budget:
     amount = budget.amount * share
-    return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, int(amount))})
+    return _of(budget, amount if budget.unit == "seconds" else max(1, int(amount)))
 
 
-def _rest(budget: Budget, taken: Budget) -> Budget:
-    amount = budget.amount - taken.amount
-    return Budget(**{budget.unit: amount if budget.unit == "seconds" else max(1, amount)})
+def _rest(budget: Budget, share: float) -> Budget:
+    amount = budget.amount - _scaled(budget, share).amount
+    return _of(budget, amount if budget.unit == "seconds" else max(1, amount))
+
+
+def _of(budget: Budget, amount: float) -> Budget:
+    given: dict[str, Any] = {budget.unit: amount}
+    return Budget(**given)
 
 
 def _fit(
@@ -228,8 +242,8 @@ def _fit(
 ) -> TrainState:
     """Train what `experiment` says, less what the teacher has spent; Stopped if a signal came."""
     budget = experiment.budget
-    if done and done.steps:
-        budget = _rest(budget, _scaled(budget, experiment.teacher.pretrain))
+    if done and done.steps and experiment.teacher:
+        budget = _rest(budget, experiment.teacher.pretrain)
 
     def log(values: dict[str, float], step: int) -> None:
         record.metrics({prefix + name: value for name, value in values.items()}, step)
@@ -287,7 +301,7 @@ def _measure(experiment: Experiment, net: Callable[..., Any]) -> Mapping[str, fl
 
 
 def draw_samples(
-    experiment: Experiment, net: FlowNetwork, nfe: tuple[int, ...], num: int, seed: int
+    experiment: Experiment, net: Callable[..., Any], nfe: tuple[int, ...], num: int, seed: int
 ) -> dict[int, Tensor]:
     """`num` samples at each NFE from the same noise and labels."""
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
@@ -309,7 +323,9 @@ def picture(rows: Mapping[str, Tensor], path: Path, reference: Tensor | None = N
     return None
 
 
-def _draw_samples(experiment: Experiment, net: FlowNetwork, record: Any, folder: Path) -> None:
+def _draw_samples(
+    experiment: Experiment, net: Callable[..., Any], record: Any, folder: Path
+) -> None:
     two_d = tuple(experiment.dataset.shape) == (2,)
     num = experiment.num_samples if two_d else min(NUM_SHOWN, experiment.num_samples)
     samples = draw_samples(experiment, net, experiment.nfe, num, experiment.seed)
