@@ -48,10 +48,11 @@ class Grid:
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     """gin's registry holds what the tests need, and is left as it was."""
-    monkeypatch.setattr(gin.config, "_REGISTRY", gin.config._REGISTRY.copy())
-    for name in ("job", "Grid"):  # the real Grid is not what is tested here
-        for selector in gin.config._REGISTRY.matching_selectors(name):
-            gin.config._REGISTRY.pop(selector)
+    fresh = type(gin.config._REGISTRY)()  # its copy() would share the tree of names
+    for selector, found in gin.config._REGISTRY.items():
+        if selector.split(".")[-1] not in ("job", "Grid"):  # the real Grid is not tested here
+            fresh[selector] = found
+    monkeypatch.setattr(gin.config, "_REGISTRY", fresh)
     gin.register("job", module="test")(job)
     gin.register("Grid", module="test")(Grid)
     with (
