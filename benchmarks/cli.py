@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ EXPECTED = (ValueError, KeyError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did what was asked, 1 if a run failed, 2 for a request in error."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Given by torch itself at the first forward-mode derivative.
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

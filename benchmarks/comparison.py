@@ -20,19 +20,13 @@ from typing import Any
 import gin
 from safetensors.torch import load_file
 
+from benchmarks.distilling import load_teacher
 from benchmarks.experiment import Experiment, run
 from benchmarks.mlflow_store import open_hint
-from benchmarks.runner import (
-    RESULT,
-    SAMPLES,
-    Result,
-    Stopped,
-    Texts,
-    execute,
-    load_teacher,
-    picture,
-)
+from benchmarks.results import RESULT, SAMPLES, Result
+from benchmarks.runner import Texts, execute, picture
 from benchmarks.table import result_table
+from benchmarks.training import Stopped
 from registry import gin_setup
 from registry.core import did_you_mean
 from registry.gin_errors import said

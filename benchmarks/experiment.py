@@ -152,7 +152,8 @@ def run(
     def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
         # Seeded for each network: what two of them share starts from the same weights.
         torch.manual_seed(seed)
-        return build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
+        made = build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
+        return made.to(_device(device))
 
     net = network(required_heads(objective), heads)
     optimizer = optimizer or registry.optimizers.build("adamw")

@@ -7,7 +7,8 @@ from pathlib import Path
 import registry
 from benchmarks import comparison  # noqa: F401  registers Grid
 from benchmarks.experiment import run
-from benchmarks.runner import draw_samples, finished_run, load_run, picture
+from benchmarks.results import finished_run
+from benchmarks.runner import draw_samples, load_run, picture
 from registry import gin_setup
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.runner import Result
+from benchmarks.results import Result
 
 
 def result_table(results: Sequence[Result]) -> str:

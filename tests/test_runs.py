@@ -138,23 +138,23 @@ class StoppedStudent(DECM):
 
 @pytest.mark.parametrize("when", ["teacher", "student"])
 def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
-    import benchmarks.runner as runner
+    from benchmarks import training
 
-    fit = runner.fit
+    fit = training.fit
 
     def stopping(**given):
         """Ends the first fit of a teacher after one step, as a signal would."""
         if when == "teacher" and not (tmp_path / "mark").exists():
             (tmp_path / "mark").touch()
 
-            class Stop(runner.Callback):
+            class Stop(training.Callback):
                 def on_step(self, state, out):
                     state.stop = "SIGTERM"
 
             given["callbacks"] = [Stop(), *given["callbacks"]]
         return fit(**given)
 
-    monkeypatch.setattr(runner, "fit", stopping)
+    monkeypatch.setattr(training, "fit", stopping)
     student = ["decm/run.objective = @stopped()", "stopped.teacher = @frozen()"]
     student += [f"stopped.mark = '{tmp_path / 'mark'}'"]
     plain = ["decm/run.objective = @stopped()", "stopped.teacher = @frozen()"]

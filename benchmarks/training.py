@@ -1,0 +1,92 @@
+"""The training of one experiment, with its records, averages, checkpoints and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import evaluate
+from benchmarks.experiment import Experiment
+from benchmarks.map_error import ClosedForm, map_error
+from trainers.budget import Budget
+from trainers.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EmaCallback,
+    MetricsLog,
+    PeriodicEvaluation,
+    ProgressBar,
+)
+from trainers.loop import fit
+from trainers.state import TrainState
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; its checkpoint continues it."""
+
+
+def fit_experiment(
+    experiment: Experiment,
+    record: Any,
+    folder: Path,
+    resume: bool,
+    *,
+    budget: Budget,
+    prefix: str = "",
+) -> TrainState:
+    """Train what `experiment` says for this budget; Stopped if a signal ended it."""
+
+    def log(values: dict[str, float], step: int) -> None:
+        record.metrics({prefix + name: value for name, value in values.items()}, step)
+
+    callbacks: list[Callback] = [
+        EmaCallback(decays=(experiment.ema_decay,)),
+        MetricsLog(record=log, every=experiment.log_every),
+        ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
+    ]
+    if not prefix:
+        callbacks.append(
+            PeriodicEvaluation(
+                fn=lambda state: dict(measure(experiment, state.ema_net)),
+                every=experiment.evaluate_every,
+                at_end=False,
+            )
+        )
+    callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
+    state = fit(
+        net=experiment.net,
+        objective=experiment.objective,
+        dataset=experiment.dataset,
+        batch_size=experiment.batch_size,
+        budget=budget,
+        engine=experiment.engine,
+        optimizer=experiment.optimizer,
+        schedule=experiment.schedule,
+        seed=experiment.seed,
+        device=experiment.device,
+        callbacks=callbacks,
+        folder=folder,
+        resume=resume,
+    )
+    if state.stop:
+        raise Stopped(f"stopped by {state.stop} at step {state.step}; continue with --resume")
+    return state
+
+
+def measure(experiment: Experiment, net: Callable[..., Any]) -> Mapping[str, float]:
+    values = dict(
+        evaluate.evaluate(
+            net,
+            experiment.sampler,
+            experiment.nfe,
+            experiment.metric,
+            experiment.dataset,
+            experiment.num_samples,
+            experiment.seed,
+            device=experiment.device,
+        )
+    )
+    if isinstance(experiment.dataset, ClosedForm):
+        values |= dict(map_error(net, experiment.dataset, device=experiment.device))
+    return values
