@@ -27,8 +27,8 @@ from trainers.rng import generator
 from zoo.derivatives import FiniteDifference, no_gradient, replay_rng
 from zoo.ops import first_rows, like, normal_like, repeat_rows, rms
 
-# Exact derivatives of our backbones are right to 4e-6 in float32 (with TF32 products, some 1e-3),
-# in bfloat16 to 1-6 %; cutting one branch of one block in twelve costs 15 % and more.
+# Exact derivatives of our backbones are right to 4e-6 in float32 (TF32 rounds at 5e-4) and to 1-6 %
+# in bfloat16; cutting one branch of one block in twelve costs 15 % and more.
 EXACT, REDUCED = 1e-2, 1e-1
 APPROXIMATE = 1e-1  # differences at the default step are right to 1e-3
 FLOAT32_REFERENCE = 5e-2  # differences in float32 are themselves right to about 1 %
@@ -47,9 +47,10 @@ def probe_derivatives(
 ) -> dict[str, float]:
     """{"derivative_error": the largest error}, or {} if the objective takes no derivative.
 
-    x0 are two rows of data or more, on the device of the run. ValueError for an error above the
-    bound and for a network that the derivative cannot pass at all. The figure of a network that
-    cannot run in float64 is "derivative_error_float32". `net` and all generators stay as they are.
+    x0 are two rows of data or more, on the device of the run. The output is u, or the first head
+    of an objective without u. ValueError for an error above the bound and for a network that the
+    derivative cannot pass at all. The figure of a network that cannot run in float64 is
+    "derivative_error_float32". `net` and all generators stay as they are.
     """
     found = [(path, part) for path, part in parts(objective) if isinstance(part, Derivative)]
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -111,6 +112,23 @@ def test_a_derivative_inside_a_part_is_probed_on_the_head_that_it_is_taken_of():
     assert probe_derivatives(objective, net, *data("mlp"))["derivative_error"] < ROUNDING
     with pytest.raises(ValueError, match="its residual.derivative, dual()"):
         probe_derivatives(objective, Cut(small("mlp", ("u", "v"))), *data("mlp"))
+
+
+@pytest.mark.parametrize(("heads", "head"), [(("v", "u"), "u"), (("v",), "v")])
+def test_the_output_is_u_or_else_the_first_head(heads, head):
+    @dataclass(frozen=True)
+    class Headed:
+        heads: ClassVar[tuple[str, ...]] = ()
+        derivative: Derivative
+
+    Headed.heads = heads
+    for cut in heads:
+        net = small("mlp", heads)
+        for module in net.heads.values():
+            hook = lambda m, i, out: out.detach()  # noqa: E731
+            module.readouts[cut].register_forward_hook(hook)
+        with pytest.raises(ValueError, match="no tangent") if cut == head else nullcontext():
+            probe_derivatives(Headed(Dual()), net, *data("mlp"))
 
 
 def test_cost_is_a_few_forwards_of_six_rows():
