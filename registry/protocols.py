@@ -182,9 +182,9 @@ class Objective(Protocol):
     valid for it, best first (default: every sampler whose outputs it trains), and `reference`.
 
     Optional, for `objective-zoo check`: `exact_with`, the fields {name: value} that make the exact
-    solution a fixed point of the loss (default: every weight is `unweighted`); `fixed_point`, where
-    it is one: "pointwise" (default), for the "distribution" alone, or "none"; `couples_rows = True`
-    if a row's loss depends on other rows, `full_gradient = True` if targets are differentiated.
+    solution a fixed point of the loss (besides `unweighted` weights); `fixed_point`, where it is
+    one: "pointwise" (default), for the "distribution" alone, or "none"; `couples_rows = True` if a
+    row's loss depends on other rows, `full_gradient = True` if targets are differentiated.
     """
 
     heads: ClassVar[tuple[str, ...]]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from registry import samplers
+from registry import paths, samplers
 from registry.protocols import Cond, Network, Path, Reference
 from zoo.guidance import velocity_at
 from zoo.ops import normal_like
@@ -189,7 +189,7 @@ def valid_samplers(objective: Any) -> tuple[str, ...]:
 
 
 def check_sampler(name: str, objective: Any, sampler: Any) -> None:
-    """ValueError unless the sampler is valid for the objective registered as `name`."""
+    """ValueError unless the sampler is valid for the objective `name`, and on the same path."""
     valid = valid_samplers(objective)
     chosen = samplers.name_of(sampler)
     if chosen not in valid:
@@ -197,6 +197,12 @@ def check_sampler(name: str, objective: Any, sampler: Any) -> None:
             f"objective {name!r} cannot use sampler {chosen!r}: it trains the outputs "
             f"{', '.join(objective.heads)} and is valid for {', '.join(valid) or 'no sampler'}. "
             f"Bind run.sampler = @{valid[0] if valid else 'SAMPLER'}()"
+        )
+    path = getattr(objective, "path", None)
+    if path is not None and getattr(sampler, "path", path) != path:
+        raise ValueError(
+            f"sampler {chosen!r} adds noise along {sampler.path}, but objective {name!r} trains on "
+            f"{path}. Bind {chosen}.path = @{paths.name_of(path)}()"
         )
 
 

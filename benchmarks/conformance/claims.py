@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.networks import Tapped, Toy
+from benchmarks.conformance.networks import Tapped
 from benchmarks.conformance.results import Broken, Claim, Result, compared, declared, held
 from benchmarks.conformance.subject import (
     STEPS,
@@ -30,7 +30,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
     """The loss on a random network; whatever it raises names the case."""
     shape = tuple(batch.x0.shape[1:])
     try:
-        return subject.loss(subject.objective(), Toy(shape, subject.keys), batch, seed)
+        return subject.on_toy(shape)(batch, seed)
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise Broken(f"{case}: {type(error).__name__}: {text}", hint) from error
@@ -91,8 +91,8 @@ def labels(subject: Subject) -> Result:
     for kind in ("none", "null", "given"):
         out = evaluate(subject, batch := random_batch(n=16, labels=kind), f"labels: {kind}", cond)
         _check_per_sample(out, batch, f"labels: {kind}")
-    net = Tapped(Toy((2,), subject.keys), 16)
-    subject.loss(subject.objective(), net, batch)
+    toy = subject.on_toy()
+    toy(batch, net=(net := Tapped(toy.net, 16)))
     seen = [call for call in net.calls if call.labels is not None]
     if not any(call.with_gradient and (call.labels != NULL_LABEL).any() for call in seen):
         raise Broken("no label reaches a call that is trained", cond)
@@ -107,11 +107,10 @@ def finite(subject: Subject) -> Result:
             batch = random_batch(n=256, step=step, dtype=torch.float32, labels="given")
             if constant:
                 batch = replace(batch, x0=torch.zeros_like(batch.x0))
-            net = Toy((2,), subject.keys, scale=scale)
-            out = subject.loss(subject.objective(), net, batch, seed=step)
-            out.per_sample.mean().backward()
+            toy = subject.on_toy(scale=scale)
+            out = toy(batch, seed=step)
             figures = [out.per_sample, *out.terms.values(), *out.diagnostics.values()]
-            figures += [p.grad for p in net.parameters() if p.grad is not None]
+            figures += gradients(out.per_sample, list(toy.net.parameters()))
             if not all(figure.isfinite().all() for figure in figures):
                 what = "a network of zeros" if scale == 0 else "a random network"
                 raise Broken(
@@ -127,9 +126,9 @@ def calls_within_times(subject: Subject) -> Result:
     """0 <= r <= t <= 1 in every call, and one time for each row."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
-        net = Tapped(Toy((2,), subject.keys), 64)
-        batch = random_batch(n=64, step=step, labels="given")
-        subject.loss(subject.objective(), net, batch, seed)
+        batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
+        net = Tapped(toy.net, 64)  # its own teacher, to see those calls too
+        subject.loss(subject.objective(teacher=net), net, batch, seed)
         for call in net.calls:
             n = len(call.x)
             if call.t.shape != (n,) or call.r.shape != (n,):
@@ -173,11 +172,11 @@ def batch_left_alone(subject: Subject) -> Result:
 
 def deterministic(subject: Subject) -> Result:
     """The same rng gives the same loss, on the same instance too; another one another loss."""
-    batch, net, objective = random_batch(n=16), Toy((2,), subject.keys), subject.objective()
+    batch, toy = random_batch(n=16), subject.on_toy()
 
     def loss(seed: int, global_seed: int) -> Tensor:
         torch.manual_seed(global_seed)
-        return subject.loss(objective, net, batch, seed).per_sample.detach()
+        return toy(batch, seed).per_sample.detach()
 
     with torch.random.fork_rng(devices=[]):
         first, again, elsewhere, other = loss(0, 0), loss(0, 0), loss(0, 1), loss(1, 0)
@@ -198,11 +197,11 @@ def deterministic(subject: Subject) -> Result:
 
 def global_generators_untouched(subject: Subject) -> Result:
     """Otherwise runs with different objectives see different data order and noise."""
-    batch, net = random_batch(n=16, labels="given"), Toy((2,), subject.keys)
+    batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
     state = random.getstate()
     before = _global_states()
     try:
-        subject.loss(subject.objective(), net, batch)
+        toy(batch)
         moved = [
             name for name, old in before.items() if not np.array_equal(old, _global_states()[name])
         ]
@@ -227,11 +226,7 @@ def rows_are_independent(subject: Subject) -> Result:
             x0 = random_batch(n=12, seed=1).x0
             x0[kept] = batch.x0[kept]
             one, two = (
-                subject.loss(
-                    subject.objective(), Toy((2,), subject.keys), replace(batch, x0=data), 3
-                )
-                .per_sample[kept]
-                .detach()
+                subject.on_toy()(replace(batch, x0=data), seed=3).per_sample[kept].detach()
                 for data in (batch.x0, x0)
             )
             change = max(change, float((one - two).abs() / (one.abs() + 1e-3)))
@@ -249,14 +244,13 @@ def derivatives_agree(subject: Subject) -> Result:
     chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
     if not chosen:
         return declared("no derivative part")
-    batch, net = random_batch(n=32, labels="given"), Toy((2,), subject.keys)
-    found = {}
+    batch, found = random_batch(n=32, labels="given"), {}
     for backend in derivatives.names():
-        objective = subject.objective(exact=True)
+        toy = subject.on_toy(exact=True)
         for name in chosen:
-            objective = replaced(objective, name, derivatives.get(backend)())
-        per_sample = subject.loss(objective, net, batch).per_sample
-        gradient = gradients(per_sample, list(net.parameters()))
+            toy = replace(toy, objective=replaced(toy.objective, name, derivatives.get(backend)()))
+        per_sample = toy(batch).per_sample
+        gradient = gradients(per_sample, list(toy.net.parameters()))
         found[backend] = torch.cat([per_sample, *(g.flatten() for g in gradient)]).detach()
     size = found["jvp"].norm()
     errors = {name: float((value - found["jvp"]).norm() / size) for name, value in found.items()}
@@ -295,11 +289,10 @@ def _check_recorded(name: str, rows: Tensor, n: int, case: str) -> None:
 
 
 def _global_states() -> dict[str, np.ndarray]:
-    version, internal, _ = random.getstate()
     return {
         "torch": torch.get_rng_state().numpy(),
         "numpy": np.concatenate([np.random.get_state()[1], [np.random.get_state()[2]]]),
-        "python": np.array(internal),
+        "python": np.array(random.getstate()[1]),
     }
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.conformance.networks import NUM_CLASSES, Tapped, Toy
-from benchmarks.conformance.results import Broken, Result, compared, declared, held
-from benchmarks.conformance.subject import STEPS, Subject, holds_weights, random_batch
-from registry.protocols import Network, parts
+from benchmarks.conformance.results import Broken, Result, declared, held
+from benchmarks.conformance.subject import STEPS, OnToy, Subject, random_batch
+from registry.protocols import Network
 
 NO_GRADIENT = (
     "evaluate targets through a teacher or under torch.no_grad(), and .detach() them; "
@@ -28,16 +28,16 @@ NO_GRADIENT = (
 
 def reaches_every_head(subject: Subject) -> Result:
     """Of a network with separate outputs, and of the MLP with the heads that it would get."""
-    toy = Toy((2,), subject.keys)
-    _backward(subject, toy, torch.float64)
+    toy = subject.on_toy()
+    _backward(toy, toy.net, torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mlp = functools.partial(MLP, dim=8, depth=1)
         real = build_network(mlp, (2,), NUM_CLASSES, subject.keys)
         for parameter in real.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    _backward(subject, real, torch.float32)
-    sizes = {f"the output {key!r}": _size([weight]) for key, weight in toy.outer.items()}
+    _backward(toy, real, torch.float32)
+    sizes = {f"the output {key!r}": _size([weight]) for key, weight in toy.net.outer.items()}
     sizes |= {f"the head {name!r}": _size(head.parameters()) for name, head in real.heads.items()}
     dead = [name for name, size in sizes.items() if not size > 0]
     if dead:
@@ -110,14 +110,16 @@ def _check_evaluations(per_sample: Tensor, net: Tapped, couples_rows: bool) -> N
 
 def _reached(per_sample: Tensor, inputs: Iterable[Tensor]) -> list[bool]:
     leaves = [leaf for leaf in inputs if leaf.requires_grad]
+    if not leaves:
+        return []
     found = torch.autograd.grad(per_sample.sum(), leaves, retain_graph=True, allow_unused=True)
     return [g is not None and bool((g != 0).any()) for g in found]
 
 
-def _backward(subject: Subject, net: Network, dtype: torch.dtype) -> None:
+def _backward(toy: OnToy, net: Network, dtype: torch.dtype) -> None:
     for step in STEPS:
         batch = random_batch(n=16, step=step, labels="given", dtype=dtype)
-        subject.loss(subject.objective(), net, batch, seed=step).per_sample.mean().backward()
+        toy(batch, seed=step, net=net).per_sample.mean().backward()
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> float:

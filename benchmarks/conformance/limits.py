@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.conformance.fixed_point import inapplicable
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.results import Broken, Claim, Result, compared, declared
 from benchmarks.conformance.subject import GAUSSIAN, Subject, gradients, law_batch, random_batch
 from registry.protocols import Cond, LossOutput, Network
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.ops import mean_flat, sum_flat
+from zoo.paths import Linear
 from zoo.residuals import Exact, Rcgm
 from zoo.times import LogitNormalPair
 
@@ -42,7 +44,7 @@ def mean_flow_on_the_diagonal(subject: Subject) -> Result:
     """With r = t in every row it has the gradient of flow matching."""
     times = LogitNormalPair(off_diagonal_fraction=0.0)
     objective = replace(subject.objective(exact=True), times=times)
-    reference = FlowMatching(times=times)
+    reference = FlowMatching(times=times, path=objective.path)
     return compared(
         "relative error",
         _gradient_error(subject, objective, reference),
@@ -54,9 +56,9 @@ def mean_flow_on_the_diagonal(subject: Subject) -> Result:
 
 def shortcut_at_small_steps(subject: Subject) -> Result:
     """Without bootstrap, at its smallest step, it has the gradient of flow matching."""
-    objective = replace(subject.objective(), bootstrap_fraction=0.0, num_steps=2**14)
-    out = subject.loss(objective, Toy((2,), ("u",)), random_batch(n=64))
-    reference = FlowMatching(times=_Given(out.t))
+    objective = replace(subject.objective(exact=True), bootstrap_fraction=0.0, num_steps=2**14)
+    out = subject.loss(objective, Toy((2,), subject.keys), random_batch(n=64))
+    reference = FlowMatching(times=_Given(out.t), path=objective.path)
     return compared(
         "relative error",
         _gradient_error(subject, objective, reference),
@@ -68,7 +70,8 @@ def shortcut_at_small_steps(subject: Subject) -> Result:
 
 def rcgm_tends_to_the_derivative(subject: Subject) -> Result:
     """The loss's gradient with one step, to first order in delta, also where t - r < delta."""
-    objective = replace(subject.objective(), clip=torch.inf)
+    itself = Toy((2,), subject.keys)  # the network of `_gradient_error`
+    objective = replace(subject.objective(teacher=itself), clip=torch.inf)
     if not isinstance(objective.residual, Rcgm):
         return declared("no finite-difference residual")
     exact = replace(objective, residual=Exact())
@@ -95,7 +98,7 @@ def rcgm_order_at_the_truth(subject: Subject) -> Result:
     """Composing the exact flow map is exact, so the residual does not depend on the order."""
     if not isinstance(subject.objective().residual, Rcgm):
         return declared("no finite-difference residual")
-    network, rms = subject.exact_network(GAUSSIAN), []
+    network, rms = subject.exact_network(GAUSSIAN, exact=False), []
     for order in (1, 2, 4):
         objective = subject.objective(teacher=network)
         objective = replace(objective, residual=replace(objective.residual, order=order))
@@ -166,6 +169,10 @@ def _variance(t: Tensor) -> Tensor:
 
 def _floor(subject: Subject, floor: Callable[[Any], Tensor]) -> Result:
     """The mean loss at the truth is the floor, no more and no less."""
+    if reason := inapplicable(subject):
+        return declared(reason)
+    if not isinstance(getattr(subject.make(), "path", None), Linear):
+        return declared("the floor is that of the linear path")
     network = subject.exact_network(GAUSSIAN)
     objective = subject.objective(exact=True, teacher=network)
     out = subject.loss(objective, network, law_batch(GAUSSIAN, ROWS, 0))

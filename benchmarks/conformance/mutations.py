@@ -199,7 +199,9 @@ def _recombined(subject: Subject) -> Subject | None:
         return None
 
     def edit(sampler: Any) -> Any:
-        return Recombined(nfe=sampler.nfe) if isinstance(sampler, Restart) else sampler
+        if not isinstance(sampler, Restart):
+            return sampler
+        return Recombined(nfe=sampler.nfe, path=sampler.path)
 
     return replace(subject, edit_sampler=edit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,12 @@ def samplers_reach_the_data(subject: Subject) -> Result:
 
 def _build(subject: Subject, name: str, nfe: int) -> Any:
     """The sampler, or None if it cannot have this number of calls."""
+    path = getattr(subject.make(), "path", None)
     try:
-        return subject.edit_sampler(samplers.get(name)(nfe=nfe))
+        sampler = samplers.get(name)(nfe=nfe)
+        if path is not None and hasattr(sampler, "path"):
+            sampler = replace(sampler, path=path)
+        return subject.edit_sampler(sampler)
     except ValueError:
         return None
 

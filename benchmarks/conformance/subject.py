@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.conformance.networks import NUM_CLASSES, VELOCITIES, Exact, OnPath, Shape
+from benchmarks.conformance.networks import NUM_CLASSES, VELOCITIES, Exact, OnPath, Shape, Toy
 from registry import weights
 from registry.protocols import (
     NULL_LABEL,
@@ -66,6 +66,14 @@ class Subject:
                 part.attach(teacher)
         return objective
 
+    def on_toy(self, shape: Shape = (2,), *, exact: bool = False, scale: float = 1.0) -> OnToy:
+        """A new objective with a random network, and another one as its teacher."""
+        keys = self.exact_keys if exact else self.keys
+        teacher = Toy(shape, keys, seed=1)
+        return OnToy(
+            self, self.objective(exact=exact, teacher=teacher), Toy(shape, keys, scale=scale)
+        )
+
     def loss(self, objective: Any, net: Network, batch: Batch, seed: int = 0) -> LossOutput:
         rng = torch.Generator().manual_seed(seed)
         with self.around():
@@ -74,18 +82,14 @@ class Subject:
     def exact_with(self) -> dict[str, Any]:
         """The fields under which the exact solution is a fixed point of every row's loss."""
         objective = self.make()
-        declared = getattr(objective, "exact_with", None)
-        if declared is not None:
-            return dict(declared)
-        if not is_dataclass(objective):
-            return {}
         known = tuple(weights.get(name) for name in weights.names())
-        values = {f.name: getattr(objective, f.name) for f in fields(objective) if f.init}
-        return {
-            name: Unweighted()
-            for name, part in values.items()
-            if isinstance(part, known) and not isinstance(part, Unweighted)
+        weighted = {
+            f.name: Unweighted()
+            for f in (fields(objective) if is_dataclass(objective) else ())
+            if f.init and isinstance(part := getattr(objective, f.name), known)
+            if not isinstance(part, Unweighted)
         }
+        return weighted | dict(getattr(objective, "exact_with", {}))
 
     @property
     def fixed_point(self) -> str:
@@ -106,11 +110,11 @@ class Subject:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return required_heads(self.objective(exact=False))
+        return required_heads(self.objective())
 
-    def exact_network(self, law: Oracle) -> nn.Module:
+    def exact_network(self, law: Oracle, *, exact: bool = True) -> nn.Module:
         """The law's solution on the objective's own path, with the outputs that it may read."""
-        return Exact(self.exact_field(law), self.exact_keys)
+        return Exact(self.exact_field(law), self.exact_keys if exact else self.keys)
 
     @property
     def exact_keys(self) -> tuple[str, ...]:
@@ -123,6 +127,18 @@ class Subject:
     @property
     def velocity_keys(self) -> tuple[str, ...]:
         return tuple(key for key in self.make().heads if key in VELOCITIES)
+
+
+@dataclass(frozen=True)
+class OnToy:
+    """An objective and a random network; call it on a batch."""
+
+    subject: Subject
+    objective: Any
+    net: Toy
+
+    def __call__(self, batch: Batch, seed: int = 0, net: Network | None = None) -> LossOutput:
+        return self.subject.loss(self.objective, net or self.net, batch, seed)
 
 
 def holds_weights(part: object) -> bool:

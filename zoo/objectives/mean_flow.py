@@ -44,7 +44,7 @@ from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient
 from zoo.times import LogitNormalPair
-from zoo.weighting import Adaptive, Unweighted
+from zoo.weighting import Adaptive
 
 
 @objectives.register("mean_flow")
@@ -60,7 +60,6 @@ class MeanFlow:
         year=2025,
         arxiv="2505.13447",
     )
-    exact_with: ClassVar = {"weight": Unweighted()}
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=LogitNormalPair)
