@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from objective_cases import noise_of, watch
 from scipy import stats
 
 from benchmarks.conformance.subject import GAUSSIAN, law_batch
-from objective_cases import noise_of, watch
 from registry.protocols import NULL_LABEL
 from zoo.couplings import MinibatchOT
 from zoo.objectives.flow_matching import FlowMatching

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from objective_cases import noise_of, watch
 
 from benchmarks.conformance import fixed_point
 from benchmarks.conformance.mutations import Turned
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
-from objective_cases import noise_of, watch
 from registry.protocols import NULL_LABEL
 from zoo.derivatives import Jvp
 from zoo.objectives.flow_matching import FlowMatching

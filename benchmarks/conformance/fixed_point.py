@@ -1,7 +1,7 @@
 """The exact solution must be a fixed point that errors are pulled back to, in expectation.
 
-An oracle with trainable additions that are zero (`WithBias`): their mean gradient is the moment of
-the loss's slope with smooth functions of (x, t, r), zero at a fixed point whatever the network.
+An oracle with trainable additions that are zero (`WithMoments`): their mean gradient is the moment
+of the loss's slope with smooth functions of (x, t, r) and the label, zero at a fixed point.
 Means over blocks of rows are compared with the blocks' spread; "z" is Student's t turned into the
 normal deviate of equal probability. Divided by the slope's own slope, the mean gradient is a shift
 of the optimum in units of velocity, so that no loss passes for being small.
@@ -18,11 +18,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.conformance.networks import VELOCITIES, Shifted, Tapped
+from benchmarks.conformance.networks import VELOCITIES, Shifted, Tapped, WithMoments
 from benchmarks.conformance.results import Broken, Result, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, STEPS, Subject, gradients, law_batch
 from registry.protocols import Network
-from zoo.oracles import Oracle, WithBias
+from zoo.oracles import Oracle
 from zoo.samplers import valid_samplers
 
 BLOCKS = 16
@@ -114,7 +114,7 @@ def measure(
     """The mean gradients in all moments of all outputs, the largest in standard errors."""
     network = subject.exact_network(law, exact=exact)
     outputs = subject.velocity_keys
-    probe = WithBias(network, law.shape[0], outputs)
+    probe = WithMoments(network, law.shape[0], outputs)
     parameters = list(probe.parameters())
     objective = subject.objective(exact=exact, teacher=network)
     rows = []

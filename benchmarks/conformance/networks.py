@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from backbones.mlp import MLP
 from backbones.network import build_network
-from registry.protocols import Cond, Network, Path
+from registry.protocols import NULL_LABEL, Cond, Network, Path
 from zoo.ops import like
 from zoo.oracles import Oracle
 
@@ -71,6 +72,34 @@ class Exact(nn.Module):
     ) -> dict[str, Tensor]:
         out = self.oracle(x, t, r, cond)
         return {key: out[key] if key in VELOCITIES else x.new_zeros(len(x)) for key in self.keys}
+
+
+class WithMoments(nn.Module):
+    """A network plus trainable functions of (x, t, r, label) on some outputs, zero at first.
+
+    The gradient in them is the moment of a loss's slope with t, r, t r, s, t s, r s and l s, where
+    s = tanh x and l is 1 and -1 for the two classes, and with each label. Zero at a fixed point.
+    """
+
+    def __init__(self, network: Network, size: int, keys: Sequence[str]):
+        super().__init__()
+        self.network = network
+        zeros = {key: torch.zeros(size, 4 * size + 6, dtype=torch.float64) for key in keys}
+        self.matrix = nn.ParameterDict({key: nn.Parameter(value) for key, value in zeros.items()})
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        out = dict(self.network(x, t, r, cond))
+        s, times = x.double().flatten(1).tanh(), torch.stack([t, r, t * r], 1).double()
+        label = None if cond is None else cond.get("label")
+        label = torch.full((len(x),), NULL_LABEL) if label is None else label
+        classes = one_hot(label + 1, NUM_CLASSES + 1).double()  # no label, class 0, class 1
+        parts = (classes, times, s, times[:, :1] * s, times[:, 1:2] * s)
+        features = torch.cat([*parts, (classes[:, 1:2] - classes[:, 2:]) * s], 1)
+        for key, matrix in self.matrix.items():
+            out[key] = out[key] + (features @ matrix.T).reshape(x.shape).to(x.dtype)
+        return out
 
 
 class OnPath(nn.Module):

@@ -35,24 +35,23 @@ class Perturbed(nn.Module):
 class WithBias(nn.Module):
     """An oracle plus `bias` + `matrix` f(x, t, r) on each output, both parameters zero at first.
 
-    The features f = (t, r, t r, s, t s, r s), s = tanh x, are smooth and bounded, so at theta = 0
-    the gradient of a loss in theta is its moment with each of them: zero in expectation at a fixed
-    point, whatever the network around it. `size` is the number of elements of a sample.
+    The features f = (t, r, t r, tanh x) are smooth and bounded, so at theta = 0 the gradient of a
+    loss in theta is its moment with each of them: zero in expectation at a fixed point, whatever
+    the network around it. `size` is the number of elements of a sample.
     """
 
     def __init__(self, oracle: nn.Module, size: int, keys: Sequence[str] = ("u", "v")) -> None:
         super().__init__()
         self.oracle = oracle
         self.bias = nn.ParameterDict({k: _zeros(size) for k in keys})
-        self.matrix = nn.ParameterDict({k: _zeros(size, 3 * size + 3) for k in keys})
+        self.matrix = nn.ParameterDict({k: _zeros(size, size + 3) for k in keys})
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
         out = self.oracle(x, t, r, cond)
-        s = x.to(torch.float64).flatten(1).tanh()
-        times = torch.stack([t, r, t * r], 1).to(s.dtype)
-        features = torch.cat([times, s, times[:, :1] * s, times[:, 1:2] * s], 1)
+        states = x.to(torch.float64).flatten(1).tanh()
+        features = torch.cat([torch.stack([t, r, t * r], 1).to(states.dtype), states], 1)
         added = {k: self.bias[k] + features @ self.matrix[k].T for k in self.bias}
         return out | {k: out[k] + y.reshape(x.shape).to(x.dtype) for k, y in added.items()}
 
