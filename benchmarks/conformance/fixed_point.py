@@ -25,8 +25,8 @@ from registry.protocols import Network
 from zoo.oracles import Oracle
 from zoo.samplers import valid_samplers
 
-BLOCKS = 16
-ROWS = {GAUSSIAN: 2048, MIXTURE: 384}
+BLOCKS = 24
+ROWS = {GAUSSIAN: 1536, MIXTURE: 256}
 LIMIT = 4.0  # standard errors
 # Shifts below this are arithmetic: float32 times, and the error of the mixture's flow map.
 FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 2e-3}

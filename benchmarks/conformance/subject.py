@@ -31,9 +31,9 @@ F64 = torch.float64
 GAUSSIAN = GaussianOracle([0.6, -0.4], [0.4, 0.8])
 # Skewed given x_t, within a class and without; the solver's error is far below a standard error.
 MIXTURE = MixtureOracle(
-    [[1.4, -0.6], [-0.5, 0.4], [0.3, 1.2]],
+    [[2.2, -1.6], [-0.5, 0.4], [0.3, 1.2]],
     [[0.3, 0.4], [0.5, 0.4], [0.4, 0.3]],
-    [0.2, 0.6, 0.2],
+    [0.15, 0.65, 0.2],
     labels=[0, 0, 1],
     rtol=1e-5,
 )
