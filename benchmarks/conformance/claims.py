@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,8 +94,8 @@ def labels(subject: Subject) -> Result:
         _check_per_sample(out, batch, f"labels: {kind}")
     toy = subject.on_toy()
     toy(batch, net=(net := Tapped(toy.net, 16)))
-    seen = [call for call in net.calls if call.labels is not None]
-    if not any(call.with_gradient and (call.labels != NULL_LABEL).any() for call in seen):
+    seen = [call.labels for call in net.calls if call.with_gradient and call.labels is not None]
+    if not any(bool(torch.any(labels != NULL_LABEL)) for labels in seen):
         raise Broken("no label reaches a call that is trained", cond)
     return held("none, dropped, given")
 
@@ -152,13 +153,14 @@ def calls_within_times(subject: Subject) -> Result:
 def batch_left_alone(subject: Subject) -> Result:
     """The batch belongs to the trainer, which may use it again."""
     batch = random_batch(labels="given")
-    before = batch.x0.clone(), batch.cond["label"].clone() if batch.cond else None
+    assert batch.cond is not None
+    before = batch.x0.clone(), batch.cond["label"].clone()
     evaluate(subject, batch, "8 rows", "see above")
     changed = [
         name
         for name, old, new in (
             ("batch.x0", before[0], batch.x0),
-            ("batch.cond['label']", before[1], batch.cond and batch.cond["label"]),
+            ("batch.cond['label']", before[1], batch.cond["label"]),
         )
         if not torch.equal(old, new)
     ]
@@ -289,9 +291,10 @@ def _check_recorded(name: str, rows: Tensor, n: int, case: str) -> None:
 
 
 def _global_states() -> dict[str, np.ndarray]:
+    state: Any = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state().numpy(),
-        "numpy": np.concatenate([np.random.get_state()[1], [np.random.get_state()[2]]]),
+        "numpy": np.concatenate([state["state"]["key"], [state["state"]["pos"]]]),
         "python": np.array(random.getstate()[1]),
     }
 

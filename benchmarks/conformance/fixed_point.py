@@ -115,7 +115,7 @@ def measure(
     network = subject.exact_network(law, exact=exact)
     outputs = subject.velocity_keys
     probe = WithMoments(network, law.shape[0], outputs)
-    parameters = list(probe.parameters())
+    parameters: list[Tensor] = list(probe.parameters())
     objective = subject.objective(exact=exact, teacher=network)
     rows = []
     for block in range(blocks):

@@ -86,7 +86,7 @@ def _check_evaluations(per_sample: Tensor, net: Tapped, couples_rows: bool) -> N
             per_sample.sum(), call, create_graph=True, allow_unused=True, materialize_grads=True
         )
         half = torch.rand(len(call[0]), generator=rng) < 0.5
-        marked = sum((slope * half).sum() for slope in slopes)
+        marked = torch.stack([(slope * half).sum() for slope in slopes]).sum()
         if not marked.requires_grad:
             continue
         curvature = torch.autograd.grad(

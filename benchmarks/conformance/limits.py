@@ -13,7 +13,7 @@ from benchmarks.conformance.fixed_point import inapplicable
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.results import Broken, Claim, Result, compared, declared
 from benchmarks.conformance.subject import GAUSSIAN, Subject, gradients, law_batch, random_batch
-from registry.protocols import Cond, LossOutput, Network
+from registry.protocols import Cond, Network
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.ops import mean_flat, sum_flat
 from zoo.paths import Linear
@@ -25,14 +25,13 @@ ROWS = 20_000
 
 def flow_matching_floor(subject: Subject) -> Result:
     """Var(v_c | x_t) = s^2 / S_t^2 per element: s pi / 2 for uniform times."""
-    return _floor(subject, lambda out: mean_flat(_variance(out.t)))
+    return _floor(subject, lambda t, r: mean_flat(_variance(t)))
 
 
 def mean_flow_floor(subject: Subject) -> Result:
     """s^2 S_r^2 / S_t^4, summed over elements."""
 
-    def floor(out: LossOutput) -> Tensor:
-        t, r = out.t, out.r
+    def floor(t: Tensor, r: Tensor) -> Tensor:
         return sum_flat(
             _variance(t) * GAUSSIAN.marginal_variance(r) / GAUSSIAN.marginal_variance(t)
         )
@@ -58,6 +57,7 @@ def shortcut_at_small_steps(subject: Subject) -> Result:
     """Without bootstrap, at its smallest step, it has the gradient of flow matching."""
     objective = replace(subject.objective(exact=True), bootstrap_fraction=0.0, num_steps=2**14)
     out = subject.loss(objective, Toy((2,), subject.keys), random_batch(n=64))
+    assert out.t is not None
     reference = FlowMatching(times=_Given(out.t), path=objective.path)
     return compared(
         "relative error",
@@ -167,7 +167,7 @@ def _variance(t: Tensor) -> Tensor:
     return GAUSSIAN.posterior_variance(GAUSSIAN.marginal_mean(t), t)
 
 
-def _floor(subject: Subject, floor: Callable[[Any], Tensor]) -> Result:
+def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> Result:
     """The mean loss at the truth is the floor, no more and no less."""
     if reason := inapplicable(subject):
         return declared(reason)
@@ -176,14 +176,15 @@ def _floor(subject: Subject, floor: Callable[[Any], Tensor]) -> Result:
     network = subject.exact_network(GAUSSIAN)
     objective = subject.objective(exact=True, teacher=network)
     out = subject.loss(objective, network, law_batch(GAUSSIAN, ROWS, 0))
-    excess = out.per_sample.detach() - floor(out)
+    assert out.t is not None and out.r is not None
+    excess = out.per_sample.detach() - floor(out.t, out.r)
     z = float(excess.mean().abs() / (excess.std() / ROWS**0.5))
     return compared(
         f"{float(out.per_sample.mean()):.3f}, z",
         z,
         4.0,
         f"the loss at the truth is {float(out.per_sample.mean()):.3f}, and its floor "
-        f"{float(floor(out).mean()):.3f}",
+        f"{float(floor(out.t, out.r).mean()):.3f}",
         "it is the mean squared error to the conditional target, without further factors",
     )
 

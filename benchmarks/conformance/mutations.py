@@ -257,7 +257,7 @@ def _with_parts(
 
 @contextmanager
 def _without_detach() -> Iterator[None]:
-    torch.Tensor.detach = lambda self: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.detach = lambda self: self  # type: ignore[assignment, return-value]
     try:
         yield
     finally:
