@@ -94,7 +94,7 @@ def test_law_is_determined_by_its_generator(name):
     assert not torch.equal(one[0], other[0])
 
 
-@pytest.mark.parametrize("name", ("uniform", "logit_normal", "stratified"))
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "stratified"])
 def test_laws_of_t_alone_stay_on_the_diagonal(name):
     law = time_laws.get(name)()
     t, r = draw(law, 100)
