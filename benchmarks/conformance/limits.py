@@ -176,7 +176,8 @@ def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> Resul
     network = subject.exact_network(GAUSSIAN)
     objective = subject.objective(exact=True, teacher=network)
     out = subject.loss(objective, network, law_batch(GAUSSIAN, ROWS, 0))
-    assert out.t is not None and out.r is not None
+    assert out.t is not None
+    assert out.r is not None
     excess = out.per_sample.detach() - floor(out.t, out.r)
     z = float(excess.mean().abs() / (excess.std() / ROWS**0.5))
     return compared(
