@@ -20,6 +20,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from cleanfid.fid import kernel_distance
+from scipy import linalg
 from torch import Tensor
 
 from registry import metrics
@@ -223,14 +224,18 @@ def frechet_distance(mean: Tensor, root: Tensor, other_mean: Tensor, other: Tens
     """Between N(mean, root^2) and N(other_mean, other), in float64; `root` is symmetric."""
     product = root @ other @ root
     scale = float(root.norm() ** 2 * other.norm())
-    overlap = _eigenvalues(product, torch.linalg.eigvalsh(_symmetric(product)), scale).sqrt().sum()
+    values = torch.from_numpy(linalg.eigvalsh(_symmetric(product).numpy()))
+    overlap = _eigenvalues(product, values, scale).sqrt().sum()
     spread = root.square().sum() + other.trace() - 2 * overlap
     return float((mean - other_mean).square().sum() + spread)
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a covariance [d d]."""
-    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    """The symmetric square root of a covariance [d d].
+
+    By SciPy: torch's eigh, with several threads, fails to converge on some of low rank.
+    """
+    values, vectors = map(torch.from_numpy, linalg.eigh(_symmetric(matrix).numpy()))
     return (vectors * _eigenvalues(matrix, values, float(matrix.norm())).sqrt()) @ vectors.T
 
 

@@ -139,7 +139,7 @@ def test_help_and_list_work_from_another_folder(installed):
 
 def test_run_of_a_shipped_gin_file_works_from_another_folder(installed):
     small = ["run.steps = 2", "run.batch_size = 8", "run.num_samples = 16", "run.nfe = (1,)"]
-    small += ["dit.dim = 16", "dit.depth = 1", "run.metric = @mmd()", "run.recorder = @jsonl()"]
+    small += ["unet.channels = 8", "run.metric = @mmd()", "run.recorder = @jsonl()"]
     sets = [word for binding in small for word in ("--set", binding)]
     arm = ["--arm", "mean_flow", "--out", "out"]
     table = installed("objective-zoo", "run", "gin/experiments/digits.gin", *arm, *sets)
