@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conformance.networks import Tapped
-from benchmarks.conformance.results import Broken, Claim, Result, compared, declared, held
+from benchmarks.conformance.results import HEADS, Broken, Claim, Result, compared, declared, held
 from benchmarks.conformance.subject import (
     STEPS,
     Subject,
@@ -34,6 +34,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
         return subject.on_toy(shape)(batch, seed)
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        hint = HEADS if isinstance(error, KeyError) else hint
         raise Broken(f"{case}: {type(error).__name__}: {text}", hint) from error
 
 
@@ -194,6 +195,7 @@ def deterministic(subject: Subject) -> Result:
         )
     if torch.equal(first, other):
         raise Broken("the loss ignores rng", "draw noise and times from the rng that is given")
+    _check_noise(subject)
     return held("bit-equal")
 
 
@@ -288,6 +290,22 @@ def _check_recorded(name: str, rows: Tensor, n: int, case: str) -> None:
             f"{case}: {name!r} is recorded with the shape {list(rows.shape)}",
             f"record one number for each row that it concerns: [at most {n}]",
         )
+
+
+def _check_noise(subject: Subject) -> None:
+    """On data that are zero, the states of two steps must not lie along the same noise."""
+    batch = random_batch(n=16)
+    batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
+    for seed in (0, 1):
+        toy = subject.on_toy()
+        net = Tapped(toy.net, 16)
+        toy(batch, seed, net=net)
+        state = net.calls[0].x.flatten(1)
+        directions.append(state / state.norm(dim=1, keepdim=True))
+    if len(directions[0]) == len(directions[1]):
+        cosine = (directions[0] * directions[1]).sum(1)
+        if (cosine > 0.999).all():
+            raise Broken("every step has the same noise", "draw x1 = normal_like(batch.x0, rng)")
 
 
 def _global_states() -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import registry
@@ -20,6 +20,7 @@ from benchmarks.conformance.subject import Subject
 from registry.plugins import import_file, load_plugins
 
 FIRST = "one loss per row"
+FIXED_POINTS = ("pointwise", "distribution", "none")
 SLOW = ("fixed point at a skewed mixture", "shift of the defaults")  # planted mistakes are larger
 
 CLAIMS: dict[str, Claim] = {
@@ -75,6 +76,8 @@ def check(
             for verdict in verdicts(subject, quick):
                 tell(_verdict_line(verdict))
                 found.append(verdict)
+            if not found:
+                tell(f"{name} has no part that a mistake could be planted in")
             return Report(name, verdicts=tuple(found))
         results = []
         for result in run(subject, claims):
@@ -89,16 +92,29 @@ def claims_for(name: str) -> dict[str, Claim]:
 
 
 def subject_of(name: str) -> Subject:
-    """The registered objective with its defaults."""
+    """The registered objective with its defaults; ValueError if what it declares means nothing."""
     cls = registry.objectives.get(name)
     try:
-        cls()
+        objective = cls()
     except TypeError as error:
         raise ValueError(
             f"objective {name!r} cannot be made without arguments ({error}); "
             "give every field a default, which gin may then override"
         ) from error
-    return Subject(name, cls)
+    subject = Subject(name, cls)
+    if subject.fixed_point not in FIXED_POINTS:
+        raise ValueError(
+            f"objective {name!r} declares fixed_point = {subject.fixed_point!r}; "
+            f"allowed: {', '.join(FIXED_POINTS)}"
+        )
+    known = [f.name for f in fields(objective)] if is_dataclass(objective) else []
+    unknown = set(subject.exact_with()) - set(known)
+    if unknown:
+        raise ValueError(
+            f"objective {name!r} names {', '.join(sorted(unknown))} in exact_with; "
+            f"its fields are {', '.join(known) or 'none'}"
+        )
+    return subject
 
 
 def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[Result]:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from benchmarks.conformance.subject import Subject
 
+HEADS = "read only the outputs named in `heads`, or name this one there"
+
 Status = Literal["ok", "FAIL", "declared", "note"]
 
 
@@ -83,5 +85,5 @@ def _told(error: Exception) -> str:
 
 def _hint(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return "read only the outputs named in `heads`, or name this one there"
+        return HEADS
     return "run the objective on such a batch: benchmarks/conformance says which"
