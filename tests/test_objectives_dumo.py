@@ -206,21 +206,33 @@ def test_bias_of_the_finite_difference_halves_with_its_step():
     assert rms(0.01) < 0.02
 
 
+def test_finite_difference_along_the_conditional_velocity_is_right_on_average():
+    """For Gaussian data, whose flow map is affine: within its bias of O(delta)."""
+    residual = Rcgm(order=2, delta=2e-3)
+    objective = DuMo(residual=residual, direction="guided", clip=1e9, times=MOSTLY_OFF)
+    found = fixed_point.measure(Subject("dumo", lambda: objective), GAUSSIAN, exact=False)
+    assert found.z < 4
+    assert found.shift < 0.02
+
+
+def clipped_bias(law, clip_by, clip=1.0):
+    """Along the conditional velocity; along the v head there is none, which the suite shows."""
+    fields = {"residual": Exact(), "direction": "guided", "clip": clip, "clip_by": clip_by}
+    objective = DuMo(**fields, times=BetaPair(off_diagonal_fraction=0.5))
+    return fixed_point.measure(Subject("dumo", lambda: objective), law, exact=False)
+
+
 @pytest.mark.parametrize("clip_by", ["element", "rms"])
 def test_clip_with_a_conditional_velocity_moves_the_optimum_at_a_skewed_mixture(clip_by):
-    """Not along the v head, not without the clip, and not at a symmetric law."""
-
-    def bias(law, direction, clip=1.0):
-        fields = {"residual": Exact(), "direction": direction, "clip": clip, "clip_by": clip_by}
-        objective = DuMo(**fields, times=BetaPair(off_diagonal_fraction=0.5))
-        return fixed_point.measure(Subject("dumo", lambda: objective), law, exact=False)
-
-    biased = bias(MIXTURE, "guided")
+    biased = clipped_bias(MIXTURE, clip_by)
     assert biased.z > 4
     assert biased.output == "u"
-    assert bias(MIXTURE, "head").z < 4
-    assert bias(MIXTURE, "guided", clip=1e9).z < 4
-    assert bias(GAUSSIAN, "guided").z < 4
+    assert clipped_bias(GAUSSIAN, clip_by).z < 4  # a symmetric law cannot show it
+
+
+@pytest.mark.slow
+def test_conditional_velocity_without_a_clip_moves_nothing():
+    assert clipped_bias(MIXTURE, "element", clip=1e9).z < 4
 
 
 class Guided(torch.nn.Module):

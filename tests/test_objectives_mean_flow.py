@@ -13,7 +13,6 @@ from benchmarks.conformance.mutations import Turned
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import NULL_LABEL
-from zoo.derivatives import Jvp
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like
@@ -170,10 +169,9 @@ def test_guidance_needs_labels():
 
 
 def test_adaptive_weight_moves_the_optimum_at_a_skewed_mixture():
-    """Seen with the weight, and gone without: what `exact` in the suite leaves out."""
-    subject = Subject("mean_flow", lambda: MeanFlow(times=HALF, derivative=Jvp()))
+    """Which is why the suite sets it aside; without it nothing moves, as the suite shows."""
+    subject = Subject("mean_flow", lambda: MeanFlow(times=HALF))
     assert fixed_point.measure(subject, MIXTURE, exact=False).z > 4
-    assert fixed_point.measure(subject, MIXTURE, exact=True).z < 4
 
 
 @pytest.mark.parametrize("eps", [0.4, -0.4])

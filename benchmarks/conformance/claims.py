@@ -41,7 +41,8 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
 def one_loss_per_row(subject: Subject) -> Result:
     """The others need this one."""
     batch = random_batch()
-    out = evaluate(subject, batch, "8 rows of shape (2,)", "see the contract in registry/protocols")
+    contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols.py"
+    out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
     if not isinstance(out, LossOutput):
         raise Broken(
             f"loss returns a {type(out).__name__}, not a LossOutput",

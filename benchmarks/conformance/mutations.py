@@ -50,14 +50,20 @@ class Verdict:
 def verdicts(subject: Subject, claims: dict[str, Claim]) -> Iterator[Verdict]:
     """One for each mutation that the objective has a part for."""
     for mutation in MUTATIONS:
-        planted = mutation.plant(subject)
-        if planted is None:
-            continue
-        if mutation.name != RECOMBINED and not _has_effect(subject, planted):
-            yield Verdict(mutation.name, (), no_effect=True)
-            continue
-        failed = [n for n, c in claims.items() if run_claim(n, c, planted).status == "FAIL"]
-        yield Verdict(mutation.name, tuple(failed))
+        found = verdict(mutation, subject, claims)
+        if found is not None:
+            yield found
+
+
+def verdict(mutation: Mutation, subject: Subject, claims: dict[str, Claim]) -> Verdict | None:
+    """What the claims make of it, or None where there is no such part."""
+    planted = mutation.plant(subject)
+    if planted is None:
+        return None
+    if mutation.name != RECOMBINED and not _has_effect(subject, planted):
+        return Verdict(mutation.name, (), no_effect=True)
+    failed = [n for n, c in claims.items() if run_claim(n, c, planted).status == "FAIL"]
+    return Verdict(mutation.name, tuple(failed))
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ class Tapped(nn.Module):
 class Shifted:
     """Adds `eps` + a trainable `bias` to one output of one call, on or off the diagonal r = t.
 
-    Call None are all those with gradient. Targets are other calls, so they stay at the truth.
+    Call None are all those with gradient. Targets are other calls, so they stay at the truth,
+    unless the error is `everywhere`: eps in all calls, the bias still in one.
     """
 
     net: Network
@@ -189,6 +190,7 @@ class Shifted:
     call: int | None = None
     diagonal: bool | None = None
     eps: float = 0.0
+    everywhere: bool = False
     num_calls: int = 0
     bias: Tensor = field(
         default_factory=lambda: torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -199,11 +201,10 @@ class Shifted:
     ) -> dict[str, Tensor]:
         out, index = self.net(x, t, r, cond), self.num_calls
         self.num_calls += 1
-        if not torch.is_grad_enabled() if self.call is None else index != self.call:
-            return out
+        chosen = torch.is_grad_enabled() if self.call is None else index == self.call
+        error = self.eps * (chosen or self.everywhere) + self.bias * chosen
         rows = torch.ones_like(t) if self.diagonal is None else ((t == r) == self.diagonal)
-        shift = like(rows.to(x.dtype), x) * (self.eps + self.bias)
-        return {**out, self.key: out[self.key] + shift}
+        return {**out, self.key: out[self.key] + like(rows.to(x.dtype), x) * error}
 
 
 @functools.cache

@@ -29,13 +29,13 @@ F64 = torch.float64
 
 # Within the +-4 to which some methods clip their states, and with different elements.
 GAUSSIAN = GaussianOracle([0.6, -0.4], [0.4, 0.8])
-# Skewed given x_t, within a class and without; the solver's error is far below a standard error.
+# Skewed given x_t, within a class and without.
 MIXTURE = MixtureOracle(
     [[2.2, -1.6], [-0.5, 0.4], [0.3, 1.2]],
     [[0.3, 0.4], [0.5, 0.4], [0.4, 0.3]],
     [0.15, 0.65, 0.2],
     labels=[0, 0, 1],
-    rtol=1e-5,
+    rtol=1e-6,
 )
 STEPS = (0, 1, 9_000, 30_001)  # schedules: first steps, in between, and long after
 
