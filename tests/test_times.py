@@ -77,11 +77,11 @@ def test_quota_is_the_fraction_rounded_up(name, n, fraction):
     assert int((r < t).sum()) == quota(n, fraction)
 
 
-@settings(max_examples=50)
-@given(n=counts, percent=st.integers(0, 100))
-def test_quota_is_exact_in_hundredths(n, percent):
-    """Not one more for 0.1 * 30 = 3.0000000000000004."""
-    assert quota(n, percent / 100) == -(-n * percent // 100)
+def test_quota_is_exact_in_hundredths():
+    """Not one more where a product is rounded up, as 0.07 * 100 = 7.000000000000001."""
+    for n in range(1, 201):
+        for percent in range(101):
+            assert quota(n, percent / 100) == -(-n * percent // 100)
 
 
 @each
