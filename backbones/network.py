@@ -90,7 +90,7 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
     given = _readouts(teacher)
     if not given:
         raise ValueError(f"the teacher makes {', '.join(teacher.keys)}; it needs u or v")
-    student.trunk.load_state_dict(theirs, strict=False)
+    student.trunk.load_state_dict({**{name: ours[name] for name in added}, **theirs})
     for key, readout in _readouts(student).items():
         source = key if key in given else next(iter(given))
         readout.load_state_dict(given[source].state_dict())
