@@ -4,13 +4,14 @@ import backbones
 import trainers.engines
 import trainers.optim
 import zoo
-from benchmarks import datasets, distances, features, metrics, tracking
+from benchmarks import datasets, distances, features, launchers, metrics, tracking
 
 __all__ = [
     "backbones",
     "datasets",
     "distances",
     "features",
+    "launchers",
     "metrics",
     "tracking",
     "trainers",

@@ -18,10 +18,12 @@ __all__ = [
     "extractors",
     "heads",
     "kinds",
+    "launchers",
     "metrics",
     "objectives",
     "optimizers",
     "paths",
+    "pruners",
     "recorders",
     "residuals",
     "samplers",
@@ -87,6 +89,8 @@ engines = Registry("engine")
 optimizers = Registry("optimizer")
 schedules = Registry("schedule")
 recorders = Registry("recorder")
+launchers = Registry("launcher")
+pruners = Registry("pruner")
 
 kinds = (
     objectives,
@@ -107,4 +111,6 @@ kinds = (
     optimizers,
     schedules,
     recorders,
+    launchers,
+    pruners,
 )
