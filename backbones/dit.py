@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from timm.layers import Attention, GELUTanh, Mlp, RmsNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +28,8 @@ class Block(nn.Module):
     """Attention and MLP, each modulated and gated by c."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, dropout: float, qk_norm: bool):
+        from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # 2 s: it brings torchvision
+
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(

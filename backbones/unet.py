@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
@@ -65,6 +64,8 @@ class SelfAttention(nn.Module):
     """Attention between all pixels; the identity at initialisation."""
 
     def __init__(self, channels: int, num_heads: int):
+        from timm.layers import Attention  # 2 s: it brings torchvision
+
         super().__init__()
         self.norm = GroupNorm(channels)
         self.attn = Attention(channels, num_heads, qkv_bias=True)

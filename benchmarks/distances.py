@@ -19,7 +19,6 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from cleanfid.fid import kernel_distance
 from scipy import linalg
 from torch import Tensor
 
@@ -93,6 +92,8 @@ class Kid:
             )
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
+        from cleanfid.fid import kernel_distance  # 2 s: it brings torchvision
+
         target = _vectors(reference).numpy()
 
         def compare(samples: Tensor) -> Values:

