@@ -8,6 +8,7 @@ gin-config has no public way to ask for most of this, hence the private names; i
 
 from __future__ import annotations
 
+import copy
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,14 @@ def query(key: str, default: Any = None) -> Any:
     return _without_macros(found[parameter]) if parameter in found else default
 
 
+def build(key: str, scope: str = "") -> Any:
+    """The part bound to a key such as 'run.recorder' in a scope or else outside, built; or None."""
+    outside = query(key)
+    with gin.config_scope(scope):
+        # gin's own way to build the references inside a value.
+        return copy.deepcopy(query(f"{scope}/{key}", outside) if scope else outside)
+
+
 def scopes() -> set[str]:
     """Every scope that holds bindings."""
     return {scope for (scope, selector), _ in _bound() if scope and selector != MACRO}
@@ -106,6 +115,17 @@ def full_text() -> str:
 def operative_text() -> str:
     """What has been used since `parse`, defaults of the parts included, as gin text."""
     return str(gin.operative_config_str(max_line_length=100))
+
+
+def operative_values() -> dict[str, str]:
+    """What has been used since `parse`, by key: macros replaced by their values, in order."""
+    found = {
+        _key(scope, selector, parameter): repr(_without_macros(value))
+        for (scope, selector), values in config._OPERATIVE_CONFIG.items()
+        for parameter, value in values.items()
+        if selector != MACRO and config._is_literally_representable(value)
+    }
+    return dict(sorted(found.items()))
 
 
 def bindings_of(text: str) -> dict[str, str]:

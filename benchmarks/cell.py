@@ -1,0 +1,141 @@
+"""One cell of a comparison, run from its folder; also `python -m benchmarks.cell FOLDER`.
+
+Whoever plans a comparison writes into the folder of each cell
+
+    config.gin   all of the cell's gin text
+    cell.json    its name, arm and tags
+
+and starts the record of the comparison in the folder above. `run_cell` then begins the cell, goes
+on from its newest checkpoint, or only closes the record of one that was killed behind its result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import benchmarks.parts  # noqa: F401  registers every part
+from benchmarks.distilling import load_teacher
+from benchmarks.experiment import Experiment, run
+from benchmarks.launchers import Ended
+from benchmarks.results import RESULT
+from benchmarks.runner import Texts, execute
+from registry import gin_setup, recorders
+from registry.gin_errors import said
+from registry.protocols import Recorder
+
+CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
+EXIT_STATUS = {"finished": 0, "failed": 1, "pruned": 3, "stopped": 130}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What a cell is called and where it belongs; `headline` is printed when it starts."""
+
+    name: str
+    id: str
+    arm: str  # '' outside every arm
+    headline: str
+    tags: Mapping[str, str]
+
+    def save(self, folder: Path, config: str) -> None:
+        """Prepare the folder; what is there of the same cell stays."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(config)
+        partial = folder / f".{CELL}"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.rename(folder / CELL)
+
+    @classmethod
+    def load(cls, folder: Path) -> Cell:
+        if not (folder / CELL).exists():
+            raise ValueError(f"{folder} has no {CELL}; `objective-zoo grid` prepares such folders")
+        return cls(**json.loads((folder / CELL).read_text()))
+
+
+def run_cell(folder: Path) -> Ended:
+    """Run the cell in `folder` and say how it ended; whatever goes wrong in it is recorded."""
+    cell = Cell.load(folder)
+    print(cell.headline, file=sys.stderr, flush=True)
+    try:
+        gin_setup.parse([folder / CONFIG])
+        with (
+            alone(folder / LOCK, "this cell"),
+            _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
+        ):
+            if (folder / RESULT).exists():
+                record.artifact(folder / RESULT)
+            else:
+                experiment = build(cell.arm)
+                texts = texts_of(cell.arm, (folder / CONFIG).read_text())
+                execute(experiment, texts, record, folder, resume=True)
+    except KeyboardInterrupt as stopped:
+        return Ended(cell.name, "stopped", str(stopped) or "interrupted")
+    except Exception as error:
+        log.exception("the run %s failed", cell.name)
+        return Ended(cell.name, "failed", said(error))
+    return Ended(cell.name, "finished")
+
+
+def build(arm: str) -> Experiment:
+    """The run of an arm ('' is outside every arm), by what was parsed last."""
+    with gin_setup.arm(arm):
+        experiment = run()
+    load_teacher(experiment)
+    return experiment
+
+
+def texts_of(arm: str, config: str) -> Texts:
+    """The texts of the run that was just built."""
+    operative = gin_setup.operative_text()
+    params = gin_setup.bindings_of(operative)
+    prefix = f"{arm}/" if arm else ""
+    plain = {key.removeprefix(prefix): value for key, value in params.items()}
+    return Texts(config=config, operative=operative, params=plain)
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file at `path`, until the process ends at the latest, or raise ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process runs {what} in {path.parent}") from error
+        yield
+
+
+def _recorder(arm: str) -> Recorder:
+    return gin_setup.build("run.recorder", arm) or recorders.build("mlflow")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one folder's cell; the exit status says how it ended, see EXIT_STATUS."""
+    if len(arguments) != 1:
+        print("usage: python -m benchmarks.cell FOLDER", file=sys.stderr)
+        return 2
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also before and after training
+    try:
+        ended = run_cell(Path(arguments[0]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{ended.name}: {ended.status} {ended.reason}".rstrip(), file=sys.stderr)
+    return EXIT_STATUS[ended.status]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
