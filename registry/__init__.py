@@ -41,6 +41,12 @@ def _check_objective(name: str, cls: type) -> None:
 
 def _check_head(name: str, cls: type) -> None:
     _check_names(name, cls, "keys")
+    if not isinstance(found := getattr(cls, "needs_r", None), bool):
+        raise ValueError(
+            f"{name!r} declares needs_r = {found!r}; it needs needs_r: ClassVar = True if its "
+            "outputs depend on the end r of the step, as u does, and False if they do not"
+        )
+    _check_call(name, cls, "forward", ("features", "c"))
 
 
 def _check_sampler(name: str, cls: type) -> None:

@@ -16,6 +16,9 @@ _UNKNOWN = re.compile(r"No configurable matching (?:reference )?'(@?)([\w./]+)(?
 _NO_PARAMETER = re.compile(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'\.")
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 _NO_VALUE = re.compile(r"Failed to parse token '(.*)'", re.DOTALL)
+_NOT_GIVEN = re.compile(
+    r"missing \d+ required .*arguments?: '(\w+)'.*In call to configurable '([\w.]+)'", re.DOTALL
+)
 
 
 def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFoundError:
@@ -49,6 +52,13 @@ def said(error: BaseException) -> str:
         return str(error.args[0])  # str() would quote it
     if isinstance(error, ValueError | OSError | ImportError):
         return str(error)
+    if isinstance(error, TypeError) and (match := _NOT_GIVEN.search(str(error))):
+        parameter, name = match.groups()
+        return (
+            f"@{name}() cannot be built: {parameter!r} is not bound. Write @{name} without "
+            "brackets where the run builds it itself (run.backbone, run.heads); else bind "
+            f"{name}.{parameter}"
+        )
     return f"{type(error).__name__}: {error}"
 
 

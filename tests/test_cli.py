@@ -307,7 +307,7 @@ def refused(*bindings: str, file: str = DIGITS, arm: str = "mean_flow") -> str:
         ("mean_flow/run.objective = 'mean_flow'", "run.objective = 'mean_flow' is no objective"),
         ("mean_flow/run.objective = @digits()", "Digits is not a registered objective"),
         ("mean_flow/run.objective = @dit()", "dit"),
-        ("run.backbone = @dit()", "dit"),
+        ("run.backbone = @dit()", "Write @dit without brackets"),
         ("run.backbone = 'dit'", "run.backbone = @dit"),
         ("run.nfe = (1, 0)", "positive integer"),
         ("run.nfe = (1, 1)", "each one once"),

@@ -305,6 +305,21 @@ def test_head_without_keys_is_refused(keys):
         heads.register("test_head")(type("Made", (), {"keys": keys}))
 
 
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        ({}, "needs_r = None; it needs needs_r: ClassVar = True if"),
+        ({"needs_r": "yes"}, "needs_r = 'yes'"),
+        ({"needs_r": True}, r"needs a method forward\(self, features, c\)"),
+        ({"needs_r": True, "forward": lambda self, c: {}}, "it must accept forward"),
+    ],
+)
+def test_head_without_its_contract_is_refused(members, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        heads.register("test_head")(type("Made", (), {"keys": ("energy",), **members}))
+    assert "test_head" not in heads
+
+
 def test_sampler_without_nfe_is_refused():
     call = {"__call__": lambda self, net, x1, cond, rng: x1}
     with pytest.raises(ValueError, match="needs a field `nfe`"):
