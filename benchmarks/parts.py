@@ -4,7 +4,15 @@ import backbones
 import trainers.engines
 import trainers.optim
 import zoo
-from benchmarks import datasets, distances, features, launchers, metrics, tracking
+from benchmarks import (
+    datasets,
+    distances,
+    features,
+    launchers,
+    metrics,
+    subprocesses,
+    tracking,
+)
 
 __all__ = [
     "backbones",
@@ -13,6 +21,7 @@ __all__ = [
     "features",
     "launchers",
     "metrics",
+    "subprocesses",
     "tracking",
     "trainers",
     "zoo",

@@ -1,0 +1,141 @@
+"""Several cells at a time on this machine, each in a process of its own.
+
+Each worker is pinned to its own cores and sees its own GPUs. Its output goes to output.log in the
+cell's folder. Where this process dies, by `kill -9` too, its workers die with it; what they lose
+is the work since their last checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from benchmarks.launchers import OUTPUT, Ended, Job, Progress, interruptible
+from registry import launchers
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+T = TypeVar("T")
+
+
+@launchers.register("subprocesses")
+@dataclass(frozen=True, kw_only=True)
+class Subprocesses:
+    """Runs `workers` cells at a time, each in a process with its own share of cores and GPUs.
+
+    A worker has cores // workers threads, however few cells are left: the rounding of sums depends
+    on the number of threads, and a cell that is resumed is to be equal to the last bit.
+    """
+
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.workers, int) and self.workers >= 1):
+            raise ValueError(f"subprocesses.workers = {self.workers!r} must be 1 or more")
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        waiting, running = deque(jobs), dict[int, _Worker]()
+        progress = Progress()
+        with interruptible() as interrupted:
+            try:
+                while running or (waiting and not interrupted):
+                    if interrupted:
+                        for worker in running.values():
+                            worker.stop()
+                    else:
+                        for place in sorted({*range(self.workers)} - {*running})[: len(waiting)]:
+                            running[place] = _Worker(waiting.popleft(), place, self.workers)
+                    time.sleep(0.1)
+                    for place, worker in list(running.items()):
+                        if worker.process.poll() is not None:
+                            yield running.pop(place).ended()
+                    progress.tell([worker.job for worker in running.values()])
+            finally:
+                for worker in running.values():
+                    worker.kill()
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+class _Worker:
+    """A process that runs one cell."""
+
+    def __init__(self, job: Job, place: int, places: int):
+        self.job = job
+        self._stopping = False
+        cores = _share(_cores(), place, places)
+        words = [",".join(map(str, cores))] if hasattr(os, "sched_setaffinity") else []
+        with open(job.folder / OUTPUT, "ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "benchmarks.worker", str(job.folder), *words],
+                env=_environment(len(cores), place, places),
+                stdin=subprocess.PIPE,  # closes when this process ends; see benchmarks/worker.py
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
+
+    def stop(self) -> None:
+        """Ask once for a checkpoint and an end."""
+        if not self._stopping:
+            self._stopping = True
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> bytes:
+        """End the process and every one that it started; what it answered."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.communicate()[0]
+
+    def ended(self) -> Ended:
+        status, answer = self.process.returncode, self.kill()
+        if answer:
+            return Ended(**json.loads(answer))
+        if status in (-signal.SIGTERM, -signal.SIGINT):
+            return Ended(self.job.name, "stopped", "outside its training; nothing to save")
+        died = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        return Ended(self.job.name, "failed", f"{died}; see {self.job.folder / OUTPUT}")
+
+
+def _share(items: Sequence[T], place: int, places: int) -> Sequence[T]:
+    """This worker's part; where there are more workers than items, one by turns."""
+    size = len(items) // places
+    return items[place * size :][:size] if size else items[place % len(items) :][:1]
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _environment(cores: int, place: int, places: int) -> dict[str, str]:
+    threads = {name: _at_most(cores, os.environ.get(name, "")) for name in THREADS}
+    gpus = _gpus()
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, place, places))} if gpus else {}
+    return {**os.environ, **threads, **devices}
+
+
+def _at_most(cores: int, given: str) -> str:
+    return str(min(cores, int(given)) if given.isdigit() else cores)
+
+
+def _signal_name(number: int) -> str:
+    perhaps = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    return signal.Signals(number).name + perhaps
