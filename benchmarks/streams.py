@@ -3,8 +3,8 @@
 The sequence comes in blocks: a finite set's block e is its e-th epoch, a permutation drawn from
 (seed, e); an endless set's block e is 4096 draws from (seed, e). Step k of batch size n takes the
 places k n .. (k + 1) n - 1, across block borders. So a batch is a pure function of (step, n, seed):
-a resume needs no loader state, every sample comes once per epoch, and w ranks that ask for
-`batch(step * w + rank, n, seed)` share out exactly what one process would see with w n.
+a resume needs no loader state, every sample comes once per epoch, and every process of a run makes
+the same global batch, of which it computes its share.
 """
 
 from __future__ import annotations

@@ -51,13 +51,39 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Every `count`-th row of a batch from row `number` on: what comes first there does so here."""
+
+    number: int = 0
+    count: int = 1
+
+    def rows(self, *values: Any) -> tuple[Any, ...]:
+        """The rows of tensors and of conditions by name; what is None stays None."""
+        return values if self.count == 1 else tuple(self._cut(value) for value in values)
+
+    def size(self, n: int) -> int:
+        """How many of the batch's first n rows belong to this share."""
+        return len(range(self.number, n, self.count))
+
+    def _cut(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: rows[self.number :: self.count] for name, rows in value.items()}
+        return None if value is None else value[self.number :: self.count]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One batch of data; schedules read `step` and `progress`: objectives hold no counter."""
+    """One batch of data; schedules read `step` and `progress`: objectives hold no counter.
+
+    An objective draws noise, times and labels for the whole batch and computes its `share`: so
+    neither they nor quotas depend on how many processes or micro-batches there are.
+    """
 
     x0: Tensor  # [b *d]
     cond: Cond | None = None
     step: int = 0
     progress: float = 0.0  # share of the run's budget that is spent, in [0, 1]
+    share: Share = Share()  # noqa: RUF009  frozen
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -67,7 +93,7 @@ class Batch:
 class LossOutput:
     """What an objective returns.
 
-    `per_sample` [b] is weighted and differentiable, and the only thing reduced (by the loop, as its
+    `per_sample` [rows of the share] is weighted and differentiable, and the only thing reduced (by the loop, as its
     mean). `terms` {name: [rows]} are raw and detached: adaptive losses are flat by construction, so
     the unweighted mean squared error per element of the rows that it concerns is what gets logged.
     `diagnostics` {name: [rows]} are detached. `t` and `r` [b], where given, let a non-finite loss
@@ -277,9 +303,9 @@ class Schedule(Protocol):
 class Engine(Protocol):
     """How one TrainStep(net, objective) is run and updated: precision, accumulation, sharding.
 
-    The one part that holds state, so it serves one run at a time. `shares` cuts the global batch
-    into this process's equal parts, each with its number among all of them. Each is run by the
-    call, which goes through the engine's hooks, and followed by `backward` of its mean loss.
+    The one part that holds state, so it serves one run at a time. `shares` yields the batch once
+    for each of this process's equal shares of it. Each is run by the call, which goes through the
+    engine's hooks, and followed by `backward` of its mean loss.
     `autocast` is the precision of that call, for checks that precede `prepare`. `step` applies one
     update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
     `save` and `load` keep network, teachers and optimizer in a folder, without ever executing code.
@@ -288,7 +314,7 @@ class Engine(Protocol):
     def prepare(
         self, module: Any, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None: ...
-    def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]: ...
+    def shares(self, batch: Batch) -> Iterator[Batch]: ...
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput: ...
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor) -> None: ...

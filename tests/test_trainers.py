@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from trainer_toys import StopAt, ToyData, ToyNet, ToyObjective, run, same
 
-from registry.protocols import Batch, LossOutput
+from registry.protocols import Batch, LossOutput, Share
 from trainers import (
     AdamW,
     Budget,
@@ -60,8 +60,9 @@ class Quadratic:
 
     def loss(self, net: Any, batch: Batch, rng: torch.Generator) -> LossOutput:
         t = torch.linspace(0, 1, len(batch))
-        u = net(batch.x0, t * 0, t * 0, batch.cond)["u"]
-        error = mean_flat((u - batch.x0 * batch.cond["label"][:, None]) ** 2)
+        x0, t, cond = batch.share.rows(batch.x0, t, batch.cond)
+        u = net(x0, t * 0, t * 0, cond)["u"]
+        error = mean_flat((u - x0 * cond["label"][:, None]) ** 2)
         return LossOutput(per_sample=error, terms={"u": error.detach()}, t=t, r=t)
 
 
@@ -332,35 +333,55 @@ def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_accumulation_draws_for_each_share_and_joins_their_outputs() -> None:
+def test_accumulation_draws_for_the_batch_and_joins_the_outputs_in_its_order() -> None:
     seen = []
 
     class Watching(Callback):
         def on_step(self, state: TrainState, out: LossOutput) -> None:
             seen.append(out)
 
-    run(engine=TorchEngine(accumulate=2), callbacks=[Watching()], budget=Budget(steps=1))
-    out = seen[0]
+    for parts in (1, 4):
+        run(
+            net=ToyNet(dropout=0.0), engine=TorchEngine(accumulate=parts), callbacks=[Watching()],
+            budget=Budget(steps=1),
+        )  # fmt: skip
+    whole, out = seen
     assert out.per_sample.shape == out.terms["u"].shape == out.t.shape == (8,)
     assert out.diagnostics["gap"].shape == (4,)
-    assert not torch.equal(out.t[:4], out.t[4:])
-    expected = generator(0, 1, 0)
-    torch.randn(4, 2, generator=expected)
-    assert torch.equal(out.t[4:], torch.rand(4, generator=expected))
+    assert torch.equal(out.t, whole.t)
+    assert torch.allclose(out.per_sample, whole.per_sample, atol=1e-6)  # float32
+
+
+def test_accumulation_is_exact_and_told_for_an_objective_that_does_not_share_its_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class AllRows(ToyObjective):
+        def loss(self, net: Any, batch: Batch, rng: torch.Generator) -> LossOutput:
+            return super().loss(net, replace(batch, share=Share()), rng)
+
+    found = {}
+    for parts in (1, 2):
+        state, losses = run(
+            net=ToyNet(dropout=0.0), objective=AllRows(), engine=TorchEngine(accumulate=parts),
+            budget=Budget(steps=2),
+        )  # fmt: skip
+        found[parts] = torch.stack([*losses, state.grad_norm.expand(8)])
+    assert torch.allclose(found[1], found[2], atol=1e-6)  # float32
+    assert caplog.text.count("batch.share.rows") == 1
 
 
 def test_accumulation_has_dropout_of_its_own_in_each_share() -> None:
     class Twice(ToyData):
         def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
             x0, cond = super().batch(step, n // 2, seed)
-            return x0.repeat(2, 1), {"label": cond["label"].repeat(2)}
+            return x0.repeat_interleave(2, 0), {"label": cond["label"].repeat_interleave(2)}
 
     def halves(dropout: float) -> tuple[Tensor, Tensor]:
         _, losses = run(
             net=ToyNet(dropout=dropout), dataset=Twice(), objective=Quadratic(),
             engine=TorchEngine(accumulate=2), budget=Budget(steps=1),
         )  # fmt: skip
-        return losses[0].chunk(2)
+        return losses[0][::2], losses[0][1::2]  # rows 2 i and 2 i + 1 are the same point
 
     assert torch.equal(*halves(0.0))
     assert not torch.equal(*halves(0.5))

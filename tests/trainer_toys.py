@@ -70,17 +70,18 @@ class ToyObjective:
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         x1 = normal_like(batch.x0, rng)
-        t = torch.rand(len(batch), generator=rng)
-        x_t = batch.x0 + like(t, x1) * (x1 - batch.x0)
-        u = net(x_t, t, t, batch.cond)["u"]
-        target = self.teacher(net)(x_t, t, t, batch.cond)["u"]
-        error = mean_flat((u - (x1 - batch.x0)) ** 2)
+        t, bad = torch.rand(len(batch), generator=rng), torch.ones(len(batch))
         if batch.step == self.bad_step:
-            error = error * torch.tensor([1.0, float("nan")]).repeat(len(batch))[: len(batch)]
+            bad[1::2] = float("nan")
+        x0, x1, t, cond, bad = batch.share.rows(batch.x0, x1, t, batch.cond, bad)
+        x_t = x0 + like(t, x1) * (x1 - x0)
+        u = net(x_t, t, t, cond)["u"]
+        target = self.teacher(net)(x_t, t, t, cond)["u"]
+        error = bad * mean_flat((u - (x1 - x0)) ** 2)
         return LossOutput(
             per_sample=error + self.pull * mean_flat((u - target) ** 2),
             terms={"u": error.detach()},
-            diagnostics={"gap": mean_flat((u - target) ** 2).detach()[: len(batch) // 2]},
+            diagnostics={"gap": mean_flat((u - target) ** 2).detach()[: len(u) // 2]},
             t=t,
             r=t,
         )

@@ -1,18 +1,22 @@
 """What the loop drives: one module of network, objective and teachers, and an engine round it.
 
 The objective runs inside `TrainStep.forward`, so every network call of a step passes through the
-hooks that an engine may put on that module. An engine cuts the global batch into equal shares
-(processes, and micro-batches of gradient accumulation). The mean over shares of mean losses
-is the mean over the batch; what an objective counts in rows (quotas, couplings) is per share.
+hooks that an engine may put on that module. An engine shares the global batch out (to processes,
+and to micro-batches of gradient accumulation). An objective draws for the whole batch and computes
+a share of its rows, and the mean over equal shares of mean losses is the mean over the batch: so
+how a batch is shared out changes neither noise, times, labels, couplings and quotas, nor the
+gradient. Dropout alone draws for each share.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from registry import engines
-from registry.protocols import Batch, LossOutput, Objective, Optimizer, Teacher, parts
+from registry.protocols import Batch, LossOutput, Objective, Optimizer, Share, Teacher, parts
 from trainers.checkpoint import load_module, read_state, save_module, save_state
+
+
+log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
@@ -44,10 +51,15 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         out = self.objective.loss(self.net, batch, rng)
-        if out.per_sample.shape != (len(batch),):
+        rows, shape = batch.share.size(len(batch)), tuple(out.per_sample.shape)
+        if shape == (len(batch),) != (rows,):
+            _warn_of_waste(type(self.objective).__name__)
+            per_sample, t, r = batch.share.rows(out.per_sample, out.t, out.r)
+            return replace(out, per_sample=per_sample, t=t, r=r)
+        if shape != (rows,):
             raise ValueError(
-                f"{type(self.objective).__name__}.loss returned per_sample of shape "
-                f"{tuple(out.per_sample.shape)}; it must hold one loss per row, ({len(batch)},)"
+                f"{type(self.objective).__name__}.loss returned per_sample of shape {shape}; it "
+                f"must hold one loss per row, ({rows},)"
             )
         return out
 
@@ -98,15 +110,9 @@ class TorchEngine:
         self._device = device
         self._losses: list[Tensor] = []
 
-    def shares(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
-        if self.accumulate == 1:
-            yield 0, batch
-            return
-        size = len(batch) // self.accumulate
+    def shares(self, batch: Batch) -> Iterator[Batch]:
         for number in range(self.accumulate):
-            rows = slice(number * size, (number + 1) * size)
-            cond = batch.cond and {name: value[rows] for name, value in batch.cond.items()}
-            yield number, replace(batch, x0=batch.x0[rows], cond=cond)
+            yield replace(batch, share=Share(number, self.accumulate))
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         with self.autocast(self._device):
@@ -160,6 +166,16 @@ class TorchEngine:
 def frozen_copy(net: nn.Module) -> nn.Module:
     """A copy in eval mode whose weights take no gradient."""
     return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+@lru_cache  # once per class
+def _warn_of_waste(name: str) -> None:
+    log.warning(
+        "%s.loss computes every row of the batch for each of its shares. The gradient is right and "
+        "the work repeated; to share it out, keep the rows of the share after all draws: "
+        "x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, batch.cond)",
+        name,
+    )
 
 
 def _distinct_teachers(objective: Objective) -> Iterator[tuple[str, Teacher]]:

@@ -1,8 +1,9 @@
 """The one training loop: batch, loss, update, teachers, callbacks.
 
-Everything random is reseeded from (seed, share, step), and data, schedules and averages are
-functions of the step. So the same seed gives bit-equal losses on the same machine, and a resumed
-run continues bit-equal to one that never stopped. Nothing here waits for the device.
+Everything random is reseeded from (seed, step), dropout from (seed, share, step), and data,
+schedules and averages are functions of the step. So the same seed gives bit-equal losses on the
+same machine, and a resumed run continues bit-equal to one that never stopped. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
     x0, cond = dataset.batch(step, state.batch_size, state.seed)
     batch = _on(state.device, Batch(x0, cond, step, progress))
     outs = []
-    for number, share in engine.shares(batch):
-        rng = generator(state.seed, number, step, state.device)
-        seed_dropout(state.seed, number, step, state.device)
+    for share in engine.shares(batch):
+        rng = generator(state.seed, 0, step, state.device)
+        seed_dropout(state.seed, share.share.number, step, state.device)
         out = engine(share, rng)
         engine.backward(out.per_sample.mean())
         outs.append(replace(out, per_sample=out.per_sample.detach()))
@@ -112,7 +113,7 @@ def _joined(outs: Sequence[LossOutput]) -> LossOutput:
 
     def rows(values: Sequence[Tensor | None]) -> Tensor | None:
         given = [value for value in values if value is not None]
-        return torch.cat(given) if len(given) == len(values) else None
+        return torch.stack(given, 1).flatten() if len(given) == len(values) else None
 
     def named(maps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for values in maps for name in values)
@@ -122,7 +123,7 @@ def _joined(outs: Sequence[LossOutput]) -> LossOutput:
         }
 
     return LossOutput(
-        per_sample=torch.cat([out.per_sample for out in outs]),
+        per_sample=torch.stack([out.per_sample for out in outs], 1).flatten(),
         terms=named([out.terms for out in outs]),
         diagnostics=named([out.diagnostics for out in outs]),
         t=rows([out.t for out in outs]),

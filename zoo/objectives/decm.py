@@ -94,12 +94,16 @@ class DECM:
         n, x1 = len(batch), normal_like(batch.x0, rng)
         t, zero = self.times(n, rng)[0], torch.zeros(n, device=rng.device)
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        near = self.path.sample(batch.x0, x1, t)
+        with_n2n = self.n2n_every > 0 and batch.step % self.n2n_every == 0
+        r = self.times(n, rng)[0] * self.start_time(batch.step) if with_n2n else zero
+        x0, x1, t, r, zero, cond, labelled = batch.share.rows(
+            batch.x0, x1, t, r, zero, cond, labelled
+        )
+        near = self.path.sample(x0, x1, t)
         rows = [(near.x_t, t, zero), (near.x_t, t, t)]
-        if with_n2n := self.n2n_every > 0 and batch.step % self.n2n_every == 0:
+        if with_n2n:
             t_n = torch.full_like(t, self.start_time(batch.step))
-            r = self.times(n, rng)[0] * t_n
-            rows.append((self.path.sample(batch.x0, x1, t_n).x_t, t_n, r))
+            rows.append((self.path.sample(x0, x1, t_n).x_t, t_n, r))
 
         x, start, end = (torch.cat(column) for column in zip(*rows, strict=True))
         u = net(x, start, end, repeat_rows(cond, len(rows)))["u"].chunk(len(rows))

@@ -59,7 +59,8 @@ class FlowMatching:
         x1 = self.coupling(batch.x0, normal_like(batch.x0, rng))
         t, _ = self.times(len(batch), rng)
         cond, _ = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
-        sample = self.path.sample(batch.x0, x1, t)
+        x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, cond)
+        sample = self.path.sample(x0, x1, t)
 
         out = net(sample.x_t, t, t, cond)
         error = mean_flat((out["v"] - sample.velocity) ** 2)

@@ -79,12 +79,16 @@ class MeanFlow:
         n, x1 = len(batch), normal_like(batch.x0, rng)
         t, r = self.times(n, rng)
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        sample = self.path.sample(batch.x0, x1, t)
+        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
+        sample = self.path.sample(x0, x1, t)
         v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
 
         out = net(sample.x_t, t, r, cond)
-        k = self.times.num_off_diagonal(n)
-        du_dt = self._du_dt(net, sample.x_t[:k], t[:k], r[:k], first_rows(cond, k), v[:k])
+        quota = self.times.num_off_diagonal(n)
+        k = batch.share.size(quota)
+        du_dt = torch.zeros_like(v[:k])
+        if quota:
+            du_dt = self._du_dt(net, sample.x_t[:k], t[:k], r[:k], first_rows(cond, k), v[:k])
         correction = like(t[:k] - r[:k], du_dt) * du_dt
         target = torch.cat([v[:k] - correction, v[k:]]).detach()
 
@@ -101,8 +105,6 @@ class MeanFlow:
         self, net: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None, v: Tensor
     ) -> Tensor:
         """The total derivative of u along the path, without gradient."""
-        if len(x) == 0:
-            return torch.zeros_like(x)
         tangents = (v, torch.ones_like(t), torch.zeros_like(r))
         return derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
 

@@ -75,7 +75,8 @@ class Shortcut:
         k = quota(n, self.bootstrap_fraction)
         t, r = self.draw_times(n, k, rng)
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        sample = self.path.sample(batch.x0, x1, t)
+        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
+        sample, k = self.path.sample(x0, x1, t), batch.share.size(k)
 
         teacher = self.teacher(net)
         bootstrap = self._two_halves(
@@ -106,7 +107,7 @@ class Shortcut:
         self, teacher: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None, labelled: Tensor
     ) -> Tensor:
         """The average of the teacher's two half steps from t over the middle to r."""
-        if len(x) == 0:
+        if not self.bootstrap_fraction:
             return torch.zeros_like(x)
         m = (t + r) / 2
         guided = labelled & (t - r < 3 / self.num_steps)  # the halves are smallest steps

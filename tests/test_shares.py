@@ -1,0 +1,90 @@
+"""Shares of a batch: the same noise, times, labels and quotas however many shares there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import registry
+from benchmarks.conformance.networks import Tapped, Toy
+from benchmarks.conformance.subject import random_batch
+from registry.protocols import Share, required_heads
+from zoo.couplings import MinibatchOT
+from zoo.objectives.decm import DECM
+from zoo.objectives.dumo import DuMo
+from zoo.objectives.flow_matching import FlowMatching
+from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.shortcut import Shortcut
+from zoo.residuals import Exact
+from zoo.times import LogitNormalPair, Stratified
+
+OBJECTIVES: Mapping[str, Any] = {
+    "flow_matching": FlowMatching(times=Stratified()),
+    "optimal_transport": FlowMatching(coupling=MinibatchOT()),
+    "mean_flow": MeanFlow(omega=0.5, kappa=0.3),
+    "one_row_of_quota": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.05)),
+    "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
+    "dumo": DuMo(omega=0.4),
+    "dumo_exact": DuMo(residual=Exact()),
+    "decm": DECM(guidance_scale=1.5),
+}
+
+
+@given(n=st.integers(0, 40), count=st.integers(1, 9), quota=st.integers(0, 40))
+def test_shares_cover_the_batch_once_and_keep_first_rows_first(n, count, quota):
+    rows, quota = torch.arange(n), min(quota, n)
+    shares = [Share(number, count) for number in range(count)]
+    cut = [share.rows(rows)[0] for share in shares]
+    assert sorted(torch.cat(cut).tolist()) == rows.tolist()
+    for share, mine in zip(shares, cut, strict=True):
+        assert len(mine) == share.size(n)
+        assert (mine < quota).tolist() == [i < share.size(quota) for i in range(len(mine))]
+
+
+def test_share_cuts_conditions_and_passes_none_on():
+    t, cond, nothing = Share(1, 2).rows(torch.arange(4), {"label": torch.arange(4)}, None)
+    assert t.tolist() == cond["label"].tolist() == [1, 3]
+    assert nothing is None
+
+
+def test_every_objective_is_shared_here():
+    assert set(registry.objectives.names()) <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=8)
+@given(count=st.sampled_from((2, 3, 4, 6)), step=st.integers(0, 3), seed=st.integers(0, 99))
+def test_shares_have_the_rows_and_the_gradient_of_the_whole_batch(name, count, step, seed):
+    objective = OBJECTIVES[name]
+    net = Toy((2,), required_heads(objective))
+    batch = random_batch((2,), 12, labels="given", step=step, seed=seed)
+
+    def loss(share: Share) -> tuple[Tensor, Tensor, int]:
+        tapped = Tapped(net, 12)
+        rng = torch.Generator().manual_seed(seed)
+        out = objective.loss(tapped, replace(batch, share=share), rng)
+        gradient = torch.autograd.grad(
+            out.per_sample.mean(), list(net.parameters()), materialize_grads=True, allow_unused=True
+        )
+        return (
+            out.per_sample.detach(),
+            torch.cat([g.flatten() for g in gradient]),
+            len(tapped.calls),
+        )
+
+    rows, gradient, calls = loss(Share())
+    parts = [loss(Share(number, count)) for number in range(count)]
+    # the same float32 arithmetic on fewer rows at a time
+    torch.testing.assert_close(
+        torch.stack([part[0] for part in parts], 1).flatten(), rows, rtol=1e-4, atol=1e-5
+    )
+    mean = torch.stack([part[1] for part in parts]).mean(0)
+    torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert {part[2] for part in parts} == {calls}
