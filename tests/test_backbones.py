@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from backbone_cases import NUM_CLASSES, awake, inputs, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ from backbones.embeddings import LabelEmbedding, TimeEmbedding, positions_2d
 from backbones.mlp import MLP
 from backbones.unet import UNet
 from registry.protocols import NULL_LABEL
-from tests.backbone_cases import NUM_CLASSES, awake, inputs, small
 
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
 tiny_dit = partial(DiT, dim=16, depth=1, num_heads=2)

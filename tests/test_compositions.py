@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from backbone_cases import SMALL
 
 import registry
 from backbones.network import build_network
@@ -15,7 +16,6 @@ from benchmarks.datasets import Digits, Gaussian
 from benchmarks.experiment import run
 from registry import gin_setup
 from registry.protocols import required_heads
-from tests.backbone_cases import SMALL
 from trainers.budget import Budget
 from trainers.callbacks import Callback
 from trainers.loop import fit

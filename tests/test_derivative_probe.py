@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from backbone_cases import SMALL, small
 from torch import nn
 
 import benchmarks.experiment as experiments
@@ -20,7 +21,6 @@ from benchmarks.derivative_probe import perturbed, probe_derivatives
 from benchmarks.runner import Texts, execute
 from benchmarks.tracking import Jsonl, Null
 from registry.protocols import Derivative, parts, required_heads
-from tests.backbone_cases import SMALL, small
 from trainers.engines import TorchEngine
 from zoo.derivatives import Dual, FiniteDifference, Jvp
 from zoo.objectives.decm import DECM

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from backbone_cases import awake, inputs, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import registry
 from backbones.heads import AverageVelocity, Velocity
 from registry.protocols import Derivative
-from tests.backbone_cases import awake, inputs, small
 from zoo.derivatives import Dual, FiniteDifference, Jvp
 from zoo.ops import like
 from zoo.teachers import without_gradient

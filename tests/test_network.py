@@ -9,13 +9,13 @@ from typing import ClassVar
 import gin
 import pytest
 import torch
+from backbone_cases import awake, inputs, small
 from torch import nn
 
 import registry
 from backbones import build_network, default_heads, warm_start
 from backbones.dit import DiT
 from backbones.heads import AverageVelocity, Dual, LogVariance, Velocity
-from tests.backbone_cases import awake, inputs, small
 
 BACKBONE_FILES = Path(__file__).parents[1] / "gin" / "backbone"
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
