@@ -22,6 +22,7 @@ from benchmarks import evaluate
 from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.features import Pixels
 from benchmarks.metrics import FeatureMetrics
+from benchmarks.pruning import Pruner, check_pruner
 from registry.gin_errors import said
 from registry.protocols import (
     Batch,
@@ -44,6 +45,7 @@ from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
 PROBE_ROWS = 4
+PROBE_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class Experiment:
     log_every: int
     evaluate_every: int
     checkpoint_seconds: float
+    pruner: Pruner | None
     device: torch.device
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
 
@@ -122,6 +125,7 @@ def run(
     log_every: int = 50,
     evaluate_every: int = 0,
     checkpoint_seconds: float = 600.0,
+    pruner: Pruner | None = None,
     device: str = "auto",
 ) -> Experiment:
     """Build and check one run; ValueError for anything that does not fit together.
@@ -181,9 +185,14 @@ def run(
         log_every=log_every,
         evaluate_every=evaluate_every,
         checkpoint_seconds=checkpoint_seconds,
+        pruner=pruner,
         device=_device(device),
     )
-    return replace(experiment, derivative_error=_probe(experiment))
+    experiment = replace(experiment, derivative_error=_probe(experiment))
+    if pruner is not None:
+        measured = _measured(experiment, pruner.metric)
+        check_pruner(pruner, evaluate_every, experiment.budget, measured)
+    return experiment
 
 
 def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
@@ -260,6 +269,14 @@ def _probe(experiment: Experiment) -> dict[str, float]:
             "per_sample has one number a row, [b]"
         )
     return derivative_error
+
+
+def _measured(experiment: Experiment, wanted: str) -> tuple[str, ...]:
+    """The names of what an evaluation gives, from a small one, at the wanted name's NFE if any."""
+    from benchmarks.training import measure  # which imports this module
+
+    nfe = tuple(n for n in experiment.nfe if wanted.startswith(f"nfe{n}/")) or experiment.nfe
+    return tuple(measure(replace(experiment, nfe=nfe, num_samples=PROBE_SAMPLES), experiment.net))
 
 
 def _derivative_error(experiment: Experiment, x0: Tensor, cond: Cond | None) -> dict[str, float]:

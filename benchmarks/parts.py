@@ -10,6 +10,7 @@ from benchmarks import (
     features,
     launchers,
     metrics,
+    pruning,
     subprocesses,
     tracking,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "features",
     "launchers",
     "metrics",
+    "pruning",
     "subprocesses",
     "tracking",
     "trainers",
