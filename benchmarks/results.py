@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MODEL, RESULT, SAMPLES = "model.safetensors", "result.json", "samples.safetensors"
+MODEL, RESULT = "model.safetensors", "result.json"
+SAMPLES, REAL = "samples.safetensors", "real.safetensors"  # see benchmarks/shown.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class Result:
     images: int
     seconds: float
     teacher_steps: int = 0
+    teacher_seconds: float = 0.0
 
     @property
     def seconds_per_step(self) -> float:
-        return self.seconds / self.steps
+        """Of the objective's own steps."""
+        return (self.seconds - self.teacher_seconds) / (self.steps - self.teacher_steps)
 
     def save(self, folder: Path) -> None:
         (folder / RESULT).write_text(json.dumps(asdict(self), indent=2) + "\n")

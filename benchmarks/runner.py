@@ -7,6 +7,7 @@ The run's folder holds
     checkpoints/  teacher/checkpoints/           to continue it
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
+    samples/  real.safetensors                   for a report: samples while it trained, real data
     result.json                                  the figures; a run that has one is finished
 """
 
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones.network import FlowNetwork
@@ -26,11 +26,12 @@ from benchmarks.distilling import prepare_teacher, rest
 from benchmarks.experiment import Experiment
 from benchmarks.images import save_grid, save_scatter
 from benchmarks.provenance import provenance
-from benchmarks.results import MODEL, RESULT, SAMPLES, Result
+from benchmarks.results import MODEL, RESULT, Result
+from benchmarks.shown import final_samples, is_picture, is_points, keep_all
 from benchmarks.training import fit_experiment, measure
+from registry.protocols import Objective
 from trainers.checkpoint import load_module, save_module
-
-NUM_SHOWN = 64  # samples kept per NFE
+from zoo.guidance import Guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def execute(
     save_module(folder / MODEL, net)
     values = dict(measure(experiment, net))
     record.metrics(values, state.step)
-    _draw_samples(experiment, net, record, folder)
+    _keep_samples(experiment, net, state.images, record, folder)
     result = Result(
         name=record.name,
         objective=experiment.objective_name,
@@ -71,44 +72,34 @@ def execute(
         images=state.images + teacher.images,
         seconds=state.seconds + teacher.seconds,
         teacher_steps=teacher.steps,
+        teacher_seconds=teacher.seconds,
     )
+    totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
+    record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)
     result.save(folder)
     record.artifact(folder / RESULT)
     return result
 
 
-def draw_samples(
-    experiment: Experiment, net: Callable[..., Any], nfe: tuple[int, ...], num: int, seed: int
-) -> dict[int, Tensor]:
-    """`num` samples at each NFE from the same noise and labels."""
-    x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
-    cond = experiment.dataset.sample_labels(num)
-    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
-    return {
-        n: evaluate.draw(net, sampler, x1, cond, seed).cpu()
-        for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
-    }
-
-
 def picture(rows: Mapping[str, Tensor], path: Path, reference: Tensor | None = None) -> Path | None:
     """A grid of images, a scatter plot of 2-D points; None for data that are neither."""
     shape = next(iter(rows.values())).shape[1:]
-    if len(shape) == 3 and shape[0] in (1, 3):
+    if is_picture(shape):
         return save_grid(list(rows.values()), path, titles=list(rows))
-    if tuple(shape) == (2,):
+    if is_points(shape):
         return save_scatter(rows, path, reference)
     return None
 
 
-def _draw_samples(
-    experiment: Experiment, net: Callable[..., Any], record: Any, folder: Path
+def _keep_samples(
+    experiment: Experiment, net: Callable[..., Any], images_seen: int, record: Any, folder: Path
 ) -> None:
-    two_d = tuple(experiment.dataset.shape) == (2,)
-    num = experiment.num_samples if two_d else min(NUM_SHOWN, experiment.num_samples)
-    samples = draw_samples(experiment, net, experiment.nfe, num, experiment.seed)
-    save_file({f"nfe{n}": x.contiguous() for n, x in samples.items()}, folder / SAMPLES)
-    rows = {f"NFE {n}": x if two_d else x[:20] for n, x in samples.items()}
-    reference = experiment.dataset.reference(num, experiment.seed)[0] if two_d else None
+    points = is_points(experiment.dataset.shape)
+    samples = final_samples(experiment, net)
+    keep_all(experiment, samples, images_seen, folder)
+    rows = {f"NFE {n}": x if points else x[:20] for n, x in samples.items()}
+    num = experiment.num_samples
+    reference = experiment.dataset.reference(num, experiment.seed)[0] if points else None
     if path := picture(rows, folder / "samples.png", reference):
         record.artifact(path)
 
@@ -121,6 +112,7 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
             "backbone": experiment.backbone_name,
             "sampler": experiment.sampler_name,
             "data": experiment.dataset.identity(),
+            "guidance": _guidance(experiment.objective),
             **provenance(),
         }
     )
@@ -134,6 +126,11 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")
+
+
+def _guidance(objective: Objective) -> str:
+    scale = objective.guidance_scale if isinstance(objective, Guided) else 1.0
+    return "none" if scale == 1 else f"scale {scale:g}, learned in training"
 
 
 def load_run(experiment: Experiment, folder: Path) -> FlowNetwork:

@@ -8,7 +8,8 @@ import registry
 from benchmarks import comparison  # noqa: F401  registers Grid
 from benchmarks.experiment import run
 from benchmarks.results import finished_run
-from benchmarks.runner import draw_samples, load_run, picture
+from benchmarks.runner import load_run, picture
+from benchmarks.shown import draw_samples
 from registry import gin_setup
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks import evaluate
 from benchmarks.experiment import Experiment
 from benchmarks.map_error import ClosedForm, map_error
+from benchmarks.memory import PeakMemory
+from benchmarks.shown import keep_samples
 from trainers.budget import Budget
 from trainers.callbacks import (
     Callback,
@@ -36,9 +38,16 @@ def fit_experiment(
     prefix: str = "",
 ) -> TrainState:
     """Train what `experiment` says for this budget; Stopped if a signal ended it."""
+    peak = PeakMemory(experiment.device)
 
     def log(values: dict[str, float], step: int) -> None:
         record.metrics({prefix + name: value for name, value in values.items()}, step)
+
+    def evaluation(state: TrainState) -> dict[str, float]:
+        with peak.paused():
+            keep_samples(experiment, state.ema_net, folder / "samples", state.step)
+            values = dict(measure(experiment, state.ema_net))
+        return values | {"images": float(state.images), "seconds": state.seconds}
 
     callbacks: list[Callback] = [
         EmaCallback(decays=(experiment.ema_decay,)),
@@ -47,11 +56,7 @@ def fit_experiment(
     ]
     if not prefix:
         callbacks.append(
-            PeriodicEvaluation(
-                fn=lambda state: dict(measure(experiment, state.ema_net)),
-                every=experiment.evaluate_every,
-                at_end=False,
-            )
+            PeriodicEvaluation(fn=evaluation, every=experiment.evaluate_every, at_end=False)
         )
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
     state = fit(
@@ -71,6 +76,10 @@ def fit_experiment(
     )
     if state.stop:
         raise Stopped(f"stopped by {state.stop} at step {state.step}; continue with --resume")
+    cost = {"cost/seconds_per_step": state.seconds / state.step}
+    if peak.mib is not None:
+        cost["cost/peak_memory_mib"] = peak.mib
+    log(cost, state.step)
     return state
 
 

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from registry.protocols import NULL_LABEL, Cond, Network
 from zoo.ops import like, rms
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """An objective whose samples have classifier-free guidance of this scale; 1 is none."""
+
+    @property
+    def guidance_scale(self) -> float: ...
 
 
 def drop_labels(

@@ -93,6 +93,10 @@ class DuMo:
             if value not in get_args(kind):
                 raise ValueError(f"dumo.{name} = {value!r}; allowed: {', '.join(get_args(kind))}")
 
+    @property
+    def guidance_scale(self) -> float:
+        return 1 / (1 - self.omega)
+
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         x1 = normal_like(batch.x0, rng)
         t, r = self.times(len(batch), rng)

@@ -75,6 +75,10 @@ class MeanFlow:
         if not 0 <= self.kappa < 1:
             raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
 
+    @property
+    def guidance_scale(self) -> float:
+        return self.omega / (1 - self.kappa)
+
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)
         t, r = self.times(n, rng)
