@@ -66,7 +66,7 @@ class Experiment:
     budget: Budget
     batch_size: int
     seed: int
-    ema_decay: float
+    ema_decay: tuple[float, ...]
     nfe: tuple[int, ...]
     num_samples: int
     log_every: int
@@ -119,7 +119,7 @@ def run(
     seconds: float | None = None,
     batch_size: int = 128,
     seed: int = 0,
-    ema_decay: float = 0.999,
+    ema_decay: float | Sequence[float] = 0.999,
     nfe: Sequence[int] = (1, 2, 4, 8),
     num_samples: int = 1000,
     log_every: int = 50,
@@ -131,7 +131,7 @@ def run(
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
-    average of the weights at `ema_decay`, at each of `nfe` network evaluations. A teacher that is
+    average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A teacher that is
     trained first takes `teacher_optimizer`, by default the run's own.
     """
     _check_counts(
@@ -179,7 +179,7 @@ def run(
         budget=_budget(steps=steps, images=images, seconds=seconds),
         batch_size=batch_size,
         seed=seed,
-        ema_decay=ema_decay,
+        ema_decay=_decays(ema_decay),
         nfe=tuple(nfe),
         num_samples=num_samples,
         log_every=log_every,
@@ -213,6 +213,15 @@ def _check_counts(nfe: Any, **counts: int) -> None:
     for name, count in counts.items():
         if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
             raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
+
+
+def _decays(given: float | Sequence[float]) -> tuple[float, ...]:
+    decays = tuple(given) if isinstance(given, Sequence) else (given,)
+    if not decays or len(set(decays)) < len(decays) or not all(0 <= d < 1 for d in decays):
+        raise ValueError(
+            f"run.ema_decay = {given!r} must be a number in [0, 1), or several different ones"
+        )
+    return decays
 
 
 def _budget(**amounts: Any) -> Budget:

@@ -15,7 +15,6 @@ from trainers.budget import Budget
 from trainers.callbacks import (
     Callback,
     CheckpointCallback,
-    EmaCallback,
     MetricsLog,
     PeriodicEvaluation,
     ProgressBar,
@@ -50,7 +49,6 @@ def fit_experiment(
         return values | {"images": float(state.images), "seconds": state.seconds}
 
     callbacks: list[Callback] = [
-        EmaCallback(decays=(experiment.ema_decay,)),
         MetricsLog(record=log, every=experiment.log_every),
         ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
     ]
@@ -68,6 +66,7 @@ def fit_experiment(
         engine=experiment.engine,
         optimizer=experiment.optimizer,
         schedule=experiment.schedule,
+        ema_decays=experiment.ema_decay,
         seed=experiment.seed,
         device=experiment.device,
         callbacks=callbacks,

@@ -83,7 +83,7 @@ class Batch:
     cond: Cond | None = None
     step: int = 0
     progress: float = 0.0  # share of the run's budget that is spent, in [0, 1]
-    share: Share = Share()  # noqa: RUF009  frozen
+    share: Share = Share()
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -93,9 +93,10 @@ class Batch:
 class LossOutput:
     """What an objective returns.
 
-    `per_sample` [rows of the share] is weighted and differentiable, and the only thing reduced (by the loop, as its
-    mean). `terms` {name: [rows]} are raw and detached: adaptive losses are flat by construction, so
-    the unweighted mean squared error per element of the rows that it concerns is what gets logged.
+    `per_sample` [rows of the share] is weighted and differentiable, and the only thing reduced (by
+    the loop, as its mean). `terms` {name: [rows]} are raw and detached: adaptive losses are flat by
+    construction, so the unweighted mean squared error per element of the rows that it concerns is
+    what gets logged.
     `diagnostics` {name: [rows]} are detached. `t` and `r` [b], where given, let a non-finite loss
     name the offending rows.
     """
@@ -308,7 +309,8 @@ class Engine(Protocol):
     engine's hooks, and followed by `backward` of its mean loss.
     `autocast` is the precision of that call, for checks that precede `prepare`. `step` applies one
     update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
-    `save` and `load` keep network, teachers and optimizer in a folder, without ever executing code.
+    `update_averages` follows with EMA teachers and averages of the weights. `save` and `load` keep
+    all of them and the optimizer in a folder, without ever executing code.
     """
 
     def prepare(
@@ -319,7 +321,7 @@ class Engine(Protocol):
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr_factor: float) -> Tensor: ...
-    def update_teachers(self, step: int) -> None: ...
+    def update_averages(self, step: int) -> None: ...
     def save(self, folder: FilePath) -> None: ...
     def load(self, folder: FilePath) -> None: ...
 

@@ -35,7 +35,6 @@ from trainers import (
     Callback,
     CheckpointCallback,
     Cosine,
-    EmaCallback,
     NonFiniteLoss,
     RAdam,
     TorchEngine,
@@ -78,7 +77,8 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(
             "seed": 5,
             **settings,
             "engine": TorchEngine(**settings.get("engine", {})),
-            "callbacks": [EmaCallback(decays=(0.5, 0.99)), *more],
+            "ema_decays": (0.5, 0.99),
+            "callbacks": more,
         }
         return run(**arguments | changes)
 

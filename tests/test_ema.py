@@ -8,7 +8,7 @@ from torch import nn
 from trainer_toys import StopAt, ToyNet, run, same
 
 from registry.protocols import LossOutput
-from trainers import Budget, Callback, CheckpointCallback, EmaCallback, TrainState
+from trainers import Budget, Callback, CheckpointCallback, TrainState
 from trainers.ema import Ema
 
 
@@ -67,7 +67,7 @@ def test_ema_refuses_a_decay_out_of_range(decay: float) -> None:
         Ema(nn.Linear(1, 1), decay)
 
 
-def test_ema_callback_keeps_several_decays_after_each_update() -> None:
+def test_fit_keeps_several_decays_after_each_update() -> None:
     class ByHand(Callback):
         def on_start(self, state: TrainState) -> None:
             self.mean = state.net.inner.weight.detach().clone()
@@ -77,7 +77,7 @@ def test_ema_callback_keeps_several_decays_after_each_update() -> None:
             self.mean += (1 - decay) * (state.net.inner.weight.detach() - self.mean)
 
     by_hand = ByHand()
-    state, losses = run(callbacks=[EmaCallback(decays=(0.5, 0.9)), by_hand])
+    state, losses = run(ema_decays=(0.5, 0.9), callbacks=[by_hand])
     assert list(state.emas) == ["0.5", "0.9"]
     assert state.ema_net is state.emas["0.5"]
     # the same formula in another order of float32 operations
@@ -88,12 +88,14 @@ def test_ema_callback_keeps_several_decays_after_each_update() -> None:
     assert torch.equal(torch.stack(losses), torch.stack(without))  # averaging changes no training
 
 
-def test_ema_callback_continues_from_a_checkpoint_or_says_what_there_is(tmp_path) -> None:
-    whole, _ = run(callbacks=[EmaCallback(decays=(0.9,))])
-    pair = [EmaCallback(decays=(0.9,)), CheckpointCallback(every=4)]
-    run(callbacks=[*pair, StopAt(4)], folder=tmp_path)
+def test_ema_continues_from_a_checkpoint_or_says_what_there_is(tmp_path) -> None:
+    whole, _ = run(ema_decays=(0.9,))
+    saving = CheckpointCallback(every=4)
+    run(ema_decays=(0.9,), callbacks=[saving, StopAt(4)], folder=tmp_path)
     with pytest.raises(ValueError, match=r"ema_0.99.safetensors is missing; there are: ema_0.9.s"):
-        run(callbacks=[EmaCallback(decays=(0.99,))], folder=tmp_path, resume=True)
-    state, _ = run(net=ToyNet(seed=9), callbacks=pair, folder=tmp_path, resume=True)
+        run(ema_decays=(0.99,), folder=tmp_path, resume=True)
+    state, _ = run(
+        net=ToyNet(seed=9), ema_decays=(0.9,), callbacks=[saving], folder=tmp_path, resume=True
+    )
     assert same(state.ema_net.state_dict(), whole.ema_net.state_dict())
     assert state.budget == Budget(steps=10)

@@ -458,7 +458,7 @@ def test_train_step_copies_a_teacher_that_needs_it() -> None:
     with torch.no_grad():
         net.outer.bias += 1.0
     start = copy.outer.bias.clone()
-    module.update_teachers(0)  # at step 0 the decay is 0.1
+    module.update_averages(0)  # at step 0 the decay is 0.1
     assert torch.allclose(copy.outer.bias, start + 0.9)
 
 
@@ -478,7 +478,7 @@ def test_train_step_serves_a_shared_teacher_once() -> None:
     with torch.no_grad():
         net.outer.bias += 1.0
     start = teacher.network.outer.bias.clone()
-    module.update_teachers(0)
+    module.update_averages(0)
     assert torch.allclose(teacher.network.outer.bias, start + 0.9)
     own = TrainStep(net, Outer(ToyObjective(teacher=teacher), EmaTeacher()))
     assert list(own.teachers) == ["inner-teacher", "teacher"]

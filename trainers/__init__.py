@@ -6,7 +6,6 @@ from trainers.budget import Budget
 from trainers.callbacks import (
     Callback,
     CheckpointCallback,
-    EmaCallback,
     MetricsLog,
     NonFiniteLoss,
     PeriodicEvaluation,
@@ -25,7 +24,6 @@ __all__ = [
     "CheckpointCallback",
     "ConstantLr",
     "Cosine",
-    "EmaCallback",
     "MetricsLog",
     "NonFiniteLoss",
     "PeriodicEvaluation",

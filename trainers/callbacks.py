@@ -1,6 +1,6 @@
-"""What happens round the updates: averages, records, evaluation, checkpoints, the progress bar.
+"""What happens round the updates: records, evaluation, checkpoints, the progress bar.
 
-`fit` calls them in the order given: an Ema before the evaluation and the checkpoint that read it.
+`fit` calls them in the order given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -23,14 +23,12 @@ from tqdm import tqdm
 
 from registry.protocols import LossOutput
 from trainers import checkpoint
-from trainers.ema import Ema
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
 from trainers.state import Callback, TrainState
 
 __all__ = [
     "Callback",
     "CheckpointCallback",
-    "EmaCallback",
     "MetricsLog",
     "NonFiniteLoss",
     "PeriodicEvaluation",
@@ -39,26 +37,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, eq=False)
-class EmaCallback(Callback):
-    """Keeps an average of the weights per decay in `state.emas`; the first is `state.ema_net`."""
-
-    decays: Sequence[float] = (0.9999,)
-
-    _emas: list[Ema] = field(default_factory=list, init=False, repr=False)
-
-    def on_start(self, state: TrainState) -> None:
-        self._emas = [Ema(state.net, decay) for decay in self.decays]
-        state.emas = {str(ema.decay): ema.net for ema in self._emas}
-        if state.resumed:
-            for name, net in state.emas.items():
-                checkpoint.load_module(state.resumed / f"ema_{name}.safetensors", net)
-
-    def on_step(self, state: TrainState, out: LossOutput) -> None:
-        for ema in self._emas:
-            ema.update(state.step - 1)
 
 
 @dataclass(kw_only=True, eq=False)

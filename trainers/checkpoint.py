@@ -49,8 +49,6 @@ def save(state: TrainState, keep: int) -> Path:
     partial.mkdir(parents=True)
     try:
         state.engine.save(partial)
-        for name, ema in state.emas.items():
-            save_module(partial / f"ema_{name}.safetensors", ema)
         _write_json(partial / "state.json", _counters(state))
         files = sorted(f for f in partial.iterdir())
         _write_json(partial / _MANIFEST, {f.name: _fingerprint(f) for f in files})

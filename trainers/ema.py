@@ -9,11 +9,17 @@ same rule serves EMA teachers (zoo/teachers.py). Buffers are copied.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from trainers.engines import frozen_copy
 from zoo.teachers import warmed_up
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights take no gradient."""
+    return copy.deepcopy(net).requires_grad_(False).eval()
 
 
 class Ema:

@@ -10,10 +10,9 @@ gradient. Dropout alone draws for each share.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -26,28 +25,30 @@ from torch import Tensor, nn
 from registry import engines
 from registry.protocols import Batch, LossOutput, Objective, Optimizer, Share, Teacher, parts
 from trainers.checkpoint import load_module, read_state, save_module, save_state
-
+from trainers.ema import Ema, frozen_copy
 
 log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
-    """A network, its objective and that one's teachers, as one module whose call is the loss."""
+    """A network, its objective, teachers and averages, as one module whose call is the loss."""
 
-    def __init__(self, net: nn.Module, objective: Objective):
+    def __init__(self, net: nn.Module, objective: Objective, ema_decays: Sequence[float] = ()):
         super().__init__()
         self.net = net
         self.objective = objective
         self.teachers = nn.ModuleDict()
         self._owners: list[Teacher] = []
         for path, teacher in _distinct_teachers(objective):
-            key = path.replace(".", "-")  # a module's name holds no dots
+            key = _key(path)
             if teacher.needs_copy:
                 self.teachers[key] = frozen_copy(net)
                 teacher.attach(self.teachers[key])
                 self._owners.append(teacher)
             elif isinstance(own := getattr(teacher, "network", None), nn.Module):
                 self.teachers[key] = own
+        self._emas = [Ema(net, decay) for decay in ema_decays]
+        self.averages = nn.ModuleDict({_key(str(ema.decay)): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         out = self.objective.loss(self.net, batch, rng)
@@ -66,11 +67,20 @@ class TrainStep(nn.Module):
     def train(self, mode: bool = True) -> TrainStep:
         super().train(mode)
         self.teachers.eval()  # targets are evaluated without dropout
+        self.averages.eval()
         return self
 
-    def update_teachers(self, step: int) -> None:
+    @property
+    def emas(self) -> dict[str, nn.Module]:
+        """The averages by their decay."""
+        return {str(ema.decay): ema.net for ema in self._emas}
+
+    def update_averages(self, step: int) -> None:
+        """After update number `step`, counting from 0."""
         for teacher in self._owners:
             teacher.update(self.net, step)
+        for ema in self._emas:
+            ema.update(step)
 
 
 @engines.register("torch_engine")
@@ -142,30 +152,31 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def update_teachers(self, step: int) -> None:
-        self.module.update_teachers(step)
+    def update_averages(self, step: int) -> None:
+        self.module.update_averages(step)
 
     def save(self, folder: Path) -> None:
-        save_module(folder / "net.safetensors", self.module.net)
-        for name, teacher in self.module.teachers.items():
-            save_module(folder / f"teacher_{name}.safetensors", teacher)
+        for name, module in self._networks():
+            save_module(folder / f"{name}.safetensors", module)
         save_state(folder / "optimizer.pt", self._optimizer.state_dict())
 
     def load(self, folder: Path) -> None:
-        load_module(folder / "net.safetensors", self.module.net)
-        for name, teacher in self.module.teachers.items():
-            load_module(folder / f"teacher_{name}.safetensors", teacher)
+        for name, module in self._networks():
+            load_module(folder / f"{name}.safetensors", module)
         self._optimizer.load_state_dict(read_state(folder / "optimizer.pt"))
+
+    def _networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """By the names of their files."""
+        yield "net", self.module.net
+        for name, teacher in self.module.teachers.items():
+            yield f"teacher_{name}", teacher
+        for decay, average in self.module.emas.items():
+            yield f"ema_{decay}", average
 
     def _gradient_norm(self) -> Tensor:
         if self.clip:
             return nn.utils.clip_grad_norm_(self._params, self.clip)
         return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
-
-
-def frozen_copy(net: nn.Module) -> nn.Module:
-    """A copy in eval mode whose weights take no gradient."""
-    return copy.deepcopy(net).requires_grad_(False).eval()
 
 
 @lru_cache  # once per class
@@ -176,6 +187,11 @@ def _warn_of_waste(name: str) -> None:
         "x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, batch.cond)",
         name,
     )
+
+
+def _key(path: str) -> str:
+    """As the name of a module, which holds no dots."""
+    return path.replace(".", "-")
 
 
 def _distinct_teachers(objective: Objective) -> Iterator[tuple[str, Teacher]]:

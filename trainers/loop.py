@@ -36,6 +36,7 @@ def fit(
     engine: Engine | None = None,
     optimizer: Optimizer = AdamW(),  # noqa: B008  frozen
     schedule: Schedule = ConstantLr(),  # noqa: B008  frozen
+    ema_decays: Sequence[float] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
     callbacks: Sequence[Callback] = (),
@@ -44,12 +45,14 @@ def fit(
 ) -> TrainState:
     """Train `net` in place until the budget is spent or a callback sets `state.stop`.
 
+    `state.emas` are averages of the weights, one per decay; the first is `state.ema_net`.
     A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
     `folder`; `resume` continues from the newest whole one, or starts where there is none.
     """
     device = torch.device(device)
     engine = TorchEngine() if engine is None else engine
-    engine.prepare(TrainStep(net, objective), optimizer, device, batch_size)
+    train_step = TrainStep(net, objective, ema_decays)
+    engine.prepare(train_step, optimizer, device, batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
     state = TrainState(
@@ -61,6 +64,7 @@ def fit(
         device=device,
         folder=folder,
         callbacks=tuple(callbacks),
+        emas=train_step.emas,
     )
     if resume:
         checkpoint.restore(state)
@@ -95,7 +99,7 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
     factor = schedule(step, progress)
     state.lr = lr * factor
     state.grad_norm = engine.step(factor)
-    engine.update_teachers(step)
+    engine.update_averages(step)
     state.step += 1
     state.images += len(batch)
     return outs[0] if len(outs) == 1 else _joined(outs)
