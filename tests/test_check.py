@@ -222,6 +222,12 @@ WRONG = {
         "        x_t = 0.3 * x0 + 0.7 * x1\n        v = x1 - x0",
         "determined by rng", "ignores rng", "from the rng",
     ),
+    "draws_for_its_share": (
+        "def loss(self, net, batch, rng):\n",
+        "def loss(self, net, batch, rng):\n"
+        "        batch = type(batch)(*batch.share.rows(batch.x0, batch.cond))\n",
+        "shares of a batch", "other losses in a share", "for the whole batch, then",
+    ),
     "spread_over_the_rows": (
         "per_sample=error,", "per_sample=error / x0.std(0).mean(),",
         "few rows", "1 row", "nan",

@@ -308,5 +308,5 @@ def test_defaults_are_those_of_the_reading():
     ],
 )
 def test_impossible_settings_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"decm.{field}"):
+    with pytest.raises(ValueError, match=rf"^decm\.{field} = "):
         DECM(**{field: value})

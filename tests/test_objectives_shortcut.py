@@ -159,5 +159,5 @@ def test_number_of_steps_must_be_a_power_of_two(num_steps):
 
 
 def test_share_must_be_a_fraction():
-    with pytest.raises(ValueError, match="bootstrap_fraction"):
+    with pytest.raises(ValueError, match=r"^shortcut\.bootstrap_fraction = "):
         Shortcut(bootstrap_fraction=1.5)

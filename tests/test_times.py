@@ -30,6 +30,12 @@ counts = st.integers(1, 200)
 seeds = st.integers(0, 2**31 - 1)
 each = pytest.mark.parametrize("name", time_laws.names())
 PAIRS = ("uniform_pair", "logit_normal_pair", "beta_pair")
+# Every law, and those with draws of their own besides the default's.
+ALL = [time_laws.get(name)() for name in time_laws.names()] + [
+    BetaPair(a=2.4, b=0.8),
+    BetaPair(r_law="zero"),
+    BetaPair(r_law="mix"),
+]
 
 
 def draw(law, n=N, seed=0):
@@ -84,14 +90,20 @@ def test_quota_is_exact_in_hundredths():
             assert quota(n, percent / 100) == -(-n * percent // 100)
 
 
-@each
-def test_law_is_determined_by_its_generator(name):
+@pytest.mark.parametrize("law", ALL, ids=repr)
+def test_law_is_determined_by_its_generator(law):
     before = torch.get_rng_state()
-    law = time_laws.get(name)()
     one, same, other = (draw(law, 64, seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("law", ALL, ids=repr)
+def test_times_are_drawn_on_the_device_of_the_generator(law):
+    with torch.device("meta"):  # what a tensor gets that is told no device
+        t, r = draw(law, 8)
+    assert t.device.type == r.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["uniform", "logit_normal", "stratified"])
@@ -195,5 +207,5 @@ def test_draws_are_independent_of_each_other():
 )
 def test_impossible_settings_are_refused(law, field, value):
     name = time_laws.name_of(law)
-    with pytest.raises(ValueError, match=f"{name}.{field}"):
+    with pytest.raises(ValueError, match=rf"^{name}\.{field} = "):
         law(**{field: value})

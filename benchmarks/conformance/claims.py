@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.conformance.networks import Tapped
-from benchmarks.conformance.results import HEADS, Broken, Claim, Result, compared, declared, held
+from benchmarks.conformance.results import (
+    HEADS,
+    Broken,
+    Claim,
+    Result,
+    compared,
+    declared,
+    held,
+    note,
+)
 from benchmarks.conformance.subject import (
     STEPS,
     Subject,
@@ -21,9 +30,13 @@ from benchmarks.conformance.subject import (
     replaced,
 )
 from registry import derivatives
-from registry.protocols import NULL_LABEL, Batch, LossOutput, parts
+from registry.protocols import NULL_LABEL, Batch, LossOutput, Share, parts
 
 SHAPES = ((2,), (1,), (3, 4), (1, 8, 8))
+SHARE = (
+    "draw noise, times and labels for the whole batch, then keep the rows of the share: "
+    "x0, x1, t = batch.share.rows(batch.x0, x1, t)"
+)
 LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean_flat"
 
 
@@ -244,6 +257,26 @@ def rows_are_independent(subject: Subject) -> Result:
     )
 
 
+def share_of_a_batch(subject: Subject) -> Result:
+    """A share has the losses that its rows have in the whole batch; it may do without shares."""
+    error, wasteful = 0.0, False
+    for step in STEPS[:2]:
+        batch = random_batch(n=12, step=step, labels="given")
+        whole = subject.on_toy()(batch, seed=step).per_sample.detach()
+        for share in (Share(0, 2), Share(1, 2), Share(2, 3)):
+            part = subject.on_toy()(replace(batch, share=share), seed=step).per_sample.detach()
+            wasteful = part.shape == whole.shape
+            wanted = whole if wasteful else share.rows(whole)[0]
+            if part.shape != wanted.shape:
+                raise Broken(f"{len(part)} losses for {len(wanted)} of 12 rows", SHARE)
+            error = max(error, float(((part - wanted).abs() / (wanted.abs() + 1e-3)).max()))
+    if not error < 1e-4:  # float32 times, in other sums
+        raise Broken(f"rows have other losses in a share of the batch, by {error:.2g}", SHARE)
+    if wasteful:
+        return note("computes the whole batch in every share: right, and slow")
+    return held(f"change {error:.2g} < 0.0001", error, 1e-4)
+
+
 def derivatives_agree(subject: Subject) -> Result:
     """The exact backends to rounding, finite differences to 1e-3, in loss and gradient."""
     chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
@@ -328,5 +361,6 @@ GENERAL: dict[str, Claim] = {
     "determined by rng": deterministic,
     "global generators untouched": global_generators_untouched,
     "rows are independent": rows_are_independent,
+    "shares of a batch": share_of_a_batch,
     "derivatives agree": derivatives_agree,
 }
