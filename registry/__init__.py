@@ -30,6 +30,7 @@ __all__ = [
     "schedules",
     "teachers",
     "time_laws",
+    "vaes",
     "weights",
 ]
 
@@ -89,6 +90,7 @@ weights = Registry("weight")
 teachers = Registry("teacher")
 samplers = Registry("sampler", _check_sampler)
 datasets = Registry("data set")
+vaes = Registry("VAE")
 metrics = Registry("metric")
 extractors = Registry("feature extractor")
 engines = Registry("engine")
@@ -111,6 +113,7 @@ kinds = (
     teachers,
     samplers,
     datasets,
+    vaes,
     metrics,
     extractors,
     engines,

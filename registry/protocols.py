@@ -281,6 +281,31 @@ class Dataset(Protocol):
     def sample_labels(self, n: int) -> Cond | None: ...
 
 
+@runtime_checkable
+class Coded(Protocol):
+    """A data set of codes, such as a VAE's latents; people and metrics see what they decode to."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[n *shape] -> pixels [n c h w] in [-1, 1], on the device of the codes."""
+        ...
+
+
+class Vae(Protocol):
+    """Frozen weights between pixels in [-1, 1] [n c h w] and latents [n k h' w'].
+
+    `encode` gives the posterior's mean and log-variance, None where the encoder is deterministic;
+    neither side is scaled or shifted, but `scale` and `shift` say how: (latent - shift) scale.
+    """
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def provenance(self) -> dict[str, str]: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def shift(self) -> float: ...
+
+
 class Metric(Protocol):
     """(samples, reference) -> (name, value) pairs; both [n *d] in the data's own range."""
 

@@ -111,15 +111,51 @@ def test_samples_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     torch.testing.assert_close(draw(net, EvenOnly(), x1, batch_size=batch_size), whole)
 
 
-def test_a_samplers_own_noise_depends_on_seed_and_first_row_alone() -> None:
-    x1, random = torch.zeros(8, 2), EvenOnly(spread=1.0)
-    first = draw(identity, random, x1, seed=1, batch_size=4)
-    assert torch.equal(first, draw(identity, random, x1, seed=1, batch_size=4))
-    assert torch.equal(first[:4], draw(identity, random, x1[:4], seed=1, batch_size=4))
-    assert not torch.equal(first[:4], first[4:])
-    assert not torch.equal(first, draw(identity, random, x1, seed=2, batch_size=4))
-    block = draw(identity, random, torch.zeros(BLOCK, 2), seed=1, batch_size=BLOCK)
-    assert not torch.equal(block, noise((2,), BLOCK, 1))  # nor is it the noise that x1 is made of
+@settings(max_examples=20)
+@given(batch_size=st.integers(1, 600), processes=st.integers(1, 4), seed=st.integers(0, 9))
+def test_what_a_sampler_draws_depends_on_seed_and_row_alone(batch_size, processes, seed) -> None:
+    n, random = 2 * BLOCK + 5, EvenOnly(spread=1.0)
+    x1 = noise((1,), n, seed)
+    whole = draw(identity, random, x1, seed=seed)
+    shared = torch.zeros_like(whole)
+    for process in range(processes):
+        for first in range(process * BLOCK, n, processes * BLOCK):
+            rows = noise((1,), min(BLOCK, n - first), seed, first)
+            shared[first : first + BLOCK] = draw(
+                identity, random, rows, seed=seed, batch_size=batch_size, first=first
+            )
+    assert torch.equal(shared, whole)
+
+
+def test_what_a_sampler_draws_differs_by_block_and_seed_and_from_the_noise_itself() -> None:
+    x1, random = torch.zeros(2 * BLOCK, 2), EvenOnly(spread=1.0)
+    first, second = draw(identity, random, x1, seed=1).split(BLOCK)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, draw(identity, random, x1[:BLOCK], seed=2))
+    assert not torch.equal(first, noise((2,), BLOCK, 1))
+
+
+@dataclass(frozen=True)
+class Halves(Toy):
+    """Toy whose rows are codes: a picture's grey value is the first number over ten."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes[:, :1, None, None].expand(-1, 3, 2, 2) / 10
+
+
+def test_metrics_see_what_codes_decode_to() -> None:
+    rows = {}
+
+    def metric(samples: Tensor, reference: Tensor) -> Iterator[tuple[str, float]]:
+        rows["samples"], rows["reference"] = samples, reference
+        yield "n", len(samples)
+
+    list(evaluate(identity, EvenOnly(), [2], metric, Halves(), 3, 0))
+    assert rows["reference"].dtype == torch.uint8
+    assert rows["reference"][:, 0, 0, 0].tolist() == [128, 140, 153, 166, 178, 191]
+    codes = noise((2,), 3, 0)[:, 0] / 2
+    expected = (127.5 * (codes / 10 + 1)).round().to(torch.uint8)
+    assert torch.equal(rows["samples"], expected[:, None, None, None].expand(-1, 3, 2, 2))
 
 
 def test_drawing_is_in_evaluation_mode_without_gradient_and_restores_modes() -> None:
