@@ -131,8 +131,8 @@ def run(
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
-    average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A teacher that is
-    trained first takes `teacher_optimizer`, by default the run's own.
+    average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A
+    teacher that is trained first takes `teacher_optimizer`, by default the run's own.
     """
     _check_counts(
         nfe,
@@ -191,7 +191,7 @@ def run(
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if pruner is not None:
         measured = _measured(experiment, pruner.metric)
-        check_pruner(pruner, evaluate_every, experiment.budget, measured)
+        check_pruner(pruner, experiment.recorder, evaluate_every, experiment.budget, measured)
     return experiment
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.record_file import RECORD, Record, read_record
+from benchmarks.tracking import Null
 from registry import pruners
 from registry.core import did_you_mean
 from trainers.budget import Budget
@@ -98,12 +99,14 @@ class SuccessiveHalving:
 class Pruning(Callback):
     """Asks the pruner after each evaluation; `reason` says why the run was stopped, if it was."""
 
-    pruner: Pruner
+    pruner: Pruner | None
     folder: Path  # of the cell
     reason: str = field(default="", init=False)
 
     def on_evaluate(self, state: TrainState, values: Mapping[str, float]) -> None:
-        if state.progress < 1 and (reason := why_pruned(self.pruner, self.folder)):
+        if self.pruner is None or state.progress >= 1:
+            return
+        if reason := why_pruned(self.pruner, self.folder):
             self.reason = f"at step {state.step}: {reason}"
             state.stop = "its pruner"
 
@@ -133,9 +136,16 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
     return f"{pruner.metric} = {last.value:.4g} is weak among {rivals} others"
 
 
-def check_pruner(pruner: Pruner, every: int, budget: Budget, measured: Sequence[str]) -> None:
-    """ValueError if the pruner could never act in a run that measures this, as often as this."""
+def check_pruner(
+    pruner: Pruner, recorder: object, every: int, budget: Budget, measured: Sequence[str]
+) -> None:
+    """ValueError if the pruner could not act in a run that measures this, as often as this."""
     name = pruners.name_of(pruner)
+    if isinstance(recorder, Null):
+        raise ValueError(
+            f"run.pruner = @{name}() reads what the other cells recorded, and run.recorder = "
+            "@null() keeps nothing; take @jsonl() or @mlflow()"
+        )
     if not every:
         raise ValueError(
             f"run.pruner = @{name}() decides at the periodic evaluations, and there are none. "

@@ -10,6 +10,7 @@ from benchmarks import evaluate
 from benchmarks.experiment import Experiment
 from benchmarks.map_error import ClosedForm, map_error
 from benchmarks.memory import PeakMemory
+from benchmarks.pruning import PRUNED, Pruned, Pruning
 from benchmarks.shown import keep_samples
 from trainers.budget import Budget
 from trainers.callbacks import (
@@ -36,7 +37,7 @@ def fit_experiment(
     budget: Budget,
     prefix: str = "",
 ) -> TrainState:
-    """Train what `experiment` says for this budget; Stopped if a signal ended it."""
+    """Train what `experiment` says for this budget; Stopped if a signal ended it, or Pruned."""
     peak = PeakMemory(experiment.device)
 
     def log(values: dict[str, float], step: int) -> None:
@@ -56,6 +57,8 @@ def fit_experiment(
         callbacks.append(
             PeriodicEvaluation(fn=evaluation, every=experiment.evaluate_every, at_end=False)
         )
+    pruning = Pruning(pruner=experiment.pruner, folder=folder)
+    callbacks.append(pruning)
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
     state = fit(
         net=experiment.net,
@@ -73,8 +76,12 @@ def fit_experiment(
         folder=folder,
         resume=resume,
     )
+    if pruning.reason:
+        record.tags({PRUNED: pruning.reason})
+        record.close("KILLED")
+        raise Pruned(pruning.reason)
     if state.stop:
-        raise Stopped(f"stopped by {state.stop} at step {state.step}; continue with --resume")
+        raise Stopped(f"stopped by {state.stop} at step {state.step}")
     cost = {"cost/seconds_per_step": state.seconds / state.step}
     if peak.mib is not None:
         cost["cost/peak_memory_mib"] = peak.mib

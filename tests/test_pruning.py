@@ -1,0 +1,171 @@
+"""Pruning: who is stopped and who is not, and what is left of a cell that was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.pruning import PRUNED, Report, SuccessiveHalving, check_pruner, why_pruned
+from benchmarks.tracking import Jsonl, Null, Run
+from trainers.budget import Budget
+
+METRIC = "nfe1/fd"
+
+
+def halving(**settings: Any) -> SuccessiveHalving:
+    return SuccessiveHalving(**{"metric": METRIC, "min_steps": 10, "reduction": 2, **settings})
+
+
+def reports(*values: tuple[str, int, float]) -> list[Report]:
+    """In the order of time."""
+    return [Report(time, *value) for time, value in enumerate(values)]
+
+
+def test_first_cell_at_a_rung_goes_on() -> None:
+    assert not halving()(reports(("a", 10, 5.0)))
+
+
+def test_worse_of_two_is_stopped_and_the_better_goes_on() -> None:
+    assert halving()(reports(("a", 10, 5.0), ("b", 10, 6.0)))
+    assert not halving()(reports(("a", 10, 5.0), ("b", 10, 4.0)))
+
+
+def test_higher_may_be_better() -> None:
+    assert not halving(better="higher")(reports(("a", 10, 5.0), ("b", 10, 6.0)))
+    assert halving(better="higher")(reports(("a", 10, 5.0), ("b", 10, 4.0)))
+
+
+def test_value_that_is_no_number_is_stopped_though_it_is_the_first() -> None:
+    assert halving()(reports(("a", 10, math.nan)))
+
+
+def test_nobody_is_stopped_between_the_rungs() -> None:
+    better = [("a", step, 1.0) for step in (5, 10, 15, 20, 25)]
+    for step, stopped in [(5, False), (10, True)]:
+        assert halving()(reports(*better, ("b", step, 2.0))) is stopped
+    through = [("b", 10, 0.5), ("b", 15, 3.0)]
+    assert not halving()(reports(*better, *through))
+    assert halving()(reports(*better, *through, ("b", 20, 3.0)))
+
+
+class Rungs:
+    """Asynchronous successive halving as the paper has it, for cells that report at each step."""
+
+    def __init__(self, min_steps: int, reduction: int):
+        self.min_steps, self.reduction = min_steps, reduction
+        self.reached: dict[int, list[float]] = {}
+
+    def stops(self, step: int, value: float) -> bool:
+        rung = round(math.log(step / self.min_steps, self.reduction)) if step > 0 else -1
+        if rung < 0 or step != self.min_steps * self.reduction**rung:
+            return False
+        there = self.reached.setdefault(rung, [])
+        there.append(value)
+        return value > sorted(there)[max(len(there) // self.reduction, 1) - 1]
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=12), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.integers(2, 4),
+    st.randoms(use_true_random=False),
+)
+def test_cells_that_run_at_once_are_halved_as_the_paper_says(
+    values: list[list[float]], min_steps: int, reduction: int, order: Any
+) -> None:
+    pruner, exact = halving(min_steps=min_steps, reduction=reduction), Rungs(min_steps, reduction)
+    running = dict(enumerate(values))
+    done: list[Report] = []
+    while running:
+        cell = order.choice(sorted(running))
+        step = sum(report.cell == str(cell) for report in done) + 1
+        done.append(Report(len(done), str(cell), step, running[cell][step - 1]))
+        stops = exact.stops(step, done[-1].value)
+        assert pruner(done) is stops
+        if stops or step == len(running[cell]):
+            del running[cell]
+
+
+def cell(parent: Run, name: str, values: dict[int, float], seed: int = 0, group: str = "") -> Path:
+    folder = parent.folder / name
+    with parent.child(name, folder, tags={"group": group or name}) as record:
+        record.params({"run.seed": seed})
+        for step, value in values.items():
+            record.metrics({METRIC: value, "loss": 0.0}, step)
+    return folder
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Run:
+    return Jsonl().start("grid", tmp_path / "grid")
+
+
+def test_cell_competes_with_those_beside_it(grid: Run) -> None:
+    cell(grid, "a", {10: 1.0, 20: 1.0})
+    weak = cell(grid, "b", {10: 2.0})
+    assert why_pruned(halving(), weak) == "nfe1/fd = 2 is weak among 1 others"
+    assert why_pruned(halving(), cell(grid, "c", {10: 0.5})) == ""
+
+
+def test_cells_of_other_seeds_and_other_grids_do_not_compete(grid: Run, tmp_path: Path) -> None:
+    cell(grid, "a", {10: 1.0}, seed=1)
+    other = Jsonl().start("other", tmp_path / "other")
+    with other.child("x", grid.folder / "x") as stray:
+        stray.params({"run.seed": 0})
+        stray.metrics({METRIC: 1.0}, 10)
+    assert why_pruned(halving(), cell(grid, "b", {10: 2.0}, seed=0)) == ""
+    assert why_pruned(halving(), cell(grid, "c", {10: 2.0}, seed=1)) != ""
+
+
+def test_other_seeds_of_a_pruned_arm_are_pruned(grid: Run) -> None:
+    first = cell(grid, "b-0", {10: 2.0}, seed=0, group="b")
+    with Jsonl().start("b-0", first) as again:
+        again.tags({PRUNED: "at step 10: weak"})
+        again.close("KILLED")
+    follower = cell(grid, "b-1", {5: 0.1}, seed=1, group="b")
+    assert why_pruned(halving(), follower) == (
+        "b-0, the same with another seed, was pruned at step 10: weak"
+    )
+    assert why_pruned(halving(), cell(grid, "c-1", {5: 0.1}, seed=1, group="c")) == ""
+
+
+def test_what_others_report_later_does_not_count(grid: Run) -> None:
+    early = cell(grid, "a", {10: 2.0})
+    cell(grid, "b", {10: 1.0})
+    assert why_pruned(halving(), early) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"metric": ""}, r"successive_halving\.metric is not bound"),
+        ({"better": "best"}, "'lower' or 'higher'"),
+        ({"min_steps": 0}, r"min_steps = 0 must be 1"),
+        ({"reduction": 1}, r"reduction = 1 must be 2"),
+        ({"reduction": 2.5}, r"reduction = 2\.5"),
+    ],
+)
+def test_settings_are_checked_at_construction(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        halving(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"every": 0}, "run.evaluate_every = 10"),
+        ({"measured": ["nfe1/fd_pixels"]}, "Did you mean 'nfe1/fd_pixels'"),
+        ({"budget": Budget(steps=10)}, "not below run.steps = 10"),
+        ({"recorder": Null()}, "@null"),
+    ],
+)
+def test_pruner_that_could_not_act_is_refused(changed: dict[str, Any], told: str) -> None:
+    fine = {"recorder": Jsonl(), "every": 5, "budget": Budget(steps=11), "measured": [METRIC]}
+    check_pruner(halving(), **fine)
+    with pytest.raises(ValueError, match=told):
+        check_pruner(halving(), **{**fine, **changed})
