@@ -6,20 +6,23 @@ a pass of their own, since every objective here uses the derivative inside a tar
 for sharded engines, for non-reentrant activation checkpointing and for compilation.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
-passes keep the fast one.
+passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution takes three
+products, one of them with a weight tangent of zeros; `dual` takes the two that are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
@@ -52,7 +55,7 @@ class Dual:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with _forward_mode(), forward_ad.dual_level():
+        with _forward_mode(), forward_ad.dual_level(), _TwoProducts():
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
                 for p, d in zip(primals, tangents, strict=True)
@@ -119,6 +122,35 @@ def derivative_of_u(
         return net(x, t, r, cond)["u"]
 
     return derivative(u, point, tangents)
+
+
+class _TwoProducts(TorchFunctionMode):
+    """Layers linear in their input map its value and its tangent, once each."""
+
+    LAYERS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in self.LAYERS:
+            return _linear_in_first(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear_in_first(
+    layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(input)
+    fixed = all(forward_ad.unpack_dual(p).tangent is None for p in (weight, bias) if p is not None)
+    if tangent is None or not fixed:
+        return layer(input, weight, bias, *rest, **named)
+    return forward_ad.make_dual(
+        layer(value, weight, bias, *rest, **named), layer(tangent, weight, None, *rest, **named)
+    )
 
 
 @contextmanager
