@@ -1,11 +1,11 @@
-"""Networks: trunks (DiT, U-Net, MLP), the (t, r) embedding and the heads.
+"""Networks: trunks (DiT, LightningDiT, U-Net, MLP), the (t, r) embedding and the heads.
 
 Importing it registers all.
 """
 
 from __future__ import annotations
 
-from backbones import dit, heads, mlp, unet
+from backbones import dit, heads, lightning_dit, mlp, unet
 from backbones.network import FlowNetwork, build_network, default_heads, warm_start
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "default_heads",
     "dit",
     "heads",
+    "lightning_dit",
     "mlp",
     "unet",
     "warm_start",

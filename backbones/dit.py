@@ -12,6 +12,7 @@ Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
+from backbones.trunk import Trunk
 from registry import backbones
 from registry.protocols import Cond, Reference
 
@@ -39,7 +41,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, drop=dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            _xavier(layer)
+            xavier_(layer)
         zero_(self.modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -53,11 +55,18 @@ class Block(nn.Module):
 class PatchReadout(nn.Module):
     """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer of its own modulation."""
 
-    def __init__(self, dim: int, channels: int, grid: tuple[int, int], patch: int):
+    def __init__(
+        self,
+        dim: int,
+        channels: int,
+        grid: tuple[int, int],
+        patch: int,
+        norm: nn.Module | None = None,
+    ):
         super().__init__()
         self.height, self.width = grid
         self.patch = patch
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = norm or nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, patch * patch * channels)
         zero_(self.modulation)
@@ -76,56 +85,32 @@ class PatchReadout(nn.Module):
         )
 
 
-@backbones.register("dit")
-class DiT(nn.Module):
-    """Diffusion transformer with adaLN-zero, for [b c h w].
+class PatchTransformer(Trunk):
+    """Patches at fixed positions through blocks (tokens, c) -> tokens; for [b c h w].
 
-    Dropout draws from the global RNG of torch. `checkpointing` recomputes each block in the
-    backward pass instead of keeping its activations.
+    `block` and `conditioning` make the parts, in the order in which weights are drawn.
     """
 
-    reference: ClassVar = Reference(
-        title="Scalable Diffusion Models with Transformers",
-        authors="Peebles and Xie",
-        year=2022,
-        arxiv="2212.09748",
-    )
     positions: Tensor
 
     def __init__(
         self,
-        *,
         shape: tuple[int, ...],
-        num_classes: int = 0,
-        two_times: bool = False,
-        patch: int = 2,
-        dim: int = 384,
-        depth: int = 6,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        second_time: str = "h",
-        max_frequency: float = 8.0,
-        checkpointing: bool = False,
+        patch: int,
+        dim: int,
+        depth: int,
+        block: Callable[[], nn.Module],
+        conditioning: Callable[[], Conditioning],
+        checkpointing: bool,
     ):
         super().__init__()
-        _check_width(dim, num_heads)
-        self.channels, self.grid = shape[0], _patch_grid(shape, patch)
+        self.channels, self.grid = shape[0], (shape[1] // patch, shape[2] // patch)
         self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
         self.embed = nn.Linear(self.channels * patch * patch, dim)
-        _xavier(self.embed)
+        xavier_(self.embed)
         self.register_buffer("positions", positions_2d(*self.grid, dim), persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, dropout, qk_norm) for _ in range(depth)
-        )
-        self.conditioning = Conditioning(
-            dim,
-            num_classes=num_classes,
-            two_times=two_times,
-            second_time=second_time,
-            max_frequency=max_frequency,
-        )
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.conditioning = conditioning()
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         c = self.conditioning(t, r, cond)
@@ -146,36 +131,85 @@ class DiT(nn.Module):
         return features.mean(1)
 
 
-def _xavier(layer: nn.Linear | nn.Conv2d) -> None:
+@backbones.register("dit")
+class DiT(PatchTransformer):
+    """Diffusion transformer with adaLN-zero, for [b c h w].
+
+    Dropout draws from the global RNG of torch. `checkpointing` recomputes each block in the
+    backward pass instead of keeping its activations.
+    """
+
+    reference: ClassVar = Reference(
+        title="Scalable Diffusion Models with Transformers",
+        authors="Peebles and Xie",
+        year=2022,
+        arxiv="2212.09748",
+    )
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        num_classes: int = 0,
+        two_times: bool = False,
+        patch: int = 2,
+        dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        second_time: str = "h",
+        max_frequency: float = 8.0,
+        time_features: str = "unit",
+        checkpointing: bool = False,
+    ):
+        check_patches("dit", shape, patch, dim, num_heads)
+        super().__init__(
+            shape=shape,
+            patch=patch,
+            dim=dim,
+            depth=depth,
+            block=lambda: Block(dim, num_heads, mlp_ratio, dropout, qk_norm),
+            conditioning=lambda: Conditioning(
+                dim,
+                num_classes=num_classes,
+                two_times=two_times,
+                second_time=second_time,
+                max_frequency=max_frequency,
+                time_features=time_features,
+            ),
+            checkpointing=checkpointing,
+        )
+
+
+def xavier_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Uniform weights by Xavier's rule, zero bias."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def _patch_grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches."""
+def check_patches(name: str, shape: tuple[int, ...], patch: int, dim: int, num_heads: int) -> None:
+    """ValueError unless images of this shape can be cut into patches, and the width into heads."""
+    unit = math.lcm(4, num_heads)  # the position embedding has four parts
+    if dim % unit:
+        raise ValueError(
+            f"{name}.dim = {dim} must be a multiple of 4 and of {name}.num_heads = {num_heads}. "
+            f"Nearest legal dim: {_nearest(dim, unit)}"
+        )
     if len(shape) != 3:
         raise ValueError(
-            f"dit takes images, shape (channels, height, width); the data have shape "
+            f"{name} takes images, shape (channels, height, width); the data have shape "
             f"{tuple(shape)}. For vectors use @mlp"
         )
     _, height, width = shape
     if patch < 1 or height % patch or width % patch:
         fitting = [p for p in range(1, min(height, width) + 1) if not (height % p or width % p)]
         raise ValueError(
-            f"images of {height}x{width} cannot be cut into patches of dit.patch = {patch}. "
+            f"images of {height}x{width} cannot be cut into patches of {name}.patch = {patch}. "
             f"Patches that fit: {', '.join(map(str, fitting))}. Nearest legal height: "
             f"{_nearest(height, max(patch, 1))}; width: {_nearest(width, max(patch, 1))}"
-        )
-    return height // patch, width // patch
-
-
-def _check_width(dim: int, num_heads: int) -> None:
-    unit = math.lcm(4, num_heads)  # the position embedding has four parts
-    if dim % unit:
-        raise ValueError(
-            f"dit.dim = {dim} must be a multiple of 4 and of dit.num_heads = {num_heads}. "
-            f"Nearest legal dim: {_nearest(dim, unit)}"
         )
 
 

@@ -8,6 +8,10 @@ eight-mode mixture (0.23 and 0.23 in two seeds; 0.23 and 0.26 at 4, 0.25 and 0.2
 matching did not mind. Whether the second time is the interval h = t - r or the end r itself is
 decided in this file and nowhere else.
 
+`time_features = 'dit'` takes the frequencies of the released DiT codes, 10000^(-k/128) times
+max_frequency, for weights that were trained with them (imports.py): 1 is SiT and LightningDiT, 1000
+a code that scales its times.
+
 The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on the
 8x8 digits a DiT then took 180 steps to a loss that it had otherwise after 330, and ended alike.
 The second embedder's last layer starts at zero, so that a two-time network begins as the one-time
@@ -18,6 +22,7 @@ Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,19 +33,17 @@ from registry.protocols import NULL_LABEL, Cond
 
 NUM_FREQUENCIES = 128
 SECOND_TIMES = ("h", "r")
+TIME_FEATURES = ("unit", "dit")
 
 
 class TimeEmbedding(nn.Module):
     """t [b] -> [b dim]: sinusoidal features and a SiLU MLP with one hidden layer."""
 
-    frequencies: Tensor
-
-    def __init__(self, dim: int, max_frequency: float, *, zero_output: bool = False):
+    def __init__(
+        self, dim: int, max_frequency: float, features: str = "unit", *, zero_output: bool = False
+    ):
         super().__init__()
-        frequencies = max_frequency ** torch.linspace(0, 1, NUM_FREQUENCIES)
-        # Rounded to bfloat16, so that a bfloat16 copy of the network has the same frequencies.
-        frequencies = frequencies.bfloat16().float()
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.max_frequency, self.features = max_frequency, features
         self.hidden = nn.Linear(2 * NUM_FREQUENCIES, dim)
         self.output = nn.Linear(dim, dim)
         for layer in (self.hidden, self.output):
@@ -49,8 +52,16 @@ class TimeEmbedding(nn.Module):
         if zero_output:
             nn.init.zeros_(self.output.weight)
 
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """The angular frequencies [128]; no buffer, which a bfloat16 engine would cast."""
+        if self.features == "dit":
+            k = torch.arange(NUM_FREQUENCIES, device=device)
+            return self.max_frequency * torch.exp(-math.log(10000) / NUM_FREQUENCIES * k)
+        exponents = torch.linspace(0, 1, NUM_FREQUENCIES, device=device)
+        return (self.max_frequency**exponents).bfloat16().float()
+
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
+        angles = t[:, None] * self.frequencies(t.device)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.output(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
 
@@ -84,6 +95,7 @@ class Conditioning(nn.Module):
         two_times: bool,
         second_time: str,
         max_frequency: float,
+        time_features: str = "unit",
     ):
         super().__init__()
         if second_time not in SECOND_TIMES:
@@ -92,11 +104,17 @@ class Conditioning(nn.Module):
             )
         if max_frequency < 1:
             raise ValueError(f"max_frequency = {max_frequency}; it must be at least 1")
+        if time_features not in TIME_FEATURES:
+            raise ValueError(
+                f"time_features = {time_features!r}; allowed are {', '.join(TIME_FEATURES)}"
+            )
         self.second_is_interval = second_time == "h"
-        self.time = TimeEmbedding(dim, max_frequency)
+        self.time = TimeEmbedding(dim, max_frequency, time_features)
         self.label = LabelEmbedding(dim, num_classes) if num_classes else None
         self.second_time = (
-            TimeEmbedding(dim, max_frequency, zero_output=True) if two_times else None
+            TimeEmbedding(dim, max_frequency, time_features, zero_output=True)
+            if two_times
+            else None
         )
 
     def forward(self, t: Tensor, r: Tensor, cond: Cond | None) -> Tensor:

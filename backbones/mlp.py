@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
+from backbones.trunk import Trunk
 from registry import backbones
 from registry.protocols import Cond
 
@@ -47,7 +48,7 @@ class VectorReadout(nn.Module):
 
 
 @backbones.register("mlp")
-class MLP(nn.Module):
+class MLP(Trunk):
     """Residual MLP for vectors [b d], conditioned by scale and shift."""
 
     def __init__(
@@ -60,6 +61,7 @@ class MLP(nn.Module):
         depth: int = 4,
         second_time: str = "h",
         max_frequency: float = 8.0,
+        time_features: str = "unit",
     ):
         super().__init__()
         if len(shape) != 1:
@@ -76,6 +78,7 @@ class MLP(nn.Module):
             two_times=two_times,
             second_time=second_time,
             max_frequency=max_frequency,
+            time_features=time_features,
         )
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
+from backbones.trunk import Trunk
 from registry import backbones
 from registry.protocols import Cond, Reference
 
@@ -143,7 +144,7 @@ class ConvReadout(nn.Module):
 
 
 @backbones.register("unet")
-class UNet(nn.Module):
+class UNet(Trunk):
     """Convolutional U-Net with attention at its lowest resolution, for [b c h w] of any size.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more
@@ -170,6 +171,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         second_time: str = "h",
         max_frequency: float = 8.0,
+        time_features: str = "unit",
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -184,6 +186,7 @@ class UNet(nn.Module):
             two_times=two_times,
             second_time=second_time,
             max_frequency=max_frequency,
+            time_features=time_features,
         )
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:

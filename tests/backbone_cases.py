@@ -13,6 +13,7 @@ from backbones import FlowNetwork, build_network
 
 SMALL = {
     "dit": ((3, 4, 6), {"dim": 32, "depth": 2, "num_heads": 2}),
+    "lightning_dit": ((3, 4, 6), {"dim": 32, "depth": 2, "num_heads": 2, "patch": 2}),
     "unet": ((3, 5, 7), {"channels": 8, "num_heads": 2}),
     "mlp": ((3,), {"dim": 32, "depth": 2}),
 }

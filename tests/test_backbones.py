@@ -150,12 +150,12 @@ def test_network_without_classes_takes_any_cond(backbone):
 
 def test_time_features_are_unscaled_and_bounded():
     embedding = TimeEmbedding(8, max_frequency=16.0)
-    w = embedding.frequencies
+    w = embedding.frequencies()
     assert w.min() == 1
     assert w.max() == 16
     assert (w.diff() >= 0).all()
     # DeepSpeed's bf16 mode casts buffers too; the frequencies must survive it.
-    assert embedding.bfloat16().frequencies.float().equal(w)
+    assert embedding.bfloat16().frequencies().equal(w)
 
 
 # derivatives
@@ -193,9 +193,10 @@ def test_functional_jvp_equals_dual_numbers(backbone):
     torch.testing.assert_close(found, tangent(net, (x, t, r), tangents, cond))
 
 
-def test_checkpointing_changes_neither_gradient_nor_tangent():
-    plain, saving = (awake(small("dit", checkpointing=c)).double() for c in (False, True))
-    x, t, r, cond = inputs("dit", dtype=torch.float64)
+@pytest.mark.parametrize("backbone", ["dit", "lightning_dit"])
+def test_checkpointing_changes_neither_gradient_nor_tangent(backbone):
+    plain, saving = (awake(small(backbone, checkpointing=c)).double() for c in (False, True))
+    x, t, r, cond = inputs(backbone, dtype=torch.float64)
     tangents = (torch.randn_like(x), torch.ones_like(t), torch.zeros_like(r))
     expected = tangent(plain, (x, t, r), tangents, cond)
     assert tangent(saving, (x, t, r), tangents, cond).equal(expected)
@@ -260,7 +261,7 @@ def test_network_of_another_precision_takes_and_returns_float32(backbone, dtype)
         assert (value - expected[key]).norm() < tolerance * expected[key].norm()
 
 
-@pytest.mark.parametrize("backbone", ["dit", "unet"])
+@pytest.mark.parametrize("backbone", ["dit", "lightning_dit", "unet"])
 def test_dropout_draws_from_the_global_rng_in_training_alone(backbone):
     net = awake(small(backbone, dropout=0.5))
     args = inputs(backbone)
@@ -275,9 +276,10 @@ def test_dropout_draws_from_the_global_rng_in_training_alone(backbone):
     assert draw(0).equal(draw(1))
 
 
-def test_dit_normalises_queries_and_keys_on_request():
-    net = awake(small("dit", qk_norm=True)).double()
-    x, t, r, cond = inputs("dit", dtype=torch.float64)
+@pytest.mark.parametrize("backbone", ["dit", "lightning_dit"])
+def test_dit_normalises_queries_and_keys_on_request(backbone):
+    net = awake(small(backbone, qk_norm=True)).double()
+    x, t, r, cond = inputs(backbone, dtype=torch.float64)
     with torch.no_grad():  # the scale of queries no longer matters
         before = net(x, t, r, cond)["u"]
         for block in net.trunk.blocks:
