@@ -46,7 +46,7 @@ def passes_per_step(experiment: Experiment) -> Passes:
         x0, cond = dataset.batch(number, experiment.batch_size, experiment.seed)
         cond = cond and {name: value.to(device) for name, value in cond.items()}
         whole = Batch(x0.to(device), cond, number, number / COUNTED_STEPS)
-        return next(share for _, share in experiment.engine.shares(whole))
+        return next(experiment.engine.shares(whole))
 
     return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
 
@@ -60,13 +60,13 @@ def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes
     forward, tangent, backward, total = 0, 0, 0, 0
     for batch in batches:
         with _Calls(step.net, *step.teachers.values()) as calls:
-            loss = step(batch, generator(seed, 0, batch.step, batch.x0.device)).per_sample.mean()
+            per_sample = step(batch, generator(seed, 0, batch.step, batch.x0.device)).per_sample
         for call in calls.made:
             forward += call.rows
             tangent += call.rows if call.has_tangent else 0
-            if _reached(loss, call.outputs):
+            if _reached(per_sample.mean(), call.outputs):
                 backward += call.rows * (2 if call.has_tangent else 1)
-        total += len(batch)
+        total += len(per_sample)
     return Passes(forward=forward / total, tangent=tangent / total, backward=backward / total)
 
 
