@@ -54,7 +54,10 @@ class Frechet:
     better: ClassVar = "lower"
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        mean, covariance = moments(reference)
+        return self.against_moments(*moments(reference))
+
+    def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]:
+        """Against a mean [d] and covariance [d d] that were worked out before, in float64."""
         root = symmetric_root(covariance)
 
         def compare(samples: Tensor) -> Values:

@@ -105,7 +105,7 @@ def seen(dataset: Dataset, samples: Tensor) -> Tensor:
     """What people and metrics see of samples [n *d]: decoded codes as uint8, or the samples."""
     if not isinstance(dataset, Coded):
         return samples
-    return torch.cat([to_uint8(dataset.decode(part)).cpu() for part in samples.split(DECODED)])
+    return torch.cat([to_uint8(dataset.decode(part)) for part in samples.split(DECODED)])
 
 
 def draw(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -48,9 +48,10 @@ class Extractor(Protocol):
     features, such as {"fd": "fid"}. `provenance` says what a number depends on beside the images.
     """
 
-    label: ClassVar[str]
     canonical: ClassVar[dict[str, str]]
 
+    @property
+    def label(self) -> str: ...
     def __call__(self, images: Tensor) -> Tensor: ...
     def provenance(self) -> dict[str, str]: ...
 
@@ -58,7 +59,11 @@ class Extractor(Protocol):
 @extractors.register("inception_v3")
 @dataclass(frozen=True, kw_only=True)
 class InceptionV3:
-    """The 2048 pooled features behind FID, from a weight file that must already be there."""
+    """The 2048 pooled features behind FID, from a weight file that must already be there.
+
+    `resize` is clean-fid's, or the network's own bilinear one, with which the statistics of
+    OpenAI's guided-diffusion (ADM) and the FIDs that are compared with them were made.
+    """
 
     reference: ClassVar = Reference(
         title="GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
@@ -70,9 +75,14 @@ class InceptionV3:
     canonical: ClassVar = {"fd": "fid", "kid": "kid"}
 
     folder: str = ""  # where the weight file is; "": $OBJECTIVE_ZOO_WEIGHTS, ~/.cache, /tmp
+    resize: Literal["clean", "tensorflow"] = "clean"
     batch_size: int = 50
 
     def __post_init__(self) -> None:
+        if self.resize not in ("clean", "tensorflow"):
+            raise ValueError(
+                f"inception_v3.resize is {self.resize!r}; it must be 'clean' or 'tensorflow'"
+            )
         if find_inception(self.folder) is None:
             places = "\n  ".join(str(place) for place in _inception_folders(self.folder))
             raise FileNotFoundError(
@@ -82,16 +92,26 @@ class InceptionV3:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        net = _inception(str(self._file().parent), str(images.device))
-        return _extract(net, images, size=299, batch_size=self.batch_size)
+        inside = self.resize == "tensorflow"
+        net = _inception(str(self._file().parent), inside, str(images.device))
+        return extract(net, images, size=None if inside else 299, batch_size=self.batch_size)
 
     def provenance(self) -> dict[str, str]:
         return {
             "features": "InceptionV3, 2048 pooled (TorchScript port of the TensorFlow graph)",
-            "protocol": "clean-fid, mode 'clean'",
-            "weights": _sha256(self._file()),
-            **_image_rules(299),
+            "protocol": f"clean-fid, mode '{self._mode}'",
+            "weights": file_sha256(self._file()),
+            **(image_rules(299) | self._own_resize()),
         }
+
+    @property
+    def _mode(self) -> str:
+        return "legacy_tensorflow" if self.resize == "tensorflow" else "clean"
+
+    def _own_resize(self) -> dict[str, str]:
+        if self.resize == "clean":
+            return {}
+        return {"resize": "bilinear to 299x299 inside the TensorFlow graph, not antialiased"}
 
     def _file(self) -> Path:
         file = find_inception(self.folder)
@@ -130,14 +150,14 @@ class EfficientNetLite0:
             maps = net.forward_features(efficientnet_input(batch))
             return net.forward_head(maps, pre_logits=True)
 
-        return _extract(features, images, size=self.size, batch_size=self.batch_size)
+        return extract(features, images, size=self.size, batch_size=self.batch_size)
 
     def provenance(self) -> dict[str, str]:
         return {
             "features": "EfficientNetLite0, 1280 pooled (timm tf_efficientnet_lite0)",
-            "weights": _sha256(_efficientnet_file()),
+            "weights": file_sha256(_efficientnet_file()),
             "timm": version("timm"),
-            **_image_rules(self.size),
+            **image_rules(self.size),
         }
 
 
@@ -183,10 +203,10 @@ def _inception_folders(folder: str) -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def _inception(folder: str, device: str) -> nn.Module:
+def _inception(folder: str, resize_inside: bool, device: str) -> nn.Module:
     from cleanfid.inception_torchscript import InceptionV3W  # brings requests
 
-    return InceptionV3W(folder, download=False).eval().to(device)
+    return InceptionV3W(folder, download=False, resize_inside=resize_inside).eval().to(device)
 
 
 @lru_cache(maxsize=1)
@@ -226,12 +246,15 @@ def _by_position(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def _extract(
-    features: Callable[[Tensor], Tensor], images: Tensor, size: int, batch_size: int
+def extract(
+    features: Callable[[Tensor], Tensor], images: Tensor, size: int | None, batch_size: int
 ) -> Tensor:
-    pixels = _pixels(images)
+    """`features` of float32 pixels in [0, 255], resized to `size` unless that is None."""
+    rows = []
     with torch.no_grad():
-        rows = [features(resize(part, size).to(images.device)) for part in pixels.split(batch_size)]
+        for part in _pixels(images).split(batch_size):
+            pixels = part.float() if size is None else resize(part, size)
+            rows.append(features(pixels.to(images.device)))
     return torch.cat(rows).float().cpu()
 
 
@@ -254,7 +277,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.from_numpy(rows).permute(0, 3, 1, 2)
 
 
-def _image_rules(size: int) -> dict[str, str]:
+def image_rules(size: int) -> dict[str, str]:
     return {
         "resize": f"PIL bicubic, antialiased, float32, clipped to [0, 255], to {size}x{size}",
         "rounding": "uint8 before the resize: round(127.5 (x + 1)), clipped; none after",
@@ -265,5 +288,5 @@ def _image_rules(size: int) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -11,7 +11,9 @@ from benchmarks import (
     launchers,
     metrics,
     pruning,
+    ray_cluster,
     subprocesses,
+    timm_features,
     tracking,
 )
 
@@ -23,7 +25,9 @@ __all__ = [
     "launchers",
     "metrics",
     "pruning",
+    "ray_cluster",
     "subprocesses",
+    "timm_features",
     "tracking",
     "trainers",
     "zoo",

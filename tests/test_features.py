@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import features
@@ -24,6 +26,7 @@ from benchmarks.features import (
     efficientnet_lite0,
     resize,
 )
+from benchmarks.timm_features import TimmFeatures
 from registry import extractors
 
 
@@ -206,3 +209,72 @@ def test_provenance_names_weights_resize_and_rounding(inception_folder: Path) ->
 
 def test_every_extractor_is_registered() -> None:
     assert {"efficientnet_lite0", "inception_v3", "pixels"} <= set(extractors.names())
+
+
+def test_inception_with_its_own_resize_sees_the_image_as_it_is(inception_folder: Path) -> None:
+    class Graph(nn.Module):
+        """Gives back what it was handed, in 2048 values."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Identity()
+
+        def forward(self, x: torch.Tensor, return_features: bool) -> torch.Tensor:
+            return x.flatten(1)[:, :2048]
+
+    torch.jit.script(Graph()).save(str(inception_folder / INCEPTION_FILE))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    extractor = InceptionV3(folder=str(inception_folder), resize="tensorflow", batch_size=2)
+    assert torch.equal(extractor(images), images.flatten(1)[:, :2048].float())
+    about = extractor.provenance()
+    assert "TensorFlow graph, not antialiased" in about["resize"]
+    assert "legacy_tensorflow" in about["protocol"]
+    with pytest.raises(ValueError, match="'clean' or 'tensorflow'"):
+        InceptionV3(folder=str(inception_folder), resize="pil")
+
+
+@pytest.fixture(scope="module")
+def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from timm.models import create_model
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm") / "weights.safetensors"
+    save_file(create_model("resnet10t").state_dict(), path)
+    return path
+
+
+def test_timm_features_are_the_pooled_ones_of_the_named_weights(resnet_weights: Path) -> None:
+    from timm.models import create_model
+
+    extractor = TimmFeatures(model="resnet10t", weights=str(resnet_weights), size=64, batch_size=2)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    net = create_model("resnet10t").eval()
+    net.load_state_dict(load_file(resnet_weights))
+    mean, std = (torch.tensor(net.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    with torch.no_grad():
+        maps = net.forward_features((images / 255 - mean) / std)
+        expected = net.forward_head(maps, pre_logits=True)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
+    about = extractor.provenance()
+    assert about["features"] == "resnet10t, 512 pooled"
+    assert about["weights"] == hashlib.sha256(resnet_weights.read_bytes()).hexdigest()
+    assert "64x64" in about["resize"]
+
+
+def test_timm_features_take_a_vision_transformer_at_another_size(tmp_path: Path) -> None:
+    from timm.models import create_model
+
+    save_file(create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    extractor = TimmFeatures(model="test_vit", weights=str(tmp_path / "vit.safetensors"), size=64)
+    images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert extractor(images).shape == (2, 64)
+
+
+def test_timm_features_refuse_other_models_and_missing_files(resnet_weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model named 'resnet10'.*Did you mean 'resnet1"):
+        TimmFeatures(model="resnet10", weights=str(resnet_weights))
+    with pytest.raises(FileNotFoundError, match=r"Nothing is\s+downloaded.*timm/resnet10t"):
+        TimmFeatures(model="resnet10t", weights="/nowhere/x.safetensors")
+    wrong = TimmFeatures(model="test_vit", weights=str(resnet_weights))
+    with pytest.raises(ValueError, match="does not fit timm's test_vit"):
+        wrong.provenance()
