@@ -1,4 +1,4 @@
-"""One cell of a comparison, run from its folder; also `python -m benchmarks.cell FOLDER`.
+"""One cell of a comparison, run from its folder in whichever process.
 
 Whoever plans a comparison writes into the folder of each cell
 
@@ -14,18 +14,19 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import benchmarks.grid  # registers Grid
 import benchmarks.parts  # noqa: F401  registers every part
 from benchmarks.distilling import load_teacher
 from benchmarks.experiment import Experiment, run
 from benchmarks.launchers import Ended
+from benchmarks.pruning import PRUNED, Pruned
+from benchmarks.record_file import read_record, read_start
 from benchmarks.results import RESULT
 from benchmarks.runner import Texts, execute
 from registry import gin_setup, recorders
@@ -33,7 +34,6 @@ from registry.gin_errors import said
 from registry.protocols import Recorder
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
-EXIT_STATUS = {"finished": 0, "failed": 1, "pruned": 3, "stopped": 130}
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def run_cell(folder: Path) -> Ended:
             alone(folder / LOCK, "this cell"),
             _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
         ):
+            record.tags(_outlived(folder))
             if (folder / RESULT).exists():
                 record.artifact(folder / RESULT)
             else:
@@ -81,6 +82,8 @@ def run_cell(folder: Path) -> Ended:
                 execute(experiment, texts, record, folder, resume=True)
     except KeyboardInterrupt as stopped:
         return Ended(cell.name, "stopped", str(stopped) or "interrupted")
+    except Pruned as pruned:
+        return Ended(cell.name, "pruned", str(pruned))
     except Exception as error:
         log.exception("the run %s failed", cell.name)
         return Ended(cell.name, "failed", said(error))
@@ -97,11 +100,9 @@ def build(arm: str) -> Experiment:
 
 def texts_of(arm: str, config: str) -> Texts:
     """The texts of the run that was just built."""
-    operative = gin_setup.operative_text()
-    params = gin_setup.bindings_of(operative)
     prefix = f"{arm}/" if arm else ""
-    plain = {key.removeprefix(prefix): value for key, value in params.items()}
-    return Texts(config=config, operative=operative, params=plain)
+    params = {k.removeprefix(prefix): v for k, v in gin_setup.operative_values().items()}
+    return Texts(config=config, operative=gin_setup.operative_text(), params=params)
 
 
 @contextmanager
@@ -116,26 +117,11 @@ def alone(path: Path, what: str) -> Iterator[None]:
         yield
 
 
+def _outlived(folder: Path) -> dict[str, str]:
+    """The tags of an earlier end, emptied: MLflow forgets no tag."""
+    tags = read_record(folder).tags if read_start(folder) else {}
+    return {name: "" for name in ("error", PRUNED) if tags.get(name)}
+
+
 def _recorder(arm: str) -> Recorder:
     return gin_setup.build("run.recorder", arm) or recorders.build("mlflow")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run one folder's cell; the exit status says how it ended, see EXIT_STATUS."""
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.cell FOLDER", file=sys.stderr)
-        return 2
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also before and after training
-    try:
-        ended = run_cell(Path(arguments[0]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{ended.name}: {ended.status} {ended.reason}".rstrip(), file=sys.stderr)
-    return EXIT_STATUS[ended.status]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

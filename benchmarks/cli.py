@@ -1,4 +1,4 @@
-"""The command line: objective-zoo run | list | check | sample | send.
+"""The command line: objective-zoo run | grid | list | check | sample | send.
 
 Nothing heavy is imported before the arguments are read, so that --help answers at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,6 +16,10 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.request import Request
 
 EXPECTED = (ValueError, KeyError, OSError, ImportError)
 
@@ -36,6 +41,7 @@ def _main(argv: Sequence[str] | None) -> int:
     # Given by torch itself at the first forward-mode derivative.
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)
+    arguments.words = ["objective-zoo", *(sys.argv[1:] if argv is None else argv)]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         arguments.command(arguments)
@@ -49,8 +55,8 @@ def _main(argv: Sequence[str] | None) -> int:
         hint = "" if isinstance(error, EXPECTED) else "\nobjective-zoo --traceback ... shows where"
         print(f"error: {said(error)}{hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except SystemExit as end:
         if end.code:
@@ -73,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
     run.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
     run.set_defaults(command=_run)
+
+    grid = commands.add_parser("grid", help="run every cell of a gin file's arms and axes")
+    _add_request(grid)
+    grid.add_argument(
+        "--out", type=Path, help="folder of the grid; default runs/NAME; goes on there"
+    )
+    grid.add_argument("--workers", type=int, help="cells at a time, each in a process of its own")
+    grid.add_argument("--dry-run", action="store_true", help="list the cells, estimate the time")
+    grid.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
+    grid.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
+    grid.set_defaults(command=_grid)
 
     listing = commands.add_parser("list", help="every registered part, with its paper")
     listing.add_argument("--kind", help="one kind only, such as objective")
@@ -112,17 +129,37 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from benchmarks.comparison import Request, compare
+def _request(arguments: argparse.Namespace) -> Request:
+    from benchmarks.request import Request
 
     bindings = list(arguments.bindings)
     if arguments.tracking_uri:
         bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
+    return Request(file=arguments.file, bindings=tuple(bindings), arm=arguments.arm)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from benchmarks.comparison import compare
+
     if arguments.resume and not arguments.out:
         raise ValueError("--resume needs --out, the folder of the runs to continue")
-    request = Request(file=arguments.file, bindings=tuple(bindings), arm=arguments.arm)
     name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    compare(request, arguments.out or Path("runs") / name, resume=arguments.resume)
+    out = arguments.out or Path("runs") / name
+    again = [] if arguments.out else ["--out", str(out)]
+    again = shlex.join([*arguments.words, *again, *([] if arguments.resume else ["--resume"])])
+    compare(_request(arguments), out, again=again, resume=arguments.resume)
+
+
+def _grid(arguments: argparse.Namespace) -> None:
+    from benchmarks.comparison import run_grid
+
+    run_grid(
+        _request(arguments),
+        arguments.out or Path("runs") / arguments.file.stem,
+        again=shlex.join(arguments.words),
+        workers=arguments.workers,
+        retry_failed=arguments.retry_failed,
+    )
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -1,238 +1,183 @@
-"""From a gin file to finished runs side by side: plan the cells, build them all, run, compare.
+"""Runs what was planned, cell by cell in folders of their own, and puts the results side by side.
 
-A file with `Grid.arms` is a comparison: one run per arm, all on the same data order, noise and
-initialisation. A file (or --set) that binds run.objective outside every arm is a single run, and
-`--arm` picks one arm. Every cell is built before the first one trains.
+The folder of a comparison holds
+
+    config.gin      the gin text of all cells
+    grid.json       the axes, and each cell with its id, group, bindings, command and folder
+    record.jsonl    the parent of the cells' records
+    table.md  samples.png
+    CELL/           see benchmarks/runner.py; named after its arm, in a grid with values and id
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import shlex
+import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import gin
 from safetensors.torch import load_file
 
-from benchmarks.distilling import load_teacher
-from benchmarks.experiment import Experiment, run
+from benchmarks.cell import CELL, Cell, alone
+from benchmarks.grid import Declared
+from benchmarks.launchers import Job, close_lost
 from benchmarks.mlflow_store import open_hint
+from benchmarks.plan import Plan, Planned, plan
+from benchmarks.request import Request
 from benchmarks.results import RESULT, SAMPLES, Result
-from benchmarks.runner import Texts, execute, picture
-from benchmarks.table import result_table
-from benchmarks.training import Stopped
+from benchmarks.runner import picture
+from benchmarks.states import State, finished_elsewhere, state_in
+from benchmarks.subprocesses import Subprocesses
+from benchmarks.table import average, result_table
+from benchmarks.tracking import Mlflow
 from registry import gin_setup
-from registry.core import did_you_mean
-from registry.gin_errors import said
 
+GRID, LOCK = "grid.json", "grid.lock"
 NUM_COLUMNS = 20  # samples per line of the picture
 
-log = logging.getLogger(__name__)
 
+def compare(request: Request, out: Path, again: str, *, resume: bool = False) -> list[Result]:
+    """Run every arm, or the one that is asked for; the results of those that finished.
 
-@gin.register("Grid")
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Which arms (gin scopes) a file compares.
-
-    The gin text that a run keeps also says which arm it `only` is, and the `folders` of what it
-    imports.
-    """
-
-    arms: tuple[str, ...] = ()
-    only: str | None = None
-    folders: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a person asked for: a gin file, more bindings, and perhaps one of its arms."""
-
-    file: Path
-    bindings: tuple[str, ...] = ()
-    arm: str = ""
-
-    def parse(self) -> tuple[Path, ...]:
-        return gin_setup.parse([self.file], self.bindings)
-
-    def arms(self) -> tuple[str, ...]:
-        """The arms to run; ('',) is one run outside every arm."""
-        self.parse()
-        declared = _declared_arms()
-        if self.arm:
-            return (self.arm,)
-        if (only := gin_setup.query("Grid.only")) is not None:
-            return (only,)
-        if not declared or gin_setup.query("run.objective") is not None:
-            return ("",)
-        return declared
-
-    def own_keys(self, arms: Sequence[str]) -> set[str]:
-        """The keys bound on the command line or by the file itself, not by an include.
-
-        Where only some of the file's arms run, its plain bindings may serve the others. The text
-        that a run keeps has those of its includes. A part put in on the command line may replace
-        one that the file puts in, and leave its bindings.
-        """
-        asked = gin_setup.bindings_of("\n".join(self.bindings))
-        own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text())
-        keys = set(own)
-        if any("@" in value for value in asked.values()):
-            parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))
-            keys = {key for key in keys if key.split("/")[-1].split(".")[0] not in parts}
-        if "Grid.folders" in keys:
-            keys = set()
-        elif self.arm or (tuple(arms) == ("",) and "Grid.arms" in keys):
-            keys = {key for key in keys if self.arm and key.startswith(f"{self.arm}/")}
-        return keys | set(asked)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A run that is built and ready."""
-
-    name: str
-    experiment: Experiment
-    texts: Texts
-
-
-def build(request: Request) -> list[Cell]:
-    """Every cell, built and checked; ValueError with the troubles of all cells together."""
-    cells: list[Cell] = []
-    inert: list[set[str]] = []
-    troubles: list[str] = []
-    cause = None
-    arms = request.arms()
-    for arm in arms:
-        try:
-            cell, unused = build_cell(request, arm)
-            cells.append(cell)
-            inert.append(unused)
-        except Exception as error:
-            troubles.append(f"{arm}: {said(error)}" if arm else said(error))
-            cause = cause or error
-    if not troubles and (useless := sorted(request.own_keys(arms).intersection(*inert))):
-        troubles.append(
-            f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
-            "by reference, such as mean_flow.weight = @adaptive(); what an arm binds for itself is "
-            "changed under its name, such as mean_flow/run.objective = @dumo()"
-        )
-    if troubles:
-        raise ValueError("\n".join(dict.fromkeys(troubles))) from cause
-    return cells
-
-
-def build_cell(request: Request, arm: str) -> tuple[Cell, set[str]]:
-    """The run of one arm, and the keys that it does not use."""
-    opened = request.parse()
-    with gin_setup.arm(arm):
-        experiment = run()
-    load_teacher(experiment)
-    asked = set(gin_setup.bindings_of("\n".join(request.bindings)))
-    unused = {*gin_setup.inert_bindings(arm), *(asked & {*gin_setup.overridden_bindings(arm)})}
-    operative = gin_setup.operative_text()
-    prefix = f"{arm}/" if arm else ""
-    params = {
-        key.removeprefix(prefix): value for key, value in gin_setup.bindings_of(operative).items()
-    }
-    config = _config_text(request, opened, arm)
-    texts = Texts(config=config, operative=operative, params=params)
-    return Cell(name=arm or experiment.objective_name, experiment=experiment, texts=texts), unused
-
-
-def _config_text(request: Request, opened: Sequence[Path], arm: str | None) -> str:
-    """All that was read, as one gin file that runs the same again; arm None is all arms."""
-    gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
-    words = ["objective-zoo", "run", str(request.file)]
-    if arm is not None:
-        gin.bind_parameter("Grid.only", arm)
-        words += ["--arm", arm] if arm else []
-    words += [word for binding in request.bindings for word in ("--set", binding)]
-    made = shlex.join(words).replace("\n", "\n#   ")
-    again = "# The same again: objective-zoo run THIS_FILE"
-    return f"# Made by: {made}\n{again}\n\n{gin_setup.full_text()}\n"
-
-
-def _declared_arms() -> tuple[str, ...]:
-    """Grid.arms, checked: each a scope with bindings of its own."""
-    arms = gin_setup.query("Grid.arms", ())
-    if isinstance(arms, str) or not all(isinstance(arm, str) and arm for arm in arms):
-        raise ValueError(f"Grid.arms = {arms!r} must be a tuple of names, such as ('dumo', 'decm')")
-    if twice := sorted({arm for arm in arms if list(arms).count(arm) > 1}):
-        raise ValueError(f"Grid.arms names {', '.join(twice)} more than once; a run has one name")
-    scopes = gin_setup.scopes()
-    for arm in arms:
-        if arm not in scopes:
-            raise ValueError(
-                f"Grid.arms names {arm!r}, and nothing is bound under it."
-                f"{did_you_mean(arm, scopes - set(arms))} "
-                f"Add a line such as {arm}/run.objective = @{arm}()"
-            )
-    return tuple(arms)
-
-
-def compare(request: Request, out: Path, *, resume: bool = False) -> list[Result]:
-    """Run every cell in its folder under `out`, print the table; the results of those that ended.
-
-    Cells that are finished already are not run again. A cell that fails is recorded and named, the
-    others run; SystemExit(1) at the end.
+    Arms that are finished already are not run again. One that fails is recorded and named, the
+    others run; SystemExit(1) at the end. `again` is the command that goes on after a signal.
     """
     _check_folder(out, resume)
-    cells = build(request)
-    for cell in cells:
-        _check_finished(cell, out / cell.name)
-    recorder = cells[0].experiment.recorder
-    started, failed = time.monotonic(), {}
-    with recorder.start(name=out.name, folder=out) as parent:
-        parent.text(_config_text(request, request.parse(), None), "config.gin")
-        for number, cell in enumerate(cells, 1):
-            print(f"[{number}/{len(cells)}] {_headline(cell)}", file=sys.stderr, flush=True)
-            if (out / cell.name / RESULT).exists():
-                print("  finished already", file=sys.stderr)
-                continue
-            try:
-                with parent.child(cell.name, out / cell.name) as record:
-                    execute(cell.experiment, cell.texts, record, out / cell.name, resume=resume)
-            except Stopped as stopped:
-                raise SystemExit(f"{cell.name}: {stopped}") from None
-            except Exception as error:
-                log.exception("the run %s failed; the others go on", cell.name)
-                failed[cell.name] = error
-        results = _report(parent, cells, out)
+    if request.arms() != ("",) and not request.arm and (axes := request.axes()):
+        raise ValueError(
+            f"{request.file} has axes ({', '.join([*axes.axes, *axes.repeat])}). Run all its cells "
+            f"with `{request.command('grid')}`, or with --arm one arm at the file's own values"
+        )
+    planned = plan(request, Declared())
+    with alone(out / LOCK, "a comparison"):
+        states = {planned.cell.name: state_in(out / planned.cell.name) for planned in planned.cells}
+        for one in planned.cells:
+            if states[one.cell.name].status == "finished":
+                _check_same(one, out / one.cell.name)
+        return _run(planned, out, states, again, retry_failed=True)
+
+
+def run_grid(
+    request: Request,
+    out: Path,
+    again: str,
+    *,
+    workers: int | None = None,
+    retry_failed: bool = False,
+) -> list[Result]:
+    """Run the cells that are finished neither in `out` nor, by the MLflow store, elsewhere.
+
+    Those that failed before are left alone unless they are to be retried; else as `compare`.
+    """
+    _check_folder(out, resume=True)
+    planned = plan(request, request.axes())
+    if workers is not None:
+        planned = replace(planned, launcher=Subprocesses(workers=workers))
+    with alone(out / LOCK, "a comparison"):
+        return _run(planned, out, states_of(planned, out), again, retry_failed=retry_failed)
+
+
+def states_of(planned: Plan, out: Path) -> dict[str, State]:
+    """How far each cell of a grid is, by name; ValueError for a folder of other settings."""
+    states = {}
+    for one in planned.cells:
+        state = state_in(out / one.cell.name)
+        if state.status != "new":
+            _check_same(one, state.folder)
+        states[one.cell.name] = state
+    missing = {o.cell.id: o for o in planned.cells if states[o.cell.name].status != "finished"}
+    if isinstance(planned.recorder, Mlflow):
+        found = finished_elsewhere(planned.recorder.store, missing)
+        states |= {missing[id].cell.name: state for id, state in found.items()}
+    return states
+
+
+def _run(
+    planned: Plan, out: Path, states: Mapping[str, State], again: str, *, retry_failed: bool
+) -> list[Result]:
+    started = time.monotonic()
+    jobs = []
+    failed: dict[str, str] = {}
+    for one in planned.cells:
+        state = states[one.cell.name]
+        if state.status == "failed" and not retry_failed:
+            failed[one.cell.name] = f"{state.said} (before; --retry-failed runs it again)"
+        elif state.status == "finished" or (state.status == "pruned" and one.prunes):
+            _say(f"{one.cell.name}: {state.status} already{_where(state, out)}")
+        else:
+            jobs.append(Job(one.cell.name, _prepare(one, out / one.cell.name)))
+    with planned.recorder.start(name=out.name, folder=out, tags={"grid": planned.name}) as parent:
+        parent.text(planned.config, "config.gin")
+        parent.text(_about(planned, states), GRID)
+        failed |= _launch(planned, jobs, parent, again)
+        results = _report(parent, planned, states, out)
         parent.close("FAILED" if failed else "FINISHED")
-    _say_where(recorder, out, time.monotonic() - started)
+    _say_where(planned.recorder, out, time.monotonic() - started)
     if failed:
-        raise SystemExit("\n".join(f"{name} failed: {said(e)}" for name, e in failed.items()))
+        raise SystemExit("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
     return results
 
 
-def _headline(cell: Cell) -> str:
-    budget, experiment = cell.experiment.budget, cell.experiment
-    return (
-        f"{cell.name}: {experiment.objective_name} on {experiment.dataset.name} with "
-        f"{experiment.backbone_name} ({experiment.num_params:,} parameters), "
-        f"{budget.amount:g} {budget.unit} at batch {experiment.batch_size}"
-    )
+def _launch(planned: Plan, jobs: Sequence[Job], parent: Any, again: str) -> dict[str, str]:
+    """Run the jobs; why each failed that did."""
+    failed = {}
+    try:
+        for number, ended in enumerate(planned.launcher(jobs) if jobs else (), 1):
+            why = f": {ended.reason}" if ended.reason else ""
+            _say(f"{ended.name} {ended.status}, {number} of {len(jobs)}{why}")
+            if ended.status == "failed":
+                failed[ended.name] = ended.reason
+                close_lost(next(j for j in jobs if j.name == ended.name), ended.reason, parent)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"stopped; the same goes on with\n    {again}") from stop
+    return failed
 
 
-def _report(parent: Any, cells: Sequence[Cell], out: Path) -> list[Result]:
-    """The table on the terminal and as table.md, and the picture of all runs."""
-    folders = {cell.name: out / cell.name for cell in cells}
-    done = {name: folder for name, folder in folders.items() if (folder / RESULT).exists()}
-    results = [Result.load(folder) for folder in done.values()]
+def _prepare(one: Planned, folder: Path) -> Path:
+    where = {"cell.folder": str(folder.resolve())}
+    replace(one.cell, tags={**one.cell.tags, **where}).save(folder, one.config)
+    return folder
+
+
+def _about(planned: Plan, states: Mapping[str, State]) -> str:
+    """grid.json."""
+    cells = [
+        {
+            "name": one.cell.name,
+            "id": one.cell.id,
+            "arm": one.cell.tags["arm"],
+            "group": one.group,
+            "bindings": one.bindings,
+            "command": one.cell.tags["cell.command"],
+            "folder": str(states[one.cell.name].folder.resolve()),
+        }
+        for one in planned.cells
+    ]
+    about = {**asdict(planned.axes), "notes": planned.notes, "cells": cells}
+    return json.dumps({"grid": planned.name, **about}, indent=1) + "\n"
+
+
+def _report(parent: Any, planned: Plan, states: Mapping[str, State], out: Path) -> list[Result]:
+    """The table on the terminal and as table.md, and the picture of the first cell of each group.
+
+    A row is the mean over the cells of a group, which differ in their seeds.
+    """
+    groups: dict[str, list[Path]] = {}
+    for one in planned.cells:
+        folder = states[one.cell.name].folder
+        if (folder / RESULT).exists():
+            groups.setdefault(one.group, []).append(folder)
+    results = [average(g, [Result.load(f) for f in folders]) for g, folders in groups.items()]
     if results:
-        text = result_table(results)
+        text = result_table(results, [len(folders) for folders in groups.values()])
         print(f"\n{text}")
         parent.text(text, "table.md")
         rows = {
-            f"{name} {key.removeprefix('nfe')}": samples[:NUM_COLUMNS]
-            for name, folder in done.items()
+            f"{group} {key.removeprefix('nfe')}": samples[:NUM_COLUMNS]
+            for group, (folder, *_) in groups.items()
             for key, samples in sorted(load_file(folder / SAMPLES).items(), key=_by_nfe)
         }
         if path := picture(rows, out / "samples.png"):
@@ -250,30 +195,55 @@ def _say_where(recorder: Any, out: Path, seconds: float) -> None:
     if (out / "samples.png").exists():
         print(f"samples   {out / 'samples.png'}")
     print(f"gin text  {out}/*/config.gin, operative.gin")
-    if uri := getattr(getattr(recorder, "store", None), "name", ""):
+    if isinstance(recorder, Mlflow):
+        uri = recorder.store.name
         print(f"MLflow    {uri}; open it with\n          {open_hint(uri)}")
 
 
-def _check_finished(cell: Cell, folder: Path) -> None:
-    """A finished run is kept: refuse to put it beside runs of other settings."""
-    if not (folder / RESULT).exists():
+def _where(state: State, out: Path) -> str:
+    """Where a cell is that is not in `out`."""
+    if state.folder.parent.resolve() == out.resolve():
+        return f" ({state.said})" if state.said else ""
+    if (state.folder / RESULT).exists():
+        return f" in {state.folder} ({state.said})"
+    return (
+        f" ({state.said}), but its folder {state.folder} is not here, so the table lacks it. To run "
+        "it again, delete that MLflow run, or set another mlflow.experiment"
+    )
+
+
+def _check_same(one: Planned, folder: Path) -> None:
+    """What was begun is kept: refuse to put other settings beside it, or on top of it."""
+    if (folder / CELL).exists() and Cell.load(folder).id == one.cell.id:
+        return
+    if not (folder / "operative.gin").exists():
         return
     ours, theirs = (
         {
-            k.removeprefix(f"{cell.name}/"): v
-            for k, v in gin_setup.bindings_of(text).items()
-            if not k.startswith("mlflow.")
+            key.removeprefix(f"{one.cell.arm}/"): value
+            for key, value in gin_setup.bindings_of(text).items()
+            if not key.split("/")[-1].startswith("mlflow.")
         }
-        for text in (cell.texts.operative, (folder / "operative.gin").read_text())
+        for text in (one.operative, (folder / "operative.gin").read_text())
     )
-    if differing := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):
-        shown = [f"{k} = {theirs.get(k, 'unset')}, now {ours.get(k, 'unset')}" for k in differing]
+    differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+    shown = [f"{k} = {theirs.get(k, 'unset')}, now {ours.get(k, 'unset')}" for k in differing]
+    if shown or (folder / CELL).exists():
+        done = "finished" if (folder / RESULT).exists() else "half-done"
         raise ValueError(
-            f"{folder} is finished with other settings: {'; '.join(shown[:5])}. "
+            f"{folder} is {done} with other settings: "
+            f"{'; '.join(shown[:5]) or 'other data, code or version of objective-zoo'}. "
             "Remove it to run it again, or choose another --out"
         )
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if not resume and out.exists() and any(out.iterdir()):
+    there = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    if there and not resume:
         raise ValueError(f"{out} is not empty: continue it with --resume, or choose another --out")
+    if there and GRID not in there:
+        raise ValueError(f"{out} holds something else than a comparison; choose another --out")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -33,7 +33,7 @@ def provenance() -> dict[str, str]:
     """
     facts = checkout(Path(__file__).resolve().parents[1])
     facts["version.python"] = platform.python_version()
-    facts |= {f"version.{name}": _version(name) for name in PACKAGES}
+    facts |= {f"version.{name}": version_of(name) for name in PACKAGES}
     facts["platform"] = platform.platform()
     facts["cpus"] = str(_num_cpus())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -73,7 +73,7 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -25,6 +25,7 @@ from benchmarks import evaluate
 from benchmarks.distilling import prepare_teacher, rest
 from benchmarks.experiment import Experiment
 from benchmarks.images import save_grid, save_scatter
+from benchmarks.passes import passes_per_step
 from benchmarks.provenance import provenance
 from benchmarks.results import MODEL, RESULT, Result
 from benchmarks.shown import final_samples, is_picture, is_points, keep_all
@@ -54,6 +55,7 @@ def execute(
     if teacher.steps and experiment.teacher:
         budget = rest(budget, experiment.teacher.pretrain)
 
+    record.metrics({"cost/passes_per_step": passes_per_step(experiment).total}, 0)
     state = fit_experiment(experiment, record, folder, resume, budget=budget)
     net = state.ema_net
     save_module(folder / MODEL, net)
@@ -107,7 +109,6 @@ def _keep_samples(
 def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     record.tags(
         {
-            "arm": record.name,
             "objective": experiment.objective_name,
             "backbone": experiment.backbone_name,
             "sampler": experiment.sampler_name,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 from benchmarks.results import Result
 
 
-def result_table(results: Sequence[Result]) -> str:
-    """Arm x NFE of the first metric with cost and budget, fidelity and diversity, exact errors."""
+def result_table(results: Sequence[Result], counts: Sequence[int] = ()) -> str:
+    """Arm x NFE of the first metric with cost and budget, fidelity and diversity, exact errors.
+
+    `counts` says of how many runs each row is the mean.
+    """
     first = results[0].values
     keys = list(dict.fromkeys(key for result in results for key in result.values))
     nfes = sorted({int(key[3:].split("/")[0]) for key in keys if key.startswith("nfe")})
@@ -22,6 +27,10 @@ def result_table(results: Sequence[Result]) -> str:
         [r.name, r.sampler, *(_number(r.values, f"nfe{n}/{metric}") for n in nfes), *_cost(r)]
         for r in results
     ]
+    if max(counts, default=1) > 1:
+        title += "; means over n runs"
+        header.append("n")
+        rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
     parts = [f"{title}:", _markdown(header, rows)]
     pair = [next((k[5:] for k in keys if k.startswith(f"nfe1/{p}_")), "") for p in _QUALITY]
     if all(pair):
@@ -34,6 +43,21 @@ def result_table(results: Sequence[Result]) -> str:
         parts += ["error against the exact flow, relative to the data's scale:"]
         parts += [_markdown(["arm", *exact], lines)]
     return "\n\n".join(parts)
+
+
+def average(name: str, results: Sequence[Result]) -> Result:
+    """The mean of runs that differ in their seeds, under one name."""
+    keys = [key for key in results[0].values if all(key in r.values for r in results)]
+    return replace(
+        results[0],
+        name=name,
+        values={key: fmean(r.values[key] for r in results) for key in keys},
+        steps=round(fmean(r.steps for r in results)),
+        images=round(fmean(r.images for r in results)),
+        seconds=fmean(r.seconds for r in results),
+        teacher_steps=round(fmean(r.teacher_steps for r in results)),
+        teacher_seconds=fmean(r.teacher_seconds for r in results),
+    )
 
 
 _QUALITY = ("precision", "recall")

@@ -53,6 +53,13 @@ def resolve(name: str | Path, folder: Path | None = None) -> Path:
     )
 
 
+def portable(name: str | Path) -> str:
+    """A name for the file that works in every folder: a shipped one's own, else the whole path."""
+    path = resolve(name)
+    shipped = [path.relative_to(root) for root in roots() if path.is_relative_to(root)]
+    return shipped[0].as_posix() if shipped else str(path)
+
+
 @contextmanager
 def reader() -> Iterator[list[Path]]:
     """While it is open, gin opens its files through `resolve`; yields the files opened so far.
@@ -108,6 +115,19 @@ def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
                 if (statement.selector, statement.arg_name) == ("Grid", "folders"):
                     folders += map(Path, statement.value)
     return tuple(dict.fromkeys(names)), tuple(folders)
+
+
+def imported_files(opened: Iterable[Path]) -> tuple[Path, ...]:
+    """The Python files, outside the installed packages, that these gin files import."""
+    found = []
+    for path in opened:
+        names, folders = imports_of(path)
+        for folder in (path.parent, *folders):
+            for name in names:
+                found += [f for f in [folder / f"{name}.py"] if f.is_file()]
+                if _holds(folder, name):
+                    found += sorted((folder / name).rglob("*.py"))
+    return tuple(dict.fromkeys(file.resolve() for file in found))
 
 
 def import_folders(opened: Iterable[Path]) -> tuple[str, ...]:

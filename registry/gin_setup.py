@@ -22,6 +22,8 @@ from registry.core import did_you_mean
 from registry.gin_errors import explain, explain_syntax
 from registry.gin_files import Verbatim, reader
 from registry.gin_files import import_folders as import_folders
+from registry.gin_files import imported_files as imported_files
+from registry.gin_files import portable as portable
 from registry.gin_files import resolve as resolve
 from registry.plugins import load_plugins
 
@@ -139,6 +141,11 @@ def bindings_of(text: str) -> dict[str, str]:
     return found
 
 
+def read_macros() -> set[str]:
+    """The macros that have been read since `parse`."""
+    return {scope for scope, selector in config._OPERATIVE_CONFIG if selector == MACRO}
+
+
 def inert_bindings(name: str = "", ignore: Sequence[str] = ("Grid",)) -> tuple[str, ...]:
     """The keys that nothing has used since `parse`, for a run in this arm.
 
@@ -162,6 +169,15 @@ def inert_bindings(name: str = "", ignore: Sequence[str] = ("Grid",)) -> tuple[s
 def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
     """((scope, full selector), {parameter: value}); a macro is a scope with the selector MACRO."""
     return tuple(config._CONFIG.items())
+
+
+def own_key(key: str) -> str:
+    """The key in its shortest spelling, 'dumo.path' for 'objective.dumo.path'."""
+    if "." not in key:
+        return key
+    scope, selector, parameter = config_parser.parse_binding_key(key)
+    owner = config._REGISTRY.get_match(selector)
+    return _key(scope, owner.selector, parameter) if owner else key
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:

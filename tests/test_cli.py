@@ -153,7 +153,7 @@ def test_kept_gin_text_runs_the_same_again(folder, tmp_path):
 def test_kept_gin_text_of_the_comparison_asks_for_every_arm(folder):
     text = (folder / "config.gin").read_text()
     assert text.startswith(f"# Made by: objective-zoo run {DIGITS} --set 'run.steps = 4'")
-    from benchmarks.comparison import Request
+    from benchmarks.request import Request
 
     request = Request(file=folder / "config.gin")
     assert request.arms() == ARMS
@@ -161,19 +161,21 @@ def test_kept_gin_text_of_the_comparison_asks_for_every_arm(folder):
 
 
 def test_arms_start_from_the_same_shared_weights():
-    from benchmarks.comparison import Request, build
+    from benchmarks.cell import build
+    from benchmarks.request import Request
 
-    cells = build(Request(file=Path(DIGITS), bindings=FILE_ONLY))
-    nets = {cell.name: cell.experiment.net.trunk.state_dict() for cell in cells}
+    request = Request(file=Path(DIGITS), bindings=FILE_ONLY)
+    experiments = {}
+    for arm in ARMS:
+        request.parse()
+        experiments[arm] = build(arm)
+    nets = {arm: experiment.net.trunk.state_dict() for arm, experiment in experiments.items()}
     for name, weights in nets.items():
         shared = weights.keys() & nets["flow_matching"].keys()
         assert shared == nets["flow_matching"].keys()
         for key in shared:
             assert torch.equal(weights[key], nets["flow_matching"][key]), (name, key)
-    about = {
-        (c.experiment.seed, c.experiment.batch_size, c.experiment.budget, c.experiment.dataset)
-        for c in cells
-    }
+    about = {(e.seed, e.batch_size, e.budget, e.dataset) for e in experiments.values()}
     assert len(about) == 1
 
 
@@ -210,8 +212,9 @@ def test_a_run_ended_by_sigterm_goes_on_where_it_was(folder, tmp_path):
         words = ["run", DIGITS, "--out", tmp_path / "out"]
         words += interrupted(signal.SIGTERM, tmp_path / "mark")
         done = zoo(*words)
-        assert done.status == 1
+        assert done.status == 130
         assert "stopped by SIGTERM at step 3" in done.err
+        assert "--resume" in done.err.splitlines()[-1]
         run = tmp_path / "out" / "interrupted"
         assert [e["status"] for e in entries(run, "end")] == ["KILLED"]
         assert not (run / "result.json").exists()
@@ -259,7 +262,7 @@ def test_a_comparison_ended_by_sigkill_goes_on_where_it_was(folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "out" / "flow_matching" / "result.json").exists()
-    assert not (tmp_path / "out" / "shortcut").exists()
+    assert not (tmp_path / "out" / "shortcut" / "record.jsonl").exists()
 
     done = zoo(*words, "--resume")
     assert done.status == 0, done.err

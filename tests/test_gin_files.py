@@ -9,9 +9,11 @@ import gin
 import pytest
 import torch
 
-import benchmarks.comparison
 from backbones.network import build_network
 from benchmarks.experiment import run
+from benchmarks.grid import Declared
+from benchmarks.plan import plan
+from benchmarks.request import Request
 from registry import gin_setup
 
 ROOT = Path(__file__).parents[1] / "gin"
@@ -57,10 +59,9 @@ def test_comparison_builds_every_arm_and_uses_all_that_the_file_binds(file):
     text = "".join((ROOT / f).read_text() for f in [file, *includes_of(file)])
     small = ["run.num_samples = 12", "run.recorder = @jsonl()"]
     small += ["unet.channels = 8"] if "@unet" in text else SMALL_MLP[1:3]
-    request = benchmarks.comparison.Request(file=Path(file), bindings=tuple(small))
-    cells = benchmarks.comparison.build(request)
-    assert [cell.name for cell in cells] == list(gin_setup.query("Grid.arms"))
-    assert len(cells) > 1
+    request = Request(file=Path(file), bindings=tuple(small))
+    planned = plan(request, Declared())
+    assert [one.cell.arm for one in planned.cells] == list(gin_setup.query("Grid.arms"))
 
 
 def includes_of(file: str) -> list[str]:

@@ -161,7 +161,7 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
     plain += [f"stopped.mark = '{__file__}'"]  # exists: never stops
     with objectives.temporary("stopped", StoppedStudent):
         done = decm(tmp_path / "out", *student)
-        assert done.status == 1
+        assert done.status == 130
         assert "stopped by SIGTERM at step" in done.err
         assert decm(tmp_path / "out", *student, resume=True).status == 0
         (tmp_path / "mark").touch()
