@@ -1,16 +1,17 @@
-"""Networks: trunks (DiT, LightningDiT, U-Net, MLP), the (t, r) embedding and the heads.
+"""Networks: trunks (DiT, LightningDiT, U-Nets, MLP), the (t, r) embedding and the heads.
 
 Importing it registers all.
 """
 
 from __future__ import annotations
 
-from backbones import dit, heads, lightning_dit, mlp, unet
+from backbones import ddpmpp, dit, heads, lightning_dit, mlp, unet
 from backbones.network import FlowNetwork, build_network, default_heads, warm_start
 
 __all__ = [
     "FlowNetwork",
     "build_network",
+    "ddpmpp",
     "default_heads",
     "dit",
     "heads",

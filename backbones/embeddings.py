@@ -10,7 +10,7 @@ decided in this file and nowhere else.
 
 `time_features = 'dit'` takes the frequencies of the released DiT codes, 10000^(-k/128) times
 max_frequency, for weights that were trained with them (imports.py): 1 is SiT and LightningDiT, 1000
-a code that scales its times.
+a code that scales its times. 'ddpm' is 10000^(-k/127), the U-Nets' table.
 
 The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on the
 8x8 digits a DiT then took 180 steps to a loss that it had otherwise after 330, and ended alike.
@@ -33,7 +33,7 @@ from registry.protocols import NULL_LABEL, Cond
 
 NUM_FREQUENCIES = 128
 SECOND_TIMES = ("h", "r")
-TIME_FEATURES = ("unit", "dit")
+TIME_FEATURES = ("unit", "dit", "ddpm")
 
 
 class TimeEmbedding(nn.Module):
@@ -52,18 +52,25 @@ class TimeEmbedding(nn.Module):
         if zero_output:
             nn.init.zeros_(self.output.weight)
 
-    def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """The angular frequencies [128]; no buffer, which a bfloat16 engine would cast."""
-        if self.features == "dit":
-            k = torch.arange(NUM_FREQUENCIES, device=device)
-            return self.max_frequency * torch.exp(-math.log(10000) / NUM_FREQUENCIES * k)
-        exponents = torch.linspace(0, 1, NUM_FREQUENCIES, device=device)
-        return (self.max_frequency**exponents).bfloat16().float()
-
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies(t.device)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        features = time_features(t, self.max_frequency, self.features)
         return self.output(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+
+
+def time_features(t: Tensor, max_frequency: float, features: str) -> Tensor:
+    """cos(w t), then sin(w t), for the angular frequencies w: [b 2 * NUM_FREQUENCIES]."""
+    angles = t[:, None] * frequencies(max_frequency, features, t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def frequencies(max_frequency: float, features: str, device: torch.device | None = None) -> Tensor:
+    """[NUM_FREQUENCIES], made anew each time: an engine in bfloat16 would round a buffer."""
+    if features == "unit":
+        exponents = torch.linspace(0, 1, NUM_FREQUENCIES, device=device)
+        return (max_frequency**exponents).bfloat16().float()
+    last = NUM_FREQUENCIES if features == "dit" else NUM_FREQUENCIES - 1
+    k = torch.arange(NUM_FREQUENCIES, device=device)
+    return max_frequency * torch.exp(-math.log(10000) / last * k)
 
 
 class LabelEmbedding(nn.Module):
@@ -98,16 +105,7 @@ class Conditioning(nn.Module):
         time_features: str = "unit",
     ):
         super().__init__()
-        if second_time not in SECOND_TIMES:
-            raise ValueError(
-                f"second_time = {second_time!r}; allowed are 'h' (the interval t - r) and 'r'"
-            )
-        if max_frequency < 1:
-            raise ValueError(f"max_frequency = {max_frequency}; it must be at least 1")
-        if time_features not in TIME_FEATURES:
-            raise ValueError(
-                f"time_features = {time_features!r}; allowed are {', '.join(TIME_FEATURES)}"
-            )
+        check_times(second_time, max_frequency, time_features)
         self.second_is_interval = second_time == "h"
         self.time = TimeEmbedding(dim, max_frequency, time_features)
         self.label = LabelEmbedding(dim, num_classes) if num_classes else None
@@ -118,13 +116,26 @@ class Conditioning(nn.Module):
         )
 
     def forward(self, t: Tensor, r: Tensor, cond: Cond | None) -> Tensor:
-        with _full_precision(t.device.type):
+        with full_precision(t.device.type):
             c = self.time(t)
             if self.label is not None:
                 c = c + self.label(cond)
             if self.second_time is not None:
                 c = c + self.second_time(t - r if self.second_is_interval else r)
             return F.silu(c)
+
+
+def check_times(second_time: str, max_frequency: float, time_features: str) -> None:
+    if second_time not in SECOND_TIMES:
+        raise ValueError(
+            f"second_time = {second_time!r}; allowed are 'h' (the interval t - r) and 'r'"
+        )
+    if max_frequency < 1:
+        raise ValueError(f"max_frequency = {max_frequency}; it must be at least 1")
+    if time_features not in TIME_FEATURES:
+        raise ValueError(
+            f"time_features = {time_features!r}; allowed are {', '.join(TIME_FEATURES)}"
+        )
 
 
 def positions_2d(height: int, width: int, dim: int) -> Tensor:
@@ -146,7 +157,8 @@ def zero_(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """No autocast."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # the meta device

@@ -32,8 +32,8 @@ class GroupNorm(nn.GroupNorm):
     in float32 beside it.
     """
 
-    def __init__(self, channels: int):
-        super().__init__(math.gcd(channels, max(1, min(32, channels // 4))), channels)
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(math.gcd(channels, max(1, min(32, channels // 4))), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -64,11 +64,11 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Attention between all pixels; the identity at initialisation."""
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int, eps: float = 1e-5):
         from timm.layers import Attention  # 2 s: it brings torchvision
 
         super().__init__()
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, eps)
         self.attn = Attention(channels, num_heads, qkv_bias=True)
         zero_(self.attn.proj)
 

@@ -15,6 +15,7 @@ SMALL = {
     "dit": ((3, 4, 6), {"dim": 32, "depth": 2, "num_heads": 2}),
     "lightning_dit": ((3, 4, 6), {"dim": 32, "depth": 2, "num_heads": 2, "patch": 2}),
     "unet": ((3, 5, 7), {"channels": 8, "num_heads": 2}),
+    "ddpmpp": ((3, 4, 6), {"channels": 8, "multipliers": (2, 2), "blocks": 1}),
     "mlp": ((3,), {"dim": 32, "depth": 2}),
 }
 NUM_CLASSES = 4

@@ -16,7 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import registry
 from backbones import build_network
 from backbones.dit import DiT
-from backbones.embeddings import LabelEmbedding, TimeEmbedding, positions_2d
+from backbones.embeddings import (
+    LabelEmbedding,
+    TimeEmbedding,
+    frequencies,
+    positions_2d,
+    time_features,
+)
 from backbones.mlp import MLP
 from backbones.unet import UNet
 from registry.protocols import NULL_LABEL
@@ -149,13 +155,27 @@ def test_network_without_classes_takes_any_cond(backbone):
 
 
 def test_time_features_are_unscaled_and_bounded():
-    embedding = TimeEmbedding(8, max_frequency=16.0)
-    w = embedding.frequencies()
+    w = frequencies(16.0, "unit")
     assert w.min() == 1
     assert w.max() == 16
     assert (w.diff() >= 0).all()
-    # DeepSpeed's bf16 mode casts buffers too; the frequencies must survive it.
-    assert embedding.bfloat16().frequencies().equal(w)
+    # DeepSpeed's bf16 mode casts all that a module holds; the frequencies must survive it.
+    embedding = TimeEmbedding(8, 16.0)
+    assert not list(embedding.buffers())
+    features = []
+    embedding.hidden.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
+    t = torch.rand(5)
+    embedding(t)
+    embedding.bfloat16()(t)
+    torch.testing.assert_close(features[1], features[0], atol=2**-8, rtol=0)
+
+
+def test_dit_time_features_are_those_of_the_released_codes():
+    t, k = torch.rand(5, dtype=torch.float64), torch.arange(128, dtype=torch.float64)
+    angles = 1000 * t[:, None] * 10000 ** (-k / 128)
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    # A frequency of 1000 in float32 is right to 6e-5.
+    torch.testing.assert_close(time_features(t, 1000.0, "dit"), expected, atol=1e-4, rtol=0)
 
 
 # derivatives
@@ -261,7 +281,7 @@ def test_network_of_another_precision_takes_and_returns_float32(backbone, dtype)
         assert (value - expected[key]).norm() < tolerance * expected[key].norm()
 
 
-@pytest.mark.parametrize("backbone", ["dit", "lightning_dit", "unet"])
+@pytest.mark.parametrize("backbone", ["dit", "lightning_dit", "unet", "ddpmpp"])
 def test_dropout_draws_from_the_global_rng_in_training_alone(backbone):
     net = awake(small(backbone, dropout=0.5))
     args = inputs(backbone)
@@ -355,3 +375,5 @@ def test_second_time_and_frequency_are_checked(backbone):
         small(backbone, second_time="s")
     with pytest.raises(ValueError, match="max_frequency = 0.5"):
         small(backbone, max_frequency=0.5)
+    with pytest.raises(ValueError, match="time_features = 'x'; allowed are unit, dit, ddpm"):
+        small(backbone, time_features="x")
