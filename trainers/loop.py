@@ -8,7 +8,7 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -69,18 +69,27 @@ def fit(
     if resume:
         checkpoint.restore(state)
 
+    for _ in updates(state, dataset, optimizer.lr, schedule):
+        pass
+    return state
+
+
+def updates(
+    state: TrainState, dataset: Dataset, lr: float, schedule: Schedule
+) -> Iterator[LossOutput]:
+    """Train step by step, yielding each step's losses; `on_end` comes when it is closed too."""
     with ExitStack() as ends:
-        for callback in callbacks:
+        for callback in state.callbacks:
             callback.on_start(state)
             ends.callback(callback.on_end, state)
         state.clock.start()
-        while not (budget.done(state) or state.stop):
-            out = _update(state, dataset, optimizer.lr, schedule)
-            for callback in callbacks:
+        while not (state.budget.done(state) or state.stop):
+            out = _update(state, dataset, lr, schedule)
+            for callback in state.callbacks:
                 callback.on_step(state, out)
+            yield out
         state.clock.stop()
         state.finished = True
-    return state
 
 
 def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) -> LossOutput:
