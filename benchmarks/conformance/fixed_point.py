@@ -132,8 +132,8 @@ def _fixed(subject: Subject, law: Oracle) -> Result:
     if reason := inapplicable(subject):
         return declared(reason)
     found = measure(subject, law)
-    if LIMIT <= found.z < 2 * LIMIT:  # may be luck: four times as many new rows decide
-        found = measure(subject, law, blocks=4 * BLOCKS, seed=1000)
+    if LIMIT <= found.z < 2 * LIMIT:  # may be luck: twice as many new rows decide
+        found = measure(subject, law, blocks=2 * BLOCKS, seed=1000)
     changes = subject.exact_with()
     used = f", with other {', '.join(changes)}" if changes else ""
     size = f"shift {found.shift:.1g} +- {found.error:.1g}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+
+import torch
 
 import registry
 from benchmarks import parts  # noqa: F401  registers
@@ -68,7 +71,7 @@ def check(
     if file is not None:
         import_file(file)
     subject, claims = subject_of(name), claims_for(name)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_thread():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         if mutations:
             quick = {name: claim for name, claim in claims.items() if name not in SLOW}
@@ -84,6 +87,17 @@ def check(
             tell(_result_lines(result))
             results.append(result)
         return Report(name, results=tuple(results))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors are small here: a second thread would take a core and save nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def claims_for(name: str) -> dict[str, Claim]:
