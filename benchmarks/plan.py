@@ -85,7 +85,8 @@ def plan(
     troubles: dict[str, list[str]] = {}
     cause = None
     cells = axes.cells(arms)
-    for arm, setting in tqdm(cells, "building the cells", leave=False, disable=len(cells) < 9):
+    quiet = None if len(cells) > 8 else True  # None: where stderr is no terminal
+    for arm, setting in tqdm(cells, "building the cells", leave=False, disable=quiet):
         try:
             drafts.append(_draft(request, arm, setting, look))
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gin
@@ -11,7 +12,7 @@ import torch
 
 from backbones.network import build_network
 from benchmarks.experiment import run
-from benchmarks.grid import Declared
+from benchmarks.grid import bindings
 from benchmarks.plan import plan
 from benchmarks.request import Request
 from registry import gin_setup
@@ -60,8 +61,14 @@ def test_comparison_builds_every_arm_and_uses_all_that_the_file_binds(file):
     small = ["run.num_samples = 12", "run.recorder = @jsonl()"]
     small += ["unet.channels = 8"] if "@unet" in text else SMALL_MLP[1:3]
     request = Request(file=Path(file), bindings=tuple(small))
-    planned = plan(request, Declared())
-    assert [one.cell.arm for one in planned.cells] == list(gin_setup.query("Grid.arms"))
+    axes = replace(request.axes(), repeat={})  # one seed shows as much
+    planned = plan(request, axes)
+    arms = gin_setup.query("Grid.arms")
+    assert [(one.cell.arm, one.bindings) for one in planned.cells] == [
+        (arm, bindings(arm, setting)) for arm, setting in axes.cells(arms)
+    ]
+    assert len(planned.cells) > 1
+    assert planned.notes == ()
 
 
 def includes_of(file: str) -> list[str]:
