@@ -101,6 +101,13 @@ def test_derivative_matches_the_closed_form_along_any_direction(backend, a, b, c
     torch.testing.assert_close(found, expected + like(torch.exp(r) * c, x), atol=tolerance, rtol=0)
 
 
+@each_backend
+def test_derivative_needs_a_tangent_for_every_input(backend):
+    x, t = torch.randn(4, 2), torch.rand(4)
+    with pytest.raises((ValueError, RuntimeError)):
+        registry.derivatives.build(backend)(lambda x, t: x * t[:, None], (x, t), (x,))
+
+
 def test_finite_difference_is_second_order():
     primals, tangents, cond = along("mlp")
     f = output(awake(small("mlp")).double(), cond)

@@ -86,10 +86,19 @@ def test_sampler_keeps_the_dtype_and_leaves_the_noise_alone(name):
 
 
 @each
-def test_condition_reaches_every_call(name):
+@pytest.mark.parametrize("nfe", [1, 4])
+def test_condition_reaches_every_call(name, nfe):
     label = torch.arange(16) % 2
-    calls = watch(samplers.get(name)(nfe=4), cond={"label": label})
+    calls = watch(samplers.get(name)(nfe=nfe), cond={"label": label})
+    assert len(calls) == nfe
     assert all(torch.equal(call.labels, label) for call in calls)
+
+
+@each
+def test_sampler_stays_on_the_device_of_the_noise(name):
+    net, x1, rng = Toy((2,), ("u", "v")), noise(), torch.Generator()
+    with torch.device("meta"):  # what a tensor gets that is told no device
+        assert samplers.get(name)(nfe=3)(net, x1, None, rng).device.type == "cpu"
 
 
 @pytest.mark.parametrize("law", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
@@ -267,6 +276,13 @@ def test_sampler_that_the_objective_does_not_train_is_refused():
         check_sampler("shortcut", Shortcut(), Euler())
     with pytest.raises(ValueError, match=r"'flow_matching' cannot use .*'restart'"):
         check_sampler("flow_matching", FlowMatching(), Restart())
+
+
+def test_objective_without_a_path_takes_every_path():
+    class Pathless:
+        heads = ("u",)
+
+    check_sampler("pathless", Pathless(), Restart(path=TrigFlow()))
 
 
 def test_sampler_on_another_path_is_refused():
