@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from registry.protocols import LossOutput
-from trainers import checkpoint
+from trainers import checkpoint, ranks
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
 from trainers.state import Callback, TrainState
+from trainers.zero_shards import local
 
 __all__ = [
     "Callback",
@@ -76,21 +77,34 @@ class MetricsLog(Callback):
         self.record(dict(values), state.step)
 
     def on_end(self, state: TrainState) -> None:
-        if self._held:
+        if self._held and (state.finished or ranks.count() == 1):
             self._send(state)
 
     def _send(self, state: TrainState) -> None:
         held, self._held = self._held, defaultdict(list)
         # Each mean over all rows of the window, since terms and diagnostics may concern a few rows.
         rows = {name: torch.cat([v.reshape(-1) for v in vs]) for name, vs in held.items()}
-        means = {name: value.float().mean() for name, value in rows.items() if len(value)}
-        values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+        values = _means({name: value for name, value in rows.items() if len(value)})
         images, seconds = self._since
         self._since = (state.images, state.seconds)
         if state.seconds > seconds:
             values["images_per_second"] = (state.images - images) / (state.seconds - seconds)
         values |= {"lr": state.lr, "images": float(state.images), "seconds": state.seconds}
         self.record(values, state.step)
+
+
+def _means(rows: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name, over the rows of all processes."""
+    means = torch.stack([value.float().mean() for value in rows.values()]).tolist()
+    own = {name: (mean, len(rows[name])) for name, mean in zip(rows, means, strict=True)}
+    pairs: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+    for found in ranks.gathered(own):
+        for name, pair in found.items():
+            pairs[name].append(pair)
+    return {
+        name: sum(mean * n for mean, n in found) / sum(n for _, n in found)
+        for name, found in pairs.items()
+    }
 
 
 @dataclass(kw_only=True, eq=False)
@@ -158,8 +172,9 @@ class CheckpointCallback(Callback):
                 self._handlers[number] = signal.signal(number, self._stopper(state))
 
     def on_step(self, state: TrainState, out: LossOutput) -> None:
-        due = self.every and state.step % self.every == 0
-        if due or 0 < self.every_seconds <= time.monotonic() - self._last[1]:
+        due = bool(self.every) and state.step % self.every == 0
+        late = 0 < self.every_seconds <= time.monotonic() - self._last[1]
+        if any(ranks.largest(due or late)):
             self._save(state)
 
     def on_end(self, state: TrainState) -> None:
@@ -171,8 +186,8 @@ class CheckpointCallback(Callback):
 
     def _save(self, state: TrainState) -> None:
         with state.paused():
-            norm = torch.nn.utils.get_total_norm(list(state.net.parameters()))
-            if not norm.isfinite():
+            norm = torch.nn.utils.get_total_norm([local(p) for p in state.net.parameters()])
+            if any(ranks.largest(not norm.isfinite())):
                 raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
             try:
                 checkpoint.save(state, self.keep)
@@ -186,8 +201,8 @@ class CheckpointCallback(Callback):
 
     def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
         def stop(number: int, frame: FrameType | None) -> None:
-            state.stop = signal.Signals(number).name
-            log.warning("%s: the run ends after this step, with a checkpoint", state.stop)
+            state.asked = signal.Signals(number).name
+            log.warning("%s: the run ends after this step, with a checkpoint", state.asked)
             self._restore_handlers()
 
         return stop

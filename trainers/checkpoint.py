@@ -5,8 +5,9 @@
         state.json       step, images and seconds so far, and what made them
         manifest.json    size and SHA-256 of every other file
 
-A folder whose files do not fit its manifest is refused by name, and the one before it is used.
-Loading executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
+zero_engine writes other files (zero_checkpoint.py) and several processes write together. A folder
+whose files do not fit its manifest is refused by name, and the one before it is used. Loading
+executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainers import ranks
 from trainers.state import TrainState
 
 _NAME = re.compile(r"step_(\d{8,})\Z")
@@ -41,37 +43,67 @@ class BrokenCheckpoint(ValueError):
 def save(state: TrainState, keep: int) -> Path:
     """Write a checkpoint under state.folder and leave the last `keep` up to this one.
 
-    Raises OSError, with what was there before intact, if the disk is full or will not be written.
+    Each process writes its part, the leader the rest. All raise OSError, with what was there before
+    intact, if the disk of any is full or will not be written.
     """
     target = folder_of(state) / f"step_{state.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        state.engine.save(partial)
-        _write_json(partial / "state.json", _counters(state))
-        files = sorted(f for f in partial.iterdir())
-        _write_json(partial / _MANIFEST, {f.name: _fingerprint(f) for f in files})
-        for path in (*files, partial / _MANIFEST, partial):
-            _sync(path)
-        _discard(target)
-        partial.rename(target)
-        _sync(target.parent)
+        ranks.together(lambda: _begin(partial), OSError)
+        parts = ranks.gathered(ranks.together(lambda: _write_part(state, partial), OSError))
+        manifest = {name: mark for part in parts for name, mark in part.items()}
+        ranks.together(lambda: _finish(state, partial, manifest, target), OSError)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in [c for c in checkpoints(target.parent) if c <= target][:-keep]:
-        _discard(old)
+    if ranks.leads():
+        for old in [c for c in checkpoints(target.parent) if c <= target][:-keep]:
+            _discard(old)
     return target
+
+
+def _begin(partial: Path) -> None:
+    if ranks.leads():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+
+def _write_part(state: TrainState, partial: Path) -> dict[str, dict[str, Any]]:
+    """What this process writes, by name: sizes and hashes."""
+    files = state.engine.save(partial)
+    for file in files:
+        _sync(file)
+    return {file.name: _fingerprint(file) for file in files}
+
+
+def _finish(
+    state: TrainState, partial: Path, manifest: dict[str, dict[str, Any]], target: Path
+) -> None:
+    if not ranks.leads():
+        return
+    for name, mark in manifest.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != mark["size"]:
+            raise OSError(
+                f"{partial / name} is not what another process wrote: the folder of a run must be "
+                "on a file system that all its machines share"
+            )
+    _write_json(partial / "state.json", _counters(state))
+    manifest = manifest | {"state.json": _fingerprint(partial / "state.json")}
+    _write_json(partial / _MANIFEST, manifest)
+    for path in (partial / "state.json", partial / _MANIFEST, partial):
+        _sync(path)
+    _discard(target)
+    partial.rename(target)
+    _sync(target.parent)
 
 
 def restore(state: TrainState) -> None:
     """Continue from the newest whole checkpoint under state.folder; without any, from the start."""
-    path = latest(folder_of(state))
+    path = ranks.from_leader(ranks.together(lambda: _latest_of(state), BrokenCheckpoint))
     if path is None:
         log.info("no checkpoint in %s: starting from the beginning", folder_of(state))
         return
-    state.engine.load(path)
+    ranks.together(lambda: state.engine.load(path), ValueError, OSError)
     saved = json.loads((path / "state.json").read_text())
     for name, now in (("seed", state.seed), ("batch_size", state.batch_size)):
         if saved[name] != now:
@@ -82,6 +114,10 @@ def restore(state: TrainState) -> None:
     state.step, state.images = saved["step"], saved["images"]
     state.clock.elapsed = saved["seconds"]
     state.resumed = path
+
+
+def _latest_of(state: TrainState) -> Path | None:
+    return latest(folder_of(state)) if ranks.leads() else None
 
 
 def latest(folder: Path) -> Path | None:
@@ -149,21 +185,31 @@ def load_module(path: Path, module: nn.Module) -> None:
         tensors = load_file(path)
     except SafetensorError as problem:
         raise BrokenCheckpoint(f"{path} is no safetensors file: {problem}") from problem
-    current = module.state_dict()
-    differences = [f"{name} is missing" for name in current.keys() - tensors.keys()]
-    differences += [f"{name} is unknown here" for name in tensors.keys() - current.keys()]
+    check_fit(
+        path,
+        {name: tuple(value.shape) for name, value in tensors.items()},
+        {name: tuple(value.shape) for name, value in module.state_dict().items()},
+    )
+    module.load_state_dict(tensors)
+
+
+def check_fit(
+    path: Path, there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]
+) -> None:
+    """ValueError unless the shapes of saved weights are those of the network."""
+    differences = [f"{name} is missing" for name in here.keys() - there.keys()]
+    differences += [f"{name} is unknown here" for name in there.keys() - here.keys()]
     differences += [
-        f"{name} has shape {tuple(tensors[name].shape)}, here {tuple(value.shape)}"
-        for name, value in current.items()
-        if name in tensors and tensors[name].shape != value.shape
+        f"{name} has shape {there[name]}, here {shape}"
+        for name, shape in here.items()
+        if name in there and there[name] != shape
     ]
     if differences:
         shown = "; ".join(sorted(differences)[:5]) + ("; ..." if len(differences) > 5 else "")
         raise ValueError(
-            f"{path} does not fit this network in {len(differences)} of {len(current)} tensors: "
+            f"{path} does not fit this network in {len(differences)} of {len(here)} tensors: "
             f"{shown}. Use the backbone, heads and data shape that it was made with"
         )
-    module.load_state_dict(tensors)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

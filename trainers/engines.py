@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from registry import engines
 from registry.protocols import Batch, LossOutput, Objective, Optimizer, Share, Teacher, parts
+from trainers import ranks
 from trainers.checkpoint import load_module, read_state, save_module, save_state
 from trainers.ema import Ema, frozen_copy
 
@@ -37,6 +38,7 @@ class TrainStep(nn.Module):
         super().__init__()
         self.net = net
         self.objective = objective
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.teachers = nn.ModuleDict()
         self._owners: list[Teacher] = []
         for path, teacher in _distinct_teachers(objective):
@@ -51,7 +53,8 @@ class TrainStep(nn.Module):
         self.averages = nn.ModuleDict({_key(str(ema.decay)): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        out = self.objective.loss(self.net, batch, rng)
+        with self.autocast():
+            out = self.objective.loss(self.net, batch, rng)
         rows, shape = batch.share.size(len(batch)), tuple(out.per_sample.shape)
         if shape == (len(batch),) != (rows,):
             _warn_of_waste(type(self.objective).__name__)
@@ -107,12 +110,18 @@ class TorchEngine:
     def prepare(
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
+        if ranks.count() > 1:
+            raise ValueError(
+                f"torch_engine runs in one process, and there are {ranks.count()}; "
+                "include 'trainer/zero2.gin' or bind run.engine = @zero_engine()"
+            )
         if batch_size % self.accumulate:
             raise ValueError(
                 f"a batch of {batch_size} cannot be cut into torch_engine.accumulate = "
                 f"{self.accumulate} equal micro-batches; choose a divisor of the batch size"
             )
         self.module = module.to(device).train()
+        module.autocast = partial(self.autocast, device)
         module.zero_grad(set_to_none=True)
         self._params = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = optimizer.build(self._params)
@@ -125,8 +134,7 @@ class TorchEngine:
             yield replace(batch, share=Share(number, self.accumulate))
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        with self.autocast(self._device):
-            return self.module(batch, rng)
+        return self.module(batch, rng)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -155,12 +163,16 @@ class TorchEngine:
     def update_averages(self, step: int) -> None:
         self.module.update_averages(step)
 
-    def save(self, folder: Path) -> None:
-        for name, module in self._networks():
-            save_module(folder / f"{name}.safetensors", module)
+    def save(self, folder: Path) -> list[Path]:
+        networks = {folder / f"{name}.safetensors": module for name, module in self._networks()}
+        for path, module in networks.items():
+            save_module(path, module)
         save_state(folder / "optimizer.pt", self._optimizer.state_dict())
+        return [*networks, folder / "optimizer.pt"]
 
     def load(self, folder: Path) -> None:
+        if (folder / "zero.json").exists():
+            raise ValueError(f"{folder} was made by zero_engine: go on with @zero_engine()")
         for name, module in self._networks():
             load_module(folder / f"{name}.safetensors", module)
         self._optimizer.load_state_dict(read_state(folder / "optimizer.pt"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from registry.protocols import LossOutput
+from trainers import ranks
 from trainers.state import Callback, TrainState
 
 _SHOWN = 5  # rows, terms and parameters that a message names
@@ -50,20 +51,22 @@ class StopOnNonFinite(Callback):
     def _check(self, state: TrainState) -> None:
         held, self._held = self._held, []
         values = [v for _, out, norm in held for v in (out.per_sample.sum(), norm) if v is not None]
-        if values and not all(map(math.isfinite, torch.stack(values).tolist())):
+        bad = bool(values) and not all(map(math.isfinite, torch.stack(values).tolist()))
+        if any(ranks.largest(bad)):
             for step, out, norm in held:
                 raise_unless_finite(state, step, out, norm)
 
 
 def raise_unless_finite(state: TrainState, step: int, out: LossOutput, norm: Tensor | None) -> None:
-    """NonFiniteLoss, if the loss or the gradient of this step is not finite."""
+    """NonFiniteLoss in every process, if the loss of any or the gradient is not finite."""
     bad = ~out.per_sample.isfinite()
-    if bad.any():
-        problem = "\n".join(_describe_rows(out, bad))
-    elif norm is not None and not norm.isfinite():
-        problem = "\n".join(_describe_gradient(state, out))
-    else:
+    problem = "\n".join(_describe_rows(out, bad)) if bad.any() else ""
+    problems = [told for told in ranks.gathered(problem) if told]
+    if not problems and norm is not None and not norm.isfinite():
+        problems = ranks.gathered("\n".join(_describe_gradient(state, out)))
+    if not problems:
         return
+    problem = "\n".join(dict.fromkeys(problems))
     raise NonFiniteLoss(
         f"step {step}: {problem}\n"
         "What to try: a lower learning rate or more warm-up steps, gradient clipping "
@@ -103,4 +106,4 @@ def _times(out: LossOutput, rows: Tensor) -> Iterator[str]:
         ]
         loss = out.per_sample[row].item()
         size = f"loss {loss:.4g}" if math.isfinite(loss) else f"loss {loss}"
-        yield f"  row {row}: {' '.join([*times, size])}"
+        yield f"  row {row * ranks.count() + ranks.number()}: {' '.join([*times, size])}"

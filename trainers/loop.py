@@ -83,11 +83,13 @@ def updates(
             callback.on_start(state)
             ends.callback(callback.on_end, state)
         state.clock.start()
+        state.agree()
         while not (state.budget.done(state) or state.stop):
             out = _update(state, dataset, lr, schedule)
             for callback in state.callbacks:
                 callback.on_step(state, out)
             yield out
+            state.agree()
         state.clock.stop()
         state.finished = True
 

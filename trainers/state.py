@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.protocols import Engine, LossOutput
+from trainers import ranks
 from trainers.budget import Budget
 
 
@@ -77,13 +78,25 @@ class TrainState:
     grad_norm: Tensor | None = None  # of the last update, before clipping
     emas: dict[str, nn.Module] = field(default_factory=dict)  # by decay
     resumed: Path | None = None  # the checkpoint that the run continues
-    stop: str = ""  # a callback's reason to end after this step
+    stop: str = ""  # a callback's reason to end after this step, the same in every process
+    asked: str = ""  # why this process was asked to end; all of them then `stop` together
     finished: bool = False  # the loop came to its end without an exception
     clock: Stopwatch = field(default_factory=Stopwatch)
 
+    _agreed: float | None = field(default=None, init=False, repr=False)
+
     @property
     def seconds(self) -> float:
-        return self.clock.seconds
+        return self.clock.seconds if self._agreed is None else self._agreed
+
+    def agree(self) -> None:
+        """All processes go by the slowest one's clock, and end when one of them was asked to."""
+        if ranks.count() == 1:
+            self.stop = self.stop or self.asked
+            return
+        self._agreed, asked = ranks.largest(self.clock.seconds, bool(self.asked))
+        if asked:
+            self.stop = self.stop or next(filter(None, ranks.gathered(self.asked)))
 
     @property
     def progress(self) -> float:

@@ -1,0 +1,165 @@
+"""Where this process's part of weights and optimizer state lies under ZeRO, as views of it.
+
+    stage 0     weights and optimizer state whole in every process
+    stages 1-2  weights whole; state in flat partitions over all weights, cut anywhere
+    stage 3     weights and state in equal pieces of each weight, the last one padded
+
+A `Piece` is a contiguous range of one flattened tensor. Whoever reads or writes pieces need not
+know the stage. The places are private names of DeepSpeed; its version is held in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers import ranks
+from trainers.rng import generator
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start .. start + len(view) - 1 of a flattened tensor, where they lie."""
+
+    name: str
+    start: int
+    view: Tensor
+    everywhere: bool = False  # every process holds the same
+
+
+@dataclass(frozen=True)
+class StatePiece:
+    """The place of a weight's piece in a flat tensor, which keys the optimizer's state."""
+
+    name: str
+    start: int
+    flat: nn.Parameter
+    place: slice
+    everywhere: bool = False
+
+    def of(self, tensor: Tensor) -> Piece:
+        view = tensor.detach().view(-1)[self.place]
+        return Piece(self.name, self.start, view, self.everywhere)
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether stage 3 keeps this parameter in pieces; its `data` is empty between uses."""
+    return hasattr(param, "ds_tensor")
+
+
+def shape_of(param: Any) -> tuple[int, ...]:
+    return tuple(param.ds_shape if is_sharded(param) else param.shape)
+
+
+def local(param: Any) -> Tensor:
+    """What this process holds of a parameter."""
+    return param.ds_tensor if is_sharded(param) else param
+
+
+def weight_pieces(module: nn.Module) -> Iterator[Piece]:
+    for name, param in module.named_parameters():
+        if is_sharded(param):
+            start, length = _range(param)
+            yield Piece(name, start, param.ds_tensor.data.view(-1)[:length])
+        else:
+            yield Piece(name, 0, param.data.view(-1), everywhere=True)
+
+
+def state_pieces(module: nn.Module, optimizer: Any) -> Iterator[StatePiece]:
+    """`optimizer` is what deepspeed.initialize gave back."""
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        if is_sharded(param):
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+            start, length = _range(param)
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield StatePiece(name, start, flat, slice(offset, offset + length))
+        elif not hasattr(optimizer, "single_partition_of_fp32_groups"):
+            yield StatePiece(name, 0, param, slice(0, param.numel()), everywhere=True)
+        elif (mapping := param._hp_mapping) is not None:
+            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            here = mapping.hp_fragment_address
+            place = slice(here.start, here.start + here.numel)
+            yield StatePiece(name, mapping.lp_fragment_address.start, flat, place)
+
+
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def refresh_masters(module: nn.Module, optimizer: Any) -> None:
+    """Copy the weights to the float32 copies that the optimizer updates."""
+    weights = {piece.name: piece for piece in weight_pieces(module)}
+    for piece in state_pieces(module, optimizer):
+        master, held = piece.of(piece.flat), weights[piece.name]
+        offset = master.start - held.start
+        master.view.copy_(held.view[offset : offset + len(master.view)])
+
+
+@contextmanager
+def shards(module: nn.Module) -> Iterator[None]:
+    """Each parameter's data is this process's piece of it: arithmetic by element goes through."""
+    params: list[Any] = [p for p in module.parameters() if is_sharded(p)]
+    for p in params:
+        if p.data.numel():
+            p.partition()  # a gathered copy would go stale
+    kept = [p.data for p in params]
+    try:
+        for p in params:
+            p.data = p.ds_tensor.data
+        yield
+    finally:
+        for p, data in zip(params, kept, strict=True):
+            p.data = data
+
+
+@contextmanager
+def shaken(module: nn.Module) -> Iterator[None]:
+    """Noise on all weights, and the weights themselves again afterwards."""
+    kept = []
+    with shards(module), torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            kept.append(p.detach().clone())
+            rng = generator(1, ranks.number(), i, p.device)
+            p.add_(0.1 * torch.randn(p.shape, generator=rng, device=p.device))
+    try:
+        yield
+    finally:
+        with shards(module), torch.no_grad():
+            for p, before in zip(module.parameters(), kept, strict=True):
+                p.copy_(before)
+
+
+def gathered_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's whole state on the CPU of the leading process, one weight at a time.
+
+    Every process must call it; to the others it gives nothing.
+    """
+    params: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, value in module.state_dict().items():
+        if name in params and is_sharded(params[name]):
+            value = _whole(params[name])
+        if ranks.leads():
+            found[name] = value.detach().cpu()
+    return found
+
+
+def _whole(param: Any) -> Tensor:
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([param]):
+        return param.detach().cpu().clone()
+
+
+def _range(param: Any) -> tuple[int, int]:
+    """Where this process's piece of a sharded parameter starts, and its length without padding."""
+    size = param.ds_tensor.numel()
+    start = min(ranks.number() * size, param.ds_numel)
+    return start, min(size, param.ds_numel - start)
