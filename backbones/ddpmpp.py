@@ -125,8 +125,10 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = channels == out_channels and resample is None
         self.skip = None if same else nn.Conv2d(channels, out_channels, 1)
-        for layer in filter(None, (self.conv1, self.affine, self.skip)):
+        for layer in (self.conv1, self.affine):
             xavier_(layer)
+        if self.skip is not None:
+            xavier_(self.skip)
         zero_(self.conv2)
         self.attention = SelfAttention(out_channels, 1, EPS) if attention else None
         if self.attention is not None:
@@ -197,7 +199,7 @@ class DDPMpp(Trunk):
         xavier_(self.stem)
         down, self.joins, up = _plan(channels, widths, blocks, set(attention_levels))
         self.down, self.up = (
-            nn.ModuleList(Block(*io, self.dim, dropout, **kind) for *io, kind in part)
+            nn.ModuleList(Block(n, k, self.dim, dropout, **kind) for n, k, kind in part)
             for part in (down, up)
         )
         self.conditioning = JointConditioning(

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 import registry
 from backbones.heads import AverageVelocity, Dual, LogVariance, Readouts, Velocity
+from backbones.trunk import Trunk
 from registry.protocols import Cond
+
+FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # a student's own choice
 
 
 class FlowNetwork(nn.Module):
@@ -87,6 +90,7 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
             f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. "
             "Give both the same backbone, and a second time to the student if the teacher has one"
         )
+    _check_same_function(student.trunk, teacher.trunk)
     given = _readouts(teacher)
     if not given:
         raise ValueError(f"the teacher makes {', '.join(teacher.keys)}; it needs u or v")
@@ -94,6 +98,22 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
     for key, readout in _readouts(student).items():
         source = key if key in given else next(iter(given))
         readout.load_state_dict(given[source].state_dict())
+
+
+def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
+    """The fields of two trunks that no shape shows, numbers of heads for one."""
+    if not (isinstance(ours, Trunk) and isinstance(theirs, Trunk)):
+        return
+    free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | {"second_time"}
+    if differing := [
+        f"{name} = {value!r}, the teacher's {theirs.fields.get(name)!r}"
+        for name, value in ours.fields.items()
+        if name not in free and value != theirs.fields.get(name)
+    ]:
+        raise ValueError(
+            f"the student cannot start from the teacher, whose trunk computes something else: "
+            f"{'; '.join(differing)}. Bind the teacher's values"
+        )
 
 
 def _readouts(net: FlowNetwork) -> dict[str, nn.Module]:

@@ -1,0 +1,306 @@
+"""The names, shapes and conventions of public checkpoints, one function for each layout.
+
+Each takes every tensor that it knows from a `Source` and returns the fields of an `Imported`
+(imports.py): the backbone and its fields, the shape of the data and the weights under our names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.embeddings import NUM_FREQUENCIES, frequencies, positions_2d
+from backbones.lightning_dit import rotary_2d
+from registry.core import did_you_mean
+
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the released sizes
+
+
+class Source:
+    """The tensors of a file, each to be taken once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], layout: str):
+        self.left = dict(tensors)
+        self.layout = layout
+        self.unused: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.left
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise ValueError(
+                f"the checkpoint has no {name!r}, which layout {self.layout!r} needs."
+                f"{did_you_mean(name, self.left)}"
+            )
+        return self.left.pop(name).float()
+
+    def linear(self, theirs: str, ours: str) -> dict[str, Tensor]:
+        """Weight and bias under our name."""
+        return {f"{ours}.{part}": self.take(f"{theirs}.{part}") for part in ("weight", "bias")}
+
+    def check_equal(self, name: str, expected: Tensor, what: str) -> None:
+        """A table that is computed here: leave it out if it is the same."""
+        found = self.take(name).reshape(-1)
+        if found.shape != expected.reshape(-1).shape or not torch.allclose(
+            found, expected.reshape(-1), atol=1e-4
+        ):
+            raise ValueError(
+                f"{name!r} of the checkpoint differs from {what}; a network with trained or other "
+                "tables cannot be read"
+            )
+        self.unused[name] = what
+
+    def count(self, pattern: str) -> int:
+        """How many numbers match the one group of a pattern."""
+        found = {m[1] for name in self.left if (m := re.match(pattern, name))}
+        return len(found)
+
+    def check_empty(self) -> None:
+        if self.left:
+            names = sorted(self.left)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"layout {self.layout!r} has no place for {len(names)} tensors of the checkpoint: "
+                f"{', '.join(names[:5])}{more}"
+            )
+
+
+def _transformer(source: Source, num_heads: int | None) -> dict[str, Any]:
+    """What all transformers have in common; their final layer and MLPs are taken by the caller."""
+    patches = source.take("x_embedder.proj.weight")
+    dim, channels, patch, _ = patches.shape
+    side = math.isqrt(source.left["pos_embed"].shape[1])
+    if num_heads is None and dim not in NUM_HEADS:
+        raise ValueError(f"the number of heads at width {dim} is in no tensor; give num_heads")
+    weights = {
+        "trunk.embed.weight": patches.flatten(1),
+        "trunk.embed.bias": source.take("x_embedder.proj.bias"),
+        **source.linear("t_embedder.mlp.0", "trunk.conditioning.time.hidden"),
+        **source.linear("t_embedder.mlp.2", "trunk.conditioning.time.output"),
+        "trunk.conditioning.label.table.weight": source.take("y_embedder.embedding_table.weight"),
+    }
+    depth = source.count(r"blocks\.(\d+)\.")
+    for i in range(depth):
+        theirs, ours = f"blocks.{i}", f"trunk.blocks.{i}"
+        for part in ("attn.qkv", "attn.proj"):
+            weights |= source.linear(f"{theirs}.{part}", f"{ours}.{part}")
+        weights |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
+    source.check_equal("pos_embed", positions_2d(side, side, dim), "the fixed positions")
+    fields = {
+        "patch": patch,
+        "dim": dim,
+        "depth": depth,
+        "num_heads": num_heads or NUM_HEADS[dim],
+        "time_features": "dit",
+        "max_frequency": 1.0,
+        "second_time": "h",
+    }
+    return {
+        "backbone": "dit",
+        "shape": (channels, side * patch, side * patch),
+        "num_classes": len(weights["trunk.conditioning.label.table.weight"]) - 1,
+        "fields": fields,
+        "weights": weights,
+    }
+
+
+def _gelu_mlps(source: Source, made: dict[str, Any]) -> None:
+    for i in range(made["fields"]["depth"]):
+        for part in ("fc1", "fc2"):
+            ours = f"trunk.blocks.{i}.mlp.{part}"
+            made["weights"] |= source.linear(f"blocks.{i}.mlp.{part}", ours)
+    hidden = len(made["weights"]["trunk.blocks.0.mlp.fc1.bias"])
+    made["fields"]["mlp_ratio"] = hidden / made["fields"]["dim"]
+
+
+def _readout(source: Source, made: dict[str, Any], head: str, key: str) -> None:
+    """The final layer, without the rows of learned variances."""
+    ours = f"heads.{head}.readouts.{key}"
+    made["weights"] |= source.linear("final_layer.adaLN_modulation.1", f"{ours}.modulation")
+    channels, patch = made["shape"][0], made["fields"]["patch"]
+    for part, rows in source.linear("final_layer.linear", f"{ours}.linear").items():
+        cells = rows.unflatten(0, (patch * patch, -1))  # [p q, channels, ...]
+        if cells.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"final_layer.linear makes {cells.shape[1]} channels a pixel; the data have "
+                f"{channels}, twice that with variances"
+            )
+        if cells.shape[1] == 2 * channels:
+            source.unused[
+                f"final_layer.linear.{part.split('.')[-1]}, second half of the channels"
+            ] = "learned variances"
+        made["weights"][part] = cells[:, :channels].flatten(0, 1).clone()
+    made["key"] = key
+
+
+def _other_way(made: dict[str, Any]) -> None:
+    """v(x, t) = -F(x, 1 - t)."""
+    weights = made["weights"]
+    for part in ("weight", "bias"):
+        name = f"heads.velocity.readouts.v.linear.{part}"
+        weights[name] = -weights[name]
+    name = "trunk.conditioning.time.hidden.weight"
+    w = frequencies(made["fields"]["max_frequency"], made["fields"]["time_features"]).double()
+    cos, sin = weights[name].double().split(NUM_FREQUENCIES, dim=1)
+    turned = torch.cat([cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1)
+    weights[name] = turned.float()
+
+
+def _dit(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = _transformer(source, num_heads)
+    made["fields"]["max_frequency"] = 1000.0
+    _gelu_mlps(source, made)
+    _readout(source, made, "velocity", "v")
+    return made
+
+
+def _sit(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = _transformer(source, num_heads)
+    _gelu_mlps(source, made)
+    _readout(source, made, "velocity", "v")
+    _other_way(made)
+    return made
+
+
+def _mean_flow_sit(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = _transformer(source, num_heads)
+    _gelu_mlps(source, made)
+    for number, part in ((0, "hidden"), (2, "output")):
+        ours = f"trunk.conditioning.second_time.{part}"
+        made["weights"] |= source.linear(f"r_embedder.mlp.{number}", ours)
+    _readout(source, made, "average_velocity", "u")
+    return made
+
+
+def _lightning_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = _transformer(source, num_heads)
+    made["backbone"] = "lightning_dit"
+    fields, weights = made["fields"], made["weights"]
+    fields["qk_norm"] = "blocks.0.attn.q_norm.weight" in source
+    norms = ["norm1", "norm2"] + ["attn.q_norm", "attn.k_norm"] * fields["qk_norm"]
+    for i in range(fields["depth"]):
+        theirs, ours = f"blocks.{i}", f"trunk.blocks.{i}"
+        weights |= source.linear(f"{theirs}.mlp.w12", f"{ours}.mlp.fc1")
+        weights |= source.linear(f"{theirs}.mlp.w3", f"{ours}.mlp.fc2")
+        for norm in norms:
+            weights[f"{ours}.{norm}.weight"] = source.take(f"{theirs}.{norm}.weight")
+    name = "heads.velocity.readouts.v.norm.weight"
+    weights[name] = source.take("final_layer.norm_final.weight")
+    side = made["shape"][1] // fields["patch"]
+    sines, cosines = rotary_2d(side, side, fields["dim"] // fields["num_heads"]).chunk(2, dim=1)
+    source.check_equal("feat_rope.freqs_sin", sines, "the rotary positions")
+    source.check_equal("feat_rope.freqs_cos", cosines, "the rotary positions")
+    _readout(source, made, "velocity", "v")
+    _other_way(made)
+    return made
+
+
+def _py_mean_flow(source: Source, num_heads: int | None) -> dict[str, Any]:
+    sides = sorted(
+        {int(m[1]) for name in source.left if (m := re.match(r"enc\.(\d+)x", name))}, reverse=True
+    )
+    blocks = source.count(rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.")
+    enc, dec = _block_names(sides, blocks)
+    attention = [
+        level
+        for level, side in enumerate(sides)
+        if f"enc.{side}x{side}_block0.qkv.weight" in source
+    ]
+    weights = source.linear(f"enc.{sides[0]}x{sides[0]}_conv", "trunk.stem")
+    for ours, names in (("down", enc), ("up", dec)):
+        for i, name in enumerate(names):
+            weights |= _song_block(source, name, f"trunk.{ours}.{i}")
+    readout = "heads.average_velocity.readouts.u"
+    weights |= source.linear(f"dec.{sides[0]}x{sides[0]}_aux_norm", f"{readout}.norm")
+    weights |= source.linear(f"dec.{sides[0]}x{sides[0]}_aux_conv", f"{readout}.conv")
+    joint, num_augments = _joint(source)
+    weights |= joint
+    channels = len(weights["trunk.stem.bias"])
+    widths = [
+        len(weights[f"trunk.down.{level * (blocks + 1)}.conv1.bias"]) for level in range(len(sides))
+    ]
+    return {
+        "backbone": "ddpmpp",
+        "shape": (weights["trunk.stem.weight"].shape[1], sides[0], sides[0]),
+        "num_classes": 0,
+        "key": "u",
+        "weights": weights,
+        "fields": {
+            "channels": channels,
+            "multipliers": tuple(width // channels for width in widths),
+            "blocks": blocks,
+            "attention_levels": tuple(attention),
+            "num_augments": num_augments,
+            "time_features": "ddpm",
+            "max_frequency": 1.0,
+            "second_time": "h",
+        },
+    }
+
+
+def _block_names(sides: list[int], blocks: int) -> tuple[list[str], list[str]]:
+    """The blocks of encoder and decoder in the order in which they run."""
+    enc, dec = [], []
+    for level, side in enumerate(sides):
+        enc += [f"enc.{side}x{side}_down"] if level else []
+        enc += [f"enc.{side}x{side}_block{i}" for i in range(blocks)]
+    for level, side in reversed(list(enumerate(sides))):
+        first = ["in0", "in1"] if level == len(sides) - 1 else ["up"]
+        dec += [f"dec.{side}x{side}_{name}" for name in first]
+        dec += [f"dec.{side}x{side}_block{i}" for i in range(blocks + 1)]
+    return enc, dec
+
+
+def _song_block(source: Source, theirs: str, ours: str) -> dict[str, Tensor]:
+    names = {"norm0": "norm1", "conv0": "conv1", "affine": "affine", "norm1": "norm2"}
+    names |= {"conv1": "conv2"}
+    if f"{theirs}.skip.weight" in source:
+        names["skip"] = "skip"
+    if f"{theirs}.qkv.weight" in source:
+        names |= {"norm2": "attention.norm", "qkv": "attention.attn.qkv"}
+        names["proj"] = "attention.attn.proj"
+    found: dict[str, Tensor] = {}
+    for name, own in names.items():
+        found |= source.linear(f"{theirs}.{name}", f"{ours}.{own}")
+    for name in (f"{ours}.attention.attn.{part}.weight" for part in ("qkv", "proj")):
+        if name in found:
+            found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution is a matrix
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    kernel = torch.outer(taps, taps) / 64
+    for name in (f"{theirs}.{part}.resample_filter" for part in ("conv0", "skip")):
+        if name in source:
+            source.check_equal(name, kernel, "the resampling filter")
+    return found
+
+
+def _joint(source: Source) -> tuple[dict[str, Tensor], int]:
+    """The embedding of both times; sines come first there. Augmentation enters before it there."""
+    first = source.take("map_layer0.weight")
+    sine_t, cosine_t, sine_h, cosine_h = first.split(NUM_FREQUENCIES, dim=1)
+    ours = "trunk.conditioning"
+    weights = {
+        f"{ours}.time.weight": torch.cat([cosine_t, sine_t], dim=1),
+        f"{ours}.time.bias": source.take("map_layer0.bias"),
+        f"{ours}.second_time.weight": torch.cat([cosine_h, sine_h], dim=1),
+        **source.linear("map_layer1", f"{ours}.output"),
+    }
+    if "map_augment.weight" not in source:
+        return weights, 0
+    augment = source.take("map_augment.weight")
+    weights[f"{ours}.augment.weight"] = (first.double() @ augment.double()).float()
+    return weights, augment.shape[1]
+
+
+CONVERTERS: dict[str, Callable[[Source, int | None], dict[str, Any]]] = {
+    "dit": _dit,
+    "sit": _sit,
+    "lightning_dit": _lightning_dit,
+    "mean_flow_sit": _mean_flow_sit,
+    "py_mean_flow": _py_mean_flow,
+}
