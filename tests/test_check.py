@@ -314,11 +314,12 @@ def command(*arguments):
     return main(["check", *map(str, arguments)])
 
 
-def test_command_prints_one_line_for_each_claim(written, capsys):
+def test_command_prints_one_line_for_each_claim_and_a_summary(written, capsys):
     name, file = written(MEAN_FLOW)
     assert command(name, "--import", file) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == len(CLAIMS)
+    assert last.startswith(f"{name} meets ")
     for line, claim in zip(lines, CLAIMS, strict=True):
         status, rest = line[:10].strip(), line[10:]
         assert status in ("ok", "declared", "note")
@@ -415,5 +416,8 @@ def test_check_returns_the_report():
     lines = []
     report = check("flow_matching", tell=lines.append)
     assert report.problems() == ()
-    assert len(lines) == len(report.results) == len(CLAIMS) + 1  # its loss floor
+    assert len(report.results) == len(CLAIMS) + 1  # its loss floor
+    applied = [result for result in report.results if result.status == "ok"]
+    assert f"flow_matching meets {len(applied)} claims" in lines[-1]
+    assert len(lines) == len(report.results) + 1
     assert all(result.seconds >= 0 for result in report.results)

@@ -278,6 +278,20 @@ def test_alpha_flow_tends_to_mean_flow():
     assert abs(errors[0] / errors[1] - 2) < 0.2
 
 
+@pytest.mark.parametrize("r", [0.0, 0.35, 0.7])
+def test_improved_mean_flow_has_the_floor_of_flow_matching_whatever_r(r):
+    """E (V - v_c)^2 = s^2 / S_t^2, V being u + (t - r) D(u; v, 1, 0): in standard errors."""
+    n, t = 20_000, 0.7
+    rng = torch.Generator().manual_seed(0)
+    x0 = GAUSSIAN.sample_x0(n, rng)
+    x1 = torch.randn(x0.shape, generator=rng, dtype=F64)
+    x, times = (1 - t) * x0 + t * x1, torch.full((n,), t, dtype=F64)
+    residual = identities.improved_mean_flow(GAUSSIAN, x, times, torch.full_like(times, r))
+    excess = (residual + GAUSSIAN.velocity(x, times) - (x1 - x0)) ** 2
+    excess = excess - GAUSSIAN.std**2 / ((1 - t) ** 2 * GAUSSIAN.std**2 + t**2)
+    assert (excess.mean(0).abs() < 4 * excess.std(0) / n**0.5).all()
+
+
 def test_identities_of_one_network_agree_with_each_other():
     """Away from the truth: n2n is the sum of its ends, which are the other two, up to sign."""
     x, t, r = at(0.9, 0.2)

@@ -7,6 +7,8 @@ settings of the zoo's own objectives that change which mathematics is at work.
 from __future__ import annotations
 
 import pytest
+import torch
+from objective_cases import watch
 
 from benchmarks.conformance import mutations
 from benchmarks.conformance.report import SLOW, claims_for, subject_of
@@ -99,6 +101,15 @@ def test_objective_meets_claim(name, claim):
     result = run_claim(claim, claims_for(subject.name)[claim], subject)
     assert result.status != "FAIL", f"{result.figure}\n{result.reason}\n{result.hint}"
     assert (result.status == "declared") == (claim in EXCUSED.get(name, ())), result.reason
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_times_of_the_rows_are_reported(name):
+    """So that a loss that is not finite can name its rows."""
+    seen = watch(objectives.get(name)(), n=12)
+    call = seen.trained()
+    assert torch.equal(seen.out.t, call.t[:12])
+    assert torch.equal(seen.out.r, call.r[:12])
 
 
 @pytest.mark.parametrize("name", objectives.names())

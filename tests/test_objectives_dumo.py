@@ -20,7 +20,7 @@ from zoo.oracles.solver import integrate
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher, Online
 from zoo.times import BetaPair, Uniform
-from zoo.weighting import PseudoHuber
+from zoo.weighting import LearnedLogvar, PseudoHuber
 
 F64 = torch.float64
 MOSTLY_OFF = BetaPair(off_diagonal_fraction=0.9)
@@ -114,6 +114,16 @@ def test_weights_are_applied_to_their_own_errors():
         torch.testing.assert_close(
             weighted.out.per_sample - plain.out.per_sample, change, rtol=1e-6, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("name", ["v", "u"])
+def test_weights_read_the_networks_outputs(name):
+    seen = watch(DuMo(**{f"weight_{name}": LearnedLogvar()}))
+    call, terms = seen.trained(), dict(seen.out.terms)
+    logvar = seen.net(call.x, call.t, call.r, {"label": call.labels})["logvar"]
+    likelihood = (-logvar).exp() * terms.pop(name) + logvar
+    (other,) = terms.values()
+    torch.testing.assert_close(seen.out.per_sample, likelihood + other, rtol=1e-6, atol=1e-9)
 
 
 def test_gradient_of_u_is_the_clipped_residual_itself():
