@@ -130,7 +130,8 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
             f"ray_cluster.address = {address!r}: no Ray cluster answers ({reason(error)}). Start "
-            "one with `ray start --head`, or leave the address empty for one of this machine alone"
+            "one with `ray start --head`, or leave the address empty for one of this machine "
+            "alone; one that asks for a token needs RAY_AUTH_MODE=token and the token here too"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
