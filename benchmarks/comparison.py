@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from benchmarks.grid import Declared
 from benchmarks.launchers import Job, close_lost
 from benchmarks.mlflow_store import open_hint
 from benchmarks.plan import Plan, Planned, plan
+from benchmarks.provenance import commit
 from benchmarks.request import Request
 from benchmarks.results import RESULT, SAMPLES, Result
 from benchmarks.runner import picture
@@ -99,6 +100,8 @@ def _run(
     planned: Plan, out: Path, states: Mapping[str, State], again: str, *, retry_failed: bool
 ) -> list[Result]:
     started = time.monotonic()
+    for note in [*planned.notes, *_other_code(states.values())]:
+        _say(note)
     jobs = []
     failed: dict[str, str] = {}
     for one in planned.cells:
@@ -200,6 +203,18 @@ def _say_where(recorder: Any, out: Path, seconds: float) -> None:
         print(f"MLflow    {uri}; open it with\n          {open_hint(uri)}")
 
 
+def _other_code(states: Iterable[State]) -> list[str]:
+    """A warning of finished cells that another commit made: an id knows the version alone."""
+    now = commit()
+    made = [state.commit for state in states if state.status == "finished"]
+    if not (others := [commit for commit in made if commit not in ("", now)]):
+        return []
+    return [
+        f"{len(others)} finished cells are of other code (commit {', '.join(sorted(set(others)))}; "
+        f"now {now}). To run them again, choose another --out and mlflow.experiment"
+    ]
+
+
 def _where(state: State, out: Path) -> str:
     """Where a cell is that is not in `out`."""
     if state.folder.parent.resolve() == out.resolve():
@@ -207,8 +222,8 @@ def _where(state: State, out: Path) -> str:
     if (state.folder / RESULT).exists():
         return f" in {state.folder} ({state.said})"
     return (
-        f" ({state.said}), but its folder {state.folder} is not here, so the table lacks it. To run "
-        "it again, delete that MLflow run, or set another mlflow.experiment"
+        f" ({state.said}), but {state.folder} is not here, so the table lacks it. To run it again, "
+        "delete that MLflow run or set another mlflow.experiment"
     )
 
 

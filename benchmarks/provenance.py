@@ -23,6 +23,7 @@ PACKAGES = (
     "clean-fid",
     "deepspeed",
 )
+ROOT = Path(__file__).resolve().parents[1]
 CODE = ("registry", "zoo", "backbones", "trainers", "benchmarks", "gin")
 
 
@@ -31,7 +32,7 @@ def provenance() -> dict[str, str]:
 
     "dirty" tells whether the code or the gin files differ from the commit, new files included.
     """
-    facts = checkout(Path(__file__).resolve().parents[1])
+    facts = checkout(ROOT)
     facts["version.python"] = platform.python_version()
     facts |= {f"version.{name}": version_of(name) for name in PACKAGES}
     facts["platform"] = platform.platform()
@@ -39,6 +40,11 @@ def provenance() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts["gpus"] = ", ".join(gpus) or "none"
     return facts
+
+
+def commit() -> str:
+    """The commit of this code, or why it is not known."""
+    return checkout(ROOT)["commit"]
 
 
 def checkout(root: Path) -> dict[str, str]:

@@ -19,11 +19,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """`folder` is where the cell is, or will be; `said` tells more of it."""
+    """`folder` is where the cell is or will be; `said` tells more, `commit` which code made it."""
 
     status: Literal["new", "half-done", "finished", "failed", "pruned"]
     folder: Path
     said: str = ""
+    commit: str = ""
 
 
 def state_in(folder: Path) -> State:
@@ -33,7 +34,7 @@ def state_in(folder: Path) -> State:
         return State("finished" if result else "new", folder)
     record = read_record(folder)
     if result and record.status == "FINISHED":
-        return State("finished", folder)
+        return State("finished", folder, commit=record.tags.get("commit", ""))
     if record.status == "FAILED":
         return State("failed", folder, record.tags.get("error", "no reason recorded"))
     if record.status == "KILLED" and record.tags.get(PRUNED):
@@ -56,8 +57,9 @@ def finished_elsewhere(store: Store, ids: Iterable[str]) -> dict[str, State]:
                 max_results=1,
             )
             for run in runs:
-                folder = Path(run.data.tags.get("cell.folder", ""))
-                found[wanted] = State("finished", folder, f"MLflow run {run.info.run_id}")
+                folder, commit = (run.data.tags.get(t, "") for t in ("cell.folder", "commit"))
+                said = f"MLflow run {run.info.run_id}"
+                found[wanted] = State("finished", Path(folder), said, commit)
     except Exception as error:  # whatever MLflow and its transports raise
         log.warning(
             "the MLflow store %s does not answer (%s): finished cells are told by their folders "
