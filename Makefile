@@ -9,18 +9,21 @@ QUICKSTART ?= run gin/experiments/digits.gin
 py := $(VENV)/bin/python
 plain := $(VENV)/.installed
 dev := $(VENV)/.installed-dev
+mutmut := $(VENV)/.installed-mutmut
 
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help quickstart install test test-all check fmt wheel clean
+.PHONY: help quickstart install test test-all test-browser check fmt wheel clean mutants
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install, then compare the five objectives on the 8x8 digits"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-all     all tests"
+	@echo "make test-browser the report's page in the Chromium on the PATH"
 	@echo "make check        ruff, mypy and the import directions"
+	@echo "make mutants      plant mistakes in the mathematics and list those that no test notices"
 	@echo "make fmt          let ruff format and repair"
 	@echo "make install      the package with its development tools, editable, in $(VENV)"
 	@echo "make wheel        dist/objective_zoo-*.whl"
@@ -32,16 +35,29 @@ quickstart: $(plain)
 install: $(dev)
 
 test: $(dev)
-	$(py) -m pytest -m "not slow"
+	$(py) -m pytest -m "not slow and not browser"
 
 test-all: $(dev)
 	$(py) -m pytest
+
+test-browser: $(dev)
+	@command -v chromium >/dev/null || { echo "The page is tested in Chromium, which is not on the PATH." \
+		"Debian: apt install chromium"; exit 1; }
+	$(py) -m pip install -q -e '.[browser]'
+	$(py) -m pytest -m browser
 
 check: $(dev)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 	$(py) -m mypy
 	$(py) -m pytest -q tests/test_layering.py
+
+# MUTANTS='zoo.times.*' runs one module. Survivors are shown, and kept in mutants/survivors.txt.
+mutants: $(mutmut)
+	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(if $(MUTANTS),'$(MUTANTS)')
+	@for name in $$($(VENV)/bin/mutmut results | sed -n 's/^ *\(.*\): survived$$/\1/p'); do \
+		$(VENV)/bin/mutmut show "$$name"; done | tee mutants/survivors.txt
+	@$(VENV)/bin/mutmut results --all true | sed 's/^ *\(.*\)\.x.*: /\1 /' | sort | uniq -c
 
 fmt: $(dev)
 	$(py) -m ruff format .
@@ -51,7 +67,7 @@ wheel: $(dev)
 	$(py) -m hatchling build -t wheel
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard registry zoo backbones trainers benchmarks tests) -name __pycache__ -prune -exec rm -rf {} +
 
 $(py):
@@ -72,3 +88,7 @@ $(dev): pyproject.toml | $(py)
 	@echo "Installing the package, what it needs and the development tools (minutes, 6 GB)"
 	$(py) -m pip install -e '.[dev]'
 	@touch $(plain) $@
+
+$(mutmut): pyproject.toml | $(dev)
+	$(py) -m pip install -e '.[dev,mutants]'
+	@touch $@
