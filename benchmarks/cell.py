@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import benchmarks.grid  # registers Grid
 import benchmarks.parts  # noqa: F401  registers every part
@@ -29,9 +30,11 @@ from benchmarks.pruning import PRUNED, Pruned
 from benchmarks.record_file import read_record, read_start
 from benchmarks.results import RESULT
 from benchmarks.runner import Texts, execute
+from benchmarks.tracking import NullRun
 from registry import gin_setup, recorders
 from registry.gin_errors import said
 from registry.protocols import Recorder
+from trainers import ranks
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
 
@@ -77,17 +80,38 @@ def run_cell(folder: Path) -> Ended:
             if (folder / RESULT).exists():
                 record.artifact(folder / RESULT)
             else:
-                experiment = build(cell.arm)
-                texts = texts_of(cell.arm, (folder / CONFIG).read_text())
-                execute(experiment, texts, record, folder, resume=True)
+                ranks.from_leader(folder)
+                _execute(cell, folder, record)
     except KeyboardInterrupt as stopped:
         return Ended(cell.name, "stopped", str(stopped) or "interrupted")
     except Pruned as pruned:
         return Ended(cell.name, "pruned", str(pruned))
     except Exception as error:
         log.exception("the run %s failed", cell.name)
+        ranks.fail_together(said(error))
         return Ended(cell.name, "failed", said(error))
     return Ended(cell.name, "finished")
+
+
+def follow() -> None:
+    """Take part in every cell that the leading process runs, recording nothing."""
+    while (folder := ranks.from_leader(None)) is not None:
+        try:
+            _execute(Cell.load(folder), folder, NullRun(folder.name))
+        except (KeyboardInterrupt, Pruned):
+            continue
+        except Exception as error:
+            ranks.fail_together(said(error))
+
+
+def _execute(cell: Cell, folder: Path, record: Any) -> None:
+    def built() -> Experiment:
+        gin_setup.parse([folder / CONFIG])
+        return build(cell.arm)
+
+    experiment = ranks.together(built, Exception)
+    texts = texts_of(cell.arm, (folder / CONFIG).read_text())
+    execute(experiment, texts, record, folder, resume=True)
 
 
 def build(arm: str) -> Experiment:

@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME-DATE-TIME")
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
     run.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
+    run.add_argument(
+        "--launcher", choices=("deepspeed",), help="in processes of this machine; see --ranks"
+    )
+    run.add_argument("--ranks", type=int, default=1, help="how many processes, one per GPU")
     run.set_defaults(command=_run)
 
     grid = commands.add_parser("grid", help="run every cell of a gin file's arms and axes")
@@ -216,11 +220,28 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.resume and not arguments.out:
         raise ValueError("--resume needs --out, the folder of the runs to continue")
+    from trainers import ranks
+
     name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = arguments.out or Path("runs") / name
+    if arguments.launcher and not ranks.launched():
+        return _launch(arguments, out)
     again = [] if arguments.out else ["--out", str(out)]
     again = shlex.join([*arguments.words, *again, *([] if arguments.resume else ["--resume"])])
-    compare(_request(arguments), out, again=again, resume=arguments.resume)
+    lead = partial(compare, _request(arguments), out, again=again, resume=arguments.resume)
+    if ranks.launched():
+        from benchmarks.launch import joined
+
+        return joined(lead, arguments.words)
+    lead()
+
+
+def _launch(arguments: argparse.Namespace, out: Path) -> None:
+    from benchmarks.launch import start
+
+    words = arguments.words[1:] + ([] if arguments.out else ["--out", str(out)])
+    if status := start(words, arguments.ranks):
+        raise SystemExit(status)
 
 
 def _grid(arguments: argparse.Namespace) -> None:

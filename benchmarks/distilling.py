@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.results import MODEL, finished_run
 from benchmarks.training import fit_experiment
 from registry import gin_setup
+from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoint import load_module, save_module
 from zoo.objectives.flow_matching import FlowMatching
@@ -91,7 +93,7 @@ def _train_teacher(
     teaching = replace(
         experiment,
         objective=FlowMatching(),
-        net=net.requires_grad_(True),
+        net=copy.deepcopy(net).requires_grad_(True),  # which an engine may leave in pieces
         teacher=None,
         optimizer=experiment.teacher_optimizer,
         budget=_scaled(experiment.budget, share),
@@ -99,11 +101,13 @@ def _train_teacher(
     state = fit_experiment(
         teaching, record, folder, resume, budget=teaching.budget, prefix="teacher/"
     )
-    net.load_state_dict(state.ema_net.state_dict())
     spent = Spent(state.step, state.images, state.seconds)
-    (folder / "spent.json").write_text(json.dumps(asdict(spent)) + "\n")
-    save_module(folder / f".{MODEL}", net)
-    (folder / f".{MODEL}").rename(folder / MODEL)  # there, or not: a resumed run looks for it
+    save_module(folder / f".{MODEL}", state.ema_net)
+    if ranks.leads():
+        (folder / "spent.json").write_text(json.dumps(asdict(spent)) + "\n")
+        (folder / f".{MODEL}").rename(folder / MODEL)  # there, or not: a resumed run looks for it
+    ranks.gathered(None)
+    load_module(folder / MODEL, net)
     return spent
 
 

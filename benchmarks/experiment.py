@@ -38,6 +38,7 @@ from registry.protocols import (
     parts,
     required_heads,
 )
+from trainers import ranks
 from trainers.budget import Budget
 from trainers.engines import TrainStep
 from trainers.rng import generator
@@ -256,7 +257,8 @@ def _default_metric(dataset: Dataset) -> Metric:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = f"cuda:{ranks.local_number()}" if ranks.launched() else "cuda"
+        return torch.device(cuda if torch.cuda.is_available() else "cpu")
     return torch.device(name)
 
 

@@ -108,7 +108,7 @@ class Pruning(Callback):
             return
         if reason := why_pruned(self.pruner, self.folder):
             self.reason = f"at step {state.step}: {reason}"
-            state.stop = "its pruner"
+            state.asked = "its pruner"
 
 
 def why_pruned(pruner: Pruner, folder: Path) -> str:

@@ -31,6 +31,7 @@ from benchmarks.results import MODEL, RESULT, Result
 from benchmarks.shown import final_samples, is_picture, is_points, keep_all
 from benchmarks.training import fit_experiment, measure
 from registry.protocols import Objective
+from trainers import ranks
 from trainers.checkpoint import load_module, save_module
 from zoo.guidance import Guided
 
@@ -78,8 +79,9 @@ def execute(
     )
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
     record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)
-    result.save(folder)
-    record.artifact(folder / RESULT)
+    if ranks.leads():
+        result.save(folder)
+        record.artifact(folder / RESULT)
     return result
 
 
@@ -98,6 +100,8 @@ def _keep_samples(
 ) -> None:
     points = is_points(experiment.dataset.shape)
     samples = final_samples(experiment, net)
+    if not ranks.leads():
+        return
     keep_all(experiment, samples, images_seen, folder)
     rows = {f"NFE {n}": x if points else x[:20] for n, x in samples.items()}
     num = experiment.num_samples

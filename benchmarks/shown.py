@@ -55,8 +55,10 @@ def final_samples(experiment: Experiment, net: Callable[..., Any]) -> dict[int, 
 
 def keep_samples(experiment: Experiment, net: Callable[..., Any], folder: Path, step: int) -> None:
     """The first of the run's samples as they are at this step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_first(final_samples(experiment, net)), folder / f"step_{step:08d}.safetensors")
+    samples = _first(final_samples(experiment, net))
+    if ranks.leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(samples, folder / f"step_{step:08d}.safetensors")
 
 
 def keep_all(

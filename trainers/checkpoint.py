@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from trainers import ranks
 from trainers.state import TrainState
+from trainers.zero_shards import gathered_state
 
 _NAME = re.compile(r"step_(\d{8,})\Z")
 _MANIFEST = "manifest.json"
@@ -161,17 +162,21 @@ def verify(path: Path) -> None:
 
 
 def save_module(path: Path, module: nn.Module) -> None:
-    """A module's weights as safetensors; OSError if they cannot be written."""
+    """A module's weights as safetensors, by the leading process; OSError if they cannot be written.
+
+    Every process must call it, since each may hold pieces of them.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in module.state_dict().items():
-        value = value.detach().cpu().contiguous()
+    for name, value in gathered_state(module).items():
+        value = value.contiguous()
         if value.data_ptr() in seen:  # safetensors has no shared storage
             value = value.clone()
         seen.add(value.data_ptr())
         tensors[name] = value
     try:
-        save_file(tensors, path)
+        if ranks.leads():
+            save_file(tensors, path)
     except SafetensorError as problem:
         raise OSError(f"{path} cannot be written: {problem}") from problem
 

@@ -9,6 +9,7 @@ What they exchange here is a few numbers and texts, over gloo on the CPU: no GPU
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_control: dist.ProcessGroup | None = None  # over gloo; None is the default group, which is
+
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
@@ -26,16 +29,18 @@ def launched() -> bool:
 
 def join(minutes: float = 30.0) -> None:
     """Meet the other processes; whoever waits longer than this for them gives up with an error."""
+    global _control
     if dist.is_initialized():
         return
     backend, timeout = "gloo", timedelta(minutes=minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_number())
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "nccl"
     if launched():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
 
 
 def leave() -> None:
@@ -65,7 +70,7 @@ def largest(*values: float) -> list[float]:
     if count() == 1:
         return list(values)
     found = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
     return found.tolist()
 
 
@@ -74,7 +79,7 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=_control)
     return found
 
 
@@ -83,7 +88,7 @@ def from_leader(value: T) -> T:
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, group=_control, device=torch.device("cpu"))
     return box[0]
 
 
@@ -101,3 +106,22 @@ def together(act: Callable[[], T], *expected: type[Exception]) -> T:
         if other is not None:
             raise other[0](f"process {rank}: {other[1]}")
     return result
+
+
+def fail_together(problem: str, seconds: float = 30.0) -> None:
+    """After an error: go on only if every process had one; else end this process at once.
+
+    The others may be in the middle of an exchange with this one; its end ends them too.
+    """
+    if count() == 1:
+        return
+    try:
+        dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
+    except RuntimeError:
+        print(
+            f"process {number()} ends: {problem}\nIts run was stopped here or in another process "
+            "and goes on from its last checkpoint with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

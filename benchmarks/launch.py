@@ -1,0 +1,121 @@
+"""Several processes for one command: started here, or by torchrun, the deepspeed launcher or srun.
+
+Every process runs the same command. The leading one does what it says; the others follow: they run
+each cell that it runs, with its configuration from the cell's folder, and print and record nothing.
+When one dies, the others cannot go on: they end within a bounded time, and `--resume` continues.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from trainers import ranks
+
+GRACE_SECONDS = 20.0  # for the others, once one has ended
+_PR_SET_PDEATHSIG = 1
+
+
+def start(words: Sequence[str], processes: int) -> int:
+    """Run `objective-zoo WORDS` in this many processes of this machine; the exit status."""
+    if processes < 1:
+        raise ValueError(f"--ranks {processes} must be 1 or more")
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(processes)),
+    }
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.cli", *words],
+                env={**os.environ, **shared, **own},
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        )
+    before = {
+        number: signal.signal(number, lambda n, _: _send(started, n))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return _wait(started)
+    finally:
+        _send(started, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def joined(lead: Callable[[], None], words: Sequence[str]) -> None:
+    """In a process of several: lead, or follow the one that does."""
+    ranks.join()
+    everyones = ranks.gathered(list(words))
+    if other := [i for i, theirs in enumerate(everyones) if theirs != everyones[0]]:
+        raise ValueError(
+            f"process {other[0]} was started with other words than process 0:\n"
+            f"  {' '.join(everyones[other[0]])}\n  {' '.join(everyones[0])}"
+        )
+    if not ranks.leads():
+        from benchmarks.cell import follow
+
+        logging.getLogger().setLevel(logging.CRITICAL)
+        return follow()
+    try:
+        lead()
+    finally:
+        ranks.from_leader(None)
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The first status that is not 0, once all have ended; says which process was lost."""
+    first, ended_at = 0, 0.0
+    while any(process.poll() is None for process in started):
+        time.sleep(0.05)
+        codes = [process.returncode for process in started]
+        if not ended_at and (ended := [i for i, code in enumerate(codes) if code is not None]):
+            first, ended_at = codes[ended[0]], time.monotonic()
+            if first < 0:
+                name = signal.Signals(-first).name
+                _say(f"process {ended[0]} of {len(started)} was ended by {name}; so are the others")
+        if ended_at and time.monotonic() - ended_at > GRACE_SECONDS:
+            _say(f"process {codes.index(None)} still waits for one that has ended: ended too")
+            _send(started, signal.SIGKILL)
+    codes = [first, *(process.returncode for process in started)]
+    if lost := next((code for code in codes if code), 0):
+        return 128 - lost if lost < 0 else lost
+    return 0
+
+
+def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _threads(processes: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _say(line: str) -> None:
+    print(f"{line}. Continue with --resume", file=sys.stderr, flush=True)
