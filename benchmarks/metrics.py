@@ -50,7 +50,7 @@ class FeatureMetrics:
         features = real.extractor(samples)
         for compare in real.comparisons:
             for name, value in compare(features):
-                yield _named(name, real.extractor), value
+                yield named(name, real.extractor), value
 
     def floor(self, reference: Tensor, num: int) -> Values:
         """What real data score: "<name>_floor", or "<name>_ceiling" where higher is better."""
@@ -106,14 +106,15 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
         judges = tuple(metric.against(features[:half]) for metric in wanted.metrics)
         rule = f"halves of the {len(features)} rows, {half} each: fewer than 2 x {num} were given"
     floor = tuple(
-        (f"{_named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}", value)
+        (f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}", value)
         for metric, compare in zip(wanted.metrics, judges, strict=True)
         for name, value in compare(other)
     )
     return _Real(extractor, comparisons, len(target), rows.digest, floor, rule)
 
 
-def _named(name: str, extractor: Extractor) -> str:
+def named(name: str, extractor: Extractor) -> str:
+    """What a metric's value is called over these features."""
     return extractor.canonical.get(name, f"{name}_{extractor.label.lower()}")
 
 

@@ -5,12 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 
 import registry
+from backbones.network import FlowNetwork
 from benchmarks import comparison  # noqa: F401  registers Grid
-from benchmarks.experiment import run
+from benchmarks.experiment import Experiment, run
 from benchmarks.results import finished_run
 from benchmarks.runner import load_run, picture
 from benchmarks.shown import draw_samples
 from registry import gin_setup
+
+
+def open_run(
+    folder: Path, bindings: tuple[str, ...] = (), sampler: str | None = None
+) -> tuple[Experiment, FlowNetwork]:
+    """The finished run in `folder` with the weights that were measured, on its device.
+
+    `bindings` and a registered `sampler` go before those of the run.
+    """
+    finished_run(folder)
+    if sampler:
+        registry.samplers.get(sampler)  # says which there are
+        gin_setup.parse([folder / "config.gin"])
+        arm = arm_of_run()
+        bindings = (
+            *bindings,
+            f"{arm}/run.sampler = @{sampler}()" if arm else f"run.sampler = @{sampler}()",
+        )
+    gin_setup.parse([folder / "config.gin"], bindings)
+    with gin_setup.arm(arm_of_run()):
+        experiment = run()
+    return experiment, load_run(experiment, folder)
+
+
+def arm_of_run() -> str:
+    """The arm of the run whose configuration was parsed last; '' for one outside every arm."""
+    return gin_setup.query("Grid.only") or ""
 
 
 def sample_run(
@@ -21,18 +49,9 @@ def sample_run(
     Raises ValueError for a folder without a finished run, an NFE that the sampler cannot have, a
     sampler that the objective is not valid for, and data that cannot be drawn.
     """
-    finished_run(folder)
     if num < 1:
         raise ValueError(f"the number of samples is {num}; give 1 or more")
-    gin_setup.parse([folder / "config.gin"])
-    arm = gin_setup.query("Grid.only", "")
-    if sampler:
-        registry.samplers.get(sampler)  # says which there are
-        scope = f"{arm}/" if arm else ""
-        gin_setup.parse([folder / "config.gin"], [f"{scope}run.sampler = @{sampler}()"])
-    with gin_setup.arm(arm):
-        experiment = run()
-    net = load_run(experiment, folder)
+    experiment, net = open_run(folder, sampler=sampler)
     rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
     path = picture(rows, out)
     if path is None:

@@ -84,10 +84,13 @@ class StoredSet:
         counts = torch.bincount(self.stored.labels, minlength=self.num_classes)
         return {"label": interleave(apportion(n, counts))}
 
+    def rows(self, rows: Tensor) -> Tensor:
+        """The samples with these indices, in [-1, 1], as they are stored."""
+        return self.stored.pixels[rows].float() * (2 / self.top) - 1
+
     def _take(self, rows: Tensor) -> tuple[Tensor, Cond | None]:
-        x0 = self.stored.pixels[rows].float() * (2 / self.top) - 1
         labels = self.stored.labels
-        return x0, None if labels is None else {"label": labels[rows]}
+        return self.rows(rows), None if labels is None else {"label": labels[rows]}
 
 
 class EndlessSet:

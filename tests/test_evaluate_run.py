@@ -1,0 +1,367 @@
+"""`objective-zoo evaluate`: one set of numbers for every batch size, process count and restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
+
+from benchmarks import evaluate_run as module
+from benchmarks.distances import Frechet, moments
+from benchmarks.evaluate_run import Request, evaluate_run
+from benchmarks.feature_blocks import FeatureSink
+from benchmarks.features import Pixels
+from benchmarks.real_images import find_real
+
+NUM = 600  # two blocks of 256 and a part of one
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose sampler draws while it runs."""
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    how = (*FILE_ONLY, "mean_flow/run.sampler = @restart()")
+    done = zoo("run", DIGITS, "--arm", "mean_flow", *sets(*how), "--out", out)
+    assert done.status == 0, done.err
+    return out / "mean_flow"
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """An undisturbed evaluation: its values and its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    return evaluate_run(run_folder, request(out), out), out
+
+
+def request(out: Path, **changes) -> Request:
+    wanted = {"num": NUM, "nfe": (1, 3), "features": ("pixels",), "cache": out / "reference"}
+    return Request(**(wanted | changes))
+
+
+def blocks(out: Path) -> dict[str, torch.Tensor]:
+    """Features of all samples, block by block."""
+    found = sorted((out / "features").glob("*/block_*.safetensors"))
+    return {f"{p.parent.name}/{p.name}": load_file(p)["features"] for p in found}
+
+
+def test_values_are_those_of_the_features_that_are_kept(whole) -> None:
+    values, out = whole
+    kept = {
+        json.loads((folder / "about.json").read_text())["sampler"]: torch.cat(
+            [load_file(path)["features"] for path in sorted(folder.glob("block_*"))]
+        )
+        for folder in (out / "features").iterdir()
+    }
+    real = load_file(next((out / "reference").glob("*/block_000000.safetensors")))["features"]
+    assert real.min() >= 0  # rounded to uint8, as the samples are
+    assert real.max() == 255
+    (one,) = (features for sampler, features in kept.items() if "nfe=1" in sampler)
+    assert one.shape == (NUM, 64)
+    assert torch.equal(one, one.round())
+    from benchmarks.datasets import Digits
+
+    digits = Digits()
+    pixels = (127.5 * (digits.rows(torch.arange(digits.size)) + 1)).round().flatten(1)
+    (name, expected), *_ = Frechet()(one, pixels)
+    assert values[f"nfe1/{name}_pixels"] == pytest.approx(expected, rel=1e-9)
+    assert set(values) >= {"nfe3/kid_pixels", "nfe3/recall_pixels", "fd_pixels_floor"}
+
+
+def test_features_do_not_depend_on_the_batch_size(whole, run_folder, tmp_path) -> None:
+    evaluate_run(run_folder, request(tmp_path, batch_size=100), tmp_path)
+    other, one = blocks(tmp_path), blocks(whole[1])
+    assert other.keys() == one.keys()
+    for name, features in one.items():
+        # A product over other rows may round otherwise, which moves a pixel by one step of 255.
+        assert (features - other[name]).abs().max() <= 1
+        assert (features != other[name]).float().mean() < 1e-3
+
+
+def test_two_processes_give_the_number_of_one(whole, run_folder, tmp_path) -> None:
+    words = ("evaluate", run_folder, "--num", NUM, "--nfe", 1, 3, "--features", "pixels")
+    command = [sys.executable, "-m", "benchmarks.cli", *map(str, words), "--out", str(tmp_path)]
+    port = str(20000 + os.getpid() % 20000)
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [*command, "--cache", str(tmp_path / "reference")],
+            env=common | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["values"] == pytest.approx(whole[0], rel=1e-6)
+    assert found["processes"] == 2
+    assert "| NFE 3" in said[0]
+    assert "NFE" not in said[1]
+
+
+def test_a_killed_evaluation_continues_with_what_is_missing(
+    whole, run_folder, tmp_path, monkeypatch
+) -> None:
+    drawn = []
+    draw = module.evaluate.draw
+
+    def interrupted(net, sampler, x1, cond, seed, batch_size, first):
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        drawn.append((sampler.nfe, first))
+        return draw(net, sampler, x1, cond, seed, batch_size, first)
+
+    monkeypatch.setattr(module.evaluate, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run_folder, request(tmp_path), tmp_path)
+    assert drawn == [(1, 0), (1, 256), (1, 512), (3, 0)]
+    torn = next(path for path in (tmp_path / "features").glob("*/block_000001.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:-1])
+    drawn[:] = [None]
+    assert evaluate_run(run_folder, request(tmp_path), tmp_path) == whole[0]
+    assert drawn[1:] == [(1, 256), (3, 256), (3, 512)]  # the torn one, and those not reached
+
+
+def test_features_are_found_again_by_content(whole, run_folder, monkeypatch) -> None:
+    values, out = whole
+
+    def draw(*_args):
+        raise AssertionError("nothing is to be drawn")
+
+    monkeypatch.setattr(module.evaluate, "draw", draw)
+    assert evaluate_run(run_folder, request(out), out) == values
+    less = evaluate_run(run_folder, request(out, metrics=("frechet",), nfe=(3,)), out)
+    assert less["nfe3/fd_pixels"] == values["nfe3/fd_pixels"]
+    for changes in ({"seed": 1}, {"nfe": (2,)}, {"labels": "data"}, {"num": NUM + 256}):
+        with pytest.raises(AssertionError, match="nothing is to be drawn"):
+            evaluate_run(run_folder, request(out, **changes), out)
+
+
+def test_labels_are_balanced_and_those_of_the_data_on_request(
+    run_folder, tmp_path, monkeypatch
+) -> None:
+    labels = []
+
+    def draw(net, sampler, x1, cond, seed, batch_size, first):
+        labels.extend(cond["label"].tolist())
+        return torch.zeros_like(x1)
+
+    monkeypatch.setattr(module.evaluate, "draw", draw)
+    how = {"nfe": (1,), "metrics": ("frechet",), "num": 400}
+    evaluate_run(run_folder, request(tmp_path, **how), tmp_path / "a")
+    assert np.bincount(labels).tolist() == [40] * 10
+    labels.clear()
+    evaluate_run(run_folder, request(tmp_path, labels="data", **how), tmp_path / "b")
+    assert np.bincount(labels).tolist() == [40, 41, 39, 41, 40, 40, 40, 40, 39, 40]
+
+
+def test_a_number_without_equal_classes_is_warned_of(run_folder, tmp_path, caplog) -> None:
+    how = {"num": 15, "nfe": (1,), "metrics": ("frechet",)}
+    evaluate_run(run_folder, request(tmp_path, **how), tmp_path)
+    assert "15 samples are not the same number of each of 10 classes" in caplog.text
+
+
+def test_images_are_saved_on_request_and_are_what_was_measured(whole, run_folder, tmp_path) -> None:
+    how = {"num": 20, "nfe": (1,), "metrics": ("frechet",), "save_images": tmp_path / "png"}
+    evaluate_run(run_folder, request(tmp_path, **how), tmp_path)
+    files = sorted((tmp_path / "png" / "nfe1").iterdir())
+    assert [path.name for path in files[:2]] == ["000000.png", "000001.png"]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).flatten() for path in files])
+    (features,) = blocks(tmp_path).values()
+    assert torch.equal(pixels.float(), features)
+    files[3].unlink()
+    evaluate_run(run_folder, request(tmp_path, **how), tmp_path)
+    assert files[3].exists()
+
+
+def test_everything_that_a_value_depends_on_is_recorded(whole, run_folder) -> None:
+    about = json.loads((whole[1] / "evaluation.json").read_text())
+    assert about["samples"] == NUM
+    assert about["labels"] == "row i has class i mod 10"
+    assert "round(127.5 (x + 1))" in about["rounding"]
+    assert len(about["weights"]) == 64
+    assert about["code"]["version.torch"] in torch.__version__
+    assert about["features"]["Pixels"]["reference"].startswith("digits: 1797")
+    assert about["features"]["Pixels"]["resize"] == "none"
+    assert (whole[1] / "evaluation.md").read_text().count("\n| NFE") == 2
+
+
+# The real side.
+
+
+def grey_pictures(folder: Path, n: int = 40) -> tuple[Path, np.ndarray]:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    pixels = rng.integers(0, 256, (n, 8, 8), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    return folder, pixels
+
+
+def fd(samples: torch.Tensor, real: np.ndarray) -> float:
+    ((_, value),) = Frechet()(samples, torch.from_numpy(real.reshape(len(real), -1)).float())
+    return value
+
+
+def test_a_folder_an_npz_and_statistics_of_the_same_images_give_one_distance(
+    run_folder, tmp_path
+) -> None:
+    folder, pixels = grey_pictures(tmp_path / "pictures")
+    np.savez(tmp_path / "images.npz", arr_0=pixels[..., None])
+    mean, covariance = moments(torch.from_numpy(pixels.reshape(40, -1)).float())
+    np.savez(tmp_path / "moments.npz", mu=mean, sigma=covariance)
+    for reference in (folder, tmp_path / "images.npz", tmp_path / "moments.npz"):
+        how = {"num": 300, "nfe": (1,), "reference": str(reference), "metrics": ("frechet",)}
+        values = evaluate_run(run_folder, request(tmp_path, **how), tmp_path / "out")
+        (features,) = (torch.cat(list(blocks(tmp_path / "out").values())),)
+        assert values["nfe1/fd_pixels"] == pytest.approx(fd(features, pixels), rel=1e-6)
+
+
+def test_statistics_alone_leave_out_what_needs_images_and_say_so(
+    run_folder, tmp_path, caplog
+) -> None:
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
+    how = {"num": 20, "nfe": (1,), "reference": str(tmp_path / "moments.npz")}
+    values = evaluate_run(run_folder, request(tmp_path, **how), tmp_path)
+    assert set(values) == {"nfe1/fd_pixels"}
+    assert "kid, precision_recall need images" in caplog.text
+    with pytest.raises(ValueError, match=r"kid need images, and moments\.npz"):
+        evaluate_run(run_folder, request(tmp_path, metrics=("kid",), **how), tmp_path)
+
+
+def test_clean_fids_names_are_looked_up_in_local_folders(run_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OBJECTIVE_ZOO_WEIGHTS", str(tmp_path))
+    ask = request(tmp_path, reference="cleanfid:toy_train_8", num=20, nfe=(1,))
+    with pytest.raises(FileNotFoundError) as caught:
+        evaluate_run(run_folder, ask, tmp_path)
+    for part in ("toy_clean_train_8.npz", str(tmp_path), "cs.cmu.edu", "OBJECTIVE_ZOO_WEIGHTS"):
+        assert part in str(caught.value)
+    real = torch.randn(50, 64)
+    mean, covariance = moments(real)
+    np.savez(tmp_path / "toy_clean_train_8.npz", mu=mean, sigma=covariance)
+    np.savez(tmp_path / "toy_clean_train_8_kid.npz", feats=real)
+    assert {"nfe1/fd_pixels", "nfe1/kid_pixels"} <= set(evaluate_run(run_folder, ask, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere", r"no folder of pictures and no \.npz.*cleanfid:cifar10_train_32"),
+        ("cleanfid:cifar10", "cleanfid:NAME_SPLIT_SIZE"),
+        ("empty.npz", "holds other; a reference holds mu"),
+        ("text.npz", "cannot be read as arrays"),
+        ("pickle.npz", "cannot be read as arrays"),
+        ("wrong.npz", r"mu and sigma .* are \(3,\) and \(2, 2\)"),
+        ("floats.npz", r"arr_0 .* float64"),
+        ("other_size.npz", "statistics of 3 features and Pixels has 64"),
+    ],
+)
+def test_a_reference_that_is_none_is_refused_before_sampling(
+    run_folder, tmp_path, monkeypatch, reference, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("empty.npz", other=np.zeros(3))
+    Path("text.npz").write_text("no zip")
+    np.savez("pickle.npz", mu=np.array([print], dtype=object), sigma=np.eye(2))
+    np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(2))
+    np.savez("floats.npz", arr_0=np.zeros((2, 8, 8, 3)))
+    np.savez("other_size.npz", mu=np.zeros(3), sigma=np.eye(3))
+    monkeypatch.setattr(module.evaluate, "draw", None)
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(run_folder, request(tmp_path, reference=reference), tmp_path)
+
+
+def test_adm_statistics_beside_clean_fids_resize_are_warned_of(caplog) -> None:
+    real = find_real_of(mean=torch.zeros(4), adm=True)
+    clean = type("Clean", (Pixels,), {"resize": "clean"})()
+    assert module.usable(real, clean, 4) is real
+    assert "inception_v3.resize = 'tensorflow'" in caplog.text
+
+
+def find_real_of(**parts):
+    from benchmarks.real_images import Real
+
+    return Real(about="toy", covariance=torch.eye(4), **parts)
+
+
+def test_a_folder_changed_in_one_byte_is_another_reference(tmp_path) -> None:
+    folder, _ = grey_pictures(tmp_path / "pictures", 4)
+    shape = (1, 8, 8)
+    one = find_real(str(folder), None, shape, 0).about
+    assert find_real(str(folder), None, shape, 0).about == one
+    file = folder / "002.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert find_real(str(folder), None, shape, 0).about != one
+
+
+def test_a_damaged_block_is_named_and_no_block_of_another_number_is_taken(tmp_path, caplog) -> None:
+    sink = FeatureSink(cache=tmp_path, about={}, num=300, extractor=Pixels())
+    sink.take(1, torch.zeros(44, 2))
+    assert sink.has(1)
+    assert not FeatureSink(cache=tmp_path, about={}, num=310, extractor=Pixels()).has(1)
+    path = sink.folder / "block_000001.safetensors"
+    save_file({"features": torch.zeros(44, 2)}, path)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert not sink.has(1)
+    assert str(path) in caplog.text
+
+
+# The command line.
+
+
+def test_the_command_prints_the_table_and_refuses_bindings_without_effect(
+    run_folder, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("OBJECTIVE_ZOO_CACHE", str(tmp_path / "cache"))
+    words = ("evaluate", run_folder, "--num", 20, "--nfe", 1, "--features", "pixels")
+    done = zoo(*words, "--metrics", "frechet", "--out", tmp_path)
+    assert done.status == 0, done.err
+    assert re.search(r"\|\s+\| fd_pixels \|\n.*\n\| NFE 1 +\| +[\d.e+]+ \|", done.out)
+    assert (tmp_path / "cache").is_dir()
+    done = zoo(*words, "--out", tmp_path, "--set", "euler.shift = 2.0")
+    assert done.status == 2
+    assert "nothing uses euler.shift" in done.err
+    done = zoo(*words, "--out", tmp_path, "--metrics", "feature_metrics")
+    assert done.status == 2
+    assert "no metric of features" in done.err
+
+
+# An independent library, fed the same features.
+
+
+@pytest.mark.slow
+def test_distances_agree_with_torch_fidelity_on_the_same_features() -> None:
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    from benchmarks.distances import Kid, PrecisionRecall
+
+    rng = torch.Generator().manual_seed(0)
+    basis = torch.randn(48, 48, generator=rng, dtype=torch.float64)
+    real = torch.randn(400, 48, generator=rng, dtype=torch.float64) @ basis
+    fake = 0.9 * torch.randn(400, 48, generator=rng, dtype=torch.float64) @ basis + 0.2
+    statistics = [fid_features_to_statistics(x) for x in (fake, real)]
+    theirs = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert dict(Frechet()(fake, real))["fd"] == pytest.approx(theirs, rel=1e-7)
+    kid = kid_features_to_metric(
+        fake, real, kid_subsets=1, kid_subset_size=400, kid_kernel="poly", verbose=False
+    )
+    assert dict(Kid()(fake, real))["kid"] == pytest.approx(
+        kid["kernel_inception_distance_mean"], rel=1e-9
+    )
+    prc = prc_features_to_metric(fake, real, verbose=False)
+    ours = dict(PrecisionRecall()(fake, real))
+    assert ours["precision"] == pytest.approx(prc["precision"], abs=1e-6)  # theirs is float32
+    assert ours["recall"] == pytest.approx(prc["recall"], abs=1e-6)
