@@ -59,6 +59,8 @@ def _main(argv: Sequence[str] | None) -> int:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
         if end.code:
             print(end.code, file=sys.stderr)
             return 1

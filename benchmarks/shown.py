@@ -27,6 +27,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.images import to_uint8
 from benchmarks.results import REAL, SAMPLES
 from registry.protocols import Dataset
+from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
 NUM_KEPT = 16  # of them at each evaluation, and with their nearest pictures

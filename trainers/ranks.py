@@ -23,8 +23,8 @@ _control: dist.ProcessGroup | None = None  # over gloo; None is the default grou
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher started this process, and told it its place."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join(minutes: float = 30.0) -> None:
