@@ -3,6 +3,7 @@
 import backbones
 import trainers.engines
 import trainers.optim
+import trainers.zero
 import zoo
 from benchmarks import (
     datasets,
