@@ -31,17 +31,17 @@ def result_table(results: Sequence[Result], counts: Sequence[int] = ()) -> str:
         title += "; means over n runs"
         header.append("n")
         rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
-    parts = [f"{title}:", _markdown(header, rows)]
+    parts = [f"{title}:", markdown(header, rows)]
     pair = [next((k[5:] for k in keys if k.startswith(f"nfe1/{p}_")), "") for p in _QUALITY]
     if all(pair):
         lines = [[r.name, *(_quality(r, n, pair) for n in nfes)] for r in results]
         real = _ceilings(first, pair)
-        parts += [f"precision / recall, higher is better{real}:", _markdown(["arm", *steps], lines)]
+        parts += [f"precision / recall, higher is better{real}:", markdown(["arm", *steps], lines)]
     exact = sorted(key for key in keys if "_error" in key and not key.startswith("nfe"))
     if exact:
         lines = [[r.name, *(_number(r.values, key) for key in exact)] for r in results]
         parts += ["error against the exact flow, relative to the data's scale:"]
-        parts += [_markdown(["arm", *exact], lines)]
+        parts += [markdown(["arm", *exact], lines)]
     return "\n\n".join(parts)
 
 
@@ -88,7 +88,7 @@ def _number(values: dict[str, float], key: str) -> str:
     return f"{values[key]:.4g}" if key in values else "-"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

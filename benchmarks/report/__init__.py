@@ -1,0 +1,56 @@
+"""`objective-zoo report RUN... --out DIR`: recorded runs as a page, Markdown, CSV and figures.
+
+cells.py, found.py       what was recorded, from folders or MLflow run ids
+comparable.py            which rows may stand side by side
+statistics.py tables.py  means, intervals, paired differences: every number, once
+curves.py figures.py     the same over evaluations, time and training, drawn for page and paper
+viewer.py provenance.py  samples side by side; where everything comes from
+page.py writing.py       report.html; report.md and table.csv
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report.cells import read_runs
+from benchmarks.report.curves import figures_of
+from benchmarks.report.figures import save_figure
+from benchmarks.report.looks import looks_of
+from benchmarks.report.page import to_page
+from benchmarks.report.provenance import origins_of
+from benchmarks.report.tables import Report, build_report
+from benchmarks.report.viewer import viewer_of
+from benchmarks.report.writing import to_csv, to_markdown
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: Path,
+    *,
+    baseline: str = "",
+    force: bool = False,
+    tracking_uri: str = "",
+) -> Report:
+    """Write report.html, report.md, table.csv and the figures into `out`.
+
+    ValueError for runs that are not there, of which none finished, or that cannot be compared.
+    """
+    report = build_report(read_runs(runs, tracking_uri), baseline=baseline, force=force)
+    origins = origins_of(report.runs.cells)
+    looks = looks_of(report.runs.groups)
+    figures = {i: figures_of(compared) for i, compared in enumerate(report.compared)}
+    shown = {i: viewer_of(compared.section) for i, compared in enumerate(report.compared)}
+    viewers = {i: viewer for i, viewer in shown.items() if viewer is not None}
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(
+        to_page(report, origins, figures, viewers, looks), encoding="utf-8"
+    )
+    (out / "report.md").write_text(to_markdown(report, origins), encoding="utf-8")
+    (out / "table.csv").write_text(to_csv(report), encoding="utf-8")
+    for number, made in figures.items():
+        for figure in made:
+            suffix = f"_{number + 1}" if len(figures) > 1 else ""
+            save_figure(figure, looks, out / "figures" / f"{figure.name}{suffix}")
+    return report

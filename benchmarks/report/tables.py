@@ -1,0 +1,197 @@
+"""Every number of a report, once: page, Markdown and CSV are three renderings of a `Report`.
+
+A table is one metric, its rows are arms (with the values of a grid's axes), its columns numbers of
+network evaluations. Against the baseline a row is `better` or `worse` only where the interval of
+the paired difference excludes zero; the `best` of a column is marked only where it beats every
+other row so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.report.cells import Cell, Runs
+from benchmarks.report.comparable import Section, sections
+from benchmarks.report.statistics import Interval, interval, paired
+
+BASELINE = "flow_matching"
+BETTER = {"floor": "lower", "ceiling": "higher"}  # by what real data's score is called
+COSTS = {
+    "cost/seconds_per_step": "seconds per step",
+    "cost/passes_per_step": "network passes per step",
+    "cost/peak_memory_mib": "peak memory (MiB)",
+    "cost/seconds": "training seconds",
+    "cost/steps": "steps",
+    "cost/images": "images seen",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row in one column: its values by seed, and how it compares with the baseline."""
+
+    by_seed: Mapping[int, float]
+    value: Interval
+    difference: Interval | None  # to the baseline; None for itself, or without a common seed
+    verdict: str  # "better", "worse" or ""
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A recorded metric, such as "nfe1/fd_pixels", by row; `real` is what real data score."""
+
+    key: str
+    label: str
+    entries: Mapping[str, Entry]
+    real: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """`better` is "lower", "higher", or "" where nothing says so."""
+
+    title: str
+    better: str
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a row cost: by recorded name, and its seconds per step over those of `against`."""
+
+    values: Mapping[str, Interval]
+    overhead: Interval | None
+    parameters: int
+    sampler: str
+    evaluations: str  # network evaluations that were measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The rows of a section, their tables and costs; `against` is whose time is 1."""
+
+    section: Section
+    baseline: str
+    tables: tuple[Table, ...]
+    costs: Mapping[str, Cost]
+    against: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All of it."""
+
+    runs: Runs
+    compared: tuple[Compared, ...]
+
+
+def build_report(runs: Runs, *, baseline: str = "", force: bool = False) -> Report:
+    """The tables; ValueError for rows that cannot stand side by side, or an unknown baseline."""
+    if baseline and baseline not in runs.groups:
+        raise ValueError(f"no row is called {baseline!r}; there are {', '.join(runs.groups)}")
+    made = [_compared(section, baseline) for section in sections(runs.cells, force=force)]
+    return Report(runs=runs, compared=tuple(made))
+
+
+def _compared(section: Section, wanted: str) -> Compared:
+    groups = section.groups
+    baseline = next((g for g in (wanted, BASELINE) if g in groups), groups[0])
+    against = next((c.group for c in section.cells if c.result.objective == BASELINE), baseline)
+    return Compared(
+        section=section,
+        baseline=baseline,
+        tables=tuple(_tables(section, baseline)),
+        costs={group: _cost(section, group, against) for group in groups},
+        against=against,
+    )
+
+
+def _tables(section: Section, baseline: str) -> list[Table]:
+    """One per sampled metric, in recorded order, and one of the errors against the exact flow."""
+    keys = list(dict.fromkeys(key for cell in section.cells for key in cell.result.values))
+    sampled = list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith("nfe")))
+    nfes = sorted({int(k[3:].split("/")[0]) for k in keys if k.startswith("nfe")})
+    made = []
+    for metric in sampled:
+        side = next((s for s in BETTER if f"{metric}_{s}" in keys), "")
+        columns = [(f"nfe{n}/{metric}", f"NFE {n}") for n in nfes if f"nfe{n}/{metric}" in keys]
+        real = f"{metric}_{side}" if side else ""
+        made.append(_table(section, baseline, metric, BETTER.get(side, ""), columns, real))
+    exact = [(k, k.replace("_", " ")) for k in keys if "/" not in k and "_error" in k]
+    if exact:
+        made.append(_table(section, baseline, "error against the exact flow", "lower", exact, ""))
+    return made
+
+
+def _table(
+    section: Section,
+    baseline: str,
+    title: str,
+    better: str,
+    columns: Sequence[tuple[str, str]],
+    real: str,
+) -> Table:
+    scores = {cell.seed: cell.values[real] for cell in section.cells if real in cell.values}
+    return Table(
+        title=title,
+        better=better,
+        columns=tuple(
+            Column(
+                key=key,
+                label=label,
+                entries=_entries(section, key, baseline, better),
+                real=interval(list(scores.values())) if scores else None,
+            )
+            for key, label in columns
+        ),
+    )
+
+
+def _entries(section: Section, key: str, baseline: str, better: str) -> dict[str, Entry]:
+    by_seed = {
+        group: {c.seed: c.values[key] for c in section.of(group) if key in c.values}
+        for group in section.groups
+    }
+    by_seed = {group: values for group, values in by_seed.items() if values}
+    wanted = {"lower": -1, "higher": 1}.get(better, 0)
+
+    def side(ours: str, theirs: str) -> int:
+        """1 where ours is better beyond the interval, -1 where it is worse."""
+        apart = paired(by_seed[ours], by_seed[theirs])
+        flagged = ours in section.flags or theirs in section.flags
+        return 0 if apart is None or flagged else apart.sign * wanted
+
+    entries = {}
+    for group, values in by_seed.items():
+        others = [other for other in by_seed if other != group]
+        against = baseline in by_seed and group != baseline
+        entries[group] = Entry(
+            by_seed=values,
+            value=interval(list(values.values())),
+            difference=paired(values, by_seed[baseline]) if against else None,
+            verdict={1: "better", -1: "worse"}.get(side(group, baseline), "") if against else "",
+            best=bool(others) and all(side(group, other) == 1 for other in others),
+        )
+    return entries
+
+
+def _cost(section: Section, group: str, against: str) -> Cost:
+    cells = section.of(group)
+    found = {key: _by_seed(cells, key) for key in COSTS}
+    theirs = _by_seed(section.of(against), "cost/seconds_per_step")
+    ours = found["cost/seconds_per_step"]
+    nfes = sorted({int(k[3:].split("/")[0]) for k in cells[0].values if k.startswith("nfe")})
+    return Cost(
+        values={key: interval(list(v.values())) for key, v in found.items() if v},
+        overhead=paired(ours, theirs, ratio=True) if group != against else None,
+        parameters=cells[0].result.num_params,
+        sampler=cells[0].result.sampler,
+        evaluations=", ".join(map(str, nfes)),
+    )
+
+
+def _by_seed(cells: Sequence[Cell], metric: str) -> dict[int, float]:
+    values = {cell.seed: cell.last(metric) for cell in cells}
+    return {seed: value for seed, value in values.items() if value is not None}
