@@ -1,0 +1,321 @@
+"""What a training step costs: every objective beside flow matching, in one interleaved run.
+
+Each case is a run of the training loop, built from a gin file as `objective-zoo run` builds it. All
+cases of a backbone and a precision are built, warmed up, and then take turns of a few steps, so
+that whatever else the machine does hits all alike. A ratio is the median over turns of the time
+relative to the baseline's in the same turn.
+
+The theoretical ratio counts passes of the network (passes.py); the gap is what the step takes above
+it. The share outside the network is measured in a turn of its own, in which the network's calls and
+the backward are timed. Peak memory is that of a fresh process per case, less what the libraries
+hold before anything is built.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import benchmarks.parts  # noqa: F401  registers every part
+import registry
+from benchmarks.experiment import Experiment, run
+from benchmarks.memory import PeakMemory
+from benchmarks.overheads import Overheads, bare_loop, logging_seconds, sampling_pair
+from benchmarks.passes import passes_per_step
+from benchmarks.provenance import provenance
+from benchmarks.request import Request
+from benchmarks.speed_table import Cost, Speed, machine, speed_table
+from registry import gin_setup
+from registry.protocols import Batch, Derivative, Engine, LossOutput, parts
+from trainers.callbacks import MetricsLog
+from trainers.engines import TrainStep
+from trainers.finite import StopOnNonFinite
+from trainers.loop import updates
+from trainers.state import TrainState
+
+BASELINE = "flow_matching"
+STEPS_PER_TURN = 3  # DE-CM's cycle
+MEMORY_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training run to measure; everything that another process needs to build it."""
+
+    request: Request
+    bindings: tuple[str, ...]
+    group: str = ""  # backbone/precision: what is compared with one baseline
+    arm: str
+    derivative: str = ""  # where the objective has none
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.arm, self.derivative)))
+
+    def build(self) -> Experiment:
+        self.request.parse([*self.bindings, "run.recorder = @null()"])
+        with gin_setup.arm(self.arm):
+            experiment = run()
+        if not self.derivative:
+            return experiment
+        chosen = registry.derivatives.build(self.derivative)
+        return replace(experiment, objective=with_derivative(experiment.objective, chosen))
+
+
+def cases_of(
+    request: Request,
+    *,
+    objectives: Sequence[str] = (),
+    backbones: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    derivatives: Sequence[str] = ("dual",),
+) -> dict[str, list[Case]]:
+    """By group, the baseline first; objectives without a derivative come once.
+
+    `objectives` are arms of the file, by default all of them; the backbone is the file's own too.
+    """
+    known = request.arms()
+    if unknown := sorted({*objectives, BASELINE} - set(known)):
+        raise ValueError(
+            f"{request.file} has no arm {', '.join(unknown)}; there are: {', '.join(known)}"
+        )
+    chosen = dict.fromkeys([BASELINE, *(objectives or known)])
+    groups: dict[str, list[Case]] = {}
+    for backbone, precision, arm in product(backbones or [""], precisions, chosen):
+        bindings = [f"run.backbone = @{backbone}"] if backbone else []
+        bindings += [f"torch_engine.precision = {precision!r}"]
+        case = Case(request=request, bindings=tuple(bindings), arm=arm)
+        built = case.build()
+        group = f"{built.backbone_name}/{precision}"
+        differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
+        for name in derivatives if differs else [""]:
+            groups.setdefault(group, []).append(replace(case, group=group, derivative=name))
+    return groups
+
+
+def run_bench(
+    request: Request,
+    groups: Mapping[str, Sequence[Case]],
+    out: Path,
+    *,
+    turns: int,
+    memory: bool,
+) -> Speed:
+    """Measure every group; the table, speed.json and the metrics of a record are kept in `out`."""
+    request.parse()
+    recorder = gin_setup.build("run.recorder") or registry.recorders.build("mlflow")
+    costs: list[Cost] = []
+    overheads: list[Overheads] = []
+    with recorder.start(out.name, out) as record:
+        for group, cases in groups.items():
+            _tell(f"{group}: {turns} turns of {STEPS_PER_TURN} steps, {len(cases)} cases")
+            measured, own = measure_group(cases, turns)
+            if memory:
+                _tell(f"{group}: peak memory, a process for each case")
+                measured = with_memory(cases, measured)
+            costs += measured
+            overheads.append(own)
+        speed = Speed(machine=machine(), costs=costs, overheads=overheads)
+        record.tags({"machine": speed.machine, **provenance()})
+        record.metrics(speed.metrics(), 0)
+        record.text(speed_table(speed), "speed.md")
+        record.text(speed.json(), "speed.json")
+    return speed
+
+
+def with_derivative(part: Any, derivative: Derivative) -> Any:
+    """The same dataclass with this derivative in every place that has one."""
+    if isinstance(part, Derivative):
+        return derivative
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    changed = {
+        f.name: new
+        for f in fields(part)
+        if f.init and (new := with_derivative(old := getattr(part, f.name), derivative)) is not old
+    }
+    return replace(part, **changed) if changed else part
+
+
+class Training:
+    """A run that trains a few steps at a time; `log` is its metrics log."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        step = TrainStep(experiment.net, experiment.objective, experiment.ema_decay)
+        experiment.engine.prepare(
+            step, experiment.optimizer, experiment.device, experiment.batch_size
+        )
+        self.log = MetricsLog(record=lambda values, step: None, every=experiment.log_every)
+        self.state = TrainState(
+            net=experiment.net,
+            engine=experiment.engine,
+            budget=experiment.budget,
+            seed=experiment.seed,
+            batch_size=experiment.batch_size,
+            device=experiment.device,
+            callbacks=(StopOnNonFinite(), self.log),
+            emas=step.emas,
+        )
+        self.networks = [step.net, *step.teachers.values()]
+        lr, schedule = experiment.optimizer.lr, experiment.schedule
+        self._updates = updates(self.state, experiment.dataset, lr, schedule)
+
+    def step(self) -> LossOutput:
+        return next(self._updates)
+
+
+def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overheads]:
+    """The costs of cases that share a baseline, which comes first, and the framework's own."""
+    experiments = [case.build() for case in cases]
+    passes = [passes_per_step(experiment).total for experiment in experiments]
+    trainings = [Training(experiment) for experiment in experiments]
+    base, group = experiments[0], cases[0].group
+    steps: list[Callable[[], object]] = [training.step for training in trainings]
+    *times, bare = by_turns([*steps, bare_loop(base).__next__], turns, base.device)
+    drawn, called = by_turns(sampling_pair(base), turns, base.device, each=1)
+    outside = [outside_share(training) for training in trainings]
+    costs = [
+        Cost(
+            case=case.name,
+            group=group,
+            seconds=median(times[i]),
+            ratio=_ratio(times[i], times[0]),
+            passes=passes[i],
+            theory=passes[i] / passes[0],
+            images_per_second=base.batch_size / median(times[i]),
+            outside=outside[i],
+        )
+        for i, case in enumerate(cases)
+    ]
+    logging = logging_seconds(base, trainings[0].state, trainings[0].step())
+    return costs, Overheads(
+        group=group,
+        loop=_ratio(times[0], bare) - 1,
+        sampling=_ratio(drawn, called) - 1,
+        logging=logging / costs[0].seconds,
+    )
+
+
+def by_turns(
+    steps: Sequence[Callable[[], object]],
+    turns: int,
+    device: torch.device,
+    each: int = STEPS_PER_TURN,
+) -> list[list[float]]:
+    """Seconds per step of each of these in every turn; a first turn warms up and is left out."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for turn in range(turns + 1):
+        for i in range(len(steps)):
+            which = (i + turn) % len(steps)  # each begins a turn once in a while
+            start = _now(device)
+            for _ in range(each):
+                steps[which]()
+            seconds[which].append((_now(device) - start) / each)
+    return [of_one[1:] for of_one in seconds]
+
+
+def outside_share(training: Training) -> float:
+    """The share of a turn that is not spent in the networks' calls and the backward."""
+    state, engine = training.state, training.state.engine
+    clock = _Clock(state.device)
+    handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
+    handles += [net.register_forward_hook(clock.stop) for net in training.networks]
+    state.engine = _TimedBackward(engine, clock)
+    start = _now(state.device)
+    for _ in range(STEPS_PER_TURN):
+        training.step()
+    whole = _now(state.device) - start
+    state.engine = engine
+    for handle in handles:
+        handle.remove()
+    return 1 - clock.seconds / whole
+
+
+class _Clock:
+    """Seconds between start and stop, with what is queued on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self._since = device, 0.0, 0.0
+
+    def start(self, *_: object) -> None:
+        self._since = _now(self.device)
+
+    def stop(self, *_: object) -> None:
+        self.seconds += _now(self.device) - self._since
+
+
+class _TimedBackward:
+    """An engine whose backward is on a clock."""
+
+    def __init__(self, engine: Engine, clock: _Clock):
+        self._engine, self._clock = engine, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        return self._engine(batch, rng)
+
+    def backward(self, loss: Tensor) -> None:
+        self._clock.start()
+        self._engine.backward(loss)
+        self._clock.stop()
+
+
+def with_memory(cases: Sequence[Case], costs: Sequence[Cost]) -> list[Cost]:
+    """The costs with their peak memory, where it can be known."""
+    peaks = [peak_memory(case) for case in cases]
+    base = peaks[0]
+    if base is None:
+        return list(costs)
+    return [
+        replace(cost, memory_mib=peak, memory_ratio=None if peak is None else peak / base)
+        for cost, peak in zip(costs, peaks, strict=True)
+    ]
+
+
+def peak_memory(case: Case) -> float | None:
+    """MiB of a training in a fresh process, above what the libraries hold there."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_peak_here, case).result()
+
+
+def _peak_here(case: Case) -> float | None:
+    device = _train(case, 1)  # loads what a step loads
+    before = PeakMemory(device).mib
+    peak = PeakMemory(device)
+    _train(case, MEMORY_STEPS)
+    return None if before is None or peak.mib is None else peak.mib - before
+
+
+def _train(case: Case, steps: int) -> torch.device:
+    training = Training(case.build())
+    for _ in range(steps):
+        training.step()
+    return training.state.device
+
+
+def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    return median(mine / theirs for mine, theirs in zip(times, base, strict=True))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
