@@ -1,16 +1,21 @@
-"""The frozen teacher of a distilled run: loaded from another run, or trained first in this one."""
+"""Where the networks of a run start: from pretrained weights, or from a teacher trained first."""
 
 from __future__ import annotations
 
 import copy
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backbones.layouts import NUM_HEADS
 from backbones.network import FlowNetwork, warm_start
+from backbones.noise import NoiseNetwork
 from benchmarks.experiment import Experiment
+from benchmarks.pretrained import is_run, load_pretrained
 from benchmarks.results import MODEL, finished_run
 from benchmarks.training import fit_experiment
 from registry import gin_setup
@@ -22,18 +27,48 @@ from zoo.teachers import Frozen
 
 
 def load_teacher(experiment: Experiment) -> None:
-    """The frozen teacher's weights, if they come from another run, and the student's from them."""
-    if experiment.distilled is None:
+    """Give the run's networks the weights, of its teacher and its own, that were made before."""
+    if experiment.start_from:
+        with _naming("run.start_from", experiment.start_from):
+            source = _pretrained(experiment, experiment.start_from, experiment.start_layout)
+            _start_from(experiment, source)
+    if experiment.distilled is None or not experiment.distilled[0].checkpoint:
         return
     teacher, network = experiment.distilled
-    if not teacher.checkpoint:
-        return
+    folder = Path(teacher.checkpoint)
+    with _naming("frozen.checkpoint", teacher.checkpoint):
+        if is_run(folder):
+            load_module(finished_run(folder), network)
+            _check_backbone(experiment, folder)
+        else:
+            network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
+        _attach(experiment, teacher, network)
+
+
+@contextmanager
+def _naming(key: str, value: str) -> Iterator[None]:
     try:
-        load_module(finished_run(Path(teacher.checkpoint)), network)
-        _check_backbone(experiment, Path(teacher.checkpoint))
+        yield
     except ValueError as error:
-        raise ValueError(f"frozen.checkpoint = {teacher.checkpoint!r}: {error}") from None
-    _start_from(experiment, teacher, network)
+        raise ValueError(f"{key} = {value!r}: {error}") from None
+
+
+def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
+    """An exported network or a public code's, for data of the run's shape."""
+    fields = getattr(experiment.net.trunk, "fields", {})
+    num_heads = None if fields.get("dim") in NUM_HEADS else fields.get("num_heads")
+    network = load_pretrained(Path(path), layout, num_heads)
+    made_for = getattr(network.trunk, "fields", {})
+    dataset = experiment.dataset
+    for what, theirs, ours in (
+        ("shape", tuple(made_for["shape"]), tuple(dataset.shape)),
+        ("number of classes", made_for["num_classes"], dataset.num_classes),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"the {what} of its data is {theirs}; that of {dataset.name} is {ours}"
+            )
+    return network
 
 
 def _check_backbone(experiment: Experiment, folder: Path) -> None:
@@ -52,8 +87,19 @@ def _check_backbone(experiment: Experiment, folder: Path) -> None:
         raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
 
 
-def _start_from(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+def _attach(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+    """The teacher, and the student that starts from it unless it starts from other weights."""
     teacher.attach(network.to(experiment.device))
+    if not experiment.start_from:
+        _start_from(experiment, network)
+
+
+def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
+    if isinstance(network, NoiseNetwork):
+        raise ValueError(
+            "it predicts noise, so a network of velocities cannot start as its equal; as a teacher "
+            "it needs run.start_from, other weights for the student"
+        )
     warm_start(experiment.net, network)
 
 
@@ -76,7 +122,7 @@ def prepare_teacher(experiment: Experiment, record: Any, folder: Path, resume: b
         spent = Spent(**json.loads((folder / "spent.json").read_text()))
     else:
         spent = _train_teacher(experiment, teacher.pretrain, network, record, folder, resume)
-    _start_from(experiment, teacher, network)
+    _attach(experiment, teacher, network)
     return spent
 
 

@@ -75,6 +75,8 @@ class Experiment:
     checkpoint_seconds: float
     pruner: Pruner | None
     device: torch.device
+    start_from: str = ""
+    start_layout: str = ""
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
 
     @property
@@ -127,13 +129,16 @@ def run(
     evaluate_every: int = 0,
     checkpoint_seconds: float = 600.0,
     pruner: Pruner | None = None,
+    start_from: str = "",
+    start_layout: str = "",
     device: str = "auto",
 ) -> Experiment:
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A
-    teacher that is trained first takes `teacher_optimizer`, by default the run's own.
+    teacher that is trained first takes `teacher_optimizer`, by default the run's own. `start_from`
+    is an exported folder or a public checkpoint of `start_layout` that the network starts as.
     """
     _check_counts(
         nfe,
@@ -188,6 +193,8 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         pruner=pruner,
         device=_device(device),
+        start_from=start_from,
+        start_layout=start_layout,
     )
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if pruner is not None:

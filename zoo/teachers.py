@@ -80,17 +80,19 @@ class EmaTeacher:
 @teachers.register("frozen")
 @dataclass(kw_only=True)
 class Frozen:
-    """A trained network that never changes: from a finished run, or trained first in this run.
+    """A trained network that never changes: from elsewhere, or trained first in this run.
 
-    `checkpoint` is the folder of a finished run of flow matching; `pretrain` in (0, 1) is the share
-    of this run's budget that trains one with flow matching first. Give exactly one, or neither
-    and `attach` a network.
+    `checkpoint` is the folder of a finished run of flow matching, an exported folder, or a public
+    checkpoint, whose `layout` is told from its names where these tell it; `pretrain` in (0, 1) is
+    the share of this run's budget that trains one with flow matching first. Give exactly one, or
+    neither and `attach` a network.
     """
 
     needs_copy: ClassVar = False
     distils: ClassVar = True
 
     checkpoint: str = ""
+    layout: str = ""
     pretrain: float = 0.0
     network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 

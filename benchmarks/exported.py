@@ -1,0 +1,124 @@
+"""A network as a folder that needs neither gin nor the run that made it.
+
+    model.safetensors   the weights
+    config.json         the architecture: backbone and fields, heads, shape, conventions
+    README.md           a model card, as the Hugging Face hub wants one
+
+`load_exported(folder)` gives the network back. `huggingface_hub.upload_folder(folder_path=folder,
+repo_id=...)` publishes it; nothing here talks to a network.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import benchmarks.parts  # noqa: F401  registers every part
+import registry
+from backbones.network import FlowNetwork
+from backbones.noise import NoiseNetwork
+from backbones.trunk import Trunk
+from benchmarks.results import MODEL
+from registry.plugins import load_plugins
+from trainers.checkpoint import load_module, save_module
+
+CONFIG = "config.json"
+CONVENTIONS = (
+    "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
+    "(t - r)}; label -1 is none"
+)
+
+
+def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
+    """Write a network into an empty folder; `about` are more lines for its config.json."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another --out")
+    config = {**_architecture(net), **about, "conventions": CONVENTIONS}
+    text = json.dumps(config, indent=2)
+    out.mkdir(parents=True, exist_ok=True)
+    save_module(out / MODEL, net)
+    (out / CONFIG).write_text(text + "\n")
+    (out / "README.md").write_text(_card(config))
+    return out
+
+
+def load_exported(folder: Path | str) -> FlowNetwork:
+    """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG}; `objective-zoo export RUN` writes such folders"
+        )
+    load_plugins()
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("format") != 1:
+        raise ValueError(f"{folder / CONFIG} is of format {config.get('format')!r}; 1 can be read")
+    kinds = {"flow": FlowNetwork, "noise": NoiseNetwork}
+    if config["network"] not in kinds:
+        raise ValueError(f"{folder / CONFIG}: no kind of network {config['network']!r}")
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["fields"].items()
+    }
+    trunk = registry.backbones.get(config["backbone"])(**fields)
+    heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
+    net = kinds[config["network"]](trunk, heads)
+    load_module(folder / MODEL, net)
+    return net.eval()
+
+
+def _architecture(net: FlowNetwork) -> dict[str, Any]:
+    backbone = registry.backbones.name_of(net.trunk)
+    if not isinstance(net.trunk, Trunk):
+        raise ValueError(
+            f"the backbone {backbone!r} does not say what it was made with; "
+            "make its class inherit from backbones.trunk.Trunk instead of nn.Module"
+        )
+    for name, value in net.trunk.fields.items():
+        if not _is_plain(value):
+            raise ValueError(f"{backbone}.{name} = {value!r} cannot be written as JSON")
+    for name, head in net.heads.items():
+        if more := list(inspect.signature(type(head)).parameters)[1:]:
+            raise ValueError(
+                f"the head {name!r} takes {', '.join(more)} beside the trunk; only heads that are "
+                "made from their trunk alone can be exported"
+            )
+    return {
+        "format": 1,
+        "network": "noise" if isinstance(net, NoiseNetwork) else "flow",
+        "backbone": backbone,
+        "fields": net.trunk.fields,
+        "heads": list(net.heads),
+        "outputs": list(net.keys),
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {config[name]}" for name in config if name not in ("fields", "format")]
+    return "\n".join(
+        [
+            "---",
+            "library_name: objective-zoo",
+            "tags: [flow-matching, few-step]",
+            "---",
+            f"# {config['backbone']} {config.get('objective', '')}".rstrip(),
+            "",
+            *lines,
+            "",
+            "```python",
+            "from benchmarks.exported import load_exported",
+            'net = load_exported("FOLDER")',
+            "```",
+            "",
+        ]
+    )

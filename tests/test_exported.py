@@ -1,0 +1,210 @@
+"""Exported networks, and public checkpoints as teachers and starts of runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import gin
+import pytest
+import torch
+from backbone_cases import awake, inputs, small
+from public_networks import DEPTH, DIM, HEADS, transformer, transformer_state
+from safetensors.torch import load_file, save_file
+from tiny_runs import METRIC, SIZES, sets, zoo
+
+import registry
+from benchmarks.exported import load_exported, save_exported
+from benchmarks.pretrained import load_pretrained
+
+
+@pytest.mark.parametrize("backbone", registry.backbones.names())
+@pytest.mark.parametrize("keys", [("v",), ("u", "v", "logvar")])
+def test_network_comes_back_from_its_folder_bit_by_bit(backbone, keys, tmp_path):
+    net = awake(small(backbone, keys)).eval()
+    save_exported(net, tmp_path / "out")
+    again = load_exported(tmp_path / "out")
+    assert not again.training
+    for key, value in net(*inputs(backbone)).items():
+        assert again(*inputs(backbone))[key].equal(value)
+
+
+def test_exported_folder_does_not_look_at_gin(tmp_path):
+    net = awake(small("dit", qk_norm=True, second_time="r")).eval()
+    expected = net(*inputs("dit"))["u"]
+    save_exported(net, tmp_path / "out")
+    gin.parse_config("dit.dim = 8\ndit.qk_norm = False\ndit.second_time = 'h'")
+    assert load_exported(tmp_path / "out")(*inputs("dit"))["u"].equal(expected)
+
+
+def test_exported_folder_is_what_the_hub_takes(tmp_path):
+    from huggingface_hub import ModelCard
+
+    save_exported(small("dit"), tmp_path / "out", objective="mean_flow")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "objective-zoo"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["objective"] == "mean_flow"
+    assert config["parameters"] == sum(p.numel() for p in small("dit").parameters())
+
+
+def test_folder_that_cannot_be_exported_or_read_is_named(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="full is not empty"):
+        save_exported(small("mlp"), tmp_path / "full")
+    with pytest.raises(ValueError, match=r"full has no config.json"):
+        load_exported(tmp_path / "full")
+    out = save_exported(small("mlp"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"format": 2}))
+    with pytest.raises(ValueError, match="of format 2; 1 can be read"):
+        load_exported(out)
+
+
+def test_trunk_that_does_not_say_what_it_was_made_with_is_refused(tmp_path):
+    class Foreign(torch.nn.Module):
+        dim = 4
+
+        def __init__(self, *, shape, num_classes=0, two_times=False):
+            super().__init__()
+
+        def readout(self):
+            return torch.nn.Identity()
+
+    from backbones import build_network
+
+    with registry.backbones.temporary("foreign", Foreign):
+        net = build_network(Foreign, (3,), 0, ("v",))
+        with pytest.raises(ValueError, match="'foreign' does not say .* backbones.trunk.Trunk"):
+            save_exported(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# public files
+
+
+def test_public_file_is_read_from_every_container(tmp_path):
+    state = transformer_state(swiglu=True)
+    x, label = torch.randn(2, 3, 8, 8), torch.tensor([0, 4])
+    t = torch.rand(2)
+    expected = -transformer(state, x, 1 - t, label)
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save({"ema": state, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    compiled = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    torch.save({"model": compiled, "step": 3}, tmp_path / "b.pt")
+    for name in ("a.safetensors", "a.pt", "b.pt"):
+        net = load_pretrained(tmp_path / name, num_heads=HEADS)
+        torch.testing.assert_close(net(x, t, t, {"label": label})["v"], expected, **CLOSE)
+
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # sums of a few hundred float32 products in another order
+
+
+class Bad:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_file_that_would_execute_something_is_refused(tmp_path, capsys):
+    torch.save({"model": Bad()}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad.pt: it cannot be read"):
+        load_pretrained(tmp_path / "bad.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*gone.pt"):
+        load_pretrained(tmp_path / "gone.pt")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"torn.safetensors: it cannot be read"):
+        load_pretrained(tmp_path / "torn.safetensors")
+
+
+# runs
+
+RUN = (
+    *SIZES,
+    *METRIC,
+    "run.recorder = @jsonl()",
+    "run.dataset = @image_folder()",
+    "image_folder.resolution = 8",
+    "run.backbone = @lightning_dit",
+    "lightning_dit.patch = 2",
+    f"lightning_dit.dim = {DIM}",
+    f"lightning_dit.depth = {DEPTH}",
+    f"lightning_dit.num_heads = {HEADS}",
+    "lightning_dit.time_features = 'dit'",
+    "lightning_dit.max_frequency = 1.0",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """As many classes as the public networks of the tests have."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for label in "abcde":
+        (folder / label).mkdir()
+        for i in range(6):
+            colour = (40 * i, 9, 40 * "abcde".index(label))
+            Image.new("RGB", (9, 8), colour).save(folder / label / f"{i}.png")
+    return folder
+
+
+def run(pictures: Path, arm: str, out: Path, *bindings: str):
+    bound = (*RUN, f"image_folder.folder = '{pictures}'", "unet.channels = 8", *bindings)
+    bound = tuple(b for b in bound if not b.startswith("unet."))
+    return zoo("run", "experiments/digits.gin", "--arm", arm, "--out", out, *sets(*bound))
+
+
+def test_public_checkpoint_teaches_and_starts_its_student(pictures, tmp_path):
+    state = transformer_state(swiglu=True)
+    save_file(state, tmp_path / "teacher.safetensors")
+    bound = ["frozen.pretrain = 0.0", f"frozen.checkpoint = '{tmp_path / 'teacher.safetensors'}'"]
+    done = run(pictures, "decm", tmp_path / "out", *bound)
+    assert done.status == 0, done.err
+    student = load_file(tmp_path / "out" / "decm" / "model.safetensors")
+    name = "trunk.blocks.1.attn.qkv.weight"
+    ours, theirs = student[name], state["blocks.1.attn.qkv.weight"]
+    assert 0 < (ours - theirs).abs().max() < 0.01  # four steps of warm-up
+
+    bound.append("lightning_dit.max_frequency = 8.0")
+    done = run(pictures, "decm", tmp_path / "other", *bound)
+    assert done.status == 2
+    assert "max_frequency = 8.0, the teacher's 1.0" in done.err
+
+
+def test_run_starts_from_an_exported_folder_and_ends_in_one(pictures, tmp_path):
+    save_file(transformer_state(swiglu=True), tmp_path / "public.safetensors")
+    words = ("--layout", "lightning_dit", "--num-heads", HEADS)
+    done = zoo("export", tmp_path / "public.safetensors", "--out", tmp_path / "start", *words)
+    assert done.status == 0, done.err
+    assert "not needed: pos_embed (the fixed positions)" in done.out
+
+    start = f"run.start_from = '{tmp_path / 'start'}'"
+    done = run(pictures, "mean_flow", tmp_path / "out", start, "adamw.lr = 1e-12")
+    assert done.status == 0, done.err
+    finished = tmp_path / "out" / "mean_flow"
+    done = zoo("export", finished, "--out", tmp_path / "end")
+    assert done.status == 0, done.err
+    before, after = load_exported(tmp_path / "start"), load_exported(tmp_path / "end")
+    x, t, label = torch.randn(3, 3, 8, 8), torch.rand(3), torch.tensor([0, 1, -1])
+    expected = before(x, t, t, {"label": label})["v"]
+    for r in (t, 0 * t):
+        found = after(x, t, r, {"label": label})["u"]
+        # Four steps of 1e-12 times the learning rate's factor, on the averaged weights.
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_start_for_other_data_is_refused(pictures, tmp_path):
+    save_file(transformer_state(swiglu=True), tmp_path / "public.safetensors")
+    start = f"run.start_from = '{tmp_path / 'public.safetensors'}'"
+    done = run(pictures, "mean_flow", tmp_path / "out", start, "image_folder.resolution = 16")
+    assert done.status == 2
+    assert "the shape of its data is (3, 8, 8); that of image_folder is (3, 16, 16)" in done.err
+    assert not (tmp_path / "out").exists()
