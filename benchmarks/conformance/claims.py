@@ -200,7 +200,8 @@ def deterministic(subject: Subject) -> Result:
     if not torch.equal(first, again):
         raise Broken(
             "two calls with the same rng differ",
-            "keep no counter or cache in the objective; schedules read batch.step",
+            "keep no counter or cache in the objective and draw with generator=rng alone, not by "
+            "numpy or random; schedules read batch.step",
         )
     if not torch.equal(first, elsewhere):
         raise Broken(
