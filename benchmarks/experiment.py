@@ -7,6 +7,7 @@ fit together is said before any training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,7 @@ from trainers import ranks
 from trainers.budget import Budget
 from trainers.engines import TrainStep
 from trainers.rng import generator
+from trainers.zero_shards import shape_of
 from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
@@ -100,7 +102,7 @@ class Experiment:
 
     @property
     def num_params(self) -> int:
-        return sum(p.numel() for p in self.net.parameters())
+        return sum(math.prod(shape_of(p)) for p in self.net.parameters())
 
 
 @gin.configurable("run")

@@ -70,6 +70,7 @@ def joined(lead: Callable[[], None], words: Sequence[str]) -> None:
         from benchmarks.cell import follow
 
         logging.getLogger().setLevel(logging.CRITICAL)
+        sys.stderr = open(os.devnull, "w")  # progress and the like; how it fails is still told
         return follow()
     try:
         lead()

@@ -13,6 +13,7 @@ The run's folder holds
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from benchmarks.training import fit_experiment, measure
 from registry.protocols import Objective
 from trainers import ranks
 from trainers.checkpoint import load_module, save_module
+from trainers.zero import ZeroEngine
 from zoo.guidance import Guided
 
 
@@ -128,6 +130,9 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     record.params({**texts.params, "parameters": experiment.num_params})
     if experiment.derivative_error:
         record.metrics(experiment.derivative_error, step=0)
+    if isinstance(experiment.engine, ZeroEngine):
+        config = experiment.engine.deepspeed_config(experiment.batch_size, ranks.count())
+        record.text(json.dumps(config, indent=2) + "\n", "deepspeed.json")
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")

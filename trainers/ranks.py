@@ -121,7 +121,7 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
         print(
             f"process {number()} ends: {problem}\nIts run was stopped here or in another process "
             "and goes on from its last checkpoint with --resume",
-            file=sys.stderr,
+            file=sys.__stderr__,
             flush=True,
         )
         os._exit(1)

@@ -142,6 +142,8 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
+        if hasattr(self, "_deepspeed"):
+            self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
@@ -161,13 +163,13 @@ class ZeroEngine:
             allow_forward_mode(module)
 
     def shares(self, batch: Batch) -> Iterator[Batch]:
-        if not self._checked:
-            self._check_derivative(batch)
         count = ranks.count() * self.accumulate
         for number in range(ranks.number(), count, ranks.count()):
             yield replace(batch, share=Share(number, count))
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        if not self._checked:
+            self._check_derivative(batch)
         per_sample = self._deepspeed(batch, rng)
         return replace(self._out, per_sample=per_sample)
 
@@ -251,15 +253,12 @@ class LossScale:
 
 def _deepspeed(device: torch.device) -> Any:
     """The package, quiet, and on a CPU without the operator that it compiles at every start."""
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_number()))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_number()))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference
     import deepspeed
 
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference alone
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

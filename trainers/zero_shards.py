@@ -152,9 +152,9 @@ def gathered_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(param: Any) -> Tensor:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([param]):
+    with deepspeed.zero.GatheredParameters([param]):
         return param.detach().cpu().clone()
 
 
