@@ -30,7 +30,7 @@ from backbones.embeddings import (
     time_features,
     zero_,
 )
-from backbones.trunk import Trunk
+from backbones.trunk import Trunk, through
 from backbones.unet import GroupNorm, SelfAttention
 from registry import backbones
 from registry.protocols import Cond, Reference
@@ -164,7 +164,8 @@ class DDPMpp(Trunk):
     """The DDPM++ U-Net, for [b c h w] whose sides halve evenly at every level.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more
-    on the way up. Dropout draws from the global RNG of torch.
+    on the way up. Dropout draws from the global RNG of torch. `checkpointing` recomputes each block
+    in the backward pass instead of keeping its activations.
     """
 
     reference: ClassVar = Reference(
@@ -185,6 +186,7 @@ class DDPMpp(Trunk):
         blocks: int = 4,
         attention_levels: Sequence[int] = (1,),
         dropout: float = 0.0,
+        checkpointing: bool = False,
         num_augments: int = 0,
         second_time: str = "h",
         max_frequency: float = 8.0,
@@ -192,6 +194,7 @@ class DDPMpp(Trunk):
     ):
         super().__init__()
         _check(shape, multipliers, attention_levels)
+        self.checkpointing = checkpointing
         widths = [channels * m for m in multipliers]
         self.image_channels, self.width, self.dim = shape[0], widths[0], 4 * channels
         self.cells = {1: (2, 2), 2: (2, 1), 4: (1, 1)}[multipliers[0]]
@@ -217,10 +220,11 @@ class DDPMpp(Trunk):
         x = self.stem(x.to(self.stem.weight.dtype))
         skips = [x]
         for block in self.down:
-            x = block(x, c)
+            x = through(block, self.checkpointing, x, c)
             skips.append(x)
         for block, joins in zip(self.up, self.joins, strict=True):
-            x = block(torch.cat([x, skips.pop()], dim=1) if joins else x, c)
+            x = torch.cat([x, skips.pop()], dim=1) if joins else x
+            x = through(block, self.checkpointing, x, c)
         return x, c
 
     def readout(self) -> nn.Module:

@@ -18,10 +18,9 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import Trunk
+from backbones.trunk import Trunk, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
@@ -116,12 +115,8 @@ class PatchTransformer(Trunk):
         c = self.conditioning(t, r, cond)
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         tokens = self.embed(patches.to(self.embed.weight.dtype)) + self.positions
-        recompute = self.checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            if recompute:
-                tokens = checkpoint(block, tokens, c, use_reentrant=False)
-            else:
-                tokens = block(tokens, c)
+            tokens = through(block, self.checkpointing, tokens, c)
         return tokens, c
 
     def readout(self) -> nn.Module:

@@ -1,4 +1,5 @@
-"""What every trunk of this package has in common: it knows what it was made with.
+"""What the trunks of this package have in common: they know what they were made with, and may
+recompute their blocks in the backward pass.
 
 An exported network is made again from that record, without gin.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Trunk(nn.Module):
@@ -22,3 +25,12 @@ class Trunk(nn.Module):
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         made.__dict__["fields"] = {**defaults, **given}
         return made
+
+
+def through(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
+    """block(*inputs); with `checkpointing` its activations are not kept but computed again."""
+    if checkpointing and torch.is_grad_enabled():
+        recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return recomputed
+    out: Tensor = block(*inputs)
+    return out

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import Trunk
+from backbones.trunk import Trunk, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
@@ -80,6 +80,8 @@ class SelfAttention(nn.Module):
 class Bottom(nn.Module):
     """The lowest resolution: blocks, attention, blocks."""
 
+    checkpointing = False
+
     def __init__(self, c_in: int, width: int, dim: int, blocks: int, heads: int, dropout: float):
         super().__init__()
         self.before = _blocks([c_in] + [width] * (blocks - 1), width, dim, dropout)
@@ -88,15 +90,17 @@ class Bottom(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self.before:
-            x = block(x, c)
+            x = through(block, self.checkpointing, x, c)
         x = self.attention(x)
         for block in self.after:
-            x = block(x, c)
+            x = through(block, self.checkpointing, x, c)
         return x
 
 
 class Level(nn.Module):
     """Blocks, the levels below at half the size, and blocks that see both."""
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -118,12 +122,12 @@ class Level(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         skips = []
         for block in self.down:
-            x = block(x, c)
+            x = through(block, self.checkpointing, x, c)
             skips.append(x)
         lower = self.lower(self.shrink(x), c)
         x = self.grow(F.interpolate(lower, size=x.shape[2:], mode="nearest"))
         for block in self.up:
-            x = block(torch.cat([x, skips.pop()], dim=1), c)
+            x = through(block, self.checkpointing, torch.cat([x, skips.pop()], dim=1), c)
         return x
 
 
@@ -148,7 +152,8 @@ class UNet(Trunk):
     """Convolutional U-Net with attention at its lowest resolution, for [b c h w] of any size.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more
-    on the way up. Dropout draws from the global RNG of torch.
+    on the way up. Dropout draws from the global RNG of torch. `checkpointing` recomputes each block
+    in the backward pass instead of keeping its activations.
     """
 
     reference: ClassVar = Reference(
@@ -169,6 +174,7 @@ class UNet(Trunk):
         blocks: int = 1,
         num_heads: int = 4,
         dropout: float = 0.0,
+        checkpointing: bool = False,
         second_time: str = "h",
         max_frequency: float = 8.0,
         time_features: str = "unit",
@@ -180,6 +186,9 @@ class UNet(Trunk):
         self.dim = 4 * self.channels
         self.stem = nn.Conv2d(self.image_channels, self.channels, 3, padding=1)
         self.body = _level(self.channels, widths, self.dim, blocks, num_heads, dropout)
+        for part in self.body.modules():
+            if isinstance(part, Level | Bottom):
+                part.checkpointing = checkpointing
         self.conditioning = Conditioning(
             self.dim,
             num_classes=num_classes,
