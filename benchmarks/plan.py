@@ -228,7 +228,7 @@ def _useless(
 
 
 def _told(names: Sequence[str], trouble: str) -> str:
-    more = f" and {len(names) - 1} more cells" if len(names) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}: {trouble}" if names[0] else trouble
 
 
