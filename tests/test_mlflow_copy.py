@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -15,15 +16,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.mlflow_copy import ID_TAG, SENT, Copy, Follower, send
-from benchmarks.mlflow_store import Store, open_hint
+from benchmarks.mlflow_store import Store, _import_mlflow, open_hint
 from benchmarks.record_file import RECORD, read_record
 from benchmarks.tracking import Jsonl, Mlflow, Run
 
@@ -277,56 +279,70 @@ def test_password_of_a_store_is_not_written(tmp_path: Path) -> None:
     assert store.uri.endswith(":secret@host/db")
 
 
-@pytest.mark.slow
-def test_two_processes_make_one_store_and_fill_it(tmp_path: Path) -> None:
+def at_once(record: Callable[[Path], None], folders: Sequence[Path]) -> list[BaseProcess]:
+    """`record` in a process each. Forked: importing mlflow takes each of them seconds."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=record, args=(folder,)) for folder in folders]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_processes_make_one_store_and_fill_it(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    code = """
-import sys
-from pathlib import Path
-from benchmarks.tracking import Mlflow
-run = Mlflow(tracking_uri=sys.argv[1], send_seconds=0.1).start("a", Path(sys.argv[2]))
-for step in range(1500):
-    run.metrics({"loss": 1 / (step + 1), "rate": step}, step)
-run.close()
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, uri, str(tmp_path / name)]) for name in "abc"
-    ]
-    assert [process.wait(240) for process in processes] == [0, 0, 0]
-    for name in "abc":
-        assert_copied(uri, tmp_path / name)
+    _import_mlflow()
+
+    def record(folder: Path) -> None:
+        with fast(uri).start("a", folder) as run:
+            run.params({"folder": folder.name})
+            log_steps(run, 0, 1500)
+
+    folders = [tmp_path / name for name in "abc"]
+    for process in at_once(record, folders):
+        process.join(240)
+        assert process.exitcode == 0
+    for folder in folders:
+        assert_copied(uri, folder)
     assert len(client_of(uri).search_experiments(filter_string="name = 'objective-zoo'")) == 1
 
 
-@pytest.mark.slow
-def test_server_that_dies_and_returns_loses_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_server_that_dies_and_returns_loses_nothing_of_processes_that_record_at_once(
+    tmp_path: Path,
 ) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
-    with server(tmp_path, uri):
-        run = fast(uri).start("a", tmp_path / "run")
-        run.params({"seed": 1})
+    _import_mlflow()
+    died, returned = tmp_path / "died", tmp_path / "returned"
+
+    def record(folder: Path) -> None:
+        logging.basicConfig(filename=folder.with_suffix(".log"), force=True)
+        run = fast(uri).start("a", folder)
+        run.params({"folder": folder.name})
         log_steps(run, 0, 50)
-        wait_until(lambda: (tmp_path / "run" / SENT).exists())
-        while_up = run.folder.joinpath(SENT).read_text()
-    log_steps(run, 50, 100)
-    wait_until(lambda: "cannot send" in caplog.text)
-    with server(tmp_path, uri):
+        wait_until(died.exists, 240)
+        log_steps(run, 50, 100)
+        wait_until(returned.exists, 240)
         log_steps(run, 100, 150)
         run.text("x = 1", "config/operative.gin")
-        run.metrics({"up": math.inf, "nan": math.nan}, 150)
         run.close()
-        assert run.folder.joinpath(SENT).read_text() != while_up
-        copied = mlflow_run(uri, run.folder)
-        history = client_of(uri).get_metric_history(copied.info.run_id, "loss")
-        assert [p.step for p in sorted(history, key=lambda p: p.step)] == list(range(150))
-        assert copied.data.metrics["up"] == sys.float_info.max
-        assert math.isnan(copied.data.metrics["nan"])
-        assert copied.info.status == "FINISHED"
-        query = f"path=config%2Foperative.gin&run_uuid={copied.info.run_id}"
-        with urllib.request.urlopen(f"{uri}/get-artifact?{query}") as answer:
-            assert answer.read() == b"x = 1"
-    assert len([r for r in caplog.records if "cannot send" in r.message]) == 1
+
+    folders = [tmp_path / name for name in "abc"]
+    with server(tmp_path, uri):
+        processes = at_once(record, folders)
+        wait_until(lambda: all((folder / SENT).exists() for folder in folders), 120)
+    died.touch()
+    logs = [folder.with_suffix(".log") for folder in folders]
+    wait_until(lambda: all("cannot send" in log.read_text() for log in logs), 120)
+    with server(tmp_path, uri):
+        returned.touch()
+        for process in processes:
+            process.join(240)
+            assert process.exitcode == 0
+        for folder in folders:
+            assert_copied(uri, folder)
+            query = f"path=config%2Foperative.gin&run_uuid={mlflow_run(uri, folder).info.run_id}"
+            with urllib.request.urlopen(f"{uri}/get-artifact?{query}") as answer:
+                assert answer.read() == b"x = 1"
+    assert [log.read_text().count("cannot send") for log in logs] == [1, 1, 1]
 
 
 @pytest.mark.slow
