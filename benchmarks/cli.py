@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
     sample.set_defaults(command=_sample)
 
+    _add_encode(commands.add_parser("encode", help="pictures to the latents of a VAE, on disk"))
     _add_evaluate(commands.add_parser("evaluate", help="FID and its like of a finished run"))
 
     report = commands.add_parser("report", help="recorded runs as a page, tables and figures")
@@ -145,6 +146,27 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--tracking-uri", help="default: the store that the run was meant for")
     send.set_defaults(command=_send)
     return parser
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="a folder of pictures")
+    parser.add_argument(
+        "--vae", required=True, help="a folder of diffusers, a hub id or a short name"
+    )
+    parser.add_argument("--subfolder", default="", help="of the VAE's folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
+    parser.add_argument("--resolution", type=int, default=256, help="of the pictures, in pixels")
+    parser.add_argument("--no-flips", action="store_true", help="without the mirrored copy")
+    parser.add_argument("--dtype", default="float16", help="on disk; or float32")
+    parser.add_argument(
+        "--normalise", default="constants", choices=("constants", "channel"),
+        help="the VAE's scale and shift, or each channel's own",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="processes; one a GPU, say")
+    parser.add_argument("--device", default="auto", help="default: all GPUs in turn, else the CPU")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures in the VAE at a time")
+    parser.add_argument("--shard-rows", type=int, default=1024, help="pictures in a file")
+    parser.set_defaults(command=_encode)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -291,6 +313,33 @@ def _sample(arguments: argparse.Namespace) -> None:
         out=arguments.out,
     )
     print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from benchmarks.encode import Encoder, encode
+    from benchmarks.vaes import find_vae
+
+    encoder = Encoder(
+        vae=find_vae(arguments.vae, arguments.subfolder),
+        resolution=arguments.resolution,
+        flips=not arguments.no_flips,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+    )
+    manifest = encode(
+        arguments.data,
+        arguments.out,
+        encoder,
+        normalise=arguments.normalise,
+        shard_rows=arguments.shard_rows,
+        workers=arguments.workers,
+        device=arguments.device,
+    )
+    print(
+        f"{manifest.num} pictures as {manifest.shape} latents in {len(manifest.shards)} shards: "
+        f"{arguments.out}\ntrain on them: run.dataset = @latents() and latents.folder = "
+        f"{str(arguments.out)!r}"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

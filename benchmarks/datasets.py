@@ -8,7 +8,6 @@ set is made, so that no run starts on data that it cannot finish.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,10 +16,8 @@ from torch import Tensor
 
 from benchmarks.idx_files import find_idx, read_idx
 from benchmarks.image_files import find_pictures, read_pictures
-from benchmarks.streams import EndlessSet, Pictures, StoredSet, content_hash, cut, seeded
+from benchmarks.streams import EndlessSet, Pictures, StoredSet, content_hash
 from registry import datasets
-from registry.protocols import Cond
-from zoo.ops import like
 
 Row = tuple[float, ...]
 
@@ -119,19 +116,6 @@ class ImageFolder(StoredSet):
         pixels = read_pictures(found.files, self.resolution, self.channels)
         labels = torch.tensor(found.labels) if found.classes else None
         return Pictures(pixels, labels, found.classes)
-
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        x0, cond = super().batch(step, n, seed)
-        if self.flip:
-            size = self.size
-            mirrored = cut(size, step * n, n, lambda epoch: _mirrored(size, seed, epoch))
-            x0 = torch.where(like(mirrored, x0), x0.flip(-1), x0)
-        return x0, cond
-
-
-@lru_cache(maxsize=4)
-def _mirrored(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.rand(size, generator=seeded("flip", size, seed, epoch)) < 0.5
 
 
 class ComponentSet(EndlessSet):

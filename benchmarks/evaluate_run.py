@@ -277,8 +277,7 @@ class _Side:
         return {name: values[rows].to(self.experiment.device) for name, values in found.items()}
 
     def _rounded(self, images: Tensor) -> Tensor:
-        needed = self._pictures() and images.dtype != torch.uint8
-        return to_uint8(images) if needed else images
+        return to_uint8(images) if self._pictures() else images
 
     def measure(
         self, sides: Sequence[tuple[Real, Tensor | None]], allowed: Sequence[list[VectorMetric]]

@@ -265,9 +265,7 @@ def _pixels(images: Tensor) -> Tensor:
             f"images have shape {tuple(images.shape)}; this extractor takes [n 1 h w] or "
             "[n 3 h w] with n > 0. For other data use @pixels()"
         )
-    if images.dtype != torch.uint8:
-        images = to_uint8(images)
-    return images.cpu().expand(-1, 3, -1, -1)
+    return to_uint8(images).cpu().expand(-1, 3, -1, -1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

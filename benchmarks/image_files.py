@@ -12,11 +12,12 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ def find_pictures(folder: Path, *, labelled: bool) -> Found:
         )
     files.sort(key=lambda path: path.parts)
     classes = _classes(folder, files) if labelled else ()
-    labels = [classes.index(path.relative_to(folder).parts[0]) for path in files if classes]
+    index = {name: i for i, name in enumerate(classes)}
+    labels = [index[path.relative_to(folder).parts[0]] for path in files if classes]
     return Found(tuple(files), tuple(labels), classes)
 
 
@@ -155,21 +157,60 @@ def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channel
             for report in tqdm(reports, "reading pictures", len(stamps), disable=quiet)
             if report
         ]
-    if broken:
-        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        raise ValueError(
-            f"{len(broken)} of {len(stamps)} pictures cannot be read; repair or remove them:\n"
-            + "\n".join(broken[:SHOWN])
-            + more
-        )
+    refuse_unreadable(broken, len(stamps))
     return pixels
 
 
-def read_picture(path: str | Path, resolution: int, channels: int) -> Tensor:
+def check_pictures(files: Sequence[Path]) -> None:
+    """ValueError that names every file that is no picture or is cut off, before hours of work.
+
+    Headers are read; a JPEG or PNG whose end is not where it should be is decoded as a whole.
+    """
+    with ThreadPoolExecutor() as pool:
+        faults = tqdm(
+            pool.map(_fault, files), "checking pictures", len(files), disable=len(files) < BAR_FROM
+        )
+        refuse_unreadable([fault for fault in faults if fault], len(files))
+
+
+def _fault(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
+        if end is not None and end not in _last_bytes(path):
+            read_picture(path, 8, 3)
+    except Exception as error:  # decoders raise anything; all of it is reported
+        return f"{path} ({type(error).__name__}: {error})"
+    return ""
+
+
+def _last_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+        return file.read()
+
+
+def refuse_unreadable(broken: Sequence[str], count: int) -> None:
+    """ValueError that shows the first of these pictures out of `count`, if there are any."""
+    if broken:
+        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError(
+            f"{len(broken)} of {count} pictures cannot be read; repair or remove them:\n"
+            + "\n".join(broken[:SHOWN])
+            + more
+        )
+
+
+def read_picture(path: str | Path | BinaryIO, resolution: int, channels: int) -> Tensor:
     """One picture as uint8 [channels resolution resolution], by the rules of this module."""
     with Image.open(path) as image:
         image.draft("RGB", (4 * resolution, 4 * resolution))  # big JPEGs: skip unseen detail
-        upright = _opaque_rgb(ImageOps.exif_transpose(image))
+        return as_pixels(image, resolution, channels)
+
+
+def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """A picture that is open already, by the same rules."""
+    upright = _opaque_rgb(ImageOps.exif_transpose(image))
     square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.BICUBIC)
     values = np.array(square if channels == 3 else square.convert("L"))
     return torch.from_numpy(values.reshape(resolution, resolution, channels)).permute(2, 0, 1)

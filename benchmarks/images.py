@@ -16,7 +16,9 @@ GAP = 2
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """round(127.5 (x + 1)), clamped to 0..255: the only way from [-1, 1] to pixels."""
+    """round(127.5 (x + 1)), clamped to 0..255: the only way from [-1, 1] to pixels; pixels stay."""
+    if x.dtype == torch.uint8:
+        return x
     return (127.5 * (x.float() + 1)).round().clamp(0, 255).to(torch.uint8)
 
 

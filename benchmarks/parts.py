@@ -9,6 +9,7 @@ from benchmarks import (
     datasets,
     distances,
     features,
+    latents,
     launchers,
     metrics,
     pruning,
@@ -16,6 +17,7 @@ from benchmarks import (
     subprocesses,
     timm_features,
     tracking,
+    vaes,
 )
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "datasets",
     "distances",
     "features",
+    "latents",
     "launchers",
     "metrics",
     "pruning",
@@ -31,5 +34,6 @@ __all__ = [
     "timm_features",
     "tracking",
     "trainers",
+    "vaes",
     "zoo",
 ]

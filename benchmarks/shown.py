@@ -26,7 +26,7 @@ from benchmarks import evaluate
 from benchmarks.experiment import Experiment
 from benchmarks.images import to_uint8
 from benchmarks.results import REAL, SAMPLES
-from registry.protocols import Dataset
+from registry.protocols import Coded, Dataset
 from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
@@ -44,7 +44,7 @@ def draw_samples(
     cond = experiment.dataset.sample_labels(num)
     cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
     return {
-        n: evaluate.draw(net, sampler, x1, cond, seed).cpu()
+        n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
         for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
     }
 
@@ -70,7 +70,7 @@ def keep_all(
     dataset, real = experiment.dataset, {}
     if is_points(dataset.shape):
         real["real"] = dataset.reference(_num(experiment), experiment.seed)[0][:NUM_POINTS]
-    elif is_picture(dataset.shape) and dataset.size:
+    elif is_picture(dataset.shape) and dataset.size and not isinstance(dataset, Coded):
         num = min(dataset.size, images_seen, MAX_SEARCHED)
         real = _nearest_pictures(dataset, samples, num, experiment.seed)
         if labels := dataset.sample_labels(_num(experiment)):

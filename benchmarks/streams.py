@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from registry.protocols import Cond
+from zoo.ops import like
 
 DRAWN_AT_ONCE = 4096  # samples in a block of an endless set
 
@@ -38,6 +39,7 @@ class StoredSet:
     name: ClassVar[str]
     top: ClassVar[int] = 255
     stored: Pictures
+    flip: bool = False  # mirror half of the training samples left to right
 
     def load(self) -> Pictures:
         raise NotImplementedError
@@ -67,15 +69,14 @@ class StoredSet:
         return f"{self.name}: {self.size} x {self.shape}, sha256 {content}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        return self._take(
-            cut(self.size, step * n, n, lambda epoch: _permutation(self.size, seed, epoch))
-        )
+        x0, cond = self._take(places(self.size, step, n, seed))
+        if self.flip:
+            x0 = torch.where(like(flipped(self.size, step, n, seed), x0), x0.flip(-1), x0)
+        return x0, cond
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         """A random subset without repetition; the first m of n are the reference of size m."""
-        return self._take(
-            torch.randperm(self.size, generator=seeded("reference", self.size, seed))[:n]
-        )
+        return self._take(subset(self.size, n, seed))
 
     def sample_labels(self, n: int) -> Cond | None:
         """n labels with the frequencies of the data, evenly interleaved; None without labels."""
@@ -91,6 +92,26 @@ class StoredSet:
     def _take(self, rows: Tensor) -> tuple[Tensor, Cond | None]:
         labels = self.stored.labels
         return self.rows(rows), None if labels is None else {"label": labels[rows]}
+
+
+def subset(size: int, n: int, seed: int) -> Tensor:
+    """n different indices below size, or all; the first m of n are those for m."""
+    return torch.randperm(size, generator=seeded("reference", size, seed))[:n]
+
+
+def flipped(size: int, step: int, n: int, seed: int) -> Tensor:
+    """Which samples of a step are mirrored: half of them, drawn anew in every epoch."""
+    return cut(size, step * n, n, lambda epoch: _mirrored(size, seed, epoch))
+
+
+@lru_cache(maxsize=4)
+def _mirrored(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.rand(size, generator=seeded("flip", size, seed, epoch)) < 0.5
+
+
+def places(size: int, step: int, n: int, seed: int) -> Tensor:
+    """The indices that a step takes from a set of this size."""
+    return cut(size, step * n, n, lambda epoch: _permutation(size, seed, epoch))
 
 
 class EndlessSet:
