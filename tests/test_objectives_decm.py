@@ -127,7 +127,7 @@ def test_clusters_are_data_instant_and_noise():
     # One time in each of 64 bins, for t and, up to the factor t_n, for r.
     for times in (t_0, r_n / t_n):
         assert torch.equal((times * 64).floor().sort().values, torch.arange(64.0))
-    assert not torch.equal(t_0, r_n / t_n)
+    assert (t_0 - r_n / t_n).abs().max() > 0.1  # draws of their own
 
 
 def test_noise_to_noisy_cluster_comes_every_third_step():
