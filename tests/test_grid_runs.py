@@ -31,6 +31,7 @@ run.log_every = 1
 run.checkpoint_seconds = 1e-9
 """
 JSONL = "run.recorder = @jsonl()\n"
+ONE_SEED = "Grid.repeat = {'run.seed': [1]}\n"
 SEEDS = "Grid.repeat = {'run.seed': [0, 1]}\n"
 
 
@@ -96,7 +97,7 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
         "Grid.arms = ('plain', 'memory', 'nan')\nplain/run.objective = @fragile()\n"
         "memory/run.objective = @fragile()\nmemory/fragile.how = 'memory'\n"
         "nan/run.objective = @fragile()\nnan/fragile.how = 'nan'\n"
-        f"fragile.mark = '{tmp_path / 'mark'}'\nGrid.repeat = {'run.seed': [1]}\n"
+        f"fragile.mark = '{tmp_path / 'mark'}'\n" + ONE_SEED
     )
     done = grid(text)
     assert done.status == 1
@@ -198,7 +199,7 @@ def test_finished_cells_are_known_from_the_store_wherever_they_are(grid, tmp_pat
 
 def test_the_line_that_a_report_prints_reproduces_the_cell(grid, tmp_path):
     text = "Grid.arms = ('shortcut',)\nGrid.axes = {'shortcut.teacher': [@online()]}\n"
-    text += "Grid.repeat = {'run.seed': [1]}\n"
+    text += ONE_SEED
     assert grid(text, "--set", "mlp.dim = 6").status == 0
     folder = cells(tmp_path / "out")["shortcut teacher=online 1"]
     words = shlex.split(read_record(folder).tags["cell.command"])
