@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
