@@ -141,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--num-heads", type=int, help="of a public checkpoint of unusual width")
     export.set_defaults(command=_export)
 
+    whole = commands.add_parser("consolidate", help="a ZeRO checkpoint's weights as one file")
+    whole.add_argument("checkpoint", type=Path, help="such as RUN/checkpoints/step_00001000")
+    whole.add_argument("--ema", default="", metavar="DECAY", help="the average at this decay")
+    whole.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    whole.set_defaults(command=_consolidate)
+
     send = commands.add_parser("send", help="send records to MLflow that could not be sent before")
     send.add_argument("folder", type=Path, help="the folder of a run or of a comparison")
     send.add_argument("--tracking-uri", help="default: the store that the run was meant for")
@@ -413,6 +419,13 @@ def _export(arguments: argparse.Namespace) -> None:
     else:
         where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
     print(f"{where}: model.safetensors, config.json, README.md")
+
+
+def _consolidate(arguments: argparse.Namespace) -> None:
+    from trainers.zero_checkpoint import consolidate
+
+    consolidate(arguments.checkpoint, arguments.out, arguments.ema)
+    print(arguments.out)
 
 
 def _send(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers import ranks
-from trainers.checkpoint import BrokenCheckpoint, check_fit
+from trainers.checkpoint import BrokenCheckpoint, check_fit, verify
 from trainers.zero_shards import (
     Piece,
     refresh_masters,
@@ -81,16 +81,27 @@ def load(module: nn.Module, optimizer: Any, folder: Path) -> None:
             pieces.fill(piece)
 
 
-def whole(folder: Path, part: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one part of a checkpoint ("net", "averages.0-999", ...), by name there."""
-    about = json.loads((folder / INDEX).read_text())
+def consolidate(folder: Path, out: Path, decay: str = "") -> None:
+    """Write the whole network of a checkpoint, or its average at `decay`, as one safetensors file.
+
+    Needs no other process. ValueError for a checkpoint that is not whole or has no such average.
+    """
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder} is no checkpoint of zero_engine: it has no {INDEX}")
+    verify(folder)
+    shapes = json.loads((folder / INDEX).read_text())["shapes"]
+    prefix = f"averages.{decay.replace('.', '-')}." if decay else "net."
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items() if name.startswith(prefix)}
+    if not tensors:
+        kept = {name.split(".")[1].replace("-", ".") for name in shapes if name[:9] == "averages."}
+        raise ValueError(
+            f"{folder} has no average at decay {decay}; it has {', '.join(sorted(kept)) or 'none'}"
+        )
     with Pieces(folder) as pieces:
-        for name, shape in about["shapes"].items():
-            if name.startswith(f"{part}."):
-                tensor = torch.empty(shape)
-                kind = "weight" if f"weight/{name}" in pieces else "buffer"
-                pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
-                yield name.removeprefix(f"{part}."), tensor
+        for name, tensor in tensors.items():
+            kind = "weight" if f"weight/{name}" in pieces else "buffer"
+            pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, out)
 
 
 class Pieces:
