@@ -14,7 +14,7 @@ mutmut := $(VENV)/.installed-mutmut
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help quickstart install test test-all test-browser check fmt wheel clean mutants
+.PHONY: help quickstart install test test-all test-faults test-browser check fmt wheel clean mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-all     all tests"
 	@echo "make test-browser the report's page in the Chromium on the PATH"
+	@echo "make test-faults  kill, starve and interrupt runs of several processes (minutes)"
 	@echo "make check        ruff, mypy and the import directions"
 	@echo "make mutants      plant mistakes in the mathematics and list those that no test notices"
 	@echo "make fmt          let ruff format and repair"
@@ -35,7 +36,10 @@ quickstart: $(plain)
 install: $(dev)
 
 test: $(dev)
-	$(py) -m pytest -m "not slow and not browser"
+	$(py) -m pytest -m "not slow and not browser and not faults"
+
+test-faults: $(dev)
+	$(py) -m pytest -m faults
 
 test-all: $(dev)
 	$(py) -m pytest

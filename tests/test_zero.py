@@ -1,0 +1,235 @@
+"""DeepSpeed ZeRO: what it is given, and what it trains against one plain process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zero_work
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from zero_work import OPTIONS, STAGES, found, names, train
+
+from trainers import AdamW, Budget, TorchEngine
+from trainers.checkpoint import BrokenCheckpoint
+from trainers.zero import LossScale, ZeroEngine
+from trainers.zero_checkpoint import Pieces
+from trainers.zero_derivatives import with_differences
+from trainers.zero_shards import Piece
+from zoo.derivatives import FiniteDifference
+from zoo.objectives.decm import DECM
+from zoo.objectives.dumo import DuMo
+from zoo.residuals import Exact
+
+# --- what DeepSpeed is given
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"stage": 4}, r"zero_engine.stage = 4; allowed: 0, 1, 2, 3"),
+        ({"precision": "fp8"}, r"zero_engine.precision = 'fp8'; allowed: 'fp32', 'bf16', 'fp16'"),
+        ({"clip": -1.0}, r"zero_engine.clip"),
+        ({"accumulate": 0}, r"zero_engine.accumulate"),
+        ({"stage": 0, "offload_optimizer": True}, r"needs zero_engine.stage = 1 or more"),
+        ({"stage": 2, "offload_weights": True}, r"needs zero_engine.stage = 3 or more"),
+        ({"without_exact": "hope"}, r"allowed: 'refuse', 'finite_difference'"),
+    ],
+)
+def test_zero_engine_refuses_what_it_cannot_do(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ZeroEngine(**wrong)
+
+
+def test_config_writes_what_deepspeed_would_otherwise_choose() -> None:
+    config = ZeroEngine(stage=3, accumulate=2).deepspeed_config(24, processes=4)
+    assert config["gradient_clipping"] == 0.0  # absent, it is 1.0
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["zero_optimization"]["memory_efficient_linear"] is False
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    with pytest.raises(ValueError, match="run.batch_size must be a multiple of 8"):
+        ZeroEngine(accumulate=2).deepspeed_config(12, processes=4)
+
+
+def test_torch_engine_says_which_engine_takes_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainers.ranks.count", lambda: 2)
+    with pytest.raises(ValueError, match=r"zero2.gin"):
+        train("flow_matching", TorchEngine())
+
+
+# --- pieces
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 30), max_size=5),
+    wanted=st.tuples(st.integers(0, 29), st.integers(1, 30)),
+)
+@settings(max_examples=25)
+def test_pieces_are_read_whatever_the_cuts_were(
+    tmp_path_factory: pytest.TempPathFactory, sizes: Any, cuts: Any, wanted: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("pieces")
+    whole = {f"w{i}": torch.randn(n) for i, n in enumerate(sizes)}
+    edges = [0, *sorted(cuts), 30]
+    for rank, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        _write(folder, rank, {name: (a, value[a:b]) for name, value in whole.items()})
+    with Pieces(folder) as pieces:
+        for name, value in whole.items():
+            a = min(wanted[0], len(value) - 1)
+            into = torch.zeros(len(value[a : a + wanted[1]]))
+            pieces.fill(Piece(name, a, into))
+            assert torch.equal(into, value[a : a + wanted[1]])
+
+
+def test_pieces_that_lack_an_element_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, 0, {"w": (0, torch.zeros(3))})
+    _write(tmp_path, 1, {"w": (4, torch.zeros(3))})
+    with Pieces(tmp_path) as pieces, pytest.raises(BrokenCheckpoint, match="6 of 7 elements of w"):
+        pieces.fill(Piece("w", 0, torch.zeros(7)))
+
+
+def _write(folder: Path, rank: int, pieces: Mapping[str, tuple[int, Tensor]]) -> None:
+    import json
+
+    starts = {name: start for name, (start, value) in pieces.items() if len(value)}
+    tensors = {name: pieces[name][1].clone() for name in starts}
+    path = folder / f"rank_{rank:05d}.safetensors"
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+
+
+# --- parts
+
+
+def test_differences_take_the_place_of_every_exact_derivative() -> None:
+    assert with_differences(DECM()).derivative == FiniteDifference()
+    assert with_differences(DuMo(residual=Exact())).residual.derivative == FiniteDifference()
+    teacher = DuMo().teacher
+    assert with_differences(DuMo(teacher=teacher, residual=Exact())).teacher is teacher
+
+
+def test_loss_scale_halves_after_an_overflow_and_counts_it_as_no_step() -> None:
+    scale = LossScale()
+    first = scale.value
+    assert scale.follow(torch.tensor(2.0)) == 2.0
+    assert scale.follow(torch.tensor(float("inf"))) == 0.0
+    assert scale.value == first / 2
+    assert torch.equal(scale.undo(torch.tensor(scale.value)), torch.tensor(1.0))
+    while scale.value > 1:
+        scale.follow(torch.tensor(float("nan")))
+    assert not scale.follow(torch.tensor(float("nan"))).isfinite()  # no scale helps: told
+
+
+# --- against one process
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """What two processes came to, for every case."""
+    return zero_work.spawn(2, "parity", tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, dict[str, Any]]:
+    return {name: found(*train(name, TorchEngine(clip=1.0))) for name in names()}
+
+
+CASES = [
+    (stage, name)
+    for stage in STAGES
+    for name in names()
+    if stage >= 2 or not name.startswith(("dumo_", "decm_"))
+]
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(("stage", "name"), CASES)
+def test_two_processes_train_as_one(
+    stage: int, name: str, trained: dict[Any, Any], plain: dict[str, dict[str, Any]]
+) -> None:
+    """Losses, gradient norms, and what weights, averages and teachers come to by descent."""
+    ours, theirs = trained[stage, name], plain[name]
+    # float32 sums in another order; norms are of order 1, the weights move by 0.05
+    torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours["norms"], theirs["norms"], rtol=1e-4, atol=1e-6)
+    assert ours["module"].keys() == theirs["module"].keys()
+    for key, value in theirs["module"].items():
+        torch.testing.assert_close(ours["module"][key], value, rtol=1e-5, atol=2e-6, msg=key)
+    torch.testing.assert_close(ours["sampled"], theirs["sampled"], rtol=1e-4, atol=1e-5)
+    assert ours["same"] == {"weights": True, "released": True}
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("key", OPTIONS)
+def test_options_train_as_one_process(
+    key: str, trained: dict[Any, Any], plain: dict[str, dict[str, Any]]
+) -> None:
+    ours, theirs = trained[key], plain["mean_flow"]
+    # half precision rounds at 4e-3 (bf16) and 5e-4 (fp16)
+    tolerance = {"bf16": 2e-2, "fp16": 5e-3}.get(key, 1e-5)
+    torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=tolerance, atol=tolerance)
+    for name, value in theirs["net"].items():
+        torch.testing.assert_close(ours["net"][name], value, rtol=0, atol=max(tolerance / 2, 2e-6))
+
+
+@pytest.mark.deepspeed
+def test_derivative_without_its_rule_is_refused_or_replaced_aloud(trained: dict[Any, Any]) -> None:
+    refused, replaced, losses = trained["no rule"]
+    assert "zero_engine.stage = 2" in refused
+    assert "zero_engine.without_exact = 'finite_difference'" in refused
+    assert replaced == repr(FiniteDifference())
+    assert "nan" not in losses
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    return zero_work.spawn(2, "resume", folder), folder
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bit_equal_at_the_same_stage(stage: int, resumed: Any) -> None:
+    told = resumed[0][stage]
+    assert told["same"]["losses"] == told["whole"]["losses"][2:]
+    for key, value in told["whole"]["module"].items():
+        assert torch.equal(told["same"]["module"][key], value), key
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_loses_nothing_at_another_stage(stage: int, resumed: Any) -> None:
+    told = resumed[0][stage]
+    # the same Adam state, float32 sums in another order
+    torch.testing.assert_close(
+        told["other"]["losses"], told["whole"]["losses"][2:], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_in_one_process_loses_nothing(stage: int, resumed: Any) -> None:
+    results, folder = resumed
+    _, watch = train(
+        "dumo", ZeroEngine(stage=stage), optimizer=AdamW(lr=1e-2), budget=Budget(steps=4),
+        folder=folder / f"stage{stage}", resume=True,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        watch.losses, results[stage]["whole"]["losses"][2:], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.deepspeed
+def test_checkpoints_do_not_cross_engines(resumed: Any) -> None:
+    with pytest.raises(ValueError, match="was made by zero_engine"):
+        train("dumo", TorchEngine(), folder=resumed[1] / "stage2", resume=True)

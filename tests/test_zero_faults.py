@@ -1,0 +1,254 @@
+"""What happens to a run of several processes when something dies, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_runs import NETWORK, entries, losses, sets, zoo
+
+from benchmarks.launch import start
+from trainers.checkpoint import checkpoints
+
+pytestmark = pytest.mark.deepspeed
+PATIENCE = 300.0  # for a busy machine; the claims below are about time after a fault
+BOUND = 60.0  # a fault ends all processes within this: 20 s of grace, the rest is the machine
+
+GIN = """
+include 'experiments/digits.gin'
+include 'trainer/zero2.gin'
+{imports}
+run.objective = @dumo()
+run.batch_size = 8
+run.num_samples = 12
+run.nfe = (1, 2)
+run.log_every = 1
+run.checkpoint_seconds = 0.5
+run.metric = @feature_metrics()
+feature_metrics.extractor = @pixels()
+run.recorder = @jsonl()
+"""
+
+
+class Run:
+    """`objective-zoo run` in two processes, in the background."""
+
+    def __init__(self, folder: Path, *bindings: str, resume: bool = False, imports: str = ""):
+        self.out, self.log = folder / "out", folder / "log.txt"
+        (folder / "tiny.gin").write_text(GIN.format(imports=imports))
+        words = ["run", str(folder / "tiny.gin"), "--out", str(self.out)]
+        words += ["--launcher", "deepspeed", "--ranks", "2", *(["--resume"] if resume else [])]
+        words += sets(*NETWORK, *bindings)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cli", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+            stderr=open(self.log, "ab"), start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def cell(self) -> Path:
+        return self.out / "dumo"
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def trained(self, steps: int) -> bool:
+        return (self.cell / "record.jsonl").exists() and len(losses(self.cell)) >= steps
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ends(self, within: float) -> int:
+        begun = time.monotonic()
+        status = self.process.wait(PATIENCE)
+        assert time.monotonic() - begun < within, self.said()[-3000:]
+        return status
+
+    def close(self) -> None:
+        for process in psutil.Process(self.process.pid).children() if self.alive else []:
+            process.kill()
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+def wait_for(event: Callable[[], bool], run: Run) -> None:
+    begun = time.monotonic()
+    while not event():
+        assert run.alive, run.said()[-3000:]
+        assert time.monotonic() - begun < PATIENCE, run.said()[-3000:]
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*arguments: object, **options: object) -> Run:
+        runs.append(Run(*arguments, **options))  # type: ignore[arg-type]
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+def test_killed_process_ends_the_others_and_the_run_resumes_exactly(
+    tmp_path: Path, running: Callable[..., Run]
+) -> None:
+    """Its losses are those of one process that nothing happened to."""
+    steps = "run.steps = 60"
+    run = running(tmp_path, steps)
+    wait_for(lambda: run.trained(5) and bool(checkpoints(run.cell / "checkpoints")), run)
+    victim = run.ranks()[1]
+    left = run.ranks()[0]
+    victim.send_signal(signal.SIGKILL)
+    assert run.ends(within=BOUND) == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by SIGKILL" in run.said()
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    stopped_at = len(losses(run.cell))
+    assert stopped_at < 60
+
+    again = running(tmp_path, steps, resume=True)
+    assert again.ends(within=PATIENCE) == 0, again.said()[-3000:]
+    plain = tmp_path / "plain"
+    done = zoo(
+        "run", tmp_path / "tiny.gin", "--out", plain,
+        *sets(*NETWORK, steps, "run.engine = @torch_engine()", "torch_engine.clip = 1.0"),
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    # float32 sums in another order, over 60 steps of Adam
+    assert losses(run.cell) == pytest.approx(losses(plain / "dumo"), rel=1e-3)
+    assert (run.cell / "deepspeed.json").exists()
+    assert len(entries(run.cell, "resume")) == 1  # one run, one record
+
+
+@pytest.mark.faults
+def test_sigterm_to_the_launcher_saves_a_checkpoint(
+    tmp_path: Path, running: Callable[..., Run]
+) -> None:
+    run = running(tmp_path, "run.steps = 100000")
+    wait_for(lambda: run.trained(3), run)
+    run.process.terminate()
+    assert run.ends(within=BOUND) == 130
+    (newest,) = checkpoints(run.cell / "checkpoints")[-1:]
+    assert int(newest.name.removeprefix("step_")) == max(losses(run.cell))
+
+
+@pytest.mark.faults
+def test_killed_launcher_leaves_no_process(tmp_path: Path, running: Callable[..., Run]) -> None:
+    run = running(tmp_path, "run.steps = 100000")
+    wait_for(lambda: run.trained(1), run)
+    left = run.ranks()
+    run.process.kill()
+    gone, alive = psutil.wait_procs(left, timeout=BOUND)
+    assert len(gone) == 2, alive
+
+
+@pytest.mark.faults
+def test_second_run_in_a_folder_is_refused(tmp_path: Path, running: Callable[..., Run]) -> None:
+    run = running(tmp_path, "run.steps = 100000")
+    wait_for(lambda: run.trained(1), run)
+    second = Run(tmp_path, "run.steps = 100000", resume=True)
+    try:
+        assert second.ends(within=PATIENCE) == 2
+        assert "another process runs" in run.said()
+        assert run.alive
+    finally:
+        second.close()
+
+
+BAD_ROWS = """
+import torch
+from dataclasses import dataclass, replace
+from registry import objectives
+from zoo.objectives.flow_matching import FlowMatching
+
+@objectives.register("bad_rows")
+@dataclass(frozen=True, kw_only=True)
+class BadRows(FlowMatching):
+    def loss(self, net, batch, rng):
+        out = super().loss(net, batch, rng)
+        bad = torch.zeros(len(batch))
+        bad[5] = float("nan") if batch.step == 2 else 0.0
+        return replace(out, per_sample=out.per_sample + batch.share.rows(bad)[0])
+"""
+
+
+@pytest.mark.faults
+def test_loss_that_is_not_finite_in_one_process_stops_all_and_names_the_row(
+    tmp_path: Path, running: Callable[..., Run]
+) -> None:
+    (tmp_path / "bad_rows.py").write_text(BAD_ROWS)
+    run = running(
+        tmp_path, "run.steps = 100000", "run.objective = @bad_rows()", imports="import bad_rows"
+    )
+    assert run.ends(within=PATIENCE) == 1
+    assert "step 3: the loss is not finite" in run.said()
+    assert "row 5:" in run.said()  # of the global batch; in process 1 it is row 2
+
+
+FULL_DISK = """
+import os, resource, signal
+if os.environ.get("RANK") == "1":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+"""
+
+
+@pytest.mark.faults
+def test_full_disk_of_one_process_is_a_warning(tmp_path: Path, running: Callable[..., Run]) -> None:
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    run = running(tmp_path, "run.steps = 30", imports="import full_disk")
+    assert run.ends(within=PATIENCE) == 0, run.said()[-3000:]
+    assert "NO CHECKPOINT at step" in run.said()
+    assert "process 1" in run.said()
+    assert checkpoints(run.cell / "checkpoints") == []
+    assert (run.cell / "result.json").exists()
+
+
+def _by_hand(folder: Path, rank: int, port: int, *more: str) -> subprocess.Popen[str]:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    words = ["run", str(folder / "tiny.gin"), "--out", str(folder / "out")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.cli", *words, *sets(*NETWORK, *more)],
+        env={**os.environ, **place, **where}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("late", [False, True], ids=["typo", "late"])
+def test_a_process_that_starts_late_or_with_other_words(tmp_path: Path, late: bool) -> None:
+    (tmp_path / "tiny.gin").write_text(GIN.format(imports=""))
+    first = _by_hand(tmp_path, 0, 29471 + late, "run.steps = 3")
+    time.sleep(10.0 if late else 0.0)
+    second = _by_hand(tmp_path, 1, 29471 + late, "run.steps = 3" if late else "run.stesp = 3")
+    try:
+        told = [process.communicate(timeout=PATIENCE)[1] for process in (first, second)]
+    finally:
+        first.kill()
+        second.kill()
+    if late:
+        assert (first.returncode, second.returncode) == (0, 0), told
+        assert (tmp_path / "out" / "dumo" / "result.json").exists()
+    else:
+        assert (first.returncode, second.returncode) == (2, 2), told
+        assert all("process 1 was started with other words" in text for text in told)
+        assert "run.stesp" in told[0]
+
+
+def test_launcher_wants_a_process() -> None:
+    with pytest.raises(ValueError, match="--ranks 0 must be 1 or more"):
+        start(["run"], 0)

@@ -1,0 +1,264 @@
+"""What the processes of tests/test_zero.py do: `python zero_work.py NAME FOLDER`, from `spawn`.
+
+The leading process saves what it found to FOLDER/found.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import registry
+import zoo  # noqa: F401  registers the objectives
+from backbones.dit import DiT
+from backbones.network import build_network
+from registry.protocols import LossOutput, required_heads
+from trainers import (
+    AdamW,
+    Budget,
+    Callback,
+    CheckpointCallback,
+    TrainState,
+    fit,
+    ranks,
+)
+from trainers import zero as zero_module
+from trainers.zero import ZeroEngine
+from trainers.zero_shards import gathered_state, is_sharded
+from zoo.residuals import Exact
+from zoo.teachers import Frozen
+
+STAGES = (0, 1, 2, 3)
+DECAYS = (0.5, 0.9)
+SMALL = {"max_live": 0, "prefetch_bucket": 0}  # nothing kept resident in stage 3
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Labelled noise, a function of the step."""
+
+    shape: tuple[int, ...] = (1, 4, 4)
+    num_classes: int = 3
+    name: str = "pictures"
+
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rng = torch.Generator().manual_seed(1000 * seed + step)
+        label = torch.randint(3, (n,), generator=rng)
+        return torch.randn(n, *self.shape, generator=rng), {"label": label}
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Gradient descent: the weights show the gradients, and an error grows no more than they."""
+
+    lr: float = 0.05
+
+    def build(self, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=self.lr)
+
+
+def say(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+class Watch(Callback):
+    """The loss of every step over all processes, and the gradient's norm."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        total = sum(ranks.gathered(float(out.per_sample.double().sum())))
+        self.losses.append(total / state.batch_size)
+        assert state.grad_norm is not None
+        self.norms.append(float(state.grad_norm))
+
+
+def network(keys: tuple[str, ...], seed: int = 0) -> nn.Module:
+    """A DiT with activation checkpointing whose every weight takes part."""
+    torch.manual_seed(seed)
+    dit = partial(DiT, dim=16, depth=1, num_heads=2, patch=4, checkpointing=True)
+    net = build_network(dit, Pictures().shape, Pictures().num_classes, keys)
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return net
+
+
+def objective(name: str) -> Any:
+    """By its registered name, or dumo with the exact derivative, or decm distilled."""
+    if name == "dumo_exact":
+        return registry.objectives.get("dumo")(residual=Exact())
+    if name == "decm_distilled":
+        made = registry.objectives.get("decm")(teacher=Frozen(), guidance_scale=1.5)
+        made.teacher.attach(network(("v",), seed=5))
+        return made
+    return registry.objectives.get(name)()
+
+
+def names() -> list[str]:
+    return [*registry.objectives.names(), "dumo_exact", "decm_distilled"]
+
+
+def train(name: str, engine: Any, **changes: Any) -> tuple[TrainState, Watch]:
+    watch, made = Watch(), objective(name)
+    arguments: dict[str, Any] = {
+        "net": network(required_heads(made)),
+        "objective": made,
+        "dataset": Pictures(),
+        "batch_size": 8,
+        "budget": Budget(steps=2),
+        "optimizer": Sgd(),
+        "ema_decays": DECAYS,
+        "engine": engine,
+    }
+    arguments |= changes
+    arguments["callbacks"] = [*arguments.get("callbacks", ()), watch]
+    return fit(**arguments), watch
+
+
+def found(state: TrainState, watch: Watch) -> dict[str, Any]:
+    """What a run came to, whole, in the leading process."""
+    x, t = torch.ones(2, *Pictures().shape), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        sampled = state.ema_net(x, t, t / 2, None)
+    return {
+        "losses": watch.losses,
+        "norms": watch.norms,
+        "net": gathered_state(state.net),
+        "module": gathered_state(state.engine.module),  # type: ignore[attr-defined]
+        "sampled": next(iter(sampled.values())),
+    }
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        if state.step == self.step:
+            state.stop = "test"
+
+
+def parity(folder: Path) -> dict[Any, Any]:
+    """Every objective at every stage; bf16, fp16, accumulation and offload once."""
+    results: dict[Any, Any] = {}
+    for stage in STAGES:
+        for name in names():
+            if stage not in (2, 3) and name.startswith(("dumo_", "decm_")):
+                continue  # what stage 2 and 3 do not share is with the others
+            state, watch = train(name, ZeroEngine(stage=stage, clip=1.0, **SMALL))
+            results[stage, name] = found(state, watch)
+            say(stage, name)
+            results[stage, name]["same"] = _same_everywhere(state, watch)
+    for key, options in OPTIONS.items():
+        results[key] = found(*train("mean_flow", ZeroEngine(clip=1.0, **options)))
+    results["no rule"] = list(_without_the_rule())
+    return results
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"stage": 3, "precision": "bf16", **SMALL},
+    "fp16": {"stage": 2, "precision": "fp16"},
+    "accumulate": {"stage": 3, "accumulate": 2, **SMALL},
+    "offload": {"stage": 3, "offload_optimizer": True, "offload_weights": True, **SMALL},
+    "offload 2": {"stage": 2, "offload_optimizer": True, "overlap": False},
+}
+
+
+def _same_everywhere(state: TrainState, watch: Watch) -> dict[str, bool]:
+    """Weights are the same in every process although each had other rows."""
+    whole = [p for p in state.engine.module.parameters() if not is_sharded(p)]  # type: ignore[attr-defined]
+    sums = ranks.gathered([float(p.detach().double().sum()) for p in whole])
+    resident = [p for p in state.net.parameters() if is_sharded(p) and p.data.numel()]
+    return {"weights": all(s == sums[0] for s in sums), "released": not resident}
+
+
+def _without_the_rule() -> Iterator[str]:
+    """What is said where the forward-mode rule is missing: refused, or differences."""
+    kept, zero_module.allow_forward_mode = zero_module.allow_forward_mode, lambda module: None
+    try:
+        for choice in ("refuse", "finite_difference"):
+            try:
+                state, watch = train(
+                    "mean_flow", ZeroEngine(stage=3, without_exact=choice, **SMALL)
+                )
+                yield repr(state.engine.module.objective.derivative)  # type: ignore[attr-defined]
+                yield str(watch.losses)
+            except ValueError as error:
+                yield str(error)
+    finally:
+        zero_module.allow_forward_mode = kept
+
+
+def _resumed(folder: Path, stage: int) -> dict[str, Any]:
+    """Uninterrupted, and stopped after 2 of 4 steps and resumed at the same and the next stage."""
+    told: dict[str, Any] = {}
+
+    def go(stage: int, where: Path | None = None, *more: Callback, resume: bool = False) -> Any:
+        return train(
+            "dumo", ZeroEngine(stage=stage, **SMALL), optimizer=AdamW(lr=1e-2),
+            budget=Budget(steps=4), folder=where, callbacks=more, resume=resume,
+        )  # fmt: skip
+
+    say("resume", stage)
+    told["whole"] = found(*go(stage))
+    where = folder / f"stage{stage}"
+    go(stage, where, CheckpointCallback(), StopAfter(2))
+    told["same"] = found(*go(stage, where, resume=True))
+    told["other"] = found(*go((stage + 1) % 4, where, resume=True))
+    return told
+
+
+def resume(folder: Path) -> dict[Any, Any]:
+    return {stage: _resumed(folder, stage) for stage in STAGES}
+
+
+def spawn(count: int, name: str, folder: Path, timeout: float = 500.0) -> dict[Any, Any]:
+    """Run a function of this file in `count` processes; what the leading one found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["OMP_NUM_THREADS"] = "1"
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, name, str(folder)],
+            env={**os.environ, **shared, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.DEVNULL, stderr=open(folder / f"rank{i}.log", "wb"),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        for i, process in enumerate(started):
+            if process.wait(timeout):
+                raise AssertionError((folder / f"rank{i}.log").read_text()[-4000:])
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return torch.load(folder / "found.pt", weights_only=False)  # our own, a moment ago
+
+
+def main() -> None:
+    ranks.join()
+    results = globals()[sys.argv[1]](Path(sys.argv[2]))
+    if ranks.leads():
+        torch.save(results, Path(sys.argv[2]) / "found.pt")
+    ranks.gathered(None)
+    os._exit(0)  # DeepSpeed's threads may abort a process that ends by itself
+
+
+if __name__ == "__main__":
+    main()
