@@ -1,0 +1,197 @@
+"""The data set `latents`: posteriors by seed and place, the VAE's constants, pixels for metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import FILE_ONLY, sets, zoo
+from tiny_vaes import photos, save_kl, save_tiny
+
+pytest.importorskip("diffusers")
+
+from benchmarks import evaluate
+from benchmarks.encode import Encoder, encode
+from benchmarks.images import to_uint8
+from benchmarks.latents import Latents
+from benchmarks.vaes import AutoencoderKl, find_vae
+from registry.protocols import Coded
+
+CONFIG = {"scaling_factor": 2.0, "shift_factor": 0.25}
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_kl(tmp_path_factory.mktemp("vae") / "kl", **CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="module")
+def folder(vae: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    encode(pictures, out, Encoder(vae=find_vae(str(vae)), resolution=16), shard_rows=8)
+    return out
+
+
+def stored(folder: Path, name: str = "posterior") -> torch.Tensor:
+    shards = sorted(folder.glob("shard_*.safetensors"))
+    return torch.cat([load_file(path)[name] for path in shards]).float()
+
+
+def test_means_are_shifted_and_scaled_by_the_vaes_constants(folder) -> None:
+    dataset = Latents(folder=str(folder), sample=False, flip=False)
+    assert isinstance(dataset, Coded)
+    assert (dataset.shape, dataset.size, dataset.num_classes) == ((4, 8, 8), 22, 2)
+    x0, cond = dataset.batch(0, 22, seed=3)
+    expected = (stored(folder).chunk(2, 1)[0] - 0.25) * 2.0
+    labels = torch.cat([load_file(p)["label"] for p in sorted(folder.glob("*.safetensors"))])
+    order = [int((expected - row).flatten(1).norm(dim=1).argmin()) for row in x0]
+    assert sorted(order) == list(range(22))  # an epoch has every picture once
+    torch.testing.assert_close(x0, expected[order])
+    assert torch.equal(cond["label"], labels[order])
+
+
+def test_posteriors_have_their_stored_variance(folder) -> None:
+    drawn, means = (Latents(folder=str(folder), flip=False, sample=s) for s in (True, False))
+    _, logvar = stored(folder).chunk(2, 1)
+    steps = range(200)
+    noise = torch.cat([drawn.batch(k, 22, 0)[0] - means.batch(k, 22, 0)[0] for k in steps]) / 2.0
+    error = float(noise.std()) / noise.numel() ** 0.5
+    assert abs(float(noise.mean())) < 4 * error
+    assert float(noise.var()) == pytest.approx(float(logvar.exp().mean()), rel=0.02)
+
+
+def test_a_batch_depends_on_seed_and_place_alone(folder) -> None:
+    dataset = Latents(folder=str(folder))
+    whole, cond = dataset.batch(1, 90, seed=5)
+    again, _ = Latents(folder=str(folder)).batch(1, 90, seed=5)
+    assert torch.equal(whole, again)
+    parts = [dataset.batch(step, 30, seed=5) for step in (3, 4, 5)]
+    assert torch.equal(whole, torch.cat([x0 for x0, _ in parts]))
+    assert torch.equal(cond["label"], torch.cat([c["label"] for _, c in parts]))
+    assert not torch.equal(whole, dataset.batch(1, 90, seed=6)[0])
+    assert not torch.equal(whole, dataset.batch(2, 90, seed=5)[0])
+
+
+def test_half_of_the_samples_are_of_the_mirrored_pictures(folder) -> None:
+    mirrored = Latents(folder=str(folder), sample=False)
+    plain = Latents(folder=str(folder), sample=False, flip=False)
+    upright = (stored(folder).chunk(2, 1)[0] - 0.25) * 2.0
+    flipped = (stored(folder, "posterior_flipped").chunk(2, 1)[0] - 0.25) * 2.0
+    x0, reference = mirrored.batch(0, 22 * 40, seed=0)[0], plain.batch(0, 22 * 40, seed=0)[0]
+    changed = (x0 != reference).flatten(1).any(1)
+    assert abs(float(changed.float().mean()) - 0.5) < 4 * 0.5 / (22 * 40) ** 0.5
+    place = {row.numpy().tobytes(): i for i, row in enumerate(upright)}
+    for row, other in zip(x0[changed][:20], reference[changed][:20], strict=True):
+        assert torch.equal(row, flipped[place[other.numpy().tobytes()]])
+
+
+def test_decoding_undoes_shift_and_scale(folder, vae) -> None:
+    dataset = Latents(folder=str(folder), sample=False, flip=False, decode_batch=3)
+    x0, _ = dataset.batch(0, 7, seed=0)
+    expected = find_vae(str(vae)).decode(x0 / 2.0 + 0.25)
+    torch.testing.assert_close(dataset.decode(x0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_see_decoded_pixels_of_samples_and_reference(folder) -> None:
+    dataset = Latents(folder=str(folder))
+    reference, cond = evaluate.reference_of(dataset, 4, seed=0)
+    assert reference.dtype == torch.uint8
+    assert reference.shape == (8, 3, 16, 16)
+    assert cond["label"].shape == (8,)
+    assert torch.equal(reference, to_uint8(dataset.decode(dataset.reference(8, 0)[0])))
+
+
+def test_labels_to_sample_have_the_frequencies_of_the_data(folder) -> None:
+    labels = Latents(folder=str(folder)).sample_labels(11)["label"]
+    assert torch.bincount(labels).tolist() == [4, 7]
+
+
+def test_deterministic_latents_are_taken_as_they_are(pictures, tmp_path) -> None:
+    tiny = find_vae(str(save_tiny(tmp_path / "vae")))
+    encode(pictures, tmp_path / "out", Encoder(vae=tiny, resolution=16, dtype="float32"))
+    dataset = Latents(folder=str(tmp_path / "out"), flip=False)
+    x0, _ = dataset.batch(0, 22, seed=0)
+    latents = stored(tmp_path / "out")
+    assert {row.numpy().tobytes() for row in x0} == {row.numpy().tobytes() for row in latents}
+
+
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_cut_shard_is_named_before_training(folder, tmp_path) -> None:
+    copy = damaged(folder, tmp_path)
+    path = copy / "shard_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"shard_00001\.safetensors has \d+ bytes instead of") as e:
+        Latents(folder=str(copy))
+    assert "only these are redone" in str(e.value)
+
+
+def test_a_changed_shard_is_found_by_verify_alone(folder, tmp_path) -> None:
+    copy = damaged(folder, tmp_path)
+    path = copy / "shard_00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    Latents(folder=str(copy))
+    with pytest.raises(ValueError, match=r"shard_00002.*SHA-256 differs"):
+        Latents(folder=str(copy), verify=True)
+
+
+def test_another_vae_is_refused_and_a_moved_one_named(folder, vae, tmp_path) -> None:
+    other = save_kl(tmp_path / "other", seed=7, **CONFIG)
+    with pytest.raises(ValueError, match="made by a VAE with other weights"):
+        Latents(folder=str(folder), vae=AutoencoderKl(path=str(other)))
+    copy = damaged(folder, tmp_path)
+    about = json.loads((copy / "manifest.json").read_text())
+    about["vae"]["path"] = str(tmp_path / "gone")
+    (copy / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"autoencoder_kl\.path = 'FOLDER'"):
+        Latents(folder=str(copy))
+    assert Latents(folder=str(copy), vae=AutoencoderKl(path=str(vae))).size == 22
+
+
+def test_latents_without_mirrored_copies_say_what_to_bind(pictures, vae, tmp_path) -> None:
+    encode(pictures, tmp_path, Encoder(vae=find_vae(str(vae)), resolution=16, flips=False))
+    with pytest.raises(ValueError, match=r"latents\.flip = False"):
+        Latents(folder=str(tmp_path))
+    assert Latents(folder=str(tmp_path), flip=False).size == 22
+
+
+def test_no_latents_say_how_to_make_them(tmp_path) -> None:
+    with pytest.raises(ValueError, match="objective-zoo encode --data"):
+        Latents(folder=str(tmp_path))
+
+
+def test_from_pictures_to_a_table_of_distances(folder, pictures, tmp_path) -> None:
+    network = [b for b in FILE_ONLY if not b.startswith("run.metric") and "extractor" not in b]
+    how = (*network, "run.dataset = @latents()", f"latents.folder = {str(folder)!r}",
+           "run.metric = @feature_metrics()", "feature_metrics.extractor = @pixels()")  # fmt: skip
+    out = tmp_path / "run"
+    done = zoo("run", "experiments/digits.gin", "--arm", "mean_flow", *sets(*how), "--out", out)
+    assert done.status == 0, done.err
+    run = out / "mean_flow"
+    assert (run / "samples.png").is_file()  # decoded
+    assert load_file(run / "samples.safetensors")["nfe1"].shape[1:] == (3, 16, 16)
+    assert zoo("sample", run, "--num", 4, "--nfe", 1, "--out", tmp_path / "x.png").status == 0
+    words = ("evaluate", run, "--num", 6, "--nfe", 1, "--features", "pixels", "--metrics")
+    refused = zoo(*words, "frechet", "--out", tmp_path / "e")
+    assert refused.status == 2
+    assert "Give --reference" in refused.err
+    cache = ("--cache", tmp_path / "cache")
+    done = zoo(*words, "frechet", "--out", tmp_path / "e", "--reference", pictures, *cache)
+    assert done.status == 0, done.err
+    assert "| NFE 1 " in done.out
