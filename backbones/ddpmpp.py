@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from backbones.dit import xavier_
 from backbones.embeddings import (
     NUM_FREQUENCIES,
+    GuidanceEmbedding,
     LabelEmbedding,
     check_times,
     full_precision,
@@ -52,6 +53,7 @@ class JointConditioning(nn.Module):
         second_time: str,
         max_frequency: float,
         features: str,
+        guidance_input: bool,
     ):
         super().__init__()
         check_times(second_time, max_frequency, features)
@@ -66,6 +68,7 @@ class JointConditioning(nn.Module):
         self.second_time = nn.Linear(2 * NUM_FREQUENCIES, dim, bias=False) if two_times else None
         if self.second_time is not None:
             zero_(self.second_time)
+        self.guidance = GuidanceEmbedding(dim, max_frequency, features) if guidance_input else None
 
     def forward(self, t: Tensor, r: Tensor, cond: Cond | None) -> Tensor:
         with full_precision(t.device.type):
@@ -77,6 +80,8 @@ class JointConditioning(nn.Module):
             if self.second_time is not None:
                 end = t - r if self.second_is_interval else r
                 hidden = hidden + self.second_time(self._features(end))
+            if self.guidance is not None:
+                hidden = hidden + self.guidance(cond, t)
             return F.silu(self.output(F.silu(hidden)))
 
     def _features(self, t: Tensor) -> Tensor:
@@ -191,6 +196,7 @@ class DDPMpp(Trunk):
         second_time: str = "h",
         max_frequency: float = 8.0,
         time_features: str = "unit",
+        guidance_input: bool = False,
     ):
         super().__init__()
         _check(shape, multipliers, attention_levels)
@@ -213,6 +219,7 @@ class DDPMpp(Trunk):
             second_time=second_time,
             max_frequency=max_frequency,
             features=time_features,
+            guidance_input=guidance_input,
         )
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,7 @@ class DiT(PatchTransformer):
         second_time: str = "h",
         max_frequency: float = 8.0,
         time_features: str = "unit",
+        guidance_input: bool = False,
         checkpointing: bool = False,
     ):
         check_patches("dit", shape, patch, dim, num_heads)
@@ -172,6 +173,7 @@ class DiT(PatchTransformer):
                 second_time=second_time,
                 max_frequency=max_frequency,
                 time_features=time_features,
+                guidance_input=guidance_input,
             ),
             checkpointing=checkpointing,
         )

@@ -91,6 +91,34 @@ class LabelEmbedding(nn.Module):
         return self.table(torch.where(label == NULL_LABEL, self.num_classes, label))
 
 
+class GuidanceEmbedding(nn.Module):
+    """cond["guidance"] [b 3], a scale and the interval of times where it holds -> [b dim].
+
+    The scale w >= 1 enters as 1 - 1/w. Without guidance it is 1, everywhere. The output starts at
+    zero, so that a network begins as the one without this input.
+    """
+
+    def __init__(self, dim: int, max_frequency: float, features: str):
+        super().__init__()
+        self.max_frequency, self.features = max_frequency, features
+        self.hidden = nn.Linear(3 * 2 * NUM_FREQUENCIES, dim)
+        self.output = nn.Linear(dim, dim)
+        nn.init.kaiming_normal_(self.hidden.weight, nonlinearity="relu")
+        nn.init.zeros_(self.hidden.bias)
+        zero_(self.output)
+
+    def forward(self, cond: Cond | None, t: Tensor) -> Tensor:
+        given = None if cond is None else cond.get("guidance")
+        if given is None:
+            given = torch.tensor([[1.0, 0.0, 1.0]], dtype=t.dtype, device=t.device)
+        scale, low, high = given.to(t.dtype).unbind(1)
+        features = [
+            time_features(z, self.max_frequency, self.features) for z in (1 - 1 / scale, low, high)
+        ]
+        hidden = self.hidden(torch.cat(features, dim=1).to(self.hidden.weight.dtype))
+        return self.output(F.silu(hidden))
+
+
 class Conditioning(nn.Module):
     """(t [b], r [b], cond) -> c [b dim], in float32 under autocast too."""
 
@@ -103,6 +131,7 @@ class Conditioning(nn.Module):
         second_time: str,
         max_frequency: float,
         time_features: str = "unit",
+        guidance_input: bool = False,
     ):
         super().__init__()
         check_times(second_time, max_frequency, time_features)
@@ -114,6 +143,9 @@ class Conditioning(nn.Module):
             if two_times
             else None
         )
+        self.guidance = (
+            GuidanceEmbedding(dim, max_frequency, time_features) if guidance_input else None
+        )
 
     def forward(self, t: Tensor, r: Tensor, cond: Cond | None) -> Tensor:
         with full_precision(t.device.type):
@@ -122,6 +154,8 @@ class Conditioning(nn.Module):
                 c = c + self.label(cond)
             if self.second_time is not None:
                 c = c + self.second_time(t - r if self.second_is_interval else r)
+            if self.guidance is not None:
+                c = c + self.guidance(cond, t)
             return F.silu(c)
 
 

@@ -178,6 +178,7 @@ class UNet(Trunk):
         second_time: str = "h",
         max_frequency: float = 8.0,
         time_features: str = "unit",
+        guidance_input: bool = False,
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -196,6 +197,7 @@ class UNet(Trunk):
             second_time=second_time,
             max_frequency=max_frequency,
             time_features=time_features,
+            guidance_input=guidance_input,
         )
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,7 @@ def run(
         return made.to(_device(device))
 
     net = network(required_heads(objective), heads)
+    _check_guidance_input(name, objective, net)
     optimizer = optimizer or registry.optimizers.build("adamw")
     teacher = _frozen_teacher(objective)
     if teacher is not None:
@@ -215,6 +216,16 @@ def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
         f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
         f"registered: {', '.join(kind.names())}"
     )
+
+
+def _check_guidance_input(name: str, objective: Objective, net: FlowNetwork) -> None:
+    fields = getattr(net.trunk, "fields", {})
+    if getattr(objective, "guidance", None) is not None and not fields.get("guidance_input"):
+        backbone = registry.backbones.name_of(net.trunk)
+        raise ValueError(
+            f"{name}.guidance draws a scale for each row, which the network has to be told. Bind "
+            f"{backbone}.guidance_input = True"
+        )
 
 
 def _check_counts(nfe: Any, **counts: int) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "derivatives",
     "engines",
     "extractors",
+    "guidance_laws",
     "heads",
     "kinds",
     "launchers",
@@ -83,6 +84,7 @@ heads = Registry("head", _check_head)
 backbones = Registry("backbone")
 paths = Registry("path")
 time_laws = Registry("time law")
+guidance_laws = Registry("guidance law")
 couplings = Registry("coupling")
 derivatives = Registry("derivative")
 residuals = Registry("residual")
@@ -106,6 +108,7 @@ kinds = (
     backbones,
     paths,
     time_laws,
+    guidance_laws,
     couplings,
     derivatives,
     residuals,

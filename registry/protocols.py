@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 Cond = Mapping[str, Tensor]
-"""Conditioning by name. "label": int64 [b], where `NULL_LABEL` marks a row without a label."""
+"""Conditioning by name. "label": int64 [b], where `NULL_LABEL` marks a row without a label.
+
+"guidance": [b 3], a scale and the interval of times where it holds; "augment": [b k], how a row was
+augmented. Networks that do not take these leave them alone.
+"""
 
 NULL_LABEL = -1
 
@@ -127,6 +131,12 @@ class Path(Protocol):
     def to_x0(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
     def to_x1(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
     def to_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
+
+
+class GuidanceLaw(Protocol):
+    """Draws cond["guidance"] [n 3]: scales >= 1 and intervals of times, low <= high."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> Tensor: ...
 
 
 class Coupling(Protocol):

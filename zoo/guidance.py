@@ -3,18 +3,25 @@
 A target of the form `v_c + a (v(y) - v(null))` with the network's own v has the guided velocity of
 scale 1 / (1 - a) as its fixed point; MeanFlow's `omega v_c + (1 - omega - kappa) u(null) +
 kappa u(y)` has scale omega / (1 - kappa). Rows whose label was dropped keep the unguided target.
+
+With a guidance law each row draws its own scale w and interval, the network is told them, and a is
+1 - 1/w inside the interval: the scale is chosen when sampling. From iMF (Geng et al., arXiv
+2512.02012): density of w proportional to 1/w on [1, 8], low ~ U(0, 0.5), high ~ U(0.5, 1), and the
+whole interval for rows with r = t.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from registry.protocols import NULL_LABEL, Cond, Network
+from registry import guidance_laws
+from registry.protocols import NULL_LABEL, Cond, GuidanceLaw, Network, Reference
 from zoo.ops import like, rms
 
 
@@ -82,14 +89,65 @@ def guided_target(
     t: Tensor,
     cond: Cond | None,
     rows: Tensor,
-    share: float,
+    share: float | Tensor,
     limit: float = math.inf,
 ) -> Tensor:
     """v_c + share (v(y) - v(null)) on the rows of a mask [b], v_c on the others."""
-    if share == 0:
+    if isinstance(share, Tensor):
+        share = like(share, x)
+    elif share == 0:
         return v_c
     dv = limit_norm(guidance_direction(net, x, t, cond), limit)
     return torch.where(like(rows, x), v_c + share * dv, v_c)
+
+
+@guidance_laws.register("log_uniform_guidance")
+@dataclass(frozen=True, kw_only=True)
+class LogUniformGuidance:
+    """Scales whose logarithm is uniform on [1, largest]; intervals around the middle of time."""
+
+    reference: ClassVar = Reference(
+        title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
+        authors="Geng et al.",
+        year=2025,
+        arxiv="2512.02012",
+    )
+
+    largest: float = 8.0
+    low: tuple[float, float] = (0.0, 0.5)
+    high: tuple[float, float] = (0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        check_interval("log_uniform_guidance.low", self.low)
+        check_interval("log_uniform_guidance.high", self.high)
+        if self.largest < 1 or self.low[1] > self.high[0]:
+            raise ValueError(
+                f"log_uniform_guidance needs largest = {self.largest!r} >= 1 and low = "
+                f"{self.low!r} before high = {self.high!r}"
+            )
+
+    def __call__(self, n: int, rng: torch.Generator) -> Tensor:
+        shares = torch.rand(3, n, generator=rng, device=rng.device)
+        low, high = (
+            start + (end - start) * share
+            for (start, end), share in zip((self.low, self.high), shares[1:], strict=True)
+        )
+        return torch.stack([self.largest ** shares[0], low, high], dim=1)
+
+
+def with_guidance(
+    cond: Cond | None, law: GuidanceLaw, diagonal: Tensor, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """The conditioning with a draw of guidance, the whole interval on the rows of a mask [b]."""
+    drawn = law(len(diagonal), rng)
+    everywhere = drawn * drawn.new_tensor([1, 0, 0]) + drawn.new_tensor([0, 0, 1])
+    return {**(cond or {}), "guidance": torch.where(diagonal[:, None], everywhere, drawn)}
+
+
+def guidance_share(cond: Cond, t: Tensor) -> Tensor:
+    """1 - 1/w inside each row's interval, 0 outside: [b]."""
+    scale, low, high = cond["guidance"].unbind(1)
+    return torch.where((low <= t) & (t <= high), 1 - 1 / scale, 0)
 
 
 def limit_norm(direction: Tensor, bound: float) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from registry import objectives
 from registry.protocols import (
     Batch,
+    GuidanceLaw,
     LossOutput,
     Network,
     Path,
@@ -38,7 +39,14 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
-from zoo.guidance import check_interval, drop_labels, guided_target, inside
+from zoo.guidance import (
+    check_interval,
+    drop_labels,
+    guidance_share,
+    guided_target,
+    inside,
+    with_guidance,
+)
 from zoo.ops import clipped, mean_flat, normal_like, rms
 from zoo.paths import Linear
 from zoo.residuals import Exact, Rcgm
@@ -77,10 +85,13 @@ class DuMo:
     lambda_u: float = 1.0
     omega: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance: GuidanceLaw | None = None
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         check_interval("dumo.guidance_interval", self.guidance_interval)
+        if self.guidance is not None and self.omega:
+            raise ValueError("dumo.guidance draws the scale of each row; leave dumo.omega = 0")
         if not 0 <= self.omega < 1:
             raise ValueError(
                 f"dumo.omega = {self.omega!r} must lie in [0, 1): the guidance scale is "
@@ -101,11 +112,14 @@ class DuMo:
         x1 = normal_like(batch.x0, rng)
         t, r = self.times(len(batch), rng)
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
+        if self.guidance is not None:
+            cond = with_guidance(cond, self.guidance, r == t, rng)
         x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
         sample = self.path.sample(x0, x1, t)
         teacher = self.teacher(net)
         rows = labelled & inside(t, self.guidance_interval)
-        v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, self.omega)
+        share = self.omega if self.guidance is None else guidance_share(cond, t)
+        v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, share)
 
         out = net(sample.x_t, t, r, cond)
         u, v = out["u"], out["v"]

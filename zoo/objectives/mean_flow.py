@@ -31,6 +31,7 @@ from registry.protocols import (
     Batch,
     Cond,
     Derivative,
+    GuidanceLaw,
     LossOutput,
     Network,
     Path,
@@ -39,7 +40,15 @@ from registry.protocols import (
     Weight,
 )
 from zoo.derivatives import Dual, derivative_of_u
-from zoo.guidance import check_interval, drop_labels, inside, unlabelled
+from zoo.guidance import (
+    check_interval,
+    drop_labels,
+    guidance_share,
+    guided_target,
+    inside,
+    unlabelled,
+    with_guidance,
+)
 from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient
@@ -68,10 +77,16 @@ class MeanFlow:
     omega: float = 1.0
     kappa: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance: GuidanceLaw | None = None
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         check_interval("mean_flow.guidance_interval", self.guidance_interval)
+        if self.guidance is not None and (self.omega, self.kappa) != (1, 0):
+            raise ValueError(
+                "mean_flow.guidance draws the scale of each row; leave mean_flow.omega = 1 and "
+                "mean_flow.kappa = 0"
+            )
         if not 0 <= self.kappa < 1:
             raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
 
@@ -83,6 +98,8 @@ class MeanFlow:
         n, x1 = len(batch), normal_like(batch.x0, rng)
         t, r = self.times(n, rng)
         cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
+        if self.guidance is not None:
+            cond = with_guidance(cond, self.guidance, r == t, rng)
         x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
         sample = self.path.sample(x0, x1, t)
         v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
@@ -116,9 +133,12 @@ class MeanFlow:
         self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
     ) -> Tensor:
         """v_g on the labelled rows inside the interval, v_c elsewhere."""
+        model = without_gradient(net)
+        if self.guidance is not None and cond is not None:
+            share = guidance_share(cond, t)
+            return guided_target(v_c, model, x, t, cond, labelled, share)
         if self.omega == 1 and self.kappa == 0:
             return v_c
-        model = without_gradient(net)
         v_g = (
             self.omega * v_c + (1 - self.omega - self.kappa) * model(x, t, t, unlabelled(cond))["u"]
         )
