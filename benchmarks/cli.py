@@ -28,9 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did what was asked, 1 if a run failed, 2 for a request in error."""
     try:
         try:
-            return _main(argv)
+            status = _main(argv)
         finally:
             sys.stdout.flush()
+        if "RANK" in os.environ:  # one of several: DeepSpeed's threads may abort an ordinary end
+            sys.stderr.flush()
+            os._exit(status)
+        return status
     except BrokenPipeError:  # whoever reads our output has enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE

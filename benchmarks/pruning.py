@@ -23,6 +23,7 @@ from benchmarks.record_file import RECORD, Record, read_record
 from benchmarks.tracking import Null
 from registry import pruners
 from registry.core import did_you_mean
+from trainers import ranks
 from trainers.budget import Budget
 from trainers.callbacks import Callback
 from trainers.state import TrainState
@@ -104,7 +105,7 @@ class Pruning(Callback):
     reason: str = field(default="", init=False)
 
     def on_evaluate(self, state: TrainState, values: Mapping[str, float]) -> None:
-        if self.pruner is None or state.progress >= 1:
+        if self.pruner is None or state.progress >= 1 or not ranks.leads():
             return
         if reason := why_pruned(self.pruner, self.folder):
             self.reason = f"at step {state.step}: {reason}"
