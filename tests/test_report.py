@@ -1,0 +1,340 @@
+"""The report of recorded runs: what counts, what may stand side by side, and that numbers agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from report_runs import cell, comparison, prepared, unfinished, values
+
+from benchmarks.record_file import read_record
+from benchmarks.report import write_report
+from benchmarks.report.cells import read_runs
+from benchmarks.report.comparable import sections
+from benchmarks.report.looks import looks_of
+from benchmarks.report.page import to_page
+from benchmarks.report.provenance import origins_of
+from benchmarks.report.statistics import interval
+from benchmarks.report.tables import build_report
+from benchmarks.report.writing import to_csv, to_markdown
+
+ROWS = {
+    # mean_flow is ahead by 10 in every seed at NFE 1; at NFE 2 it is ahead once, behind twice.
+    "flow_matching": {0: values(100.0, 50.0), 1: values(200.0, 60.0), 2: values(300.0, 70.0)},
+    "mean_flow": {0: values(90.0, 55.0), 1: values(190.5, 50.0), 2: values(289.5, 75.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def two_rows(tmp_path_factory) -> Path:
+    return comparison(tmp_path_factory.mktemp("runs") / "two", ROWS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A report over everything that can become of a cell."""
+    runs = comparison(tmp_path_factory.mktemp("all") / "runs", ROWS)
+    unfinished(runs, "dumo", RuntimeError("the loss is not finite"))
+    unfinished(runs, "decm", pruned="at step 7: weak")
+    unfinished(runs, "shortcut")
+    prepared(runs, "later")
+    out = runs.parent / "report"
+    write_report([runs], out)
+    return out
+
+
+def table(runs: Path | list[Path], **options):
+    """The entries of a report's first table: {NFE label: {row: entry}}."""
+    report = build_report(read_runs(runs if isinstance(runs, list) else [runs]), **options)
+    return {column.label: column.entries for column in report.compared[0].tables[0].columns}
+
+
+def outputs(report) -> dict[str, str]:
+    """The page, without figures, and the two other texts."""
+    origins = origins_of(report.runs.cells)
+    figures = {i: [] for i in range(len(report.compared))}
+    page = to_page(report, origins, figures, {}, looks_of(report.runs.groups))
+    return {"page": page, "markdown": to_markdown(report, origins), "csv": to_csv(report)}
+
+
+def test_winner_is_marked_only_where_the_paired_interval_excludes_zero(two_rows):
+    found = table(two_rows)
+    one, two = found["NFE 1"]["mean_flow"], found["NFE 2"]["mean_flow"]
+    assert one.difference == interval([-10.0, -9.5, -10.5])
+    assert (one.verdict, one.best) == ("better", True)
+    assert (two.verdict, two.best) == ("", False)
+    baseline = found["NFE 1"]["flow_matching"]
+    assert (baseline.difference, baseline.verdict, baseline.best) == (None, "", False)
+
+
+def test_unpaired_scatter_does_not_hide_a_paired_difference(two_rows):
+    """The intervals of the two rows overlap widely; only pairing shows who is ahead."""
+    rows = table(two_rows)["NFE 1"]
+    assert rows["mean_flow"].value.high > rows["flow_matching"].value.mean
+
+
+def test_higher_is_better_for_a_metric_with_a_ceiling(tmp_path):
+    low, high = ({"nfe1/recall_pixels": r, "recall_pixels_ceiling": 0.9} for r in (0.2, 0.6))
+    rows = {"flow_matching": {0: low, 1: low}, "dumo": {0: high, 1: high}}
+    found = table(comparison(tmp_path / "runs", rows))["NFE 1"]
+    assert (found["dumo"].verdict, found["dumo"].best) == ("better", True)
+
+
+def test_one_seed_has_no_interval_and_no_winner(tmp_path):
+    runs = comparison(tmp_path / "runs", {arm: {0: seeds[0]} for arm, seeds in ROWS.items()})
+    found = table(runs)["NFE 1"]["mean_flow"]
+    assert (found.value.half, found.verdict, found.best) == (None, "", False)
+    said = outputs(build_report(read_runs([runs])))
+    assert all("n = 1 have no interval" in said[name] for name in ("page", "markdown"))
+    assert "▲" not in said["markdown"].split("## Results")[1]
+
+
+def test_only_seeds_of_both_rows_are_paired(tmp_path):
+    rows = {"flow_matching": ROWS["flow_matching"], "mean_flow": {1: values(190.0, 1.0)}}
+    found = table(comparison(tmp_path / "runs", rows))["NFE 1"]["mean_flow"]
+    assert (found.difference.mean, found.difference.n, found.verdict) == (-10.0, 1, "")
+
+
+def test_value_that_is_not_finite_is_shown_and_never_wins(tmp_path):
+    bad = {
+        seed: {**found, "nfe1/fd_pixels": float("nan")} for seed, found in ROWS["mean_flow"].items()
+    }
+    found = table(comparison(tmp_path / "runs", {**ROWS, "dumo": bad}))["NFE 1"]
+    assert (found["dumo"].verdict, found["dumo"].best) == ("", False)
+    assert found["mean_flow"].verdict == "better"
+    assert not found["mean_flow"].best  # not shown to beat every row
+
+
+def test_baseline_is_chosen_by_name(two_rows):
+    found = table(two_rows, baseline="mean_flow")["NFE 1"]
+    assert found["flow_matching"].verdict == "worse"
+    with pytest.raises(ValueError, match="no row is called 'shortcut'; there are flow_matching"):
+        table(two_rows, baseline="shortcut")
+
+
+def test_every_number_of_the_table_equals_the_records(written):
+    records = {
+        (r.tags["arm"], r.params["run.seed"]): r
+        for r in map(
+            read_record,
+            sorted(
+                p
+                for p in (written.parent / "runs").iterdir()
+                if p.is_dir()
+                if (p / "result.json").exists()
+            ),
+        )
+    }
+    lines = list(csv.DictReader((written / "table.csv").open()))
+    checked = 0
+    for line in lines:
+        if line["row"] == "real data" or not line["values_by_seed"]:
+            continue
+        by_seed = dict(pair.split(":") for pair in line["values_by_seed"].split())
+        recorded = {
+            seed: r.metrics[line["metric"]].last
+            for (arm, seed), r in records.items()
+            if arm == line["row"]
+        }
+        assert {seed: float(v) for seed, v in by_seed.items()} == recorded
+        wanted = interval(list(recorded.values()))
+        assert [float(line[k]) for k in ("n", "mean", "low", "high")] == pytest.approx(
+            [wanted.n, wanted.mean, wanted.low, wanted.high], rel=1e-15
+        )
+        checked += 1
+    assert checked == 4  # two rows at two NFE
+
+
+def test_page_markdown_and_csv_show_the_same_numbers(written):
+    page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    for line in csv.DictReader((written / "table.csv").open()):
+        mean = float(line["mean"])
+        shown = f"{mean:.4g}"
+        assert shown in text, line
+        assert shown in page, line
+        if line["values_by_seed"]:
+            assert f'title="{mean} ±' in page  # every digit, under the pointer
+
+
+def test_cells_without_a_result_are_listed_with_their_reason_and_counted_nowhere(written):
+    text = (written / "report.md").read_text()
+    listed = text.split("## Cells without a result")[1].split("## ")[0]
+    found = {
+        m[0].strip(): (m[1].strip(), m[2].strip())
+        for m in re.findall(r"\| (\w+ *)\|([^|]*)\|([^|]*)\|", listed)
+    }
+    assert found["dumo"] == ("failed", "RuntimeError: the loss is not finite")
+    assert found["decm"] == ("pruned", "at step 7: weak")
+    assert found["shortcut"][0] == "half-done"
+    assert found["later"][0] == "not started"
+    assert {line["row"] for line in csv.DictReader((written / "table.csv").open())} == {
+        "flow_matching",
+        "mean_flow",
+        "real data",
+    }
+    assert "the loss is not finite" in (written / "report.html").read_text()
+
+
+def test_nothing_finished_is_told_with_what_there_is(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    unfinished(runs, "dumo", RuntimeError("no luck"))
+    with pytest.raises(
+        ValueError, match=r"no finished run .*\n  dumo: failed RuntimeError: no luck"
+    ):
+        read_runs([runs])
+    with pytest.raises(ValueError, match="no folder of runs, and no MLflow run id"):
+        read_runs([tmp_path / "missing"])
+
+
+DIFFERENCES = {
+    "samples": {"tags": {"measured.samples": "128"}},
+    "features": {"tags": {"measured.features": "InceptionV3"}},
+    "rounding": {"tags": {"measured.rounding": "floor"}},
+    "resize": {"tags": {"measured.resize": "bilinear"}},
+    "data": {"tags": {"data": "digits: another hash"}},
+    "guidance": {"tags": {"guidance": "scale 2, learned in training"}},
+    "budget": {"settings": {"STEPS": "40"}},
+    "schedule": {"settings": {"cosine.warmup_steps": "100"}},
+    "reference": {"tags": {"measured.reference": "64 rows of another draw"}},
+}
+
+
+@pytest.mark.parametrize("fact", DIFFERENCES)
+def test_rows_of_other_provenance_are_refused_by_name_unless_forced(tmp_path, fact):
+    ours = comparison(tmp_path / "ours", {"flow_matching": ROWS["flow_matching"]})
+    theirs = comparison(tmp_path / "theirs", {"mean_flow": ROWS["mean_flow"]}, **DIFFERENCES[fact])
+    runs = read_runs([ours, theirs])
+    with pytest.raises(ValueError, match=rf"mean_flow differs from flow_matching in {fact}: .*"):
+        build_report(runs)
+    forced = build_report(runs, force=True).compared[0]
+    assert list(forced.section.flags) == ["mean_flow"]
+    entry = forced.tables[0].columns[0].entries["mean_flow"]
+    assert (entry.difference.mean, entry.verdict, entry.best) == (-10.0, "", False)
+
+
+def test_forced_rows_are_flagged_in_every_output(tmp_path):
+    ours = comparison(tmp_path / "ours", {"flow_matching": ROWS["flow_matching"]})
+    more = DIFFERENCES["samples"]
+    theirs = comparison(tmp_path / "theirs", {"mean_flow": ROWS["mean_flow"]}, **more)
+    said = outputs(build_report(read_runs([ours, theirs]), force=True))
+    flag = "mean_flow differs from flow_matching in samples: 128 (there: 64)"
+    assert [name for name, text in said.items() if flag not in text] == []
+
+
+def test_axis_over_the_budget_makes_sections_and_no_difference_across_them(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    for steps in ("20", "40"):
+        for arm, by_seed in ROWS.items():
+            for seed, found in by_seed.items():
+                tags = {
+                    "group": f"{arm} steps={steps}",
+                    "cell.bindings": json.dumps([f"{arm}/run.steps = {steps}"]),
+                }
+                name = f"{arm}_{steps}"
+                more = {"tags": tags, "settings": {"run.steps": steps}, "objective": arm}
+                cell(runs, name, seed, found, **more)
+    report = build_report(read_runs([runs]))
+    assert [c.section.title for c in report.compared] == [
+        "budget 20 steps at batch 8",
+        "budget 40 steps at batch 8",
+    ]
+    for compared in report.compared:
+        assert len(compared.section.groups) == 2
+        assert compared.baseline == compared.section.groups[0]
+
+
+def test_axis_elsewhere_does_not_excuse_another_budget(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    tags = {"cell.bindings": json.dumps(["mean_flow/adaptive.power = 1.0"])}
+    cell(runs, "flow_matching", 0, values(1.0, 1.0), tags=tags)
+    cell(runs, "mean_flow", 0, values(1.0, 1.0), tags={**tags, "measured.samples": "5"})
+    with pytest.raises(ValueError, match="samples: 5"):
+        sections(read_runs([runs]).cells)
+
+
+def test_same_name_with_other_settings_is_a_row_of_its_own(tmp_path):
+    one = comparison(tmp_path / "one", {"mean_flow": ROWS["mean_flow"]})
+    more = {"settings": {"adaptive.power": "0.0"}}
+    two = comparison(tmp_path / "two", {"mean_flow": ROWS["mean_flow"]}, **more)
+    assert read_runs([one, two]).groups == ("mean_flow [one]", "mean_flow [two]")
+
+
+def test_seeds_from_several_folders_are_one_row_and_a_repeated_seed_counts_once(tmp_path):
+    parts = [
+        comparison(tmp_path / f"part{i}", {"mean_flow": {seed: ROWS["mean_flow"][seed]}})
+        for i, seed in enumerate((0, 1, 2, 1))
+    ]
+    runs = read_runs([*parts, parts[0]])
+    assert [(c.group, c.seed) for c in runs.cells] == [("mean_flow", s) for s in (0, 1, 2)]
+    assert len(runs.notes) == 1
+    assert "again" in runs.notes[0]
+
+
+def test_group_with_a_pruned_seed_is_noted(tmp_path):
+    runs = comparison(tmp_path / "runs", {"dumo": {0: values(1.0, 1.0)}})
+    unfinished(runs, "dumo", pruned="at step 7: weak")
+    assert ["a seed of it was pruned" in note for note in read_runs([runs]).notes] == [True]
+
+
+def test_cell_finished_elsewhere_is_found_through_the_grid(tmp_path):
+    away = comparison(tmp_path / "away", {"dumo": {0: values(1.0, 1.0)}}) / "dumo-0"
+    here = comparison(tmp_path / "here", {"mean_flow": {0: values(2.0, 2.0)}})
+    cells = [
+        {"name": "dumo-0", "folder": str(away)},
+        {"name": "mean_flow-0", "folder": "/gone/and/moved"},
+        {"name": "lost", "folder": "/gone/lost"},
+    ]
+    (here / "grid.json").write_text(json.dumps({"cells": cells}))
+    runs = read_runs([here])
+    assert runs.groups == ("dumo", "mean_flow")
+    assert ["lost is in /gone/lost" in note for note in runs.notes] == [True]
+
+
+def test_mlflow_runs_are_found_by_id(tmp_path, mlflow_store):
+    from mlflow import MlflowClient
+
+    runs = comparison(tmp_path / "runs", {"mean_flow": {0: values(2.0, 2.0)}})
+    client = MlflowClient(mlflow_store)
+    experiment = client.create_experiment("objective-zoo")
+    parent = client.create_run(experiment).info.run_id
+    tags = {"mlflow.parentRunId": parent, "cell.folder": str(runs / "mean_flow-0")}
+    child = client.create_run(experiment, tags=tags).info.run_id
+    for run_id in (parent, child):
+        assert read_runs([run_id]).groups == ("mean_flow",)
+    with pytest.raises(ValueError, match=f"has no run {'0' * 32}"):
+        read_runs(["0" * 32])
+
+
+def test_differences_show_only_what_differs(written):
+    text = (written / "report.md").read_text()
+    differing = text.split("### gin bindings that differ")[1].split("## ")[0]
+    assert "mean_flow.path" in differing
+    assert "cosine.warmup_steps" not in differing
+    shared = text.split("## Provenance")[1].split("### ")[0]
+    for fact in (
+        "data",
+        "features",
+        "resize",
+        "rounding",
+        "samples",
+        "guidance",
+        "commit",
+        "seeds",
+    ):
+        assert f"\n| {fact} " in shared
+
+
+def test_macros_are_shown_by_their_value(written):
+    text = (written / "report.md").read_text()
+    assert "20 steps at batch 8" in text
+    assert "%STEPS" not in text
+
+
+def test_overhead_is_over_flow_matching_seed_by_seed(two_rows):
+    cost = build_report(read_runs([two_rows])).compared[0].costs
+    assert cost["flow_matching"].overhead is None
+    assert cost["mean_flow"].overhead == interval([1.0, 1.0, 1.0])
+    assert cost["mean_flow"].values["cost/seconds_per_step"] == interval([0.1, 0.2, 0.1 + 0.1 * 2])
