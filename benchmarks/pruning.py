@@ -122,7 +122,7 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
     cells = [record for record in beside if record.parent == own.parent]
     for cell in cells:
         if cell.tags.get(PRUNED) and cell.tags.get(GROUP, cell.name) == own.tags.get(GROUP):
-            return f"{cell.name}, the same with another seed, was pruned {cell.tags[PRUNED]}"
+            return f"{cell.name}, the same with another seed, was pruned"
     reports = sorted(
         report
         for cell in cells
@@ -133,8 +133,8 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
     reports = reports[: reports.index(last) + 1]
     if not pruner(reports):
         return ""
-    rivals = len({report.cell for report in reports}) - 1
-    return f"{pruner.metric} = {last.value:.4g} is weak among {rivals} others"
+    num = len({report.cell for report in reports})
+    return f"{pruner.metric} = {last.value:.4g} is not among the best of {num} cells"
 
 
 def check_pruner(

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import entries, zoo
 
 from benchmarks.pruning import PRUNED, Report, SuccessiveHalving, check_pruner, why_pruned
+from benchmarks.record_file import RECORD, read_record
+from benchmarks.results import RESULT
 from benchmarks.tracking import Jsonl, Null, Run
 from trainers.budget import Budget
 
@@ -108,7 +111,7 @@ def grid(tmp_path: Path) -> Run:
 def test_cell_competes_with_those_beside_it(grid: Run) -> None:
     cell(grid, "a", {10: 1.0, 20: 1.0})
     weak = cell(grid, "b", {10: 2.0})
-    assert why_pruned(halving(), weak) == "nfe1/fd = 2 is weak among 1 others"
+    assert why_pruned(halving(), weak) == "nfe1/fd = 2 is not among the best of 2 cells"
     assert why_pruned(halving(), cell(grid, "c", {10: 0.5})) == ""
 
 
@@ -128,9 +131,7 @@ def test_other_seeds_of_a_pruned_arm_are_pruned(grid: Run) -> None:
         again.tags({PRUNED: "at step 10: weak"})
         again.close("KILLED")
     follower = cell(grid, "b-1", {5: 0.1}, seed=1, group="b")
-    assert why_pruned(halving(), follower) == (
-        "b-0, the same with another seed, was pruned at step 10: weak"
-    )
+    assert why_pruned(halving(), follower) == "b-0, the same with another seed, was pruned"
     assert why_pruned(halving(), cell(grid, "c-1", {5: 0.1}, seed=1, group="c")) == ""
 
 
@@ -169,3 +170,58 @@ def test_pruner_that_could_not_act_is_refused(changed: dict[str, Any], told: str
     check_pruner(halving(), **fine)
     with pytest.raises(ValueError, match=told):
         check_pruner(halving(), **{**fine, **changed})
+
+
+GRID = """
+include 'experiments/mixture.gin'
+good/run.objective = @flow_matching()
+weak/run.objective = @flow_matching()
+weak/adamw.lr = 1e-9
+Grid.arms = ('good', 'weak')
+Grid.repeat = {'run.seed': [0, 1]}
+run.steps = 8
+run.batch_size = 32
+run.num_samples = 16
+run.nfe = (1,)
+run.evaluate_every = 4
+run.pruner = @successive_halving()
+successive_halving.metric = 'velocity_error'
+successive_halving.min_steps = 4
+successive_halving.reduction = 2
+run.recorder = @jsonl()
+"""
+
+
+def test_weak_arm_of_a_grid_is_pruned_and_runs_on_only_without_the_pruner(tmp_path: Path) -> None:
+    (tmp_path / "grid.gin").write_text(GRID)
+    words = ("grid", tmp_path / "grid.gin", "--out", tmp_path / "out")
+    done = zoo(*words)
+    assert done.status == 0, done.err
+    cells = {folder.name.rsplit("-", 1)[0]: folder for folder in (tmp_path / "out").glob("*=*")}
+    weak = [cells["weak_seed=0"], cells["weak_seed=1"]]
+    for folder in weak:
+        record = read_record(folder)
+        assert (record.status, record.metrics["loss"].steps[-1]) == ("KILLED", 4)
+        assert record.tags[PRUNED].startswith("at step 4: ")
+        assert not (folder / RESULT).exists()
+    assert all((cells[f"good_seed={seed}"] / RESULT).exists() for seed in (0, 1))
+
+    lines = [(folder / RECORD).read_bytes() for folder in weak]
+    assert zoo(*words).status == 0
+    assert [(folder / RECORD).read_bytes() for folder in weak] == lines
+
+    assert zoo(*words, "--set", "run.pruner = None").status == 0
+    for folder in weak:
+        record = read_record(folder)
+        assert (record.status, record.tags[PRUNED]) == ("FINISHED", "")
+        assert (folder / RESULT).exists()
+        assert len(entries(folder, "resume")) == 1
+        assert record.metrics["images"].steps[-1] == 8
+
+
+def test_metric_that_is_not_measured_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "grid.gin").write_text(GRID.replace("'velocity_error'", "'velocity_eror'"))
+    done = zoo("grid", tmp_path / "grid.gin", "--out", tmp_path / "out")
+    assert done.status == 2
+    assert "Did you mean 'velocity_error'" in done.err
+    assert not list(tmp_path.glob("out/*/record.jsonl"))
