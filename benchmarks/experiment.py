@@ -7,7 +7,10 @@ fit together is said before any training.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +31,7 @@ from registry.gin_errors import said
 from registry.protocols import (
     Batch,
     Cond,
+    Derivative,
     Dataset,
     Engine,
     LossOutput,
@@ -41,13 +45,15 @@ from registry.protocols import (
 )
 from trainers import ranks
 from trainers.budget import Budget
-from trainers.engines import TrainStep
+from trainers.engines import TorchEngine, TrainStep
 from trainers.rng import generator
 from trainers.zero_shards import shape_of
 from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
 PROBE_ROWS = 4
+
+log = logging.getLogger(__name__)
 PROBE_SAMPLES = 16
 
 
@@ -77,6 +83,7 @@ class Experiment:
     checkpoint_seconds: float
     pruner: Pruner | None
     device: torch.device
+    compile: bool = False
     start_from: str = ""
     start_layout: str = ""
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
@@ -131,6 +138,7 @@ def run(
     evaluate_every: int = 0,
     checkpoint_seconds: float = 600.0,
     pruner: Pruner | None = None,
+    compile: bool = False,
     start_from: str = "",
     start_layout: str = "",
     device: str = "auto",
@@ -141,6 +149,7 @@ def run(
     average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A
     teacher that is trained first takes `teacher_optimizer`, by default the run's own. `start_from`
     is an exported folder or a public checkpoint of `start_layout` that the network starts as.
+    `compile` trains the network, and evaluates its teachers, by torch.compile.
     """
     _check_counts(
         nfe,
@@ -196,10 +205,13 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         pruner=pruner,
         device=_device(device),
+        compile=compile,
         start_from=start_from,
         start_layout=start_layout,
     )
     experiment = replace(experiment, derivative_error=_probe(experiment))
+    if compile:
+        _check_compile(experiment)
     if pruner is not None:
         measured = _measured(experiment, pruner.metric)
         check_pruner(pruner, experiment.recorder, evaluate_every, experiment.budget, measured)
@@ -273,6 +285,22 @@ def _default_metric(dataset: Dataset) -> Metric:
     if len(dataset.shape) == 1:
         return FeatureMetrics(extractor=Pixels(), metrics=(registry.metrics.build("mmd"),))
     return registry.metrics.build("feature_metrics")
+
+
+def _check_compile(experiment: Experiment) -> None:
+    """ValueError where it cannot work, and a word on what is left out."""
+    if not isinstance(experiment.engine, TorchEngine):
+        engine = registry.engines.name_of(experiment.engine)
+        raise ValueError(f"run.compile = True is for run.engine = @torch_engine(), not @{engine}()")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"run.compile = True needs a C++ compiler, and there is no {compiler!r}. Install g++, "
+            "name another one in the variable CXX, or set run.compile = False"
+        )
+    derivatives = [p for _, p in parts(experiment.objective) if isinstance(p, Derivative)]
+    if any(derivative.needs_forward_ad for derivative in derivatives):
+        log.warning("run.compile: networks are compiled, forward-mode derivatives of them are not")
 
 
 def _device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.tracking import Jsonl
 from registry.protocols import LossOutput
 from trainers.callbacks import MetricsLog
+from trainers.engines import compile_in_place
 from trainers.state import TrainState
 from zoo.samplers import Euler
 
@@ -35,6 +36,8 @@ class Overheads:
 def bare_loop(experiment: Experiment) -> Iterator[None]:
     """Flow matching as one writes it by hand: the same network, batch, optimizer and averages."""
     net = copy.deepcopy(experiment.net).train()
+    if experiment.compile:
+        compile_in_place(net)
     params = list(net.parameters())
     averages = [
         (decay, list(copy.deepcopy(net).requires_grad_(False).parameters()))

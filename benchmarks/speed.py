@@ -97,7 +97,7 @@ def cases_of(
         bindings += [f"torch_engine.precision = {precision!r}"]
         case = Case(request=request, bindings=tuple(bindings), arm=arm)
         built = case.build()
-        group = f"{built.backbone_name}/{precision}"
+        group = f"{built.backbone_name}/{precision}{'/compiled' if built.compile else ''}"
         differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
         for name in derivatives if differs else [""]:
             groups.setdefault(group, []).append(replace(case, group=group, derivative=name))
@@ -154,6 +154,8 @@ class Training:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         step = TrainStep(experiment.net, experiment.objective, experiment.ema_decay)
+        if experiment.compile:
+            step.compile_networks()
         experiment.engine.prepare(
             step, experiment.optimizer, experiment.device, experiment.batch_size
         )

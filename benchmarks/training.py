@@ -70,6 +70,7 @@ def fit_experiment(
         optimizer=experiment.optimizer,
         schedule=experiment.schedule,
         ema_decays=experiment.ema_decay,
+        compile=experiment.compile,
         seed=experiment.seed,
         device=experiment.device,
         callbacks=callbacks,

@@ -78,6 +78,11 @@ class TrainStep(nn.Module):
         """The averages by their decay."""
         return {str(ema.decay): ema.net for ema in self._emas}
 
+    def compile_networks(self) -> None:
+        """The network and its teachers by torch.compile; everything round them stays eager."""
+        for net in (self.net, *self.teachers.values()):
+            compile_in_place(net)
+
     def update_averages(self, step: int) -> None:
         """After update number `step`, counting from 0."""
         for teacher in self._owners:
@@ -189,6 +194,14 @@ class TorchEngine:
         if self.clip:
             return nn.utils.clip_grad_norm_(self._params, self.clip)
         return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
+
+
+def compile_in_place(net: nn.Module) -> None:
+    """One kernel set for each number of rows, with eager's roundings.
+
+    The compiler otherwise skips a cast down and up again, which moved time frequencies by 0.4 %.
+    """
+    net.compile(dynamic=False, options={"emulate_precision_casts": True})
 
 
 @lru_cache  # once per class

@@ -37,6 +37,7 @@ def fit(
     optimizer: Optimizer = AdamW(),  # noqa: B008  frozen
     schedule: Schedule = ConstantLr(),  # noqa: B008  frozen
     ema_decays: Sequence[float] = (),
+    compile: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     callbacks: Sequence[Callback] = (),
@@ -52,6 +53,8 @@ def fit(
     device = torch.device(device)
     engine = TorchEngine() if engine is None else engine
     train_step = TrainStep(net, objective, ema_decays)
+    if compile:
+        train_step.compile_networks()
     engine.prepare(train_step, optimizer, device, batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)

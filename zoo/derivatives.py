@@ -155,7 +155,9 @@ def _linear_in_first(
 
 @contextmanager
 def _forward_mode() -> Iterator[None]:
-    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH):
+    # Compiled networks run eagerly here: torch has dropped the tangents of compiled dual numbers.
+    eager = torch.compiler.set_stance("force_eager")
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager:
         yield
 
 
