@@ -31,8 +31,8 @@ from registry.gin_errors import said
 from registry.protocols import (
     Batch,
     Cond,
-    Derivative,
     Dataset,
+    Derivative,
     Engine,
     LossOutput,
     Metric,
