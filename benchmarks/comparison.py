@@ -47,11 +47,14 @@ def compare(request: Request, out: Path, again: str, *, resume: bool = False) ->
     others run; SystemExit(1) at the end. `again` is the command that goes on after a signal.
     """
     _check_folder(out, resume)
-    if request.arms() != ("",) and not request.arm and (axes := request.axes()):
+    arms, axes = request.arms(), request.declared()
+    if axes and arms != ("",) and not request.arm:
         raise ValueError(
-            f"{request.file} has axes ({', '.join([*axes.axes, *axes.repeat])}). Run all its cells "
+            f"{request.file} has axes ({', '.join(axes.keys)}). Run all its cells "
             f"with `{request.command('grid')}`, or with --arm one arm at the file's own values"
         )
+    if axes:
+        _say(f"one cell; `objective-zoo grid` runs those along {', '.join(axes.keys)}")
     planned = plan(request, Declared())
     with alone(out / LOCK, "a comparison"):
         states = {planned.cell.name: state_in(out / planned.cell.name) for planned in planned.cells}

@@ -63,6 +63,10 @@ class Declared:
     def __bool__(self) -> bool:
         return bool(self.axes or self.repeat)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.axes, *self.repeat)
+
     def cells(self, arms: Sequence[str]) -> list[tuple[str, Setting]]:
         """Every arm in every setting; a grid that is stopped early has whole repetitions."""
         return [

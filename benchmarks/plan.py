@@ -28,7 +28,7 @@ from benchmarks.request import Request
 from registry import gin_setup, launchers, pruners, recorders
 from registry.gin_errors import said
 
-NO_PART_OF_ID = ("run.recorder", "run.checkpoint_seconds")
+NO_PART_OF_ID = ("run.recorder", "run.pruner", "run.checkpoint_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +82,15 @@ def plan(
     """Build every cell, `look` at it and drop it; ValueError with the troubles of all together."""
     arms = request.arms()
     drafts: list[_Draft] = []
-    troubles: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    request.parse(troubles=wrong)
+    troubles = {trouble: [""] for trouble in wrong}
     cause = None
     cells = axes.cells(arms)
     quiet = None if len(cells) > 8 else True  # None: where stderr is no terminal
     for arm, setting in tqdm(cells, "building the cells", leave=False, disable=quiet):
         try:
-            drafts.append(_draft(request, arm, setting, look))
+            drafts.append(_draft(request, arm, setting, look, wrong))
         except Exception as error:
             troubles.setdefault(said(error), []).append(grid.label(arm, setting))
             cause = cause or error
@@ -119,10 +121,17 @@ def plan(
 
 
 def _draft(
-    request: Request, arm: str, setting: Setting, look: Callable[[Experiment], Any]
+    request: Request,
+    arm: str,
+    setting: Setting,
+    look: Callable[[Experiment], Any],
+    known: Sequence[str],
 ) -> _Draft:
-    more = grid.bindings(arm, setting)
-    opened = request.parse(more)
+    """Build one cell; `known` is what is wrong with the file anyway."""
+    wrong: list[str] = []
+    opened = request.parse(grid.bindings(arm, setting), wrong)
+    if new := [trouble for trouble in wrong if trouble not in known]:
+        raise ValueError("; ".join(new))
     experiment = build(arm)
     operative = gin_setup.operative_text()
     identity = _id(opened, experiment.dataset.identity())
@@ -224,7 +233,7 @@ def _useless(
     """The keys that no cell uses."""
     nowhere = request.own_keys(arms).intersection(*(draft.unused for draft in drafts))
     effective = {key for draft in drafts for key, _ in draft.setting}
-    return sorted(nowhere | ({*axes.axes, *axes.repeat} - effective))
+    return sorted(nowhere | ({*axes.keys} - effective))
 
 
 def _told(names: Sequence[str], trouble: str) -> str:

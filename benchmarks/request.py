@@ -28,12 +28,14 @@ class Request:
     bindings: tuple[str, ...] = ()
     arm: str = ""
 
-    def parse(self, more: Sequence[str] = ()) -> tuple[Path, ...]:
-        return gin_setup.parse([self.file], [*self.bindings, *more])
+    def parse(
+        self, more: Sequence[str] = (), troubles: list[str] | None = None
+    ) -> tuple[Path, ...]:
+        return gin_setup.parse([self.file], [*self.bindings, *more], troubles)
 
     def arms(self) -> tuple[str, ...]:
-        """The arms to run; ('',) is one run outside every arm."""
-        self.parse()
+        """The arms to run; ('',) is one run outside every arm. Wrong bindings are for `plan`."""
+        self.parse(troubles=[])
         declared = _declared_arms()
         if self.arm:
             return (self.arm,)
@@ -43,12 +45,16 @@ class Request:
             return ("",)
         return declared
 
+    def declared(self) -> Declared:
+        """The axes of the file."""
+        self.parse(troubles=[])
+        return grid.declared(gin_setup.resolve(self.file).parent)
+
     def axes(self) -> Declared:
-        """The axes; ValueError if a binding of the request is one that they change anyway."""
-        self.parse()
-        found = grid.declared(gin_setup.resolve(self.file).parent)
+        """The axes to run along; ValueError if the request binds what they bind in every cell."""
+        found = self.declared()
         asked = {key.split("/", 1)[-1]: key for key in self.asked}
-        for key in [*found.axes, *found.repeat]:
+        for key in found.keys:
             if key in asked:
                 raise ValueError(
                     f"--set {asked[key]} has no effect: the file's axis {key} binds it in every "
@@ -64,13 +70,13 @@ class Request:
         """The keys bound on the command line or by the file itself, not by an include.
 
         Where only some of the file's arms run, its plain bindings may serve the others. The text
-        that a run keeps has those of its includes. A part put in on the command line may replace
-        one that the file puts in, and leave its bindings.
+        that a run keeps has those of its includes. A part (or None) put in on the command line may
+        replace one that the file puts in, and leave its bindings.
         """
         asked = gin_setup.bindings_of("\n".join(self.bindings))
         own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text())
         keys = set(own)
-        if any("@" in value for value in asked.values()):
+        if any("@" in value or value == "None" for value in asked.values()):
             parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))
             keys = {key for key in keys if key.split("/")[-1].split(".")[0] not in parts}
         if "Grid.folders" in keys:

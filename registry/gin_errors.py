@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gin import config
 
@@ -44,6 +46,40 @@ def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFo
             name=match[1],
         )
     return error
+
+
+@contextmanager
+def collected(troubles: list[str]) -> Iterator[None]:
+    """While it is open, gin leaves out bindings that it cannot make, and `troubles` says why."""
+    bind, refer = config.bind_parameter, config.ParserDelegate.configurable_reference
+    unknown: list[ValueError] = []  # the references of the binding that is read
+
+    def refer_or_note(self: Any, name: str, evaluate: bool) -> Any:
+        try:
+            return refer(self, name, evaluate)
+        except ValueError as error:
+            unknown.append(error)
+            return None
+
+    def bind_or_note(key: tuple[str, str, str], value: Any) -> None:
+        try:
+            if unknown:
+                raise unknown[0]
+            bind(key, value)
+        except ValueError as error:
+            scope, selector, parameter = key
+            where = f"{scope}/{selector}" if scope else selector
+            troubles.append(f"{where}.{parameter}: {explain(error)}")
+        unknown.clear()
+
+    config.bind_parameter, config.ParserDelegate.configurable_reference = (
+        bind_or_note,
+        refer_or_note,
+    )
+    try:
+        yield
+    finally:
+        config.bind_parameter, config.ParserDelegate.configurable_reference = bind, refer
 
 
 def said(error: BaseException) -> str:

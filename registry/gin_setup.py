@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import gin
 from gin import config, config_parser
 
 from registry.core import did_you_mean
-from registry.gin_errors import explain, explain_syntax
+from registry.gin_errors import collected, explain, explain_syntax
 from registry.gin_files import Verbatim, reader
 from registry.gin_files import import_folders as import_folders
 from registry.gin_files import imported_files as imported_files
@@ -30,22 +30,30 @@ from registry.plugins import load_plugins
 MACRO = "gin.macro"
 
 
-def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Path, ...]:
+def parse(
+    files: Sequence[str | Path], bindings: Sequence[str] = (), troubles: list[str] | None = None
+) -> tuple[Path, ...]:
     """Forget every binding, then read the files and the bindings; returns the files read, in order.
 
-    A file may import the Python files next to it (`import my_loss`).
+    A file may import the Python files next to it (`import my_loss`). Given `troubles`, it collects
+    there what is wrong with bindings, and reads on without them.
     """
     load_plugins()
     gin.clear_config()
     paths = [str(resolve(file)) for file in files]
-    with reader() as opened:
+    with reader() as opened, nullcontext() if troubles is None else collected(troubles):
         try:
             gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         except (SyntaxError, tokenize.TokenError) as error:
             raise explain_syntax(error, opened) from None
         except (ValueError, ModuleNotFoundError) as error:
             raise explain(error) from None
-    _check_macros(bindings)
+    try:
+        _check_macros(bindings)
+    except ValueError as error:
+        if troubles is None:
+            raise
+        troubles.append(str(error))
     return tuple(dict.fromkeys(opened))
 
 

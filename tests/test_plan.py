@@ -213,6 +213,7 @@ def test_troubles_of_all_cells_come_together_with_the_cells_named(planned, tmp_p
             f"dumo/image_folder.folder = '{tmp_path / 'nowhere'}'\n"
             "Grid.axes = {'run.sampler': [@flow_map()], 'mlp.depht': [1]}\n"
             "Grid.mode = 'one_at_a_time'\nGrid.repeat = {'run.seed': [0, 1]}\n"
+            "mean_flow/run.stpes = 3\ndumo/dumo.residual = @exakt()\n"
         )
     said = str(error.value).splitlines()
     assert any(
@@ -222,6 +223,8 @@ def test_troubles_of_all_cells_come_together_with_the_cells_named(planned, tmp_p
     assert any(
         "depht=1 seed=0 and 1 more" in line and "Did you mean 'depth'" in line for line in said
     )
+    assert any(line.startswith("mean_flow/run.stpes: ") and "'steps'" in line for line in said)
+    assert any(line.startswith("dumo/dumo.residual: ") and "'exact'" in line for line in said)
     assert any(line.startswith("dumo seed=0 and 3 more") and "nowhere" in line for line in said)
 
 
