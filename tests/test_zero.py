@@ -11,14 +11,14 @@ import torch
 import zero_work
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zero_work import OPTIONS, STAGES, found, names, train
 
 from trainers import AdamW, Budget, TorchEngine
 from trainers.checkpoint import BrokenCheckpoint
 from trainers.zero import LossScale, ZeroEngine
-from trainers.zero_checkpoint import Pieces
+from trainers.zero_checkpoint import Pieces, consolidate
 from trainers.zero_derivatives import with_differences
 from trainers.zero_shards import Piece
 from zoo.derivatives import FiniteDifference
@@ -227,6 +227,40 @@ def test_resume_in_one_process_loses_nothing(stage: int, resumed: Any) -> None:
     torch.testing.assert_close(
         watch.losses, results[stage]["whole"]["losses"][2:], rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.deepspeed
+@pytest.mark.faults
+def test_four_processes_train_as_one_and_go_on_from_two(resumed: Any) -> None:
+    results, folder = resumed
+    four = zero_work.spawn(4, "four", folder)
+    alone = found(*train("one_row", TorchEngine(clip=1.0)))
+    for stage in (2, 3):
+        # float32 sums in another order
+        torch.testing.assert_close(four[stage]["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+        for key, value in alone["module"].items():
+            torch.testing.assert_close(four[stage]["module"][key], value, rtol=1e-5, atol=2e-6)
+        whole = results[stage]["whole"]["losses"][2:]
+        torch.testing.assert_close(four["resumed", stage]["losses"], whole, rtol=1e-4, atol=0)
+
+
+@pytest.mark.deepspeed
+def test_consolidated_weights_are_those_of_the_checkpoint(resumed: Any, tmp_path: Path) -> None:
+    _, folder = resumed
+    loaded = []
+    for stage in STAGES:  # all four made the same run
+        checkpoint = folder / f"stage{stage}" / "checkpoints" / "step_00000002"
+        consolidate(checkpoint, tmp_path / "net.safetensors")
+        consolidate(checkpoint, tmp_path / "ema.safetensors", decay="0.9")
+        loaded.append([load_file(tmp_path / f"{n}.safetensors") for n in ("net", "ema")])
+    for net, ema in loaded:
+        assert net.keys() == ema.keys() == zero_work.network(("u", "v")).state_dict().keys()
+        for name, value in loaded[0][0].items():
+            torch.testing.assert_close(net[name], value)
+            torch.testing.assert_close(ema[name], loaded[0][1][name])
+    assert any(not torch.equal(net[name], ema[name]) for name in net)
+    with pytest.raises(ValueError, match=r"no average at decay 0.7; it has 0.5, 0.9"):
+        consolidate(checkpoint, tmp_path / "x.safetensors", decay="0.7")
 
 
 @pytest.mark.deepspeed

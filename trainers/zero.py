@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -152,10 +152,10 @@ class ZeroEngine:
         if self._scale is not None:
             for p in self._params:
                 p.register_hook(self._scale.undo)
-        deepspeed = _deepspeed(device)
-        self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer.build(self._params), config=dict(self.config)
-        )
+        with _quiet_deepspeed(device) as deepspeed:
+            self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer.build(self._params), config=dict(self.config)
+            )
         self._lrs = [group["lr"] for group in self._optimizer.param_groups]
         module.register_forward_hook(self._keep, prepend=True)
         self._checked = self.stage < 3 or not needs_forward_mode(module.objective)
@@ -251,8 +251,12 @@ class LossScale:
         return norm
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The package, quiet, and on a CPU without the operator that it compiles at every start."""
+@contextmanager
+def _quiet_deepspeed(device: torch.device) -> Iterator[Any]:
+    """The package, and on a CPU without the operator that it compiles at every start.
+
+    Quiet meanwhile: it warns of every optimizer that is not its own.
+    """
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_number()))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -260,5 +264,9 @@ def _deepspeed(device: torch.device) -> Any:
 
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference alone
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.setLevel(logging.ERROR)
+    try:
+        yield deepspeed
+    finally:
+        deepspeed_log.setLevel(logging.WARNING)

@@ -91,7 +91,9 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
     verify(folder)
     shapes = json.loads((folder / INDEX).read_text())["shapes"]
     prefix = f"averages.{decay.replace('.', '-')}." if decay else "net."
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items() if name.startswith(prefix)}
+    tensors = {
+        name: torch.empty(shape) for name, shape in shapes.items() if name.startswith(prefix)
+    }
     if not tensors:
         kept = {name.split(".")[1].replace("-", ".") for name in shapes if name[:9] == "averages."}
         raise ValueError(

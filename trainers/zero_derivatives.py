@@ -109,6 +109,6 @@ def _error(net: nn.Module, batch: Batch, key: str) -> float:
     try:
         found = Dual()(output, primals, tangents)
     except (RuntimeError, NotImplementedError) as error:
-        raise NoExactDerivative(str(error).splitlines()[0]) from error
+        raise NoExactDerivative(str(error).splitlines()[0].rstrip(".")) from error
     expected = FiniteDifference(step=1e-2)(output, primals, tangents)
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
