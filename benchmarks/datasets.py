@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.idx_files import find_idx, read_idx
-from benchmarks.image_files import find_pictures, read_pictures
+from benchmarks.image_files import (
+    PictureFiles,
+    check_pictures,
+    find_pictures,
+    read_pictures,
+)
 from benchmarks.streams import EndlessSet, Pictures, StoredSet, content_hash
 from registry import datasets
 
@@ -104,6 +109,7 @@ class ImageFolder(StoredSet):
     channels: int = 3  # 3 RGB, 1 grey
     labelled: bool = True
     flip: bool = False  # mirror half of the training samples left to right
+    in_memory: bool = True  # False: checked now, read as they are needed
 
     def load(self) -> Pictures:
         if self.channels not in (1, 3):
@@ -113,7 +119,12 @@ class ImageFolder(StoredSet):
         if self.resolution < 1:
             raise ValueError(f"image_folder.resolution is {self.resolution}; it must be positive")
         found = find_pictures(Path(self.folder).expanduser(), labelled=self.labelled)
-        pixels = read_pictures(found.files, self.resolution, self.channels)
+        pixels: Tensor | PictureFiles
+        if self.in_memory:
+            pixels = read_pictures(found.files, self.resolution, self.channels)
+        else:
+            check_pictures(found.files)
+            pixels = PictureFiles(found.files, self.resolution, self.channels)
         labels = torch.tensor(found.labels) if found.classes else None
         return Pictures(pixels, labels, found.classes)
 

@@ -8,6 +8,7 @@ clean-fid recommends (Parmar et al., arXiv 2104.11222). Of an animation the firs
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -120,6 +121,36 @@ def read_pictures(files: tuple[Path, ...], resolution: int, channels: int) -> Te
     return _read_all(tuple(stamps), resolution, channels)
 
 
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures that are read as they are asked for: indexed with rows [k] like uint8 [n c h w]."""
+
+    files: tuple[Path, ...]
+    resolution: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.files), self.channels, self.resolution, self.resolution)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        def read(row: int) -> Tensor:
+            return read_picture(self.files[row], self.resolution, self.channels)
+
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(read, rows.tolist())))
+
+    def listing(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the names and sizes of all files."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+
+
 def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
     if not hasattr(os, "sysconf"):  # Windows does not say
         return
@@ -128,8 +159,8 @@ def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
     if needed > memory // 2:
         raise ValueError(
             f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
-            f"machine's {memory / 2**30:.1f} GiB. Choose a smaller image_folder.resolution or "
-            "fewer pictures"
+            f"machine's {memory / 2**30:.1f} GiB. Bind image_folder.in_memory = False, which reads "
+            "them as they are needed, or choose a smaller image_folder.resolution"
         )
 
 

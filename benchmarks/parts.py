@@ -6,9 +6,11 @@ import trainers.optim
 import trainers.zero
 import zoo
 from benchmarks import (
+    cifar10,
     datasets,
     distances,
     features,
+    hf_images,
     latents,
     launchers,
     metrics,
@@ -22,9 +24,11 @@ from benchmarks import (
 
 __all__ = [
     "backbones",
+    "cifar10",
     "datasets",
     "distances",
     "features",
+    "hf_images",
     "latents",
     "launchers",
     "metrics",

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.image_files import PictureFiles
 from registry.protocols import Cond
 from zoo.ops import like
 
@@ -28,7 +29,7 @@ DRAWN_AT_ONCE = 4096  # samples in a block of an endless set
 class Pictures:
     """Pixels uint8 [n c h w] and labels int64 [n], indices of `classes` (empty without labels)."""
 
-    pixels: Tensor
+    pixels: Tensor | PictureFiles
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
 
@@ -64,9 +65,11 @@ class StoredSet:
 
     @cached_property
     def _identity(self) -> str:
-        labels = [] if self.stored.labels is None else [self.stored.labels]
-        content = content_hash(self.stored.pixels, *labels)
-        return f"{self.name}: {self.size} x {self.shape}, sha256 {content}"
+        pixels, labels = self.stored.pixels, self.stored.labels
+        about = f"{self.name}: {self.size} x {self.shape}"
+        if isinstance(pixels, PictureFiles):
+            return f"{about}, sha256 of names and sizes {pixels.listing()}"
+        return f"{about}, sha256 {content_hash(pixels, *([] if labels is None else [labels]))}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         x0, cond = self._take(places(self.size, step, n, seed))

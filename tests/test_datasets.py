@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar10_files import write_cifar10
 from PIL import Image
+from tiny_vaes import save_tiny
 
+import benchmarks.parts  # noqa: F401  registers every data set
 from benchmarks.datasets import Digits, FashionMnist, Gaussian, ImageFolder, Mixture
+from benchmarks.encode import Encoder, encode
 from benchmarks.images import to_uint8
 from benchmarks.streams import StoredSet
+from benchmarks.vaes import find_vae
 from registry import datasets
 
 STORED = [name for name in datasets.names() if issubclass(datasets.get(name), StoredSet)]
@@ -48,9 +53,20 @@ def picture_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=datasets.names())
-def dataset(request, fashion_folder, picture_folder):
-    folders = {"fashion_mnist": fashion_folder, "image_folder": picture_folder}
+def dataset(request, fashion_folder, picture_folder, tmp_path):
     name = request.param
+    if name == "hf_images":
+        pytest.importorskip("datasets").load_dataset(
+            "imagefolder", data_dir=str(picture_folder), split="train", cache_dir=str(tmp_path)
+        ).save_to_disk(tmp_path / "saved")
+        return datasets.build(name, path=str(tmp_path / "saved"))
+    if name == "latents":
+        pytest.importorskip("diffusers")
+        encoder = Encoder(vae=find_vae(str(save_tiny(tmp_path / "vae"))), resolution=8)
+        encode(picture_folder, tmp_path / "latents", encoder)
+        return datasets.build(name, folder=str(tmp_path / "latents"))
+    folders = {"fashion_mnist": fashion_folder, "image_folder": picture_folder}
+    folders["cifar10"] = write_cifar10(tmp_path)
     kwargs = {"folder": str(folders[name])} if name in folders else {}
     return datasets.build(name, **kwargs)
 
@@ -251,3 +267,21 @@ def test_identity_of_a_law_follows_its_parameters():
 def test_laws_reject_components_that_do_not_fit(make, expected):
     with pytest.raises(ValueError, match=expected):
         make()
+
+
+def test_a_folder_read_as_needed_gives_the_batches_of_one_in_memory(tmp_path: Path) -> None:
+    for i in range(12):
+        path = tmp_path / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 10, 5)).save(path)
+    kept = ImageFolder(folder=str(tmp_path), resolution=4, flip=True)
+    read = ImageFolder(folder=str(tmp_path), resolution=4, flip=True, in_memory=False)
+    for step in range(3):
+        (x0, cond), (other, others) = kept.batch(step, 10, 7), read.batch(step, 10, 7)
+        assert torch.equal(x0, other)
+        assert torch.equal(cond["label"], others["label"])
+    assert torch.equal(kept.reference(5, 1)[0], read.reference(5, 1)[0])
+    assert "sha256 of names and sizes" in read.identity()
+    (tmp_path / "class0" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 of 12 pictures cannot be read"):
+        ImageFolder(folder=str(tmp_path), resolution=4, in_memory=False)

@@ -23,7 +23,11 @@ WHOLE = [f for f in FILES if f.split("/")[0] in ("experiments", "grids")]
 PARTS = [f for f in FILES if f not in WHOLE]
 SMALL_MLP = ("run.backbone = @mlp", "mlp.dim = 8", "mlp.depth = 1", "run.recorder = @jsonl()")
 # What a file expects from the one that includes it.
-NEEDS = {"data/image_folder.gin": "image_folder.folder"}
+NEEDS = {
+    "data/image_folder.gin": "image_folder.folder",
+    "data/hf_images.gin": "hf_images.path",
+    "data/latents.gin": "latents.folder",
+}
 
 
 def in_folder(name: str) -> list[str]:

@@ -11,7 +11,13 @@ import torch
 from PIL import Image
 
 from benchmarks import image_files
-from benchmarks.image_files import find_pictures, read_picture, read_pictures
+from benchmarks.image_files import (
+    PictureFiles,
+    check_pictures,
+    find_pictures,
+    read_picture,
+    read_pictures,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -269,3 +275,33 @@ def test_find_pictures_says_what_is_wrong_with_the_folder(tmp_path):
     (tmp_path / "empty" / "a.heic").touch()
     with pytest.raises(ValueError, match=r"other kinds: \.heic 1\. .*\.jpg"):
         find_pictures(tmp_path / "empty", labelled=True)
+
+
+def test_check_pictures_names_what_is_none_and_what_is_cut_off(tmp_path):
+    whole = [picture(tmp_path / f"whole.{suffix}") for suffix in ("png", "jpg", "gif", "bmp")]
+    check_pictures(whole)
+    tail = tmp_path / "tail.jpg"
+    tail.write_bytes(whole[1].read_bytes() + bytes(200))  # cameras append; decoders do not mind
+    check_pictures([tail])
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    cut = []
+    for suffix in ("png", "jpg"):
+        noise.save(tmp_path / f"cut.{suffix}")
+        cut.append(tmp_path / f"cut.{suffix}")
+        cut[-1].write_bytes(cut[-1].read_bytes()[:-200])
+    cut.append(tmp_path / "empty.png")
+    cut[-1].write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of 7 pictures cannot be read") as caught:
+        check_pictures([*whole, *cut])
+    assert all(path.name in str(caught.value) for path in cut)
+
+
+def test_pictures_read_as_they_are_needed_are_those_in_memory(tmp_path):
+    files = tuple(picture(tmp_path / f"{i}.png", colour=(i, 2 * i, 3 * i)) for i in range(20))
+    rows = torch.tensor([7, 0, 7, 19])
+    found = PictureFiles(files, 4, 3)
+    assert found.shape == (20, 3, 4, 4)
+    assert torch.equal(found[rows], read_pictures(files, 4, 3)[rows])
+    listing = found.listing()
+    picture(files[3], size=(90, 90))
+    assert PictureFiles(files, 4, 3).listing() != listing
