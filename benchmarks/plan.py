@@ -27,8 +27,12 @@ from benchmarks.provenance import version_of
 from benchmarks.request import Request
 from registry import gin_setup, launchers, pruners, recorders
 from registry.gin_errors import said
+from trainers.zero import WITHOUT_EFFECT
 
-NO_PART_OF_ID = ("run.recorder", "run.pruner", "run.checkpoint_seconds")
+NO_PART_OF_ID = {
+    *("run.recorder", "run.pruner", "run.checkpoint_seconds"),
+    *(f"zero_engine.{name}" for name in WITHOUT_EFFECT),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

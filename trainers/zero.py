@@ -42,6 +42,10 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "precision": tuple(PRECISIONS),
     "without_exact": ("refuse", "finite_difference"),
 }
+WITHOUT_EFFECT = (  # on what a run comes to; a run may be resumed with others
+    *("stage", "accumulate", "offload_optimizer", "offload_weights", "overlap"),
+    *("reduce_bucket", "gather_bucket", "prefetch_bucket", "max_live"),
+)
 FIRST_SCALE, SCALE_EVERY = 2.0**16, 2000  # of the loss in fp16, as torch's GradScaler
 
 log = logging.getLogger(__name__)
