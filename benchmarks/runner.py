@@ -31,7 +31,7 @@ from benchmarks.provenance import provenance
 from benchmarks.results import MODEL, RESULT, Result
 from benchmarks.shown import final_samples, is_picture, is_points, keep_all
 from benchmarks.training import fit_experiment, measure
-from registry.protocols import Objective
+from registry.protocols import parts
 from trainers import ranks
 from trainers.checkpoint import load_module, save_module
 from trainers.zero import ZeroEngine
@@ -119,7 +119,7 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
             "backbone": experiment.backbone_name,
             "sampler": experiment.sampler_name,
             "data": experiment.dataset.identity(),
-            "guidance": _guidance(experiment.objective),
+            "guidance": _guidance(experiment),
             **provenance(),
         }
     )
@@ -138,9 +138,17 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     record.text(f"{experiment.objective!r}\n", "objective.txt")
 
 
-def _guidance(objective: Objective) -> str:
-    scale = objective.guidance_scale if isinstance(objective, Guided) else 1.0
-    return "none" if scale == 1 else f"scale {scale:g}, learned in training"
+def _guidance(experiment: Experiment) -> str:
+    """The guidance of the samples, from training and from the sampler."""
+    found = [
+        f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
+        for part, interval, name in (
+            (experiment.objective, "guidance_interval", "training"),
+            (experiment.sampler, "interval", "sampling"),
+        )
+        if isinstance(part, Guided) and part.guidance_scale != 1
+    ]
+    return "; ".join(found) or "none"
 
 
 def load_run(experiment: Experiment, folder: Path) -> FlowNetwork:

@@ -27,7 +27,7 @@ from zoo.ops import like, rms
 
 @runtime_checkable
 class Guided(Protocol):
-    """An objective whose samples have classifier-free guidance of this scale; 1 is none."""
+    """An objective or sampler whose samples have guidance of this scale; 1 is none."""
 
     @property
     def guidance_scale(self) -> float: ...

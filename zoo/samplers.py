@@ -180,6 +180,10 @@ class _Wrapping:
     scale: float
     interval: tuple[float, float]
 
+    @property
+    def guidance_scale(self) -> float:
+        return self.scale
+
     def inner(self) -> Sampler:
         replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
         return replace(self.sampler, nfe=self.nfe)

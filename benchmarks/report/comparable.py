@@ -28,7 +28,11 @@ BOUND_BY = {
     "metrics": ("run.metric", "feature_metrics.metrics"),
     "samples": ("run.num_samples",),
     "reference": ("run.dataset", "run.metric", "feature_metrics.extractor", "run.num_samples"),
-    "guidance": ("omega", "kappa", "guidance_scale"),
+    "guidance": (
+        *("omega", "kappa", "guidance_scale", "guidance_interval"),
+        *("cfg.scale", "cfg.interval", "input_guidance.scale", "input_guidance.interval"),
+        "run.sampler",
+    ),
     "budget": ("run.steps", "run.images", "run.seconds", "run.batch_size"),
     "schedule": ("run.schedule",),
 }
