@@ -16,7 +16,7 @@ import pytest
 from tiny_runs import entries, losses, zoo
 
 from benchmarks.record_file import read_record
-from registry import objectives
+from registry import objectives, pruners
 from zoo.objectives.flow_matching import FlowMatching
 
 BASE = """
@@ -165,6 +165,32 @@ def test_a_cell_killed_behind_its_result_is_only_closed(grid, fragile, tmp_path)
     assert (folder / "result.json").stat().st_mtime_ns == before
     assert [step for e in entries(folder, "metrics") if "loss" in e["values"]
             for step in [e["step"]]] == [1, 2, 3, 4]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merciless:
+    """Prunes everything."""
+
+    metric: str = "nfe1/mmd_pixels"
+    min_steps: int = 1
+
+    def __call__(self, reports):
+        return True
+
+
+def test_a_pruned_cell_is_left_alone_as_long_as_there_is_a_pruner(grid, tmp_path):
+    text = "Grid.arms = ('flow_matching',)\nrun.evaluate_every = 2\n"
+    with pruners.temporary("merciless", Merciless):
+        for _ in range(2):
+            done = grid(text + "run.pruner = @merciless()\n")
+            assert done.status == 0, done.err
+        assert "flow_matching: pruned already (at step 2" in done.err
+    (folder,) = cells(tmp_path / "out").values()
+    assert status(folder) == "KILLED"
+    assert grid(text).status == 0
+    assert status(folder) == "FINISHED"
+    assert read_record(folder).tags["pruned"] == ""
+    assert list(losses(folder)) == [1, 2, 3, 4]
 
 
 def test_finished_cells_are_known_from_the_store_wherever_they_are(grid, tmp_path):

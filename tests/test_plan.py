@@ -151,6 +151,14 @@ def test_id_does_not_change_with_what_does_not_count(planned, same):
     assert ids(planned(same))[:1] == before
 
 
+def test_id_does_not_change_with_the_pruner(planned):
+    text = "run.evaluate_every = 2\n" + FM + SEED
+    before = ids(planned(text))
+    pruner = "run.pruner = @successive_halving()\nsuccessive_halving.min_steps = 2\n"
+    found = planned(pruner + "successive_halving.metric = 'nfe1/mmd_pixels'\n" + text)
+    assert (ids(found), found.cells[0].prunes) == (before, True)
+
+
 @pytest.mark.parametrize(
     "other",
     [
