@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--launcher", choices=("deepspeed",), help="in processes of this machine; see --ranks"
     )
     run.add_argument("--ranks", type=int, default=1, help="how many processes, one per GPU")
+    run.add_argument("--smoke", action="store_true", help="a recipe at 1/1000 of its size")
     run.set_defaults(command=_run)
 
     grid = commands.add_parser("grid", help="run every cell of a gin file's arms and axes")
@@ -262,12 +263,22 @@ def _run(arguments: argparse.Namespace) -> None:
         return _launch(arguments, out)
     again = [] if arguments.out else ["--out", str(out)]
     again = shlex.join([*arguments.words, *again, *([] if arguments.resume else ["--resume"])])
-    lead = partial(compare, _request(arguments), out, again=again, resume=arguments.resume)
+    request = _request(arguments)
+    if arguments.smoke:
+        from benchmarks.smoke import shrunken
+
+        request = shrunken(request, out.with_name(f"{out.name}-data"))
+    lead = partial(compare, request, out, again=again, resume=arguments.resume)
     if ranks.launched():
         from benchmarks.launch import joined
 
         return joined(lead, arguments.words)
     lead()
+    if arguments.smoke:
+        from benchmarks.report import write_report
+
+        write_report([out], out / "report")
+        print(f"report    {out / 'report' / 'report.html'}")
 
 
 def _launch(arguments: argparse.Namespace, out: Path) -> None:

@@ -6,6 +6,7 @@ import trainers.optim
 import trainers.zero
 import zoo
 from benchmarks import (
+    augment,
     cifar10,
     datasets,
     distances,
@@ -23,6 +24,7 @@ from benchmarks import (
 )
 
 __all__ = [
+    "augment",
     "backbones",
     "cifar10",
     "datasets",
