@@ -81,6 +81,7 @@ class Experiment:
     log_every: int
     evaluate_every: int
     checkpoint_seconds: float
+    non_finite: str
     pruner: Pruner | None
     device: torch.device
     compile: bool = False
@@ -137,6 +138,7 @@ def run(
     log_every: int = 50,
     evaluate_every: int = 0,
     checkpoint_seconds: float = 600.0,
+    non_finite: str = "stop",
     pruner: Pruner | None = None,
     compile: bool = False,
     start_from: str = "",
@@ -203,6 +205,7 @@ def run(
         log_every=log_every,
         evaluate_every=evaluate_every,
         checkpoint_seconds=checkpoint_seconds,
+        non_finite=non_finite,
         pruner=pruner,
         device=_device(device),
         compile=compile,

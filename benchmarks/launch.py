@@ -79,23 +79,24 @@ def joined(lead: Callable[[], None], words: Sequence[str]) -> None:
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The first status that is not 0, once all have ended; says which process was lost."""
-    first, ended_at = 0, 0.0
-    while any(process.poll() is None for process in started):
+    """The status of the process that was lost first, or 0, once all have ended."""
+    while not any(process.poll() is not None for process in started):
         time.sleep(0.05)
-        codes = [process.returncode for process in started]
-        if not ended_at and (ended := [i for i, code in enumerate(codes) if code is not None]):
-            first, ended_at = codes[ended[0]], time.monotonic()
-            if first < 0:
-                name = signal.Signals(-first).name
-                _say(f"process {ended[0]} of {len(started)} was ended by {name}; so are the others")
-        if ended_at and time.monotonic() - ended_at > GRACE_SECONDS:
-            _say(f"process {codes.index(None)} still waits for one that has ended: ended too")
-            _send(started, signal.SIGKILL)
-    codes = [first, *(process.returncode for process in started)]
-    if lost := next((code for code in codes if code), 0):
-        return 128 - lost if lost < 0 else lost
-    return 0
+    time.sleep(0.2)  # one that is lost takes others with it at once
+    ended = [(code, i) for i, p in enumerate(started) if (code := p.poll()) is not None]
+    first, number = min(ended) if min(ended)[0] < 0 else max(ended)
+    if first < 0:
+        name = signal.Signals(-first).name
+        _say(f"process {number} of {len(started)} was ended by {name}; the others end too")
+    over = time.monotonic() + GRACE_SECONDS
+    while any(process.poll() is None for process in started) and time.monotonic() < over:
+        time.sleep(0.05)
+    if left := [i for i, process in enumerate(started) if process.poll() is None]:
+        _say(f"process {left[0]} still waits for one that has ended: ended too")
+        _send(started, signal.SIGKILL)
+    statuses = [first, *(process.wait() for process in started)]
+    status = next((status for status in statuses if status), 0)
+    return 128 - status if status < 0 else status
 
 
 def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:

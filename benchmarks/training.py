@@ -19,6 +19,7 @@ from trainers.callbacks import (
     MetricsLog,
     PeriodicEvaluation,
     ProgressBar,
+    StopOnNonFinite,
 )
 from trainers.loop import fit
 from trainers.state import TrainState
@@ -50,6 +51,7 @@ def fit_experiment(
         return values | {"images": float(state.images), "seconds": state.seconds}
 
     callbacks: list[Callback] = [
+        StopOnNonFinite(policy=experiment.non_finite),
         MetricsLog(record=log, every=experiment.log_every),
         ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
     ]

@@ -514,6 +514,18 @@ def test_non_finite_loss_names_step_term_rows_and_times_and_spares_the_weights()
         assert torch.equal(a, b)
 
 
+def test_non_finite_loss_may_be_left_out_by_policy(caplog: pytest.LogCaptureFixture) -> None:
+    skipping = StopOnNonFinite(policy="skip")
+    state, losses = run(objective=ToyObjective(bad_step=2), callbacks=[skipping])
+    assert state.step == 10
+    assert caplog.text.count("step 3: the loss is not finite") == 1
+    assert caplog.text.count("This update is left out") == 1
+    assert all(p.isfinite().all() for p in state.net.parameters())
+    assert torch.stack(losses).isfinite().all(1).tolist() == [True] * 2 + [False] + [True] * 7
+    with pytest.raises(ValueError, match="run.non_finite = 'hope'; allowed: 'stop', 'skip'"):
+        StopOnNonFinite(policy="hope")
+
+
 def test_non_finite_gradient_of_a_finite_loss_spares_the_weights() -> None:
     class Cusp(Quadratic):
         def loss(self, net: Any, batch: Batch, rng: torch.Generator) -> LossOutput:

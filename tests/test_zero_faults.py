@@ -40,11 +40,18 @@ run.recorder = @jsonl()
 class Run:
     """`objective-zoo run` in two processes, in the background."""
 
-    def __init__(self, folder: Path, *bindings: str, resume: bool = False, imports: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        *bindings: str,
+        resume: bool = False,
+        imports: str = "",
+        ranks: int = 2,
+    ):
         self.out, self.log = folder / "out", folder / "log.txt"
         (folder / "tiny.gin").write_text(GIN.format(imports=imports))
         words = ["run", str(folder / "tiny.gin"), "--out", str(self.out)]
-        words += ["--launcher", "deepspeed", "--ranks", "2", *(["--resume"] if resume else [])]
+        words += ["--launcher", "deepspeed", "--ranks", str(ranks), *(["--resume"] if resume else [])]
         words += sets(*NETWORK, *bindings)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cli", *words],
@@ -131,6 +138,22 @@ def test_killed_process_ends_the_others_and_the_run_resumes_exactly(
     assert losses(run.cell) == pytest.approx(losses(plain / "dumo"), rel=1e-3)
     assert (run.cell / "deepspeed.json").exists()
     assert len(entries(run.cell, "resume")) == 1  # one run, one record
+
+
+@pytest.mark.faults
+def test_run_goes_on_with_another_number_of_processes_and_another_stage(
+    tmp_path: Path, running: Callable[..., Run]
+) -> None:
+    steps = "run.steps = 60"
+    run = running(tmp_path, steps)
+    wait_for(lambda: run.trained(3), run)
+    run.process.terminate()
+    assert run.ends(within=BOUND) == 130
+    done = max(losses(run.cell))
+    again = running(tmp_path, steps, "zero_engine.stage = 3", resume=True, ranks=1)
+    assert again.ends(within=PATIENCE) == 0, again.said()[-3000:]
+    assert done < 60 == len(losses(run.cell))
+    assert len(entries(run.cell, "resume")) == 1
 
 
 @pytest.mark.faults

@@ -165,6 +165,9 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def holds_back(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def update_averages(self, step: int) -> None:
         self.module.update_averages(step)
 

@@ -1,7 +1,8 @@
-"""Stop at the first loss or gradient that is not finite, and say where it came from."""
+"""What becomes of a loss or gradient that is not finite, and where it came from."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,16 @@ from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.state import Callback, TrainState
 
+POLICIES = ("stop", "skip")
+MAX_SKIPPED = 20  # updates in a row
+ADVICE = (
+    "\nWhat to try: a lower learning rate or more warm-up steps, gradient clipping "
+    "(torch_engine.clip = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a time "
+    "law that keeps away from the times named here"
+)
 _SHOWN = 5  # rows, terms and parameters that a message names
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -22,15 +32,18 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass(kw_only=True, eq=False)
 class StopOnNonFinite(Callback):
-    """Raises NonFiniteLoss.
+    """Raises NonFiniteLoss, in all processes alike.
 
     On a CPU at the very step, before the weights are touched (the engine holds the update back).
     On a GPU every `every` steps, so that no step waits for the device; the weights are then spoilt,
-    and the last checkpoint is the one to continue from.
+    and the last checkpoint is the one to continue from. With the policy "skip" such updates are
+    left out with a warning, up to MAX_SKIPPED in a row, and every step is looked at.
     """
 
     every: int = 50
+    policy: str = "stop"
 
+    _skipped: int = field(default=0, init=False, repr=False)  # in a row
     _held: list[tuple[int, LossOutput, Tensor | None]] = field(
         default_factory=list, init=False, repr=False
     )
@@ -38,10 +51,22 @@ class StopOnNonFinite(Callback):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"StopOnNonFinite(every={self.every!r}) must be 1 or more")
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"run.non_finite = {self.policy!r}; allowed: {', '.join(map(repr, POLICIES))}"
+            )
+
+    def on_start(self, state: TrainState) -> None:
+        if self.policy == "skip" and not state.engine.holds_back(state.device):
+            raise ValueError(
+                "run.non_finite = 'skip' needs an engine that holds such updates back: on a GPU "
+                "that is zero_engine"
+            )
 
     def on_step(self, state: TrainState, out: LossOutput) -> None:
         self._held.append((state.step, out, state.grad_norm))
-        if state.device.type == "cpu" or state.step % self.every == 0:
+        each_step = state.device.type == "cpu" or self.policy == "skip"
+        if each_step or state.step % self.every == 0:
             self._check(state)
 
     def on_end(self, state: TrainState) -> None:
@@ -54,25 +79,28 @@ class StopOnNonFinite(Callback):
         bad = bool(values) and not all(map(math.isfinite, torch.stack(values).tolist()))
         if any(ranks.largest(bad)):
             for step, out, norm in held:
-                raise_unless_finite(state, step, out, norm)
+                if problem := problem_of(state, step, out, norm):
+                    self._act(state, problem)
+        elif held:
+            self._skipped = 0
+
+    def _act(self, state: TrainState, problem: str) -> None:
+        if self.policy == "stop" or self._skipped == MAX_SKIPPED:
+            raise NonFiniteLoss(problem + ADVICE)
+        self._skipped += 1
+        log.warning("%s\nThis update is left out", problem)
+        for p in state.net.parameters():
+            p.grad = None
 
 
-def raise_unless_finite(state: TrainState, step: int, out: LossOutput, norm: Tensor | None) -> None:
-    """NonFiniteLoss in every process, if the loss of any or the gradient is not finite."""
+def problem_of(state: TrainState, step: int, out: LossOutput, norm: Tensor | None) -> str:
+    """The same in every process: what is not finite and where; empty if all is well."""
     bad = ~out.per_sample.isfinite()
     problem = "\n".join(_describe_rows(out, bad)) if bad.any() else ""
     problems = [told for told in ranks.gathered(problem) if told]
     if not problems and norm is not None and not norm.isfinite():
         problems = ranks.gathered("\n".join(_describe_gradient(state, out)))
-    if not problems:
-        return
-    problem = "\n".join(dict.fromkeys(problems))
-    raise NonFiniteLoss(
-        f"step {step}: {problem}\n"
-        "What to try: a lower learning rate or more warm-up steps, gradient clipping "
-        "(torch_engine.clip = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a time "
-        "law that keeps away from the times named here"
-    )
+    return f"step {step}: " + "\n".join(dict.fromkeys(problems)) if problems else ""
 
 
 def _describe_rows(out: LossOutput, bad: Tensor) -> Iterator[str]:

@@ -119,8 +119,8 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
         dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
     except RuntimeError:
         print(
-            f"process {number()} ends: {problem}\nIts run was stopped here or in another process "
-            "and goes on from its last checkpoint with --resume",
+            f"process {number()} cannot go on with the others, or they without it: {problem}\n"
+            "The run continues from its last checkpoint with --resume",
             file=sys.__stderr__,
             flush=True,
         )

@@ -202,6 +202,9 @@ class ZeroEngine:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
         return norm if self._scale is None else self._scale.follow(norm)
 
+    def holds_back(self, device: torch.device) -> bool:
+        return True
+
     def update_averages(self, step: int) -> None:
         with shards(self.module):
             self.module.update_averages(step)
