@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.latent_shards import LOGVAR_RANGE, Manifest, open_shards
-from benchmarks.streams import apportion, cut, flipped, interleave, places, seeded, subset
+from benchmarks.streams import (
+    apportion,
+    cut,
+    flipped,
+    interleave,
+    places,
+    read_ahead,
+    seeded,
+    subset,
+)
 from registry import datasets, vaes
 from registry.protocols import Cond, Vae
 
@@ -76,13 +85,16 @@ class Latents:
         return f"latents: {self.size} x {self.shape}, {how}, sha256 {self.manifest.identity()}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        return read_ahead(self._batch, step, n, seed)
+
+    def _batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         rows = places(self.size, step, n, seed)
         mirrored = flipped(self.size, step, n, seed) if self.flip else torch.zeros(n).bool()
         mean, logvar = self._posterior(rows, mirrored)
         if self.sample and logvar is not None:
             noise = cut(DRAWN_AT_ONCE, step * n, n, lambda block: self._noise(seed, block))
-            mean = mean + logvar.clamp(*LOGVAR_RANGE).mul(0.5).exp() * noise
-        return (mean - self._shift) * self._scale, self._cond(rows)
+            mean.addcmul_(logvar.clamp_(*LOGVAR_RANGE).mul_(0.5).exp_(), noise)
+        return mean.sub_(self._shift).mul_(self._scale), self._cond(rows)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         """The means of a random subset without repetition, not mirrored."""
@@ -115,7 +127,7 @@ class Latents:
         if not self.manifest.plan["logvar"]:
             return values, None
         mean, logvar = values.chunk(2, 1)
-        return mean, logvar
+        return mean.contiguous(), logvar.contiguous()
 
     def _noise(self, seed: int, block: int) -> Tensor:
         rng = seeded("posterior", seed, block)

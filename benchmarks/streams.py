@@ -10,10 +10,11 @@ the same global batch, of which it computes its share.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 from benchmarks.image_files import PictureFiles
 from registry.protocols import Cond
 from zoo.ops import like
+
+T = TypeVar("T")
 
 DRAWN_AT_ONCE = 4096  # samples in a block of an endless set
 
@@ -72,6 +75,11 @@ class StoredSet:
         return f"{about}, sha256 {content_hash(pixels, *([] if labels is None else [labels]))}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        if isinstance(self.stored.pixels, PictureFiles):
+            return read_ahead(self._batch, step, n, seed)
+        return self._batch(step, n, seed)
+
+    def _batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         x0, cond = self._take(places(self.size, step, n, seed))
         if self.flip:
             x0 = torch.where(like(flipped(self.size, step, n, seed), x0), x0.flip(-1), x0)
@@ -136,6 +144,19 @@ class EndlessSet:
 
     def sample_labels(self, n: int) -> Cond | None:
         return None
+
+
+_reader = ThreadPoolExecutor(1, "read ahead")
+_waiting: dict[Hashable, Future[Any]] = {}
+
+
+def read_ahead(make: Callable[[int, int, int], T], step: int, n: int, seed: int) -> T:
+    """make(step, n, seed), while make(step + 1, n, seed) begins in a thread of its own."""
+    ready = _waiting.pop((make, step, n, seed), None)
+    _waiting.clear()
+    found = make(step, n, seed) if ready is None else ready.result()
+    _waiting[make, step + 1, n, seed] = _reader.submit(make, step + 1, n, seed)
+    return found
 
 
 def cut(length: int, start: int, n: int, block: Callable[[int], Tensor]) -> Tensor:

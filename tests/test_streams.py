@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.datasets import Mixture
-from benchmarks.streams import Pictures, StoredSet, apportion, cut, interleave, seeded
+from benchmarks.streams import Pictures, StoredSet, apportion, cut, interleave, read_ahead, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +172,22 @@ def test_identity_follows_pixels_and_labels():
     assert one == Given(pixels=(1, 2), labels=(0, 1)).identity()
     assert one != Given(pixels=(1, 3), labels=(0, 1)).identity()
     assert one != Given(pixels=(1, 2), labels=(1, 0)).identity()
+
+
+def test_reading_ahead_gives_what_was_asked_for_and_makes_each_step_once():
+    made = []
+
+    def make(step: int, n: int, seed: int) -> tuple[int, int, int]:
+        made.append((step, n, seed))
+        if step == 7:
+            raise ValueError("no step 7")
+        return step, n, seed
+
+    assert [read_ahead(make, step, 4, 0) for step in (0, 1, 2)] == [(k, 4, 0) for k in (0, 1, 2)]
+    assert read_ahead(make, 9, 4, 0) == (9, 4, 0)  # not the one that was made ready
+    assert read_ahead(make, 10, 4, 1) == (10, 4, 1)
+    assert read_ahead(make, 6, 4, 1) == (6, 4, 1)
+    with pytest.raises(ValueError, match="no step 7"):
+        read_ahead(make, 7, 4, 1)
+    asked = [(0, 4, 0), (1, 4, 0), (2, 4, 0), (9, 4, 0), (10, 4, 1), (6, 4, 1), (7, 4, 1)]
+    assert [step for step in made if step in asked] == asked
