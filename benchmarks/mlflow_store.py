@@ -69,6 +69,8 @@ class Store:
             return _import_mlflow().MlflowClient(self.uri)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.file.with_name(self.file.name + ".lock")):
+            if not self.file.exists():
+                _make_tables(self.file)
             # An unusable file fails at once here; MLflow would try for minutes.
             with closing(sqlite3.connect(self.file)) as connection:
                 connection.execute("pragma schema_version")
@@ -109,6 +111,14 @@ def locked(path: Path) -> Iterator[None]:
     with _one_thread, open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
         yield
+
+
+def _make_tables(file: Path) -> None:
+    """A new store, whole or not there: MLflow never recovers from one that was killed half-made."""
+    new = file.with_name(f".{file.name}.new")
+    new.unlink(missing_ok=True)
+    _import_mlflow().MlflowClient(f"sqlite:///{new}")
+    os.replace(new, file)
 
 
 def _import_mlflow() -> Any:

@@ -404,3 +404,10 @@ def answers(uri: str) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
+
+
+def test_store_that_was_killed_half_made_is_made_afresh(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.new").write_bytes(b"half of a database")
+    client = Store.of(f"sqlite:///{tmp_path / 'mlflow.db'}", "mine").client()
+    assert [e.name for e in client.search_experiments()] == ["Default"]
+    assert not (tmp_path / ".mlflow.db.new").exists()

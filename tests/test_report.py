@@ -283,13 +283,13 @@ def test_cell_finished_elsewhere_is_found_through_the_grid(tmp_path):
     away = comparison(tmp_path / "away", {"dumo": {0: values(1.0, 1.0)}}) / "dumo-0"
     here = comparison(tmp_path / "here", {"mean_flow": {0: values(2.0, 2.0)}})
     cells = [
-        {"name": "dumo-0", "folder": str(away)},
-        {"name": "mean_flow-0", "folder": "/gone/and/moved"},
-        {"name": "lost", "folder": "/gone/lost"},
+        {"name": "dumo-0", "group": "dumo steps=3", "folder": str(away)},
+        {"name": "mean_flow-0", "group": "mean_flow", "folder": "/gone/and/moved"},
+        {"name": "lost", "group": "lost", "folder": "/gone/lost"},
     ]
     (here / "grid.json").write_text(json.dumps({"cells": cells}))
     runs = read_runs([here])
-    assert runs.groups == ("dumo", "mean_flow")
+    assert runs.groups == ("dumo steps=3", "mean_flow")  # as this grid calls them
     assert ["lost is in /gone/lost" in note for note in runs.notes] == [True]
 
 

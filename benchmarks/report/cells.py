@@ -114,8 +114,13 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
     found = folders_of(runs, tracking_uri)
     records = {record.id: record for record in map(read_record, found.started)}
     own = {r.folder: (r, state_in(r.folder)) for r in records.values() if "arm" in r.tags}
-    done = [_cell(record) for record, state in own.values() if state.status == "finished"]
-    others = [_unfinished(*one) for one in own.values() if one[1].status != "finished"]
+    groups = {record.folder: _group(record) for record, _ in own.values()} | found.groups
+    done = [_cell(r, groups[r.folder]) for r, state in own.values() if state.status == "finished"]
+    others = [
+        _unfinished(r, groups[r.folder], state)
+        for r, state in own.values()
+        if state.status != "finished"
+    ]
     others += [_not_started(folder) for folder in found.prepared]
     if not done:
         listed = "".join(f"\n  {cell.name}: {cell.state} {cell.reason}" for cell in others)
@@ -151,15 +156,15 @@ def _group(record: Record) -> str:
     return record.tags.get("group") or record.tags["arm"]
 
 
-def _cell(record: Record) -> Cell:
-    return Cell(record=record, result=Result.load(record.folder), group=_group(record))
+def _cell(record: Record, group: str) -> Cell:
+    return Cell(record=record, result=Result.load(record.folder), group=group)
 
 
-def _unfinished(record: Record, state: State) -> Unfinished:
+def _unfinished(record: Record, group: str, state: State) -> Unfinished:
     loss = record.metrics.get("loss")
     return Unfinished(
         name=record.name,
-        group=_group(record),
+        group=group,
         state=state.status,
         reason=state.said or _KILLED,
         steps=0 if loss is None else int(loss.steps[-1]),

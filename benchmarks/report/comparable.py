@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.report.cells import Cell
+from registry import gin_setup
 
 UNSTATED = "not recorded"
 
@@ -114,7 +115,8 @@ def _declared(cells: Sequence[Cell]) -> list[str]:
 
 def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
     """Whether the axis is one of these keys, a field of their parts, or a macro that they read."""
-    params = [cell.record.params for cell in cells]
+    texts = [gin_setup.bindings_of(cell.record.text("operative.gin")) for cell in cells]
+    params = [{key.split("/")[-1]: value for key, value in text.items()} for text in texts]
     parts = {name for p in params for key in keys for name in re.findall(r"@(\w+)", p.get(key, ""))}
     part, _, name = axis.partition(".")
     if axis == "include" or part in parts or axis in keys or name in keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +18,27 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True)
 class Found:
-    """Folders with a record, folders of cells that nobody began, and what is missing."""
+    """Folders with a record, folders of cells that nobody began, and what is missing.
+
+    `groups` are the cells' names in the grid that was asked for, which may have taken a finished
+    cell from another one.
+    """
 
     started: tuple[Path, ...]
     prepared: tuple[Path, ...]
     notes: tuple[str, ...]
+    groups: Mapping[Path, str]
 
 
 def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> Found:
     """Every run at or under these folders, cells that a grid found elsewhere included."""
     notes: list[str] = []
+    groups: dict[Path, str] = {}
     tops = [top for run in runs for top in _tops(run, tracking_uri)]
-    folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, notes)))
+    folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, notes, groups)))
     started = [folder for folder in folders if (folder / RECORD).exists()]
     prepared = [folder for folder in folders if folder not in started]
-    return Found(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)))
+    return Found(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
 
 
 def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
@@ -43,13 +49,14 @@ def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
     return _of_mlflow(str(run), Mlflow(tracking_uri=tracking_uri).store)
 
 
-def _inside(top: Path, notes: list[str]) -> Iterator[Path]:
+def _inside(top: Path, notes: list[str], groups: dict[Path, str]) -> Iterator[Path]:
     """The folders of runs, in the order of the grid that made them, else of their beginning."""
     for grid in sorted(top.rglob(GRID)):
         for cell in json.loads(grid.read_text())["cells"]:
             here = grid.parent / cell["name"]
             folder = here if here.is_dir() else Path(cell["folder"])
             if folder.is_dir():
+                groups.setdefault(folder.resolve(), cell["group"])
                 yield folder
             else:
                 notes.append(f"{cell['name']} is in {folder}, which is not here: left out")
