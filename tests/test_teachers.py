@@ -12,7 +12,7 @@ from torch import nn
 
 from registry import teachers
 from registry.protocols import Teacher
-from zoo.teachers import EmaTeacher, Frozen, Online, update_average, warmed_up, without_gradient
+from zoo.teachers import Average, EmaTeacher, Frozen, Online, warmed_up, without_gradient
 
 each = pytest.mark.parametrize("name", teachers.names())
 
@@ -142,7 +142,7 @@ def test_warm_up_starts_at_a_tenth_and_ends_at_the_decay():
 def test_update_does_not_touch_the_network():
     net, mean = Small(), Small(seed=1)
     before = copy.deepcopy(net.state_dict())
-    update_average(mean, net, 0.3)
+    Average(mean, net).update(0.3)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zoo.teachers import warmed_up
+from zoo.teachers import Average, warmed_up
 
 
 def frozen_copy(net: nn.Module) -> nn.Module:
@@ -30,14 +29,8 @@ class Ema:
             raise ValueError(f"the EMA decay {decay!r} must lie in [0, 1)")
         self.decay = decay
         self.net = frozen_copy(net)
-        # The lists are made once: walking a module's tree costs as much as the update.
-        self._means: list[Tensor] = list(self.net.parameters())
-        self._params: list[Tensor] = list(net.parameters())
-        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+        self._average = Average(self.net, net)
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """After update number `step`, counting from 0."""
-        torch._foreach_lerp_(self._means, self._params, 1 - warmed_up(self.decay, step))
-        for mean, current in self._buffers:
-            mean.copy_(current)
+        self._average.update(warmed_up(self.decay, step))

@@ -61,6 +61,7 @@ class EmaTeacher:
 
     decay: float = 0.999
     network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+    _average: Average | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -70,11 +71,14 @@ class EmaTeacher:
         return without_gradient(net if self.network is None else self.network)
 
     def attach(self, network: nn.Module) -> None:
-        self.network = network
+        self.network, self._average = network, None
 
     def update(self, net: nn.Module, step: int) -> None:
-        if self.network is not None:
-            update_average(self.network, net, warmed_up(self.decay, step))
+        if self.network is None:
+            return
+        if self._average is None or self._average.net is not net:
+            self._average = Average(self.network, net)
+        self._average.update(warmed_up(self.decay, step))
 
 
 @teachers.register("frozen")
@@ -122,9 +126,20 @@ def warmed_up(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) net, in one fused update; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-    for mean, current in zip(average.buffers(), net.buffers(), strict=True):
-        mean.copy_(current)
+class Average:
+    """average <- decay average + (1 - decay) net, in one fused update; buffers are copied.
+
+    The lists are made once: walking a module's tree costs as much as the update.
+    """
+
+    def __init__(self, average: nn.Module, net: nn.Module):
+        self.net = net
+        self._means: list[Tensor] = list(average.parameters())
+        self._params: list[Tensor] = list(net.parameters())
+        self._buffers = list(zip(average.buffers(), net.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(self._means, self._params, 1 - decay)
+        for mean, current in self._buffers:
+            mean.copy_(current)
