@@ -95,7 +95,11 @@ def run_cell(folder: Path) -> Ended:
 
 def follow() -> None:
     """Take part in every cell that the leading process runs, recording nothing."""
-    while (folder := ranks.from_leader(None)) is not None:
+
+    def announced() -> Path | None:
+        return ranks.from_leader(None)
+
+    while (folder := announced()) is not None:
         try:
             _execute(Cell.load(folder), folder, NullRun(folder.name))
         except (KeyboardInterrupt, Pruned):

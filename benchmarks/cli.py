@@ -261,8 +261,8 @@ def _run(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("runs") / name
     if arguments.launcher and not ranks.launched():
         return _launch(arguments, out)
-    again = [] if arguments.out else ["--out", str(out)]
-    again = shlex.join([*arguments.words, *again, *([] if arguments.resume else ["--resume"])])
+    words = [*arguments.words, *([] if arguments.out else ["--out", str(out)])]
+    again = shlex.join([*words, *([] if arguments.resume else ["--resume"])])
     request = _request(arguments)
     if arguments.smoke:
         from benchmarks.smoke import shrunken

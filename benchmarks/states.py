@@ -50,7 +50,9 @@ def finished_elsewhere(store: Store, ids: Iterable[str]) -> dict[str, State]:
     try:
         client = store.client()
         experiment = client.get_experiment_by_name(store.experiment)
-        for wanted in ids if experiment else ():
+        if experiment is None:
+            return {}
+        for wanted in ids:
             runs = client.search_runs(
                 [experiment.experiment_id],
                 f"tags.`cell.id` = '{wanted}' and attributes.status = 'FINISHED'",
