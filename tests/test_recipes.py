@@ -1,0 +1,302 @@
+"""Each recipe against its paper: sizes, tokens, operations, schedules; and whole, at toy size."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gin
+import pytest
+import torch
+from tiny_runs import entries, zoo
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmarks.parts  # noqa: F401  registers every part
+from backbones.network import build_network
+from benchmarks.augment import _draws, augmented, labels
+from benchmarks.comparison import compare
+from benchmarks.request import Request
+from benchmarks.smoke import shrunken
+from registry import gin_setup, samplers
+from registry.protocols import required_heads
+from zoo.teachers import warmed_up
+
+ROOT = Path(__file__).parents[1] / "gin" / "recipes"
+RECIPES = sorted(file.stem for file in ROOT.glob("*.gin"))
+SD, VA, PIXELS = (4, 32, 32), (32, 16, 16), (3, 32, 32)
+IMAGENET = 1_281_167
+
+# Published sizes in millions; those of DiTs include 0.3M of frozen positions, a buffer here.
+# Shortcut: its paper's 675M is DiT-XL/2; our step size has an embedder of its own.
+# DE-CM: 675M is the teacher's; the student has a second time embedder.
+SIZES = {
+    "flow_matching_xl2": (SD, 675.1),
+    "mean_flow_b4": (SD, 131),
+    "mean_flow_b2": (SD, 131),
+    "mean_flow_m2": (SD, 308),
+    "mean_flow_l2": (SD, 459),
+    "mean_flow_xl2": (SD, 676.8),
+    "shortcut_b2": (SD, 131),
+    "shortcut_xl2": (SD, 676.8),
+    "dumo_xl2": (SD, 679.45),
+    "decm_xl1": (VA, 676.6),
+    "mean_flow_cifar10": (PIXELS, 55.9),
+}
+TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
+EPOCHS = {
+    "flow_matching_xl2": 1400,
+    "mean_flow_b4": 80,
+    "mean_flow_b2": 240,
+    "mean_flow_m2": 240,
+    "mean_flow_l2": 240,
+    "mean_flow_xl2": 240,
+    "shortcut_b2": 250,
+    "shortcut_xl2": 250,
+    "dumo_xl2": 424,
+    "decm_xl1": 250,
+}
+
+each = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def parsed(recipe: str) -> None:
+    gin_setup.parse([ROOT / f"{recipe}.gin"], ["latents.folder = 'x'"])
+    if gin_setup.query("frozen.checkpoint") is not None:
+        gin_setup.parse(
+            [ROOT / f"{recipe}.gin"], ["latents.folder = 'x'", "frozen.checkpoint = 'x'"]
+        )
+
+
+def network(recipe: str, keys: tuple[str, ...] = ()):
+    """The recipe's network on the meta device."""
+    parsed(recipe)
+    shape, _ = SIZES[recipe]
+    with torch.device("meta"):
+        return build_network(
+            gin_setup.query("run.backbone").scoped_configurable_fn,
+            shape,
+            0 if shape == PIXELS else 1000,
+            keys or required_heads(gin_setup.build("run.objective")),
+        )
+
+
+def count(net) -> float:
+    return sum(p.numel() for p in net.parameters()) / 1e6
+
+
+# what a file says
+
+
+@each
+def test_recipe_is_in_the_tables_and_says_what_to_expect(recipe):
+    text = (ROOT / f"{recipe}.gin").read_text()
+    header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line[:1] == "#")
+    assert recipe in SIZES
+    assert re.search(r"arXiv \d{4}\.\d{5}", header)
+    assert "Expected: FID" in header
+    assert re.search(r"not stated here|about 3 days", header)
+    assert "Our reading" in header
+    assert len(text.splitlines()) < 45
+
+
+@pytest.mark.parametrize("recipe", EPOCHS)
+def test_budget_is_the_stated_number_of_epochs(recipe):
+    parsed(recipe)
+    assert gin_setup.query("run.images") == EPOCHS[recipe] * IMAGENET
+
+
+# the networks
+
+
+@each
+def test_network_has_the_published_size(recipe):
+    assert abs(count(network(recipe)) - SIZES[recipe][1]) < 0.5
+
+
+@pytest.mark.parametrize("recipe", [name for name in TOKENS if SIZES[name][0] != PIXELS])
+def test_network_has_the_published_number_of_tokens(recipe):
+    trunk = network(recipe).trunk
+    assert trunk.positions.shape == (TOKENS[recipe], trunk.dim)
+
+
+def test_second_parts_cost_what_the_papers_say():
+    """One second embedder 675.1M -> 676.8M; a second final layer less than half a percent more."""
+    one, two, dual = (
+        count(network("mean_flow_xl2", keys)) for keys in (("v",), ("u",), ("u", "v"))
+    )
+    assert two - one == pytest.approx(676.8 - 675.1, abs=0.1)
+    assert dual - two == pytest.approx(2.67, abs=0.01)
+
+
+def test_lightning_dit_teacher_has_the_published_size():
+    assert count(network("decm_xl1", ("v",))) == pytest.approx(675, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [("flow_matching_xl2", 118.64), ("mean_flow_l2", 80.71), ("mean_flow_b2", 23.01),
+     ("mean_flow_b4", 5.56)],
+)  # fmt: skip
+def test_an_image_costs_the_published_multiplications(recipe, published):
+    """In 10^9 multiply-adds, as DiT's table counts them; each is two operations here."""
+    net = network(recipe, ("v",))
+    x, t = torch.zeros(1, *SD, device="meta"), torch.zeros(1, device="meta")
+    label = {"label": torch.zeros(1, dtype=torch.int64, device="meta")}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x, t, t, label)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(published, rel=0.003)
+
+
+# schedules
+
+
+@each
+def test_learning_rate_is_constant_after_its_warm_up(recipe):
+    parsed(recipe)
+    schedule, optimizer = gin_setup.build("run.schedule"), gin_setup.build("run.optimizer")
+    warmup = 9766 if recipe == "mean_flow_cifar10" else 0
+    peak = {"mean_flow_cifar10": 6e-4, "dumo_xl2": 2e-4}.get(recipe, 1e-4)
+    batch = gin_setup.query("run.batch_size")
+    total = gin_setup.query("run.images") // batch
+    for step in (warmup, total // 2, total - 1):
+        assert optimizer.lr * schedule(step, step / total) == pytest.approx(peak)
+    if warmup:
+        assert warmup == pytest.approx(200 * 50_000 / batch, abs=1)  # 200 epochs
+        assert schedule(0, 0.0) == pytest.approx(1 / warmup)
+        assert schedule(warmup // 2 - 1, 0.0) == pytest.approx(0.5)
+
+
+@each
+def test_average_of_the_weights_reaches_its_decay(recipe):
+    parsed(recipe)
+    decay = gin_setup.query("run.ema_decay")
+    assert decay == (0.999 if recipe.startswith("shortcut") else 0.9999)
+    assert [warmed_up(decay, step) for step in (0, 90, 10**6)] == [0.1, 0.91, decay]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scale"),
+    [("mean_flow_b4", 3), ("mean_flow_b2", 2), ("mean_flow_m2", 2.5), ("mean_flow_l2", 2.5),
+     ("mean_flow_xl2", 2.5), ("dumo_xl2", 2), ("shortcut_xl2", 1.5), ("decm_xl1", 1.75)],
+)  # fmt: skip
+def test_guidance_has_the_published_scale(recipe, scale):
+    parsed(recipe)
+    if recipe == "decm_xl1":
+        assert gin_setup.query("decm.guidance_scale") == scale
+    else:
+        assert gin_setup.build("run.objective").guidance_scale == pytest.approx(scale)
+
+
+def test_cifar_recipe_is_the_papers():
+    parsed("mean_flow_cifar10")
+    objective = gin_setup.build("run.objective")
+    assert objective.times.off_diagonal_fraction == 0.75
+    assert (objective.weight.power, objective.weight.offset) == (0.75, 1e-3)
+    assert gin_setup.query("run.images") == 16_000 * 50_000
+    with torch.device("meta"):
+        trunk = gin.get_configurable("ddpmpp")(shape=PIXELS, two_times=True)
+    assert trunk.fields["dropout"] == 0.2
+    assert trunk.fields["num_augments"] == labels(_draws(0.12, 0, 0)).shape[1]
+
+
+# whole, at toy size
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("smoke")
+
+
+@each
+def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
+    pytest.importorskip("diffusers")
+    request = shrunken(Request(file=ROOT / f"{recipe}.gin"), data)
+    (result,) = compare(request, tmp_path / "out", again="")
+    assert result.num_params < 200_000
+    assert result.steps == 4
+    assert all(f"nfe{n}/kid_pixels" in result.values for n in gin_setup.query("run.nfe"))
+    folder = next(path.parent for path in (tmp_path / "out").glob("*/record.jsonl"))
+    logged = [e["values"] for e in entries(folder, "metrics")]
+    assert all(torch.tensor(values["loss"]).isfinite() for values in logged if "loss" in values)
+
+
+@pytest.mark.slow
+def test_smoke_command_goes_from_pictures_to_a_report(tmp_path):
+    pytest.importorskip("diffusers")
+    done = zoo("run", "recipes/decm_xl1.gin", "--smoke", "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "first its teacher" in done.err
+    assert (tmp_path / "out" / "report" / "report.html").exists()
+    assert (tmp_path / "out-data" / "latents").exists()
+
+
+# the augmentation
+
+
+def still(**values: float) -> torch.Tensor:
+    order = ("mirrored", "scale", "stretch", "angle", "right", "down")
+    return torch.tensor([[values.get(name, 0.0) for name in order]])
+
+
+def test_augmentation_by_nothing_is_the_picture():
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(augmented(x, still()), x, atol=1e-5, rtol=0)
+
+
+def test_augmentation_mirrors_and_moves():
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(augmented(x, still(mirrored=1)), x.flip(-1), atol=1e-5, rtol=0)
+    moved = augmented(x, still(right=1, down=-2))  # an eighth of 8 pixels is one
+    torch.testing.assert_close(moved[..., :-2, 1:], x[..., 2:, :-1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("angle", "wide"), [(0.0, (2, 0.5)), (torch.pi / 2, (0.5, 2))])
+def test_augmentation_scales_and_stretches_about_the_centre(angle, wide):
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 65)] * 2, indexing="ij")
+    blob = torch.exp(-(x**2 + y**2) / 0.02)[None, None]
+
+    def extent(picture: torch.Tensor) -> tuple[float, float]:
+        near = picture[0, 0] * (x.abs() < 0.7) * (y.abs() < 0.7)  # borders are reflected beyond
+        weights = near / near.sum()
+        return float((weights * x**2).sum().sqrt()), float((weights * y**2).sum().sqrt())
+
+    before = extent(blob)
+    doubled = extent(augmented(blob, still(scale=5)))  # 2^(0.2 * 5) = 2
+    assert doubled[0] / before[0] == pytest.approx(2, rel=0.02)
+    assert doubled[1] / before[1] == pytest.approx(2, rel=0.02)
+    stretched = extent(augmented(blob, still(stretch=5, angle=angle)))
+    for now, then, factor in zip(stretched, before, wide, strict=True):
+        assert now / then == pytest.approx(factor, rel=0.05)
+
+
+def test_augmentation_is_drawn_as_often_as_asked_and_told():
+    draws = _draws(0.12, 0, 0)
+    for column, probability in ((0, 0.5), (1, 0.12), (2, 0.12), (4, 0.12)):
+        share = float((draws[:, column] != 0).float().mean())
+        assert abs(share - probability) < 4 * (probability * (1 - probability) / len(draws)) ** 0.5
+    told = labels(draws)
+    torch.testing.assert_close(told[:, [0, 1, 4, 5]], draws[:, [0, 1, 4, 5]])
+    torch.testing.assert_close(torch.hypot(told[:, 2], told[:, 3]), draws[:, 2].abs())
+
+
+def test_augmented_batches_depend_on_seed_and_place_alone():
+    from benchmarks.augment import EdmAugment
+    from benchmarks.datasets import Digits
+
+    data = EdmAugment(data=Digits(), labelled=False, probability=0.5)
+    whole, cond = data.batch(0, 8, 3)
+    halves = [data.batch(step, 4, 3) for step in (0, 1)]
+    assert torch.cat([x for x, _ in halves]).equal(whole)
+    assert torch.cat([c["augment"] for _, c in halves]).equal(cond["augment"])
+    assert set(cond) == {"augment"}
+    assert data.num_classes == 0
+    assert data.reference(5, 0)[1] is None is data.sample_labels(5)
+    assert not data.batch(0, 8, 4)[1]["augment"].equal(cond["augment"])
+
+
+def test_sampler_of_the_flow_matching_recipe_is_guided():
+    parsed("flow_matching_xl2")
+    sampler = gin_setup.build("run.sampler")
+    assert samplers.name_of(sampler) == "cfg"
+    assert (sampler.scale, samplers.name_of(sampler.sampler)) == (1.5, "euler")
