@@ -40,7 +40,7 @@ def possible(metrics: Sequence[VectorMetric], real: Real, asked: bool) -> list[V
     """Those that the real side allows; ValueError if others were asked for by name."""
     if real.images is not None or real.features is not None:
         return list(metrics)
-    possible = [metric for metric in metrics if isinstance(metric, Frechet)]
+    possible: list[VectorMetric] = [metric for metric in metrics if isinstance(metric, Frechet)]
     if others := [registry.metrics.name_of(m) for m in metrics if m not in possible]:
         message = f"{', '.join(others)} need images, and {real.about} has statistics alone"
         if asked:

@@ -82,8 +82,10 @@ class TimmFeatures:
 def _timm_net(model: str, weights: str, size: int | None, device: str) -> nn.Module:
     from timm.models import create_model, get_pretrained_cfg, load_state_dict
 
-    resized = {"img_size": size} if size and get_pretrained_cfg(model).fixed_input_size else {}
-    net = create_model(model, pretrained=False, num_classes=0, **resized)
+    resized: dict[str, Any] = (
+        {"img_size": size} if size and get_pretrained_cfg(model).fixed_input_size else {}
+    )
+    net: Any = create_model(model, pretrained=False, num_classes=0, **resized)
     try:
         found = load_state_dict(weights)
         # timm's own loading passes over missing tensors with a warning; only its layouts are used.

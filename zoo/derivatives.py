@@ -127,7 +127,10 @@ def derivative_of_u(
 class _TwoProducts(TorchFunctionMode):
     """Layers linear in their input map its value and its tangent, once each."""
 
-    LAYERS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
+    LAYERS = frozenset(
+        {F.linear, F.conv1d, F.conv2d, F.conv3d}
+        | {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+    )
 
     def __torch_function__(
         self,
