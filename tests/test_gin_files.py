@@ -31,6 +31,11 @@ NEEDS = {
     "data/hf_images.gin": "hf_images.path",
     "data/latents.gin": "latents.folder",
 }
+NEEDS |= {
+    file: "latents.folder"
+    for file in FILES
+    if file.startswith("recipes/") and "cifar" not in file  # see tests/test_recipes.py
+}
 
 
 def in_folder(name: str) -> list[str]:
@@ -98,12 +103,14 @@ def test_objective_binds_every_part_of_itself_by_reference(file):
 
 @pytest.mark.parametrize("file", in_folder("backbone"))
 def test_backbone_has_the_parameters_that_its_file_says(file):
-    gin_setup.parse([file], ["dit.patch = 2"])
+    name, shape = ("dit", (4, 32, 32))
+    if "lightning_dit" in file:
+        name, shape = ("lightning_dit", (32, 16, 16))
+    gin_setup.parse([file], [f"{name}.patch = {1 if shape[0] == 32 else 2}"])
     said = re.findall(r"([\d.]+)M with", (ROOT / file).read_text().replace("also 131M with", ""))
-    dit = gin.get_configurable("dit")
     for keys, millions in zip((("v",), ("u",), ("u", "v")), said, strict=True):
         with torch.device("meta"):
-            net = build_network(dit, (4, 32, 32), 1000, keys)
+            net = build_network(gin.get_configurable(name), shape, 1000, keys)
         count = sum(p.numel() for p in net.parameters())
         assert count / 1e6 == pytest.approx(float(millions), abs=0.06), keys
 
