@@ -311,7 +311,7 @@ def refused(*bindings: str, file: str = DIGITS, arm: str = "mean_flow") -> str:
         ("mean_flow/run.objective = @digits()", "Digits is not a registered objective"),
         ("mean_flow/run.objective = @dit()", "dit"),
         ("run.backbone = @dit()", "Write @dit without brackets"),
-        ("run.backbone = 'dit'", "run.backbone = @dit"),
+        ("run.backbone = 'dit'", "registered: "),
         ("run.nfe = (1, 0)", "positive integer"),
         ("run.nfe = (1, 1)", "each one once"),
         ("run.nfe = 1", "run.nfe = (1,)"),
