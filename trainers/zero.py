@@ -223,8 +223,7 @@ class ZeroEngine:
     def _check_derivative(self, batch: Batch) -> None:
         self._checked = True
         try:
-            with self.autocast(batch.x0.device):
-                check_exact(self.module.net, self.module.objective, batch)
+            check_exact(self.module.net, self.module.objective, batch)
         except NoExactDerivative as problem:
             what = f"exact derivatives do not work under ZeRO stage 3 here: {problem}."
             if self.without_exact == "refuse":

@@ -29,6 +29,7 @@ from zoo.ops import like, normal_like
 
 TRIED = ("0.19.",)  # versions of DeepSpeed, by how they begin
 BOUND = 5e-2  # central differences in float32 are themselves right to about 1 %
+STEPS = (1e-2, 1e-3, 1e-4)  # which is best depends on the network
 ROWS = 2
 
 log = logging.getLogger(__name__)
@@ -110,5 +111,5 @@ def _error(net: nn.Module, batch: Batch, key: str) -> float:
         found = Dual()(output, primals, tangents)
     except (RuntimeError, NotImplementedError) as error:
         raise NoExactDerivative(str(error).splitlines()[0].rstrip(".")) from error
-    expected = FiniteDifference(step=1e-2)(output, primals, tangents)
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    expected = [FiniteDifference(step=step)(output, primals, tangents) for step in STEPS]
+    return min(float((found - e).norm() / e.norm().clamp_min(1e-12)) for e in expected)

@@ -10,6 +10,7 @@ know the stage. The places are private names of DeepSpeed; its version is held i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,13 +122,18 @@ def shards(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def shaken(module: nn.Module) -> Iterator[None]:
-    """Noise on all weights, and the weights themselves again afterwards."""
+    """Noise on all weights, and the weights themselves again afterwards.
+
+    Of 1 / sqrt(fan-in), and 0.1 on vectors, so that the network stays as smooth as it begins.
+    """
     kept = []
     with shards(module), torch.no_grad():
         for i, p in enumerate(module.parameters()):
             kept.append(p.detach().clone())
             rng = generator(1, ranks.number(), i, p.device)
-            p.add_(0.1 * torch.randn(p.shape, generator=rng, device=p.device))
+            shape = shape_of(p)
+            scale = (shape[0] / math.prod(shape)) ** 0.5 if len(shape) > 1 else 0.1
+            p.add_(scale * torch.randn(p.shape, generator=rng, device=p.device))
     try:
         yield
     finally:
