@@ -53,6 +53,9 @@ def execute(
     """Run it in `folder`, or continue what is there; returns and saves the result."""
     folder.mkdir(parents=True, exist_ok=True)
     _describe(experiment, texts, record)
+    # By reference: a store of records is no place for gigabytes.
+    where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
+    record.tags({name: str(path.resolve()) for name, path in where.items()})
     teacher = prepare_teacher(experiment, record, folder / "teacher", resume)
     budget = experiment.budget
     if teacher.steps and experiment.teacher:

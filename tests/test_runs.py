@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, zoo
 
+from benchmarks.record_file import read_record
 from registry import objectives
 from zoo.objectives.decm import DECM
 from zoo.teachers import Frozen
@@ -28,6 +29,12 @@ def flow_matching(tmp_path_factory) -> Path:
     done = zoo("run", DIGITS, "--arm", "flow_matching", "--out", out, *sets(*FILE_ONLY))
     assert done.status == 0, done.err
     return out / "flow_matching"
+
+
+def test_record_refers_to_weights_and_checkpoints_where_they_are(flow_matching):
+    tags = read_record(flow_matching).tags
+    assert Path(tags["weights"]) == flow_matching / "model.safetensors"
+    assert list(Path(tags["checkpoints"]).glob("step_*/manifest.json"))
 
 
 def decm(out: Path, *bindings: str, resume: bool = False):
