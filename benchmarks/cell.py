@@ -80,7 +80,7 @@ def run_cell(folder: Path) -> Ended:
             if (folder / RESULT).exists():
                 record.artifact(folder / RESULT)
             else:
-                ranks.from_leader(folder)
+                ranks.from_leader(folder.resolve())
                 _execute(cell, folder, record)
     except KeyboardInterrupt as stopped:
         return Ended(cell.name, "stopped", str(stopped) or "interrupted")

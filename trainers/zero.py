@@ -149,6 +149,9 @@ class ZeroEngine:
         if hasattr(self, "_deepspeed"):
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
+        with _quiet_deepspeed(device) as deepspeed:
+            if self.stage == 3:  # weight by weight, so that no device ever holds them all
+                deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config))
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
         self._scale = LossScale() if self.precision == "fp16" else None
