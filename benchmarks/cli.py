@@ -218,7 +218,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32"], help="fp32, bf16")
     parser.add_argument("--derivative", nargs="+", default=["dual"], help="such as dual jvp")
     parser.add_argument("--batch", type=int, help="rows of a step; default: the file's own")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of 3 steps")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of 3 steps")
     parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--out", type=Path, help="folder of the record; default runs/bench-DATE")

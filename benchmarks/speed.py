@@ -149,7 +149,7 @@ def with_derivative(part: Any, derivative: Derivative) -> Any:
 
 
 class Training:
-    """A run that trains a few steps at a time; `log` is its metrics log."""
+    """A run that trains a step at a time, with the callbacks that every run has."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
@@ -159,7 +159,7 @@ class Training:
         experiment.engine.prepare(
             step, experiment.optimizer, experiment.device, experiment.batch_size
         )
-        self.log = MetricsLog(record=lambda values, step: None, every=experiment.log_every)
+        log = MetricsLog(record=lambda values, step: None, every=experiment.log_every)
         self.state = TrainState(
             net=experiment.net,
             engine=experiment.engine,
@@ -167,7 +167,7 @@ class Training:
             seed=experiment.seed,
             batch_size=experiment.batch_size,
             device=experiment.device,
-            callbacks=(StopOnNonFinite(), self.log),
+            callbacks=(StopOnNonFinite(), log),
             emas=step.emas,
         )
         self.networks = [step.net, *step.teachers.values()]
@@ -221,10 +221,7 @@ def by_turns(
     for turn in range(turns + 1):
         for i in range(len(steps)):
             which = (i + turn) % len(steps)  # each begins a turn once in a while
-            start = _now(device)
-            for _ in range(each):
-                steps[which]()
-            seconds[which].append((_now(device) - start) / each)
+            seconds[which].append(_seconds(steps[which], device, each) / each)
     return [of_one[1:] for of_one in seconds]
 
 
@@ -235,10 +232,10 @@ def outside_share(training: Training) -> float:
     handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
     handles += [net.register_forward_hook(clock.stop) for net in training.networks]
     state.engine = _TimedBackward(engine, clock)
-    start = _now(state.device)
-    for _ in range(STEPS_PER_TURN):
-        training.step()
-    whole = _now(state.device) - start
+    if training.experiment.compile:  # with its hooks the network is compiled anew
+        _seconds(training.step, state.device)
+        clock.seconds = 0.0
+    whole = _seconds(training.step, state.device)
     state.engine = engine
     for handle in handles:
         handle.remove()
@@ -307,6 +304,13 @@ def _train(case: Case, steps: int) -> torch.device:
     for _ in range(steps):
         training.step()
     return training.state.device
+
+
+def _seconds(step: Callable[[], object], device: torch.device, num: int = STEPS_PER_TURN) -> float:
+    start = _now(device)
+    for _ in range(num):
+        step()
+    return _now(device) - start
 
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
