@@ -107,7 +107,7 @@ def _nearest_pictures(
     itself, _ = dataset.batch(0, min(num, _CHUNK), seed)
     found, distance = _nearest(torch.cat(list(shown.values())), dataset, num, seed)
     counts = [len(x) for x in shown.values()]
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for n, pictures, far in zip(shown, found.split(counts), distance.split(counts), strict=True):
         kept |= {f"nearest_nfe{n}": to_uint8(pictures), f"distance_nfe{n}": far}
     if num > 1:
@@ -127,9 +127,9 @@ def _nearest(
         distance = torch.cdist(
             queries.flatten(1), rows.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
         )
-        for i, place in enumerate(leave_out):
-            if start <= place < start + len(rows):
-                distance[i, place - start] = torch.inf
+        for i, own in enumerate(leave_out):
+            if start <= own < start + len(rows):
+                distance[i, own - start] = torch.inf
         value, place = distance.min(1)
         nearer = value < best
         best = torch.where(nearer, value, best)

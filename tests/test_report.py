@@ -111,7 +111,7 @@ def test_value_that_is_not_finite_is_shown_and_never_wins(tmp_path):
 def test_baseline_is_chosen_by_name(two_rows):
     found = table(two_rows, baseline="mean_flow")["NFE 1"]
     assert found["flow_matching"].verdict == "worse"
-    with pytest.raises(ValueError, match="no row is called 'shortcut'; there are flow_matching"):
+    with pytest.raises(ValueError, match="no row or arm is 'shortcut'; there are flow_matching"):
         table(two_rows, baseline="shortcut")
 
 
@@ -227,10 +227,11 @@ def test_forced_rows_are_flagged_in_every_output(tmp_path):
 def test_axis_over_the_budget_makes_sections_and_no_difference_across_them(tmp_path):
     runs = comparison(tmp_path / "runs", {})
     for steps in ("20", "40"):
-        for arm, by_seed in ROWS.items():
+        for arm, by_seed in reversed(ROWS.items()):
             for seed, found in by_seed.items():
                 tags = {
-                    "group": f"{arm} steps={steps}",
+                    "arm": arm,
+                    "group": f"{arm} steps={steps} rate=0.5",
                     "cell.bindings": json.dumps([f"{arm}/run.steps = {steps}"]),
                 }
                 name = f"{arm}_{steps}"
@@ -243,7 +244,11 @@ def test_axis_over_the_budget_makes_sections_and_no_difference_across_them(tmp_p
     ]
     for compared in report.compared:
         assert len(compared.section.groups) == 2
-        assert compared.baseline == compared.section.groups[0]
+        assert compared.baseline == compared.section.groups[1]  # flow_matching, by its arm
+    swapped = build_report(read_runs([runs]), baseline="mean_flow")
+    assert swapped.compared[1].baseline == "mean_flow steps=40 rate=0.5"
+    for text in outputs(report).values():  # a name with a dot is a name
+        assert text.count("mean_flow steps=40 rate=0.5") > 1
 
 
 def test_axis_elsewhere_does_not_excuse_another_budget(tmp_path):

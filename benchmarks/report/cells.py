@@ -114,7 +114,7 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
     found = folders_of(runs, tracking_uri)
     records = {record.id: record for record in map(read_record, found.started)}
     own = {r.folder: (r, state_in(r.folder)) for r in records.values() if "arm" in r.tags}
-    groups = {record.folder: _group(record) for record, _ in own.values()} | found.groups
+    groups = {**{folder: _group(record) for folder, (record, _) in own.items()}, **found.groups}
     done = [_cell(r, groups[r.folder]) for r, state in own.values() if state.status == "finished"]
     others = [
         _unfinished(r, groups[r.folder], state)

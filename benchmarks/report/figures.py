@@ -40,7 +40,7 @@ def plotly_panel(panel: Panel, looks: Mapping[str, Look], *, legend: bool) -> di
         "showlegend": legend,
         "legend": {"orientation": "h", "y": -0.25},
         "hovermode": "closest",
-        "margin": {"l": 60, "r": 12, "t": 40, "b": 52},
+        "margin": {"l": 60, "r": 12, "t": 40, "b": 58},
     }
     if panel.ticks:
         labels = [f"{tick:g}" for tick in panel.ticks]
@@ -114,13 +114,13 @@ def save_figure(figure: Figure, looks: Mapping[str, Look], stem: Path) -> list[P
             axes = sheet.add_subplot(lines, columns, i + 1)
             _draw(axes, panel, looks)
         handles = {
-            line.get_label(): line
+            str(line.get_label()): line
             for axes in sheet.axes
             for line in axes.get_lines()
             if not str(line.get_label()).startswith("_")
         }
         sheet.legend(
-            handles.values(), handles.keys(), loc="outside lower center", frameon=False,
+            list(handles.values()), list(handles), loc="outside lower center", frameon=False,
             ncols=max(1, min(len(handles), 2 * columns)),
         )  # fmt: skip
         paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]

@@ -89,15 +89,15 @@ class Report:
 
 def build_report(runs: Runs, *, baseline: str = "", force: bool = False) -> Report:
     """The tables; ValueError for rows that cannot stand side by side, or an unknown baseline."""
-    if baseline and baseline not in runs.groups:
-        raise ValueError(f"no row is called {baseline!r}; there are {', '.join(runs.groups)}")
+    if baseline and not _row(runs.cells, baseline):
+        raise ValueError(f"no row or arm is {baseline!r}; there are {', '.join(runs.groups)}")
     made = [_compared(section, baseline) for section in sections(runs.cells, force=force)]
     return Report(runs=runs, compared=tuple(made))
 
 
 def _compared(section: Section, wanted: str) -> Compared:
     groups = section.groups
-    baseline = next((g for g in (wanted, BASELINE) if g in groups), groups[0])
+    baseline = _row(section.cells, wanted) or _row(section.cells, BASELINE) or groups[0]
     against = next((c.group for c in section.cells if c.result.objective == BASELINE), baseline)
     return Compared(
         section=section,
@@ -106,6 +106,12 @@ def _compared(section: Section, wanted: str) -> Compared:
         costs={group: _cost(section, group, against) for group in groups},
         against=against,
     )
+
+
+def _row(cells: Sequence[Cell], name: str) -> str:
+    """The row of this name, or the first one of the arm; "" for neither."""
+    found = (cell.group for cell in cells if name in (cell.group, cell.record.tags["arm"]))
+    return next(found, "")
 
 
 def _tables(section: Section, baseline: str) -> list[Table]:

@@ -69,9 +69,6 @@ class Viewer:
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(strip.group for strip in self.strips))
 
-    def at(self, nfe: int) -> list[Strip]:
-        return [strip for strip in self.strips if strip.nfe == nfe]
-
 
 def viewer_of(section: Section) -> Viewer | None:
     """None where nothing that can be shown was kept."""

@@ -52,6 +52,12 @@ def heading(table: Table) -> str:
     return f"{table.title} ({table.better} is better)" if table.better else table.title
 
 
+def seeds(table: Table, group: str) -> str:
+    """How many seeds a row has."""
+    entries = (column.entries.get(group) for column in table.columns)
+    return ", ".join(map(str, sorted({entry.value.n for entry in entries if entry}))) or "0"
+
+
 def single(compared: Compared) -> bool:
     """Whether some row has one seed alone."""
     entries = (e for t in compared.tables for c in t.columns for e in c.entries.values())
@@ -114,17 +120,11 @@ def _metric(compared: Compared, table: Table) -> str:
     rows = []
     for group in compared.section.groups:
         entries = [column.entries.get(group) for column in table.columns]
-        counts = sorted({entry.value.n for entry in entries if entry})
-        rows.append([_flagged(compared, group), _counted(counts), *map(_entry, entries)])
+        rows.append([_flagged(compared, group), seeds(table, group), *map(_entry, entries)])
     if any(column.real for column in table.columns):
         real = [column.real for column in table.columns]
-        counts = sorted({value.n for value in real if value})
-        rows.append(["real data", _counted(counts), *map(plus_minus, real)])
+        rows.append(["real data", str(max(v.n for v in real if v)), *map(plus_minus, real)])
     return _table(["row", "n", *(column.label for column in table.columns)], rows)
-
-
-def _counted(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, counts)) or "0"
 
 
 def _entry(entry: Entry | None) -> str:
