@@ -31,7 +31,7 @@ def start(words: Sequence[str], processes: int) -> int:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(processes)),
     }
     started = []
@@ -113,7 +113,7 @@ def _threads(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

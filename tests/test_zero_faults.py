@@ -14,7 +14,7 @@ import psutil
 import pytest
 from tiny_runs import NETWORK, entries, losses, sets, zoo
 
-from benchmarks.launch import start
+from benchmarks.launch import free_port, start
 from trainers.checkpoint import checkpoints
 
 pytestmark = pytest.mark.deepspeed
@@ -51,7 +51,13 @@ class Run:
         self.out, self.log = folder / "out", folder / "log.txt"
         (folder / "tiny.gin").write_text(GIN.format(imports=imports))
         words = ["run", str(folder / "tiny.gin"), "--out", str(self.out)]
-        words += ["--launcher", "deepspeed", "--ranks", str(ranks), *(["--resume"] if resume else [])]
+        words += [
+            "--launcher",
+            "deepspeed",
+            "--ranks",
+            str(ranks),
+            *(["--resume"] if resume else []),
+        ]
         words += sets(*NETWORK, *bindings)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cli", *words],
@@ -110,6 +116,7 @@ def running() -> Iterator[Callable[..., Run]]:
         run.close()
 
 
+@pytest.mark.faults
 def test_killed_process_ends_the_others_and_the_run_resumes_exactly(
     tmp_path: Path, running: Callable[..., Run]
 ) -> None:
@@ -251,25 +258,37 @@ def _by_hand(folder: Path, rank: int, port: int, *more: str) -> subprocess.Popen
     )  # fmt: skip
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("late", [False, True], ids=["typo", "late"])
-def test_a_process_that_starts_late_or_with_other_words(tmp_path: Path, late: bool) -> None:
-    (tmp_path / "tiny.gin").write_text(GIN.format(imports=""))
-    first = _by_hand(tmp_path, 0, 29471 + late, "run.steps = 3")
-    time.sleep(10.0 if late else 0.0)
-    second = _by_hand(tmp_path, 1, 29471 + late, "run.steps = 3" if late else "run.stesp = 3")
+def _two(folder: Path, wait: float, *bindings: str) -> tuple[list[int], list[str]]:
+    """Two processes as torchrun would start them, the second later and with its own bindings."""
+    (folder / "tiny.gin").write_text(GIN.format(imports=""))
+    port = free_port()
+    first = _by_hand(folder, 0, port, bindings[0])
+    time.sleep(wait)
+    second = _by_hand(folder, 1, port, bindings[1])
     try:
         told = [process.communicate(timeout=PATIENCE)[1] for process in (first, second)]
     finally:
         first.kill()
         second.kill()
-    if late:
-        assert (first.returncode, second.returncode) == (0, 0), told
-        assert (tmp_path / "out" / "dumo" / "result.json").exists()
-    else:
-        assert (first.returncode, second.returncode) == (2, 2), told
-        assert all("process 1 was started with other words" in text for text in told)
-        assert "run.stesp" in told[0]
+    return [first.returncode, second.returncode], told
+
+
+def test_processes_of_any_launcher_make_one_run_and_wait_for_a_late_one(tmp_path: Path) -> None:
+    ended, told = _two(tmp_path, 10.0, "run.steps = 3", "run.steps = 3")
+    assert ended == [0, 0], told
+    assert (tmp_path / "out" / "dumo" / "result.json").exists()
+    assert (tmp_path / "out" / "dumo" / "deepspeed.json").exists()
+    assert sorted(losses(tmp_path / "out" / "dumo")) == [1, 2, 3]
+    assert "dumo finished" in told[0]
+    assert "dumo" not in told[1]  # one process speaks
+
+
+@pytest.mark.faults
+def test_process_with_other_words_ends_all(tmp_path: Path) -> None:
+    ended, told = _two(tmp_path, 0.0, "run.steps = 3", "run.stesp = 3")
+    assert ended == [2, 2], told
+    assert all("process 1 was started with other words" in text for text in told)
+    assert "run.stesp" in told[0]
 
 
 def test_launcher_wants_a_process() -> None:
