@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,13 +88,14 @@ def _latents(pictures: Path, data: Path) -> Path:
         from diffusers import AutoencoderKL
 
         torch.manual_seed(0)
-        AutoencoderKL(
+        vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(8, 8, 8),
             norm_num_groups=4,
             latent_channels=4,
-        ).save_pretrained(data / "vae")
+        )
+        vae.save_pretrained(data / "vae")
     encoder = Encoder(vae=find_vae(str(data / "vae")), resolution=SIDE)
     encode(pictures, data / "latents", encoder, device="cpu")
     return data / "latents"
