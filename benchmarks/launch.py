@@ -57,7 +57,7 @@ def start(words: Sequence[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def joined(lead: Callable[[], None], words: Sequence[str]) -> None:
+def joined(lead: Callable[[], object], words: Sequence[str]) -> None:
     """In a process of several: lead, or follow the one that does."""
     ranks.join()
     everyones = ranks.gathered(list(words))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from benchmarks.record_file import RECORD, Record, read_record
 from benchmarks.tracking import Null
@@ -86,6 +86,7 @@ class SuccessiveHalving:
         pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=self.min_steps, reduction_factor=self.reduction
         )
+        direction: Literal["minimize", "maximize"]
         direction = "minimize" if self.better == "lower" else "maximize"
         study = optuna.create_study(pruner=pruner, direction=direction)
         trials = {cell: study.ask() for cell in dict.fromkeys(r.cell for r in reports)}
