@@ -261,9 +261,10 @@ class Sampler(Protocol):
     construction for an nfe that the method cannot have.
     """
 
-    nfe: int
     heads: ClassVar[tuple[str, ...]]
 
+    @property
+    def nfe(self) -> int: ...
     def __call__(
         self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator
     ) -> Tensor: ...
