@@ -54,7 +54,8 @@ def cell(
     objective = objective or arm
     with Jsonl().start(arm, folder, parent, {"arm": arm, "objective": objective}) as record:
         record.tags({**measured, **(tags or {})})
-        record.params({**bound, f"{objective}.path": "@linear()", "run.seed": seed})
+        params = {k: bound[v[1:]] if v.startswith("%") else v for k, v in bound.items() if "." in k}
+        record.params({**params, f"{objective}.path": "@linear()", "run.seed": seed})
         record.text("".join(f"{k} = {v}\n" for k, v in bound.items()), "operative.gin")
         record.text("# all of it\n", "config.gin")
         for step in (5, 10, 20):

@@ -332,10 +332,20 @@ def test_differences_show_only_what_differs(written):
         assert f"\n| {fact} " in shared
 
 
-def test_macros_are_shown_by_their_value(written):
-    text = (written / "report.md").read_text()
-    assert "20 steps at batch 8" in text
-    assert "%STEPS" not in text
+@pytest.mark.parametrize("binding", ["STEPS = {}", "dumo/run.steps = {}", "include '{}.gin'"])
+def test_axis_over_the_budget_may_be_a_key_a_macro_or_a_file(tmp_path, binding):
+    runs = comparison(tmp_path / "runs", {})
+    for steps in ("20", "40"):
+        more = {"cell.bindings": json.dumps([binding.format(steps)])}
+        settings = {"STEPS": steps}
+        cell(runs, f"dumo_{steps}", 0, values(1.0, 1.0), tags=more, settings=settings)
+    away = comparison(tmp_path / "away", {"mean_flow": {0: values(1.0, 1.0)}})
+    assert len(sections(read_runs([runs]).cells)) == 2
+    more = {"tags": {"measured.samples": "5"}}
+    other = comparison(tmp_path / "other", {"shortcut": {0: values(1.0, 1.0)}}, **more)
+    if "include" not in binding:  # a file may bind anything
+        with pytest.raises(ValueError, match="samples: 5"):
+            sections(read_runs([runs, away, other]).cells)
 
 
 def test_overhead_is_over_flow_matching_seed_by_seed(two_rows):

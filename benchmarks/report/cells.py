@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from benchmarks.record_file import RECORD, Record, read_record
 from benchmarks.report.found import CELL, folders_of
 from benchmarks.results import Result
 from benchmarks.states import State, state_in
+from registry import gin_setup
 
 # Where and how a run is recorded, continued or stopped: no part of what a row is.
 _ASIDE = ("run.seed", "run.recorder", "run.checkpoint_seconds", "run.pruner", "parameters")
@@ -53,15 +54,19 @@ class Cell:
 
     @cached_property
     def bindings(self) -> dict[str, str]:
-        """The settings that took effect, without the arm's name and with macros replaced."""
-        params = self.record.params
-        changed = {key: self.record.tags.get(f"changed.{key}", params[key]) for key in params}
-        macros = {key: value for key, value in changed.items() if "." not in key}
+        """The settings that took effect, without the arm's name."""
+        params, tags = self.record.params, self.record.tags
         return {
-            key: _expanded(value, macros)
-            for key, value in changed.items()
-            if "." in key and key not in _ASIDE and not key.startswith(self._aside)
+            key: tags.get(f"changed.{key}", value)
+            for key, value in params.items()
+            if key not in _ASIDE and not key.startswith(self._aside)
         }
+
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The settings as the gin text has them, macros not replaced, by key without scopes."""
+        text = gin_setup.bindings_of(self.record.text("operative.gin"))
+        return {key.split("/")[-1]: value for key, value in text.items()}
 
     @cached_property
     def axes(self) -> frozenset[str]:
@@ -146,10 +151,6 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
 def command_of(record: Record) -> str:
     words = ["objective-zoo", "run", str(record.folder / "config.gin")]
     return record.tags.get("cell.command") or shlex.join(words)
-
-
-def _expanded(value: str, macros: Mapping[str, str]) -> str:
-    return re.sub(r"%(\w+)", lambda m: macros.get(m[1], m[0]), value)
 
 
 def _group(record: Record) -> str:

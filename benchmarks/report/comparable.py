@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.report.cells import Cell
-from registry import gin_setup
 
 UNSTATED = "not recorded"
 
@@ -115,14 +114,15 @@ def _declared(cells: Sequence[Cell]) -> list[str]:
 
 def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
     """Whether the axis is one of these keys, a field of their parts, or a macro that they read."""
-    texts = [gin_setup.bindings_of(cell.record.text("operative.gin")) for cell in cells]
-    params = [{key.split("/")[-1]: value for key, value in text.items()} for text in texts]
-    parts = {name for p in params for key in keys for name in re.findall(r"@(\w+)", p.get(key, ""))}
+    written = [cell.written for cell in cells]
+    parts = {
+        name for w in written for key in keys for name in re.findall(r"@(\w+)", w.get(key, ""))
+    }
     part, _, name = axis.partition(".")
     if axis == "include" or part in parts or axis in keys or name in keys:
         return True
     read = re.compile(rf"%{re.escape(axis)}\b")
-    concerned = (v for p in params for k, v in p.items() if k in keys or k.split(".")[0] in parts)
+    concerned = (v for w in written for k, v in w.items() if k in keys or k.split(".")[0] in parts)
     return any(map(read.search, concerned))
 
 
