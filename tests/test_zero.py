@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from zero_work import OPTIONS, STAGES, found, names, train
 
 from trainers import AdamW, Budget, TorchEngine
-from trainers.checkpoint import BrokenCheckpoint
+from trainers.checkpoint import BrokenCheckpoint, latest
 from trainers.zero import LossScale, ZeroEngine
 from trainers.zero_checkpoint import Pieces, consolidate
 from trainers.zero_derivatives import with_differences
@@ -261,6 +263,20 @@ def test_consolidated_weights_are_those_of_the_checkpoint(resumed: Any, tmp_path
     assert any(not torch.equal(net[name], ema[name]) for name in net)
     with pytest.raises(ValueError, match=r"no average at decay 0.7; it has 0.5, 0.9"):
         consolidate(checkpoint, tmp_path / "x.safetensors", decay="0.7")
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "zero.json"])
+def test_piece_that_was_truncated_is_refused_by_name(
+    name: str, resumed: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(resumed[1] / "stage3" / "checkpoints", folder)
+    path = folder / "step_00000002" / name
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(BrokenCheckpoint, match="none of the 1 checkpoints"):
+        latest(folder)
+    assert f"{path} has" in caplog.text
 
 
 @pytest.mark.deepspeed

@@ -51,13 +51,8 @@ class Run:
         self.out, self.log = folder / "out", folder / "log.txt"
         (folder / "tiny.gin").write_text(GIN.format(imports=imports))
         words = ["run", str(folder / "tiny.gin"), "--out", str(self.out)]
-        words += [
-            "--launcher",
-            "deepspeed",
-            "--ranks",
-            str(ranks),
-            *(["--resume"] if resume else []),
-        ]
+        words += ["--launcher", "deepspeed", "--ranks", str(ranks)]
+        words += ["--resume"] if resume else []
         words += sets(*NETWORK, *bindings)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cli", *words],
