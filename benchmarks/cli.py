@@ -201,6 +201,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of noise and draws")
     parser.add_argument("--batch-size", type=int, default=256, help="rows in the network at a time")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of this machine, one a GPU")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="every sample as a PNG")
     parser.add_argument("--out", type=Path, help="default: RUN/evaluation")
     parser.add_argument("--cache", type=Path, help="features of the reference")
@@ -364,6 +365,14 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from trainers import ranks
+
+    if arguments.ranks > 1 and not ranks.launched():
+        from benchmarks.launch import start
+
+        if status := start(arguments.words[1:], arguments.ranks):
+            raise SystemExit(status)
+        return
     from benchmarks.evaluate_run import Request, evaluate_run, table
 
     request = Request(

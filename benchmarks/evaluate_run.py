@@ -1,8 +1,8 @@
 """The protocol of published tables, for a finished run: many samples, class-balanced, streamed.
 
 Samples are drawn in blocks of 256, whose noise, labels and draws depend on the seed and the row
-alone, so the numbers are those of any batch size and any number of processes (`torchrun
---nproc-per-node 8 -m benchmarks.cli evaluate RUN`). Of each block only its features are kept, in
+alone, so the numbers are those of any batch size and any number of processes (`--ranks 8`, or
+torchrun's). Of each block only its features are kept, in
 
     OUT/features/                 see benchmarks/feature_blocks.py; a killed evaluation continues
     OUT/evaluation.json           values, and everything that they depend on
@@ -91,13 +91,14 @@ def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dic
         side = _Side(folder, request, out)
         real, metrics = side.real()
         side.draw()
-        if not ranks.leads():
-            return {}
-        values, notes = side.measure(real, metrics)
-        out.mkdir(parents=True, exist_ok=True)
-        about = {"run": str(folder), **side.about(), "values": values, **notes}
-        (out / EVALUATION).write_text(json.dumps(about, indent=2) + "\n")
-        (out / EVALUATION).with_suffix(".md").write_text(table(values))
+        values: dict[str, float] = {}
+        if ranks.leads():
+            values, notes = side.measure(real, metrics)
+            out.mkdir(parents=True, exist_ok=True)
+            about = {"run": str(folder), **side.about(), "values": values, **notes}
+            (out / EVALUATION).write_text(json.dumps(about, indent=2) + "\n")
+            (out / EVALUATION).with_suffix(".md").write_text(table(values))
+        ranks.gathered(None)  # one that leaves early would be missed
         return values
 
 
