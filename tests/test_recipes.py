@@ -217,8 +217,27 @@ def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
     assert result.steps == 4
     assert all(f"nfe{n}/kid_pixels" in result.values for n in gin_setup.query("run.nfe"))
     folder = next(path.parent for path in (tmp_path / "out").glob("*/record.jsonl"))
-    logged = [e["values"] for e in entries(folder, "metrics")]
-    assert all(torch.tensor(values["loss"]).isfinite() for values in logged if "loss" in values)
+    logged = [e["values"] for e in entries(folder, "metrics") if "loss" in e["values"]]
+    assert all(torch.tensor(values["loss"]).isfinite() for values in logged)
+    if recipe in UNGUIDED_AT_FIRST:
+        check_first_loss(logged[0][f"terms/{UNGUIDED_AT_FIRST[recipe]}"])
+
+
+# A network starts at zero, where these targets are the conditional velocity on every row.
+UNGUIDED_AT_FIRST = {
+    "flow_matching_xl2": "v",
+    "mean_flow_b2": "u",
+    "shortcut_b2": "v",
+    "dumo_xl2": "v",
+    "mean_flow_cifar10": "u",
+}
+
+
+def check_first_loss(found: float) -> None:
+    """The mean square of x1 - x0, which is 1 + that of x0, within four standard errors."""
+    x0, _ = gin_setup.build("run.dataset").batch(0, 8, 0)
+    m = float((x0**2).mean())
+    assert abs(found - (1 + m)) < 4 * ((2 + 4 * m) / (7 / 8 * x0.numel())) ** 0.5
 
 
 @pytest.mark.slow
