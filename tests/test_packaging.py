@@ -57,6 +57,11 @@ def test_wheel_holds_every_gin_file_as_shared_data(contents):
     assert shared == files("gin", ".gin") != set()
 
 
+def test_wheel_holds_what_the_reports_page_is_made_of(contents):
+    assets = {name for name in contents if name.startswith("benchmarks/report/assets/")}
+    assert assets == files("benchmarks/report/assets", "") - {"benchmarks/report/assets"} != set()
+
+
 def test_wheel_carries_its_license(contents):
     assert f"{INFO}/licenses/LICENSE" in contents
 
