@@ -156,9 +156,9 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def run(pictures: Path, arm: str, out: Path, *bindings: str):
-    bound = (*RUN, f"image_folder.folder = '{pictures}'", "unet.channels = 8", *bindings)
-    bound = tuple(b for b in bound if not b.startswith("unet."))
+def run(pictures: Path, arm: str, out: Path, *bindings: str, backbone: str = "lightning_dit"):
+    bound = [binding.replace("lightning_dit", backbone) for binding in RUN]
+    bound += [f"image_folder.folder = '{pictures}'", *bindings]
     return zoo("run", "experiments/digits.gin", "--arm", arm, "--out", out, *sets(*bound))
 
 
@@ -208,3 +208,19 @@ def test_start_for_other_data_is_refused(pictures, tmp_path):
     assert done.status == 2
     assert "the shape of its data is (3, 8, 8); that of image_folder is (3, 16, 16)" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_predictor_teaches_only_a_student_with_other_weights(pictures, tmp_path):
+    save_file(transformer_state(out=6), tmp_path / "dit.safetensors")
+    save_file(transformer_state(out=6), tmp_path / "sit.safetensors")
+    bound = [
+        "frozen.pretrain = 0.0",
+        f"frozen.checkpoint = '{tmp_path / 'dit.safetensors'}'",
+        "frozen.layout = 'dit'",
+    ]
+    done = run(pictures, "decm", tmp_path / "alone", *bound, backbone="dit")
+    assert done.status == 2
+    assert "it needs run.start_from, other weights for the student" in done.err
+    start = [f"run.start_from = '{tmp_path / 'sit.safetensors'}'", "run.start_layout = 'sit'"]
+    done = run(pictures, "decm", tmp_path / "out", *bound, *start, backbone="dit")
+    assert done.status == 0, done.err

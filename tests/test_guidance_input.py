@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from backbone_cases import awake, inputs, small
+from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
 import registry
 from benchmarks.conformance.subject import MIXTURE, law_batch
@@ -232,3 +233,20 @@ def test_wrapped_sampler_is_checked_as_if_alone():
         ClassifierFree(interval=(0.8, 0.2))
     with pytest.raises(ValueError, match="nfe"):
         ClassifierFree(nfe=0)
+
+
+# runs
+
+
+def test_run_with_drawn_guidance_needs_the_input_and_is_sampled_with_it(tmp_path):
+    def run(out, *bindings):
+        bound = (*FILE_ONLY, "mean_flow.guidance = @log_uniform_guidance()", *bindings)
+        return zoo("run", DIGITS, "--arm", "mean_flow", "--out", tmp_path / out, *sets(*bound))
+
+    done = run("deaf")
+    assert done.status == 2
+    assert "Bind dit.guidance_input = True" in done.err
+    sampler = ("run.sampler = @input_guidance()", "input_guidance.scale = 3.0")
+    done = run("told", "dit.guidance_input = True", *sampler)
+    assert done.status == 0, done.err
+    assert "input_guidance" in done.out
