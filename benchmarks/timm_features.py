@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.features import extract, file_sha256, image_rules
 from registry import extractors
@@ -79,12 +79,12 @@ class TimmFeatures:
 
 
 @lru_cache(maxsize=2)
-def _timm_net(model: str, weights: str, size: int | None, device: str) -> nn.Module:
+def _timm_net(model: str, weights: str, size: int | None, device: str) -> Any:
     from timm.models import create_model, get_pretrained_cfg, load_state_dict
 
-    resized: dict[str, Any] = (
-        {"img_size": size} if size and get_pretrained_cfg(model).fixed_input_size else {}
-    )
+    config = get_pretrained_cfg(model)
+    fixed = config is not None and config.fixed_input_size
+    resized: dict[str, Any] = {"img_size": size} if size and fixed else {}
     net: Any = create_model(model, pretrained=False, num_classes=0, **resized)
     try:
         found = load_state_dict(weights)
