@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import evaluate
 from benchmarks.experiment import Experiment
@@ -38,12 +39,12 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
     net = copy.deepcopy(experiment.net).train()
     if experiment.compile:
         compile_in_place(net)
-    params = list(net.parameters())
-    averages = [
+    params: list[Tensor] = list(net.parameters())
+    averages: list[tuple[float, list[Tensor]]] = [
         (decay, list(copy.deepcopy(net).requires_grad_(False).parameters()))
         for decay in experiment.ema_decay
     ]
-    optimizer = experiment.optimizer.build(params)
+    optimizer = experiment.optimizer.build(net.parameters())
     device, n = experiment.device, experiment.batch_size
     images, cond = experiment.dataset.reference(max(experiment.dataset.size, n), 0)
     while True:
