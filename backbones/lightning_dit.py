@@ -74,7 +74,8 @@ class LightningDiT(PatchTransformer):
     """
 
     reference: ClassVar = Reference(
-        title="Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion",
+        title="Reconstruction vs. Generation: "
+        "Taming Optimization Dilemma in Latent Diffusion Models",
         authors="Yao et al.",
         year=2025,
         arxiv="2501.01423",
