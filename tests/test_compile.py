@@ -91,6 +91,7 @@ def test_run_compile_trains_compiled(monkeypatch, tmp_path):
     assert compiler.calls == 4  # as many as there are steps: derivatives are not
     eager, compiled = (losses(tmp_path / name / "mean_flow") for name in ("eager", "compiled"))
     assert eager == compiled
+    assert losses(tmp_path / "eager" / "mean_flow", "cost/passes_per_step") == {0: 3.5}
 
 
 def built(*bindings: str):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-_control: dist.ProcessGroup | None = None  # over gloo; None is the default group, which is
+_control: Any = None  # the group over gloo; None is the default group, which is
 
 
 def launched() -> bool:

@@ -83,6 +83,7 @@ class ZeroEngine:
 
     module: TrainStep = field(init=False, repr=False)
     config: dict[str, Any] = field(init=False, repr=False)  # DeepSpeed's, once prepared
+    _deepspeed: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
@@ -146,7 +147,7 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
-        if hasattr(self, "_deepspeed"):
+        if self._deepspeed is not None:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
         with _quiet_deepspeed(device) as deepspeed:

@@ -11,7 +11,7 @@ know the stage. The places are private names of DeepSpeed; its version is held i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,8 @@ def local(param: Any) -> Tensor:
 
 
 def weight_pieces(module: nn.Module) -> Iterator[Piece]:
-    for name, param in module.named_parameters():
+    params: Iterable[tuple[str, Any]] = module.named_parameters()
+    for name, param in params:
         if is_sharded(param):
             start, length = _range(param)
             yield Piece(name, start, param.ds_tensor.data.view(-1)[:length])
@@ -73,7 +74,8 @@ def weight_pieces(module: nn.Module) -> Iterator[Piece]:
 
 def state_pieces(module: nn.Module, optimizer: Any) -> Iterator[StatePiece]:
     """`optimizer` is what deepspeed.initialize gave back."""
-    for name, param in module.named_parameters():
+    params: Iterable[tuple[str, Any]] = module.named_parameters()
+    for name, param in params:
         if not param.requires_grad:
             continue
         if is_sharded(param):
