@@ -88,14 +88,14 @@ def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dic
     finished_run(folder)
     out = out or folder / "evaluation"
     with _processes():
-        side = _Side(folder, request, out)
-        real, metrics = side.real()
-        side.draw()
+        evaluation = _Evaluation(folder, request, out)
+        real, metrics = evaluation.real()
+        evaluation.draw()
         values: dict[str, float] = {}
         if ranks.leads():
-            values, notes = side.measure(real, metrics)
+            values, notes = evaluation.measure(real, metrics)
             out.mkdir(parents=True, exist_ok=True)
-            about = {"run": str(folder), **side.about(), "values": values, **notes}
+            about = {"run": str(folder), **evaluation.about(), "values": values, **notes}
             (out / EVALUATION).write_text(json.dumps(about, indent=2) + "\n")
             (out / EVALUATION).with_suffix(".md").write_text(table(values))
         ranks.gathered(None)  # one that leaves early would be missed
@@ -132,7 +132,7 @@ def _cells(values: Mapping[str, float], nfe: str, names: Sequence[str]) -> list[
     return [f"{values[f'{nfe}/{name}']:.4g}" for name in names]
 
 
-class _Side:
+class _Evaluation:
     """One evaluation while it lasts: the run that is measured and what is kept of its samples."""
 
     def __init__(self, folder: Path, request: Request, out: Path):

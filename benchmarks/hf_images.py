@@ -97,14 +97,18 @@ def _described(table: Any) -> str:
 
 
 def _labels(table: Any, column: str, path: str) -> tuple[Tensor, tuple[str, ...]]:
-    labels = torch.tensor(table[column][:])
-    names = getattr(table.features[column], "names", None) or range(int(labels.max()) + 1)
-    if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+    """Class indices and names; texts are classes in sorted order."""
+    values, names = list(table[column]), getattr(table.features[column], "names", None)
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        values = [names.index(value) for value in values]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        odd = next(value for value in values if not (isinstance(value, int) and value >= 0))
         raise ValueError(
-            f"the labels {column!r} of {path} are no classes from 0 on; the lowest is "
-            f"{labels.min()}. A split without labels has -1"
+            f"the labels {column!r} of {path} are no classes: {odd!r} among them. A split without "
+            "labels has -1"
         )
-    return labels.long(), tuple(map(str, names))
+    return torch.tensor(values), tuple(map(str, names or range(max(values) + 1)))
 
 
 def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.features import WEIGHTS_VARIABLE, file_sha256
-from benchmarks.image_files import find_pictures, read_pictures
+from benchmarks.image_files import check_pictures, find_pictures, read_pictures
 from benchmarks.streams import StoredSet
 from registry.protocols import Coded, Dataset
 
@@ -97,6 +97,7 @@ def _of_folder(folder: Path, shape: tuple[int, ...]) -> Real:
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"samples of shape {shape} cannot be compared with a folder of pictures")
     files = find_pictures(folder, labelled=False).files
+    check_pictures(files)
     with ThreadPoolExecutor() as pool:
         digests = "\n".join(pool.map(_file_digest, files))
     content = hashlib.sha256(digests.encode()).hexdigest()

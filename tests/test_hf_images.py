@@ -62,6 +62,10 @@ def test_columns_are_named_where_several_could_be_meant(tmp_path) -> None:
     assert not dataset.stored.pixels.any()
     assert dataset.stored.labels.tolist() == [5, 6, 7, 5]
     assert dataset.num_classes == 8
+    texts = tmp_path / "texts"
+    table(3, word=(["b", "a", "b"], hf.Value("string")))[0].save_to_disk(texts)
+    words = HfImages(path=str(texts), label="word", resolution=8).stored
+    assert (words.labels.tolist(), words.classes) == ([1, 0, 1], ("a", "b"))
     with pytest.raises(ValueError, match=r"'kinds' is no column. Did you mean 'kind'"):
         HfImages(path=str(tmp_path), image="img", label="kinds")
 
