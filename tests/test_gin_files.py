@@ -140,11 +140,13 @@ def test_data_file_gives_batches(file, tmp_path, tmp_path_factory):
     assert x0.shape == (4, *dataset.shape)
 
 
-def test_trainer_file_is_used_to_the_last_binding():
+@pytest.mark.parametrize("file", in_folder("trainer"))
+def test_trainer_file_is_used_to_the_last_binding(file):
+    below = [] if file == "trainer/cpu.gin" else ["trainer/cpu.gin"]
     gin_setup.parse(
-        ["data/gaussian.gin", "objective/flow_matching.gin", *in_folder("trainer")],
+        ["data/gaussian.gin", "objective/flow_matching.gin", *below, file],
         ["run.objective = @flow_matching()", "run.steps = 1", *SMALL_MLP],
     )
     run()
-    bound = gin_setup.bindings_of((ROOT / "trainer/cpu.gin").read_text())
+    bound = gin_setup.bindings_of((ROOT / file).read_text())
     assert [key for key in gin_setup.inert_bindings() if key in bound] == []
