@@ -151,6 +151,7 @@ class ZeroEngine:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
         with _quiet_deepspeed(device) as deepspeed:
+            deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes over what is joined
             if self.stage == 3:  # weight by weight, so that no device ever holds them all
                 deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config))
         self.module = module.to(device).train()
