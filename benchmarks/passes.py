@@ -22,6 +22,7 @@ from trainers.engines import TrainStep
 from trainers.rng import generator
 
 COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
+COUNTED_ROWS = 64  # at most: quotas are rounded to rows, and a large batch would take long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +39,18 @@ class Passes:
 
 
 def passes_per_step(experiment: Experiment) -> Passes:
-    """The mean over the first steps, at the number of rows that the engine hands over at once."""
+    """The mean over the first steps."""
     dataset, device = experiment.dataset, experiment.device
     step = TrainStep(experiment.net, experiment.objective).to(device).train()
+    rows = min(experiment.batch_size, COUNTED_ROWS)
 
     def batch(number: int) -> Batch:
-        x0, cond = dataset.batch(number, experiment.batch_size, experiment.seed)
+        x0, cond = dataset.batch(number, rows, experiment.seed)
         cond = cond and {name: value.to(device) for name, value in cond.items()}
-        whole = Batch(x0.to(device), cond, number, number / COUNTED_STEPS)
-        return next(experiment.engine.shares(whole))
+        return Batch(x0.to(device), cond, number, number / COUNTED_STEPS)
 
-    return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
+    with experiment.engine.autocast(device):
+        return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
 
 
 def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes:
