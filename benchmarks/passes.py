@@ -22,6 +22,7 @@ from trainers.engines import TrainStep
 from trainers.rng import generator
 
 COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
+LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
 COUNTED_ROWS = 64  # at most: quotas are rounded to rows, and a large batch would take long
 
 
@@ -39,7 +40,7 @@ class Passes:
 
 
 def passes_per_step(experiment: Experiment) -> Passes:
-    """The mean over the first steps."""
+    """The mean over steps late in a run."""
     dataset, device = experiment.dataset, experiment.device
     step = TrainStep(experiment.net, experiment.objective).to(device).train()
     rows = min(experiment.batch_size, COUNTED_ROWS)
@@ -47,7 +48,7 @@ def passes_per_step(experiment: Experiment) -> Passes:
     def batch(number: int) -> Batch:
         x0, cond = dataset.batch(number, rows, experiment.seed)
         cond = cond and {name: value.to(device) for name, value in cond.items()}
-        return Batch(x0.to(device), cond, number, number / COUNTED_STEPS)
+        return Batch(x0.to(device), cond, LATE + number, 1.0)
 
     with experiment.engine.autocast(device):
         return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)

@@ -132,13 +132,12 @@ def test_teacher_that_does_not_fit_is_refused_before_training(flow_matching, tmp
 
 @dataclass(frozen=True, kw_only=True)
 class StoppedStudent(DECM):
-    """DE-CM that signals its own process at step 1 of the training, once."""
+    """DE-CM that signals its own process at step 1, once."""
 
     mark: str = ""
 
     def loss(self, net, batch, rng):
-        training = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        if training and batch.step == 1 and not Path(self.mark).exists():
+        if batch.step == 1 and not Path(self.mark).exists():
             Path(self.mark).touch()
             os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(net, batch, rng)
