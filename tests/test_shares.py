@@ -55,7 +55,12 @@ def test_share_cuts_conditions_and_passes_none_on():
 
 
 def test_every_objective_is_shared_here():
-    assert set(registry.objectives.names()) <= set(OBJECTIVES)
+    ours = {
+        name
+        for name in registry.objectives.names()
+        if registry.objectives.get(name).__module__.startswith("zoo.")  # not those of other tests
+    }
+    assert ours <= set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
