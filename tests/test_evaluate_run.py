@@ -88,6 +88,7 @@ def test_features_do_not_depend_on_the_batch_size(whole, run_folder, tmp_path) -
         assert (features != other[name]).float().mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_number_of_one(whole, run_folder, tmp_path) -> None:
     words = ("evaluate", run_folder, "--num", NUM, "--nfe", 1, 3, "--features", "pixels")
     command = [sys.executable, "-m", "benchmarks.cli", *map(str, words), "--ranks", "2"]

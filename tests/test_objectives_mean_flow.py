@@ -168,6 +168,7 @@ def test_guidance_needs_labels():
         watch(MeanFlow(omega=2.0), labels="none")
 
 
+@pytest.mark.slow
 def test_adaptive_weight_moves_the_optimum_at_a_skewed_mixture():
     """Which is why the suite sets it aside; without it nothing moves, as the suite shows."""
     subject = Subject("mean_flow", lambda: MeanFlow(times=HALF))

@@ -192,6 +192,7 @@ run.recorder = @jsonl()
 """
 
 
+@pytest.mark.slow
 def test_weak_arm_of_a_grid_is_pruned_and_runs_on_only_without_the_pruner(tmp_path: Path) -> None:
     (tmp_path / "grid.gin").write_text(GRID)
     words = ("grid", tmp_path / "grid.gin", "--out", tmp_path / "out")
