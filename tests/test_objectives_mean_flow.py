@@ -17,7 +17,7 @@ from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like
 from zoo.times import LogitNormalPair, UniformPair
-from zoo.weighting import Adaptive, Unweighted
+from zoo.weighting import Adaptive, LearnedLogvar, Unweighted
 
 HALF = UniformPair(off_diagonal_fraction=0.5)
 
@@ -70,6 +70,15 @@ def test_loss_is_the_published_one(settings):
 def test_weight_is_on_the_sum_of_squares(weight):
     seen = watch(MeanFlow(weight=weight), shape=(1, 4, 4), labels="none")
     seen.agrees(second_opinion(seen, power=weight.power, offset=weight.offset)[0])
+
+
+def test_learned_weight_reads_the_networks_output():
+    seen = watch(MeanFlow(weight=LearnedLogvar()))
+    call = seen.trained()
+    logvar = seen.net(call.x, call.t, call.r, {"label": call.labels})["logvar"]
+    error = seen.out.terms["u"] * call.x[0].numel()  # the sum of squares
+    expected = (-logvar).exp() * error + logvar
+    torch.testing.assert_close(seen.out.per_sample, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_defaults_are_those_of_the_released_code():
