@@ -23,8 +23,8 @@ GRACE_SECONDS = 20.0  # for the others, once one has ended
 _PR_SET_PDEATHSIG = 1
 
 
-def start(words: Sequence[str], processes: int) -> int:
-    """Run `objective-zoo WORDS` in this many processes of this machine; the exit status."""
+def start(words: Sequence[str], processes: int, module: str = "benchmarks.cli") -> int:
+    """Run `python -m MODULE WORDS` in this many processes of this machine; the exit status."""
     if processes < 1:
         raise ValueError(f"--ranks {processes} must be 1 or more")
     shared = {
@@ -39,7 +39,7 @@ def start(words: Sequence[str], processes: int) -> int:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.cli", *words],
+                [sys.executable, "-m", module, *words],
                 env={**os.environ, **shared, **own},
                 start_new_session=True,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,

@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 from benchmarks.launchers import OUTPUT, Ended, Job, Progress, interruptible
 from benchmarks.mlflow_copy import reason
 from benchmarks.provenance import version_of
+from benchmarks.subprocesses import Worker
 from registry import launchers
 
 PACKAGE = "objective-zoo"
@@ -33,17 +35,23 @@ PACKAGE = "objective-zoo"
 @launchers.register("ray_cluster")
 @dataclass(frozen=True, kw_only=True)
 class RayCluster:
-    """Runs the cells wherever a Ray cluster has room for them, one with a dead worker again."""
+    """Runs the cells wherever a Ray cluster has room for them, one with a dead worker again.
+
+    With `ranks`, a cell is that many processes on the CPUs and GPUs that it asked for.
+    """
 
     address: str = ""
     num_cpus: float = 1
     num_gpus: float = 0
+    ranks: int = 1
     retries: int = 2
 
     def __post_init__(self) -> None:
         for name, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):
             if not (isinstance(value, int | float) and value >= 0):
                 raise ValueError(f"ray_cluster.{name} = {value!r} must be a number, 0 or more")
+        if not (isinstance(self.ranks, int) and self.ranks >= 1):
+            raise ValueError(f"ray_cluster.ranks = {self.ranks!r} must be 1 or more")
         if not (isinstance(self.retries, int) and self.retries >= 0):
             raise ValueError(f"ray_cluster.retries = {self.retries!r} must be 0 or more")
 
@@ -66,7 +74,10 @@ class RayCluster:
         environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
         if not self.num_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        running = {task.remote(job.folder.resolve(), Path.cwd(), environment): job for job in jobs}
+        where = Path.cwd()
+        running = {
+            task.remote(job.folder.resolve(), where, environment, self.ranks): job for job in jobs
+        }
         progress, cancelled = Progress(), False
         while running:
             if interrupted and not cancelled:
@@ -163,14 +174,27 @@ def _trouble(paths: Sequence[Path], version: str) -> str:
     return "" if here == version else f"has {PACKAGE} {here}, not {version}"
 
 
-def _run_cell(folder: Path, directory: Path, environment: Mapping[str, str]) -> Ended:
+def _run_cell(folder: Path, directory: Path, environment: Mapping[str, str], ranks: int) -> Ended:
     """On a machine of the cluster: run the cell as if from the directory it was asked for in."""
     if not (folder.exists() and directory.exists()):  # a machine that came later
         raise FileNotFoundError(f"{os.uname().nodename} does not see {folder} and {directory}")
     os.chdir(directory)
     os.environ.update(environment)
+    if ranks > 1:
+        return _run_in_ranks(Job(folder.name, folder), ranks)
     with open(folder / OUTPUT, "a") as output, redirect_stdout(output), redirect_stderr(output):
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         from benchmarks.cell import run_cell
 
         return run_cell(folder)
+
+
+def _run_in_ranks(job: Job, ranks: int) -> Ended:
+    worker = Worker(job, (), ranks, os.environ)
+    try:
+        while worker.process.poll() is None:
+            time.sleep(0.1)  # Ray's cancellation reaches Python code alone
+    except KeyboardInterrupt:
+        worker.stop()
+        worker.process.wait()
+    return worker.ended()

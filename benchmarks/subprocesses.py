@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -32,18 +32,21 @@ T = TypeVar("T")
 class Subprocesses:
     """Runs `workers` cells at a time, each in a process with its own share of cores and GPUs.
 
+    With `ranks`, a cell is that many processes on its share, for @zero_engine().
     A worker has cores // workers threads, however few cells are left: the rounding of sums depends
     on the number of threads, and a cell that is resumed is to be equal to the last bit.
     """
 
     workers: int = 2
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.workers, int) and self.workers >= 1):
-            raise ValueError(f"subprocesses.workers = {self.workers!r} must be 1 or more")
+        for name, value in (("workers", self.workers), ("ranks", self.ranks)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"subprocesses.{name} = {value!r} must be 1 or more")
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
-        waiting, running = deque(jobs), dict[int, _Worker]()
+        waiting, running = deque(jobs), dict[int, Worker]()
         progress = Progress()
         with interruptible() as interrupted:
             try:
@@ -53,7 +56,7 @@ class Subprocesses:
                             worker.stop()
                     else:
                         for place in sorted({*range(self.workers)} - {*running})[: len(waiting)]:
-                            running[place] = _Worker(waiting.popleft(), place, self.workers)
+                            running[place] = self._worker(waiting.popleft(), place)
                     time.sleep(0.1)
                     for place, worker in list(running.items()):
                         if worker.process.poll() is not None:
@@ -65,19 +68,24 @@ class Subprocesses:
         if interrupted:
             raise KeyboardInterrupt
 
+    def _worker(self, job: Job, place: int) -> Worker:
+        cores = _share(_cores(), place, self.workers)
+        pinned = cores if hasattr(os, "sched_setaffinity") else ()
+        threads = max(1, len(cores) // self.ranks)
+        return Worker(job, pinned, self.ranks, _environment(threads, place, self.workers))
 
-class _Worker:
-    """A process that runs one cell."""
 
-    def __init__(self, job: Job, place: int, places: int):
+class Worker:
+    """A process that runs one cell, or starts the processes that do."""
+
+    def __init__(self, job: Job, cores: Sequence[int], ranks: int, environment: Mapping[str, str]):
         self.job = job
         self._stopping = False
-        cores = _share(_cores(), place, places)
-        words = [",".join(map(str, cores))] if hasattr(os, "sched_setaffinity") else []
+        words = [str(job.folder), ",".join(map(str, cores)), str(ranks)]
         with open(job.folder / OUTPUT, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "benchmarks.worker", str(job.folder), *words],
-                env=_environment(len(cores), place, places),
+                [sys.executable, "-P", "-m", "benchmarks.worker", *words],
+                env=dict(environment),
                 stdin=subprocess.PIPE,  # closes when this process ends; see benchmarks/worker.py
                 stdout=subprocess.PIPE,
                 stderr=output,

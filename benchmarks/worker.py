@@ -1,6 +1,6 @@
-"""One cell in a process of its own; `subprocesses` starts it, people use `objective-zoo run`.
+"""One cell in a process of its own, or in several; a launcher starts it, people use `run`.
 
-    python -m benchmarks.worker FOLDER [CORES]      CORES such as 0,1
+    python -m benchmarks.worker FOLDER CORES RANKS      CORES such as 0,1, or '' for all
 
 Standard input is a pipe that nobody writes to: when it closes, the process that started this one is
 gone, however it died, and this one goes too, with every process that it started. Standard output
@@ -20,10 +20,14 @@ from pathlib import Path
 
 
 def main() -> None:
-    folder, *cores = sys.argv[1:]
+    folder, cores, processes = sys.argv[1:]
     if cores:
-        os.sched_setaffinity(0, map(int, cores[0].split(",")))
+        os.sched_setaffinity(0, map(int, cores.split(",")))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if int(processes) > 1 and "RANK" not in os.environ:
+        from benchmarks.launch import start
+
+        sys.exit(start(sys.argv[1:], int(processes), "benchmarks.worker"))
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # Outside training, where nothing can be saved; training takes both signals itself.
@@ -31,8 +35,15 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from benchmarks.cell import run_cell
 
-    ended = run_cell(Path(folder))
-    os.write(answer, json.dumps(asdict(ended)).encode())
+    def lead() -> None:
+        os.write(answer, json.dumps(asdict(run_cell(Path(folder)))).encode())
+
+    if "RANK" not in os.environ:
+        return lead()
+    from benchmarks.launch import joined
+
+    joined(lead, [folder])
+    os._exit(0)  # DeepSpeed's threads may abort an ordinary end
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -285,6 +286,21 @@ def test_process_with_other_words_ends_all(tmp_path: Path) -> None:
     assert ended == [2, 2], told
     assert all("process 1 was started with other words" in text for text in told)
     assert "run.stesp" in told[0]
+
+
+def test_cell_of_a_grid_is_several_processes_where_its_launcher_says_so(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gin").write_text(
+        GIN.format(imports="")
+        + "Grid.launcher = @subprocesses()\nsubprocesses.workers = 1\nsubprocesses.ranks = 2\n"
+        + "Grid.axes = {'run.seed': [0]}\n"
+    )
+    words = ["grid", tmp_path / "tiny.gin", "--out", tmp_path / "out"]
+    done = zoo(*words, *sets(*NETWORK, "run.steps = 3"))
+    (cell,) = (tmp_path / "out").glob("*/output.log")
+    assert done.status == 0, done.err + cell.read_text()
+    config = json.loads((cell.parent / "deepspeed.json").read_text())
+    assert config["train_micro_batch_size_per_gpu"] == 4  # half of the batch
+    assert sorted(losses(cell.parent)) == [1, 2, 3]
 
 
 def test_launcher_wants_a_process() -> None:
