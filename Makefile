@@ -36,7 +36,7 @@ quickstart: $(plain)
 install: $(dev)
 
 test: $(dev)
-	$(py) -m pytest -m "not slow and not browser and not faults"
+	OMP_NUM_THREADS=1 $(py) -m pytest -n 2 --dist loadfile -m "not slow and not browser and not faults"
 
 test-faults: $(dev)
 	$(py) -m pytest -m faults

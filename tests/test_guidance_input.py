@@ -22,6 +22,7 @@ from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like, normal_like
 from zoo.samplers import ClassifierFree, Euler, FlowMap, InputGuidance, check_sampler
+from zoo.times import LogitNormalPair, UniformPair
 from zoo.weighting import Unweighted
 
 F64 = torch.float64
@@ -115,10 +116,19 @@ def test_objective_draws_scales_and_tells_them_to_the_network(make):
         assert torch.equal(cond["guidance"], told[: len(cond["label"])])
 
 
+@pytest.mark.parametrize("make", [MeanFlow, DuMo])
+def test_objective_tells_the_rows_of_its_diagonal_the_whole_interval(make):
+    net = Heard(lambda x, t, r, cond: guided_oracle(x, t, t, cond))
+    times = UniformPair(off_diagonal_fraction=0.5)
+    objective = make(guidance=LogUniformGuidance(), times=times)
+    objective.loss(net, law_batch(MIXTURE, 64, 0), rng())
+    told = max((cond["guidance"] for cond in net.conds), key=len)
+    whole = (told[:, 1:] == torch.tensor([0.0, 1.0])).all(1)
+    assert whole.tolist() == [False] * 32 + [True] * 32  # rows with r < t come first
+
+
 def test_mean_flow_regresses_the_guided_velocity_on_the_diagonal():
     """On rows with r = t the loss is that of v_g about its mean: zero gradient at the oracle."""
-    from zoo.times import LogitNormalPair
-
     objective = MeanFlow(
         guidance=LogUniformGuidance(),
         times=LogitNormalPair(off_diagonal_fraction=0.0),

@@ -203,6 +203,18 @@ def test_ema_teacher_without_distillation_serves_the_velocities_of_the_noisy_end
     assert torch.equal(second.t, r_n)
 
 
+def test_every_time_is_the_law_s_later_one():
+    class Law(Stratified):
+        def __call__(self, n, rng):
+            return torch.full((n,), 0.8), torch.full((n,), 0.3)
+
+    objective = DECM(times=Law(), n2n_every=1)
+    (_, near, _), (_, diagonal, _), (_, t_n, r_n) = clusters_of(watch(objective))
+    assert (near == 0.8).all()
+    assert (diagonal == 0.8).all()
+    torch.testing.assert_close(r_n, 0.8 * t_n)
+
+
 class Guided(torch.nn.Module):
     """The mixture's velocities under classifier-free guidance, as u on the diagonal."""
 

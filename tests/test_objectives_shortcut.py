@@ -16,6 +16,7 @@ from zoo import identities
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.shortcut import Shortcut
 from zoo.teachers import EmaTeacher, Online
+from zoo.weighting import LearnedLogvar
 
 HALF = Shortcut(bootstrap_fraction=0.5, num_steps=8)
 
@@ -50,7 +51,7 @@ def second_opinion(seen, teacher, k, *, scale=1.0, clip=4.0, num_steps=8):
 
 @pytest.mark.parametrize(
     ("settings", "scale"),
-    [({}, 1.0), ({"guidance_scale": 2.5}, 2.5), ({"clip": 0.4}, 1.0)],
+    [({}, 1.0), ({"guidance_scale": 2.5}, 2.5), ({"clip": 0.05}, 1.0)],  # below most values
     ids=["plain", "guided", "clipped"],
 )
 def test_loss_agrees_row_by_row(settings, scale):
@@ -65,6 +66,14 @@ def test_loss_agrees_row_by_row(settings, scale):
         torch.testing.assert_close(seen.out.terms[name], rows, rtol=1e-5, atol=1e-6)
     smallest = ((seen.out.t - seen.out.r)[:12] * 8 == 2).sum()
     assert 0 < smallest < 12  # guidance has rows to act on, and others
+
+
+def test_learned_weight_reads_the_networks_output():
+    seen = watch(replace(HALF, weight=LearnedLogvar()))
+    call, error = seen.trained(), torch.cat([*seen.out.terms.values()])  # bootstrapped rows first
+    logvar = seen.net(call.x, call.t, call.r, {"label": call.labels})["logvar"]
+    expected = (-logvar).exp() * error + logvar
+    torch.testing.assert_close(seen.out.per_sample, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_share_of_bootstrapped_rows_is_rounded_up():
