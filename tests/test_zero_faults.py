@@ -288,10 +288,19 @@ def test_process_with_other_words_ends_all(tmp_path: Path) -> None:
     assert "run.stesp" in told[0]
 
 
-def test_cell_of_a_grid_is_several_processes_where_its_launcher_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    ["subprocesses", pytest.param("ray_cluster", marks=[pytest.mark.faults, pytest.mark.slow])],
+)
+def test_cell_of_a_grid_is_several_processes_where_its_launcher_says_so(
+    tmp_path: Path, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if launcher == "ray_cluster":
+        pytest.importorskip("ray")
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (tmp_path / "tiny.gin").write_text(
         GIN.format(imports="")
-        + "Grid.launcher = @subprocesses()\nsubprocesses.workers = 1\nsubprocesses.ranks = 2\n"
+        + f"Grid.launcher = @{launcher}()\n{launcher}.ranks = 2\n"
         + "Grid.axes = {'run.seed': [0]}\n"
     )
     words = ["grid", tmp_path / "tiny.gin", "--out", tmp_path / "out"]
