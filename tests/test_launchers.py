@@ -6,6 +6,7 @@ finds before ours; they print nothing but what they are told to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import entries
 
 from benchmarks import launchers, subprocesses
 from benchmarks.launchers import OUTPUT, Ended, InProcess, Job, close_lost
 from benchmarks.record_file import read_record
+from benchmarks.results import Result
 from benchmarks.subprocesses import Subprocesses
 from benchmarks.tracking import Jsonl
 
@@ -329,3 +332,59 @@ def test_record_that_is_closed_or_was_never_begun_is_left_alone(tmp_path: Path) 
         close_lost(Job("b", tmp_path / "b"), "killed by SIGKILL", parent)
     assert (tmp_path / "a" / "record.jsonl").read_bytes() == lines
     assert not (tmp_path / "b").exists()
+
+
+GRID = """
+include 'experiments/mixture.gin'
+flow/run.objective = @flow_matching()
+mean/run.objective = @mean_flow()
+Grid.arms = ('flow', 'mean')
+Grid.repeat = {'run.seed': [0]}
+run.steps = 400
+run.batch_size = 32
+run.num_samples = 16
+run.nfe = (1,)
+run.checkpoint_seconds = 0.2
+run.recorder = @jsonl()
+"""
+
+
+def worker_of(folder: Path) -> int:
+    """The process that runs the cell in a folder; 0 where there is none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"benchmarks.worker" in words and str(folder).encode() in words:
+                return int(process.name)
+    return 0
+
+
+@pytest.mark.slow
+def test_grid_goes_on_after_kill_9_of_a_worker_and_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "grid.gin").write_text(GRID)
+
+    def grid(out: str, *more: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "benchmarks.cli", "grid", tmp_path / "grid.gin"]
+        return subprocess.Popen([*words, "--workers", "2", "--out", tmp_path / out, *more])
+
+    assert grid("whole").wait(500) == 0
+    whole = sorted((tmp_path / "whole").glob("*/result.json"))
+    assert len(whole) == 2
+
+    broken = grid("out")
+    first, second = (tmp_path / "out" / path.parent.name for path in whole)
+    wait_for(lambda: all(any((f / "checkpoints").glob("*")) for f in (first, second)), 200)
+    os.kill(worker_of(first), signal.SIGKILL)
+    wait_for(lambda: read_record(first).status == "FAILED", 60)
+    assert "SIGKILL" in read_record(first).tags["error"]
+    assert worker_of(second)
+    broken.kill()
+    broken.wait()
+    wait_for(lambda: not worker_of(second), 10)
+
+    assert grid("out", "--retry-failed").wait(500) == 0
+    for path in whole:
+        there = tmp_path / "out" / path.parent.name
+        assert Result.load(there).values == Result.load(path.parent).values
+        assert len(entries(there, "resume")) >= 1
+        assert read_record(there).status == "FINISHED"
