@@ -1,0 +1,1 @@
+"""The subcommands of the command line; each module adds its own to the parser."""
