@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.streams import DRAWN_AT_ONCE, cut, seeded
 from registry import datasets
-from registry.protocols import Cond, Dataset
+from registry.protocols import Cond, Dataset, Share, read_share
 
 
 @datasets.register("edm_augment")
@@ -61,9 +61,13 @@ class EdmAugment:
         return self.data.identity()
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        x0, cond = self.data.batch(step, n, seed)
+        return self.batch_share(step, n, seed, Share())
+
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        x0, cond = read_share(self.data, step, n, seed, share)
         draws = cut(DRAWN_AT_ONCE, step * n, n, lambda block: _draws(self.probability, seed, block))
-        return augmented(x0, draws), {**(self._kept(cond) or {}), "augment": labels(draws)}
+        cond = {**(self._kept(cond) or {}), "augment": labels(draws)}
+        return augmented(x0, *share.rows(draws)), cond
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         x0, cond = self.data.reference(n, seed)

@@ -3,7 +3,8 @@
 A network sees (latent - shift) scale with the manifest's constants; `decode` undoes it. The sample
 of a posterior, like the choice of the mirrored copy, depends on the seed and the place in the
 endless sequence of benchmarks/streams.py alone: on (seed, step), and neither on how many processes
-share a batch nor on what was read before. Rows are copied straight out of the page cache.
+share a batch nor on what was read before. Rows are copied straight out of the page cache, and a
+process reads and draws those of its share alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor
 from benchmarks.latent_shards import LOGVAR_RANGE, Manifest, open_shards
 from benchmarks.streams import (
     apportion,
-    cut,
     flipped,
     interleave,
     places,
@@ -29,9 +29,7 @@ from benchmarks.streams import (
     subset,
 )
 from registry import datasets, vaes
-from registry.protocols import Cond, Vae
-
-DRAWN_AT_ONCE = 64  # posteriors whose noise is from one generator; part of what a seed means
+from registry.protocols import Cond, Share, Vae
 
 
 @datasets.register("latents")
@@ -85,14 +83,20 @@ class Latents:
         return f"latents: {self.size} x {self.shape}, {how}, sha256 {self.manifest.identity()}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        return read_ahead(self._batch, step, n, seed)
+        return self.batch_share(step, n, seed, Share())
 
-    def _batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        return read_ahead(self._read, step, n, seed, share)
+
+    def _read(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
         rows = places(self.size, step, n, seed)
         mirrored = flipped(self.size, step, n, seed) if self.flip else torch.zeros(n).bool()
-        mean, logvar = self._posterior(rows, mirrored)
+        mean, logvar = self._posterior(*share.rows(rows, mirrored))
         if self.sample and logvar is not None:
-            noise = cut(DRAWN_AT_ONCE, step * n, n, lambda block: self._noise(seed, block))
+            noise = torch.empty_like(mean)
+            (drawn,) = share.rows(range(step * n, (step + 1) * n))
+            for i, place in enumerate(drawn):
+                noise[i].normal_(generator=seeded("posterior", seed, place))
             mean.addcmul_(logvar.clamp_(*LOGVAR_RANGE).mul_(0.5).exp_(), noise)
         return mean.sub_(self._shift).mul_(self._scale), self._cond(rows)
 
@@ -128,10 +132,6 @@ class Latents:
             return values, None
         mean, logvar = values.chunk(2, 1)
         return mean.contiguous(), logvar.contiguous()
-
-    def _noise(self, seed: int, block: int) -> Tensor:
-        rng = seeded("posterior", seed, block)
-        return torch.randn(DRAWN_AT_ONCE, *self.shape, generator=rng)
 
     def _cond(self, rows: Tensor) -> Cond | None:
         return None if self._labels is None else {"label": self._labels[rows]}

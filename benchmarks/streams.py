@@ -4,7 +4,7 @@ The sequence comes in blocks: a finite set's block e is its e-th epoch, a permut
 (seed, e); an endless set's block e is 4096 draws from (seed, e). Step k of batch size n takes the
 places k n .. (k + 1) n - 1, across block borders. So a batch is a pure function of (step, n, seed):
 a resume needs no loader state, every sample comes once per epoch, and every process of a run makes
-the same global batch, of which it computes its share.
+the same global batch, of which it reads and computes its share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.image_files import PictureFiles
-from registry.protocols import Cond
+from registry.protocols import Cond, Share
 from zoo.ops import like
 
 T = TypeVar("T")
@@ -75,19 +75,25 @@ class StoredSet:
         return f"{about}, sha256 {content_hash(pixels, *([] if labels is None else [labels]))}"
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        if isinstance(self.stored.pixels, PictureFiles):
-            return read_ahead(self._batch, step, n, seed)
-        return self._batch(step, n, seed)
+        return self.batch_share(step, n, seed, Share())
 
-    def _batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        x0, cond = self._take(places(self.size, step, n, seed))
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        if isinstance(self.stored.pixels, PictureFiles):
+            return read_ahead(self._read, step, n, seed, share)
+        return self._read(step, n, seed, share)
+
+    def _read(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        rows = places(self.size, step, n, seed)
+        x0 = self.rows(*share.rows(rows))
         if self.flip:
-            x0 = torch.where(like(flipped(self.size, step, n, seed), x0), x0.flip(-1), x0)
-        return x0, cond
+            (mirrored,) = share.rows(flipped(self.size, step, n, seed))
+            x0 = torch.where(like(mirrored, x0), x0.flip(-1), x0)
+        return x0, self._cond(rows)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         """A random subset without repetition; the first m of n are the reference of size m."""
-        return self._take(subset(self.size, n, seed))
+        rows = subset(self.size, n, seed)
+        return self.rows(rows), self._cond(rows)
 
     def sample_labels(self, n: int) -> Cond | None:
         """n labels with the frequencies of the data, evenly interleaved; None without labels."""
@@ -100,9 +106,8 @@ class StoredSet:
         """The samples with these indices, in [-1, 1], as they are stored."""
         return self.stored.pixels[rows].float() * (2 / self.top) - 1
 
-    def _take(self, rows: Tensor) -> tuple[Tensor, Cond | None]:
-        labels = self.stored.labels
-        return self.rows(rows), None if labels is None else {"label": labels[rows]}
+    def _cond(self, rows: Tensor) -> Cond | None:
+        return None if self.stored.labels is None else {"label": self.stored.labels[rows]}
 
 
 def subset(size: int, n: int, seed: int) -> Tensor:
@@ -150,12 +155,12 @@ _reader = ThreadPoolExecutor(1, "read ahead")
 _waiting: dict[Hashable, Future[Any]] = {}
 
 
-def read_ahead(make: Callable[[int, int, int], T], step: int, n: int, seed: int) -> T:
-    """make(step, n, seed), while make(step + 1, n, seed) begins in a thread of its own."""
-    ready = _waiting.pop((make, step, n, seed), None)
+def read_ahead(make: Callable[..., T], step: int, *how: Hashable) -> T:
+    """make(step, *how), while make(step + 1, *how) begins in a thread of its own."""
+    ready = _waiting.pop((make, step, *how), None)
     _waiting.clear()
-    found = make(step, n, seed) if ready is None else ready.result()
-    _waiting[make, step + 1, n, seed] = _reader.submit(make, step + 1, n, seed)
+    found = make(step, *how) if ready is None else ready.result()
+    _waiting[make, step + 1, *how] = _reader.submit(make, step + 1, *how)
     return found
 
 

@@ -293,6 +293,15 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
+class Shareable(Protocol):
+    """A data set that reads a share of a batch alone, so that processes share the reading out."""
+
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        """As `batch`, x0 of the share's rows alone; the conditions cost little and stay whole."""
+        ...
+
+
+@runtime_checkable
 class Coded(Protocol):
     """A data set of codes, such as a VAE's latents; people and metrics see what they decode to."""
 
@@ -340,16 +349,19 @@ class Schedule(Protocol):
 class Engine(Protocol):
     """How one TrainStep(net, objective) is run and updated: precision, accumulation, sharding.
 
-    The one part that holds state, so it serves one run at a time. `shares` yields the batch once
-    for each of this process's equal shares of it. Each is run by the call, which goes through the
+    The one part that holds state, so it serves one run at a time; `module` is what it was prepared
+    with. `shares` yields the batch once for each of this process's equal shares of it: together
+    every n-th row from row k on in process k of n. Each is run by the call, which goes through the
     engine's hooks, and followed by `backward` of its mean loss.
     `autocast` is the precision of that call, for checks that precede `prepare`. `holds_back` tells
     whether no update is made from a gradient that is not finite. `step` applies one
     update at `lr_factor` times the learning rate and returns the gradient's norm before clipping.
     `update_averages` follows with EMA teachers and averages of the weights. `save` and `load` keep
-    all of them and the optimizer in a folder, without ever executing code; `save` returns the files
-    that this process wrote.
+    all of them and the optimizer in a folder, without ever executing code; `save` copies what this
+    process holds, and what it returns writes the files, in any thread, and lists them.
     """
+
+    module: Any
 
     def prepare(
         self, module: Any, optimizer: Optimizer, device: torch.device, batch_size: int
@@ -361,7 +373,7 @@ class Engine(Protocol):
     def step(self, lr_factor: float) -> Tensor: ...
     def holds_back(self, device: torch.device) -> bool: ...
     def update_averages(self, step: int) -> None: ...
-    def save(self, folder: FilePath) -> Sequence[FilePath]: ...
+    def save(self, folder: FilePath) -> Callable[[], Sequence[FilePath]]: ...
     def load(self, folder: FilePath) -> None: ...
 
 
@@ -411,6 +423,22 @@ def parts(obj: object) -> Iterator[tuple[str, Any]]:
             yield f.name, value
             for inner, part in parts(value):
                 yield f"{f.name}.{inner}", part
+
+
+def couples_rows(objective: Any) -> bool:
+    """Whether a row's loss depends on other rows, by the objective or by one of its parts."""
+    inside = (objective, *(part for _, part in parts(objective)))
+    return any(getattr(part, "couples_rows", False) for part in inside)
+
+
+def read_share(
+    dataset: Any, step: int, n: int, seed: int, share: Share
+) -> tuple[Tensor, Cond | None]:
+    """`batch_share` of any data set, cut from the whole batch where it has none of its own."""
+    if isinstance(dataset, Shareable):
+        return dataset.batch_share(step, n, seed, share)
+    x0, cond = dataset.batch(step, n, seed)
+    return share.rows(x0)[0], cond
 
 
 def required_heads(objective: Any) -> tuple[str, ...]:

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from registry import engines
-from registry.protocols import Batch, LossOutput, Objective, Optimizer, Share, Teacher, parts
+from registry.protocols import (
+    Batch,
+    LossOutput,
+    Objective,
+    Optimizer,
+    Share,
+    Teacher,
+    couples_rows,
+    parts,
+)
 from trainers import ranks
 from trainers.checkpoint import load_module, read_state, save_module, save_state
 from trainers.ema import Ema, frozen_copy
@@ -32,13 +41,19 @@ log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
-    """A network, its objective, teachers and averages, as one module whose call is the loss."""
+    """A network, its objective, teachers and averages, as one module whose call is the loss.
+
+    `needs_whole` tells whether the loss of a share reads data of other rows, which is so until the
+    objective is seen to keep to its share.
+    """
 
     def __init__(self, net: nn.Module, objective: Objective, ema_decays: Sequence[float] = ()):
         super().__init__()
         self.net = net
         self.objective = objective
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.needs_whole = True
+        self._couples_rows = couples_rows(objective)
         self.teachers = nn.ModuleDict()
         self._owners: list[Teacher] = []
         for path, teacher in _distinct_teachers(objective):
@@ -56,6 +71,7 @@ class TrainStep(nn.Module):
         with self.autocast():
             out = self.objective.loss(self.net, batch, rng)
         rows, shape = batch.share.size(len(batch)), tuple(out.per_sample.shape)
+        self.needs_whole = self._couples_rows or shape != (rows,)
         if shape == (len(batch),) != (rows,):
             _warn_of_waste(type(self.objective).__name__)
             per_sample, t, r = batch.share.rows(out.per_sample, out.t, out.r)

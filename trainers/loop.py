@@ -16,8 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from registry.protocols import Batch, Dataset, Engine, LossOutput, Objective, Optimizer, Schedule
-from trainers import checkpoint
+from registry.protocols import (
+    Batch,
+    Dataset,
+    Engine,
+    LossOutput,
+    Objective,
+    Optimizer,
+    Schedule,
+    Share,
+    read_share,
+)
+from trainers import checkpoint, ranks
 from trainers.budget import Budget
 from trainers.engines import TorchEngine, TrainStep
 from trainers.finite import StopOnNonFinite
@@ -100,9 +110,7 @@ def updates(
 def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) -> LossOutput:
     """One update of the weights from one global batch; returns its losses, detached."""
     engine, step, progress = state.engine, state.step, state.progress
-    x0, cond = dataset.batch(step, state.batch_size, state.seed)
-    batch = _on(state.device, Batch(x0, cond, step, progress))
-    outs = []
+    batch, outs = _read(state, dataset, progress), []
     for share in engine.shares(batch):
         rng = generator(state.seed, 0, step, state.device)
         seed_dropout(state.seed, share.share.number, step, state.device)
@@ -117,6 +125,18 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
     state.step += 1
     state.images += len(batch)
     return outs[0] if len(outs) == 1 else _joined(outs)
+
+
+def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
+    """The global batch on the device; NaN in rows that are left to other processes to read."""
+    step, n, seed = state.step, state.batch_size, state.seed
+    mine = Share(ranks.number(), ranks.count())
+    if mine.count == 1 or state.engine.module.needs_whole:
+        return _on(state.device, Batch(*dataset.batch(step, n, seed), step, progress))
+    batch = _on(state.device, Batch(*read_share(dataset, step, n, seed, mine), step, progress))
+    x0 = batch.x0.new_full((n, *batch.x0.shape[1:]), torch.nan)
+    x0[mine.number :: mine.count] = batch.x0
+    return replace(batch, x0=x0)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -18,6 +18,7 @@ from registry.protocols import (
     LossOutput,
     Network,
     Teacher,
+    couples_rows,
     parts,
     required_heads,
 )
@@ -101,7 +102,7 @@ class Subject:
 
     @property
     def couples_rows(self) -> bool:
-        return getattr(self.make(), "couples_rows", False) or self.changes_coupling
+        return couples_rows(self.make())
 
     @property
     def changes_coupling(self) -> bool:
