@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -41,7 +42,14 @@ from trainers import (
     TrainState,
 )
 from trainers import checkpoint as checkpoints_
-from trainers.checkpoint import BrokenCheckpoint, checkpoints, latest, load_module, save_module
+from trainers.checkpoint import (
+    BrokenCheckpoint,
+    Saving,
+    checkpoints,
+    latest,
+    load_module,
+    save_module,
+)
 from zoo.teachers import Frozen
 
 
@@ -287,16 +295,61 @@ def test_weights_tied_or_not_contiguous_come_back(tmp_path: Path) -> None:
 
 
 def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, save = [], checkpoints_.save
+    saved, finish = [], Saving.finish
 
-    def counted(state: TrainState, keep: int) -> Path:
-        saved.append(state.step)
-        return save(state, keep)
+    def counted(self: Saving, keep: int) -> Path:
+        saved.append(self.step)
+        return finish(self, keep)
 
-    monkeypatch.setattr(checkpoints_, "save", counted)
+    monkeypatch.setattr(Saving, "finish", counted)
     trained(tmp_path, steps=6, every=3)
     run(folder=tmp_path, resume=True, budget=Budget(steps=6), callbacks=[CheckpointCallback()])
     assert saved == [3, 6]
+
+
+def test_checkpoint_is_of_its_step_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of step 3 are written only when step 5 is over."""
+    over, steps = Event(), []
+    save = TorchEngine.save
+
+    def slow(self: TorchEngine, folder: Path) -> Callable[[], list[Path]]:
+        write = save(self, folder)
+
+        def late() -> list[Path]:
+            assert over.wait(60)
+            return write()
+
+        return late
+
+    class Watch(Callback):
+        def on_step(self, state: TrainState, out: LossOutput) -> None:
+            steps.append(len(checkpoints(tmp_path / "slow" / "checkpoints")))
+            if state.step == 5:
+                over.set()
+
+    more: Any = {"optimizer": AdamW(lr=1e-2), "ema_decays": (0.5,), "budget": Budget(steps=6)}
+    run(folder=tmp_path / "whole", callbacks=[CheckpointCallback(every=3, keep=9)], **more)
+    monkeypatch.setattr(TorchEngine, "save", slow)
+    saving = CheckpointCallback(every=3, keep=9)
+    run(folder=tmp_path / "slow", callbacks=[saving, Watch()], **more)
+    assert steps[:5] == [0] * 5
+    assert marks(tmp_path / "slow") == marks(tmp_path / "whole")
+
+
+def marks(folder: Path) -> dict[str, Any]:
+    """Sizes and hashes of all files but the clock's."""
+    manifests = {
+        p.name: json.loads((p / "manifest.json").read_text())
+        for p in checkpoints(folder / "checkpoints")
+    }
+    return {
+        f"{step}/{file}": mark
+        for step, manifest in manifests.items()
+        for file, mark in manifest.items()
+        if file != "state.json"
+    }
 
 
 def test_keep_leaves_the_last_ones(tmp_path: Path) -> None:
@@ -328,7 +381,7 @@ def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.M
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr("trainers.callbacks.time", clock)
+    monkeypatch.setattr("trainers.saving.time", clock)
     saving = CheckpointCallback(every_seconds=90.0, keep=100)
     run(folder=tmp_path, callbacks=[clock, saving], budget=Budget(steps=8))
     assert [int(p.name[-2:]) for p in checkpoints(tmp_path / "checkpoints")] == [3, 6, 8]
@@ -348,6 +401,12 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def written(saving: CheckpointCallback) -> None:
+    """Wait for what is written beside the training."""
+    while saving._saving is not None and not saving._saving.written:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("limit", "file"), [(64, "net.safetensors"), (1500, "optimizer.pt")])
 def test_full_disk_is_a_warning_and_leaves_older_checkpoints(
     limit: int, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -357,7 +416,9 @@ def test_full_disk_is_a_warning_and_leaves_older_checkpoints(
             self.context = full_disk(limit)
 
         def on_step(self, state: TrainState, out: LossOutput) -> None:
-            if state.step == 4:
+            if state.step in (4, 8):
+                written(saving)
+            if state.step == 5:
                 self.context.__enter__()
             if state.step == 8:
                 self.context.__exit__(None, None, None)

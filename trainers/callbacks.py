@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from registry.protocols import LossOutput
-from trainers import checkpoint, ranks
+from trainers import ranks
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
+from trainers.saving import CheckpointCallback
 from trainers.state import Callback, TrainState
-from trainers.zero_shards import local
 
 __all__ = [
     "Callback",
@@ -36,8 +32,6 @@ __all__ = [
     "ProgressBar",
     "StopOnNonFinite",
 ]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -138,78 +132,6 @@ class PeriodicEvaluation(Callback):
             finally:
                 state.net.train(training)
             state.evaluated(values)
-
-
-@dataclass(kw_only=True, eq=False)
-class CheckpointCallback(Callback):
-    """Saves each `every` steps and `every_seconds` (0 is off), at the end, on SIGTERM and SIGINT.
-
-    A first signal ends the run after its step, with a checkpoint and without an error; a second one
-    acts at once. A save that fails for the disk's sake is a warning: training goes on.
-    """
-
-    every: int = 0
-    every_seconds: float = 600.0
-    keep: int = 2
-
-    _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
-    _handlers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"CheckpointCallback(keep={self.keep!r}) must be 1 or more")
-
-    def on_start(self, state: TrainState) -> None:
-        present = checkpoint.checkpoints(checkpoint.folder_of(state))
-        if present and not state.resumed:
-            raise ValueError(
-                f"{state.folder} holds checkpoints of an earlier run (newest: {present[-1].name}). "
-                "Resume it, or choose another folder"
-            )
-        self._last = (state.step if state.resumed else -1, time.monotonic())
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._stopper(state))
-
-    def on_step(self, state: TrainState, out: LossOutput) -> None:
-        due = bool(self.every) and state.step % self.every == 0
-        late = 0 < self.every_seconds <= time.monotonic() - self._last[1]
-        if any(ranks.largest(due or late)):
-            self._save(state)
-
-    def on_end(self, state: TrainState) -> None:
-        try:
-            if state.finished and self._last[0] != state.step:
-                self._save(state)
-        finally:
-            self._restore_handlers()
-
-    def _save(self, state: TrainState) -> None:
-        with state.paused():
-            norm = torch.nn.utils.get_total_norm([local(p) for p in state.net.parameters()])
-            if any(ranks.largest(not norm.isfinite())):
-                raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
-            try:
-                checkpoint.save(state, self.keep)
-            except OSError as problem:
-                log.warning(
-                    "NO CHECKPOINT at step %d: %s. Training goes on; older checkpoints are intact",
-                    state.step,
-                    problem,
-                )
-            self._last = (state.step, time.monotonic())
-
-    def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            state.asked = signal.Signals(number).name
-            log.warning("%s: the run ends after this step, with a checkpoint", state.asked)
-            self._restore_handlers()
-
-        return stop
-
-    def _restore_handlers(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
 
 
 @dataclass(kw_only=True, eq=False)

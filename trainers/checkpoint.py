@@ -1,5 +1,7 @@
 """Checkpoints that are whole or not there: written aside, synced, then renamed into place.
 
+Training waits for a copy in memory only; files are written and hashed beside it.
+
     checkpoints/step_00001000/
         net.safetensors  ema_0.9999.safetensors  teacher_<field>.safetensors  optimizer.pt
         state.json       step, images and seconds so far, and what made them
@@ -18,7 +20,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,61 +45,81 @@ class BrokenCheckpoint(ValueError):
     """A checkpoint that is torn, truncated or edited; the message says which file and how."""
 
 
-def save(state: TrainState, keep: int) -> Path:
-    """Write a checkpoint under state.folder and leave the last `keep` up to this one.
+class Saving:
+    """A checkpoint on its way to the disk, under state.folder, while training goes on.
 
-    Each process writes its part, the leader the rest. All raise OSError, with what was there before
-    intact, if the disk of any is full or will not be written.
+    Making one copies what each process holds; a thread of each then writes its part. When all
+    have `written`, every process calls `finish`. What fails for the disk's sake raises OSError in
+    all of them, with what was there before intact.
     """
-    target = folder_of(state) / f"step_{state.step:08d}"
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        ranks.together(lambda: _begin(partial), OSError)
-        parts = ranks.gathered(ranks.together(lambda: _write_part(state, partial), OSError))
-        manifest = {name: mark for part in parts for name, mark in part.items()}
-        ranks.together(lambda: _finish(state, partial, manifest, target), OSError)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if ranks.leads():
-        for old in [c for c in checkpoints(target.parent) if c <= target][:-keep]:
-            _discard(old)
-    return target
+
+    def __init__(self, state: TrainState):
+        self.step = state.step
+        self._target = folder_of(state) / f"step_{state.step:08d}"
+        self._partial = self._target.with_name(f".{self._target.name}.partial")
+        self._counters = _counters(state)
+        ranks.together(self._begin, OSError)
+        write = state.engine.save(self._partial)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._marks = self._pool.submit(_marked, write)
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has written its part, or failed to."""
+        return self._marks.done()
+
+    def finish(self, keep: int) -> Path:
+        """Make it one of the last `keep` checkpoints, once every process has written its part."""
+        try:
+            parts = ranks.gathered(ranks.together(self._marks.result, OSError))
+            manifest = {name: mark for part in parts for name, mark in part.items()}
+            ranks.together(partial(self._complete, manifest), OSError)
+        except BaseException:
+            self.drop()
+            raise
+        self._pool.shutdown()
+        if ranks.leads():
+            folder = self._target.parent
+            for old in [c for c in checkpoints(folder) if c <= self._target][:-keep]:
+                _discard(old)
+        return self._target
+
+    def drop(self) -> None:
+        """Leave nothing of it."""
+        self._pool.shutdown()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _begin(self) -> None:
+        if ranks.leads():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+    def _complete(self, manifest: dict[str, dict[str, Any]]) -> None:
+        if not ranks.leads():
+            return
+        for name, mark in manifest.items():
+            file = self._partial / name
+            if not file.is_file() or file.stat().st_size != mark["size"]:
+                raise OSError(
+                    f"{file} is not what another process wrote: the folder of a run must be on a "
+                    "file system that all its machines share"
+                )
+        state = self._partial / "state.json"
+        _write_json(state, self._counters)
+        _write_json(self._partial / _MANIFEST, manifest | {state.name: _fingerprint(state)})
+        for path in (state, self._partial / _MANIFEST, self._partial):
+            _sync(path)
+        _discard(self._target)
+        self._partial.rename(self._target)
+        _sync(self._target.parent)
 
 
-def _begin(partial: Path) -> None:
-    if ranks.leads():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-
-def _write_part(state: TrainState, partial: Path) -> dict[str, dict[str, Any]]:
-    """What this process writes, by name: sizes and hashes."""
-    files = state.engine.save(partial)
+def _marked(write: Callable[[], Sequence[Path]]) -> dict[str, dict[str, Any]]:
+    """What this process has written, by name: sizes and hashes."""
+    files = write()
     for file in files:
         _sync(file)
     return {file.name: _fingerprint(file) for file in files}
-
-
-def _finish(
-    state: TrainState, partial: Path, manifest: dict[str, dict[str, Any]], target: Path
-) -> None:
-    if not ranks.leads():
-        return
-    for name, mark in manifest.items():
-        if not (partial / name).is_file() or (partial / name).stat().st_size != mark["size"]:
-            raise OSError(
-                f"{partial / name} is not what another process wrote: the folder of a run must be "
-                "on a file system that all its machines share"
-            )
-    _write_json(partial / "state.json", _counters(state))
-    manifest = manifest | {"state.json": _fingerprint(partial / "state.json")}
-    _write_json(partial / _MANIFEST, manifest)
-    for path in (partial / "state.json", partial / _MANIFEST, partial):
-        _sync(path)
-    _discard(target)
-    partial.rename(target)
-    _sync(target.parent)
 
 
 def restore(state: TrainState) -> None:
@@ -166,17 +190,25 @@ def save_module(path: Path, module: nn.Module) -> None:
 
     Every process must call it, since each may hold pieces of them.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = gathered_state(module)
+    if ranks.leads():
+        save_tensors(path, tensors)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """As safetensors; OSError if they cannot be written."""
+    unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in gathered_state(module).items():
+    for name, value in tensors.items():
         value = value.contiguous()
         if value.data_ptr() in seen:  # safetensors has no shared storage
             value = value.clone()
         seen.add(value.data_ptr())
-        tensors[name] = value
+        unshared[name] = value
     try:
-        if ranks.leads():
-            save_file(tensors, path)
+        save_file(unshared, path, metadata)
     except SafetensorError as problem:
         raise OSError(f"{path} cannot be written: {problem}") from problem
 
@@ -223,6 +255,20 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(state, path)
     except RuntimeError as problem:  # what torch's file writer raises
         raise OSError(f"{path} cannot be written: {problem}") from problem
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """In the memory of the host, where training does not change it."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state, likewise."""
+    kept = {
+        number: {k: copied(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": kept}
 
 
 def read_state(path: Path) -> dict[str, Any]:

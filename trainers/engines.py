@@ -34,7 +34,14 @@ from registry.protocols import (
     parts,
 )
 from trainers import ranks
-from trainers.checkpoint import load_module, read_state, save_module, save_state
+from trainers.checkpoint import (
+    copied,
+    copied_state,
+    load_module,
+    read_state,
+    save_state,
+    save_tensors,
+)
 from trainers.ema import Ema, frozen_copy
 
 log = logging.getLogger(__name__)
@@ -187,12 +194,22 @@ class TorchEngine:
     def update_averages(self, step: int) -> None:
         self.module.update_averages(step)
 
-    def save(self, folder: Path) -> list[Path]:
-        networks = {folder / f"{name}.safetensors": module for name, module in self._networks()}
-        for path, module in networks.items():
-            save_module(path, module)
-        save_state(folder / "optimizer.pt", self._optimizer.state_dict())
-        return [*networks, folder / "optimizer.pt"]
+    def save(self, folder: Path) -> Callable[[], list[Path]]:
+        networks = {
+            folder / f"{name}.safetensors": {
+                key: copied(value) for key, value in module.state_dict().items()
+            }
+            for name, module in self._networks()
+        }
+        state = copied_state(self._optimizer.state_dict())
+
+        def write() -> list[Path]:
+            for path, tensors in networks.items():
+                save_tensors(path, tensors)
+            save_state(folder / "optimizer.pt", state)
+            return [*networks, folder / "optimizer.pt"]
+
+        return write
 
     def load(self, folder: Path) -> None:
         if (folder / "zero.json").exists():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -214,7 +214,7 @@ class ZeroEngine:
         with shards(self.module):
             self.module.update_averages(step)
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path) -> Callable[[], list[Path]]:
         return zero_checkpoint.save(self.module, self._optimizer, self.stage, folder)
 
     def load(self, folder: Path) -> None:

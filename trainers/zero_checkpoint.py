@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers import ranks
-from trainers.checkpoint import BrokenCheckpoint, check_fit, verify
+from trainers.checkpoint import BrokenCheckpoint, check_fit, copied, save_tensors, verify
 from trainers.zero_shards import (
     Piece,
     refresh_masters,
@@ -38,27 +38,32 @@ from trainers.zero_shards import (
 INDEX = "zero.json"
 
 
-def save(module: nn.Module, optimizer: Any, stage: int, folder: Path) -> list[Path]:
-    """Write this process's pieces; the files that it wrote. OSError if they cannot be written."""
+def save(module: nn.Module, optimizer: Any, stage: int, folder: Path) -> Callable[[], list[Path]]:
+    """Copy this process's pieces; the result writes them, and gives the files.
+
+    OSError if they cannot be written.
+    """
     tensors, starts = {}, {}
     for piece in _mine([*_weights(module), *_states(module, optimizer)]):
-        tensors[piece.name] = piece.view.cpu().clone()
+        tensors[piece.name] = copied(piece.view)
         starts[piece.name] = piece.start
     path = folder / f"rank_{ranks.number():05d}.safetensors"
-    try:
-        save_file(tensors, path, metadata={"starts": json.dumps(starts)})
-    except SafetensorError as problem:
-        raise OSError(f"{path} cannot be written: {problem}") from problem
-    if not ranks.leads():
-        return [path]
+    index = folder / INDEX
     about = {
         "stage": stage,
         "processes": ranks.count(),
         "shapes": shapes(module),
         "numbers": _numbers(optimizer),
     }
-    (folder / INDEX).write_text(json.dumps(about, indent=2) + "\n")
-    return [path, folder / INDEX]
+
+    def write() -> list[Path]:
+        save_tensors(path, tensors, {"starts": json.dumps(starts)})
+        if not ranks.leads():
+            return [path]
+        index.write_text(json.dumps(about, indent=2) + "\n")
+        return [path, index]
+
+    return write
 
 
 def load(module: nn.Module, optimizer: Any, folder: Path) -> None:
