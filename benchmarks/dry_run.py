@@ -96,6 +96,7 @@ def seconds_per_step(experiment: Experiment) -> float:
         engine=experiment.engine,
         optimizer=experiment.optimizer,
         ema_decays=experiment.ema_decay,
+        power_emas=experiment.power_emas,
         seed=experiment.seed,
         device=experiment.device,
         callbacks=[clock],

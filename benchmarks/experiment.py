@@ -46,6 +46,7 @@ from registry.protocols import (
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.engines import TorchEngine, TrainStep
+from trainers.post_hoc_ema import exponent
 from trainers.rng import generator
 from trainers.zero_shards import shape_of
 from zoo.samplers import check_sampler, valid_samplers
@@ -76,6 +77,8 @@ class Experiment:
     batch_size: int
     seed: int
     ema_decay: tuple[float, ...]
+    power_emas: tuple[float, ...]
+    ema_snapshots: int
     nfe: tuple[int, ...]
     num_samples: int
     log_every: int
@@ -133,6 +136,8 @@ def run(
     batch_size: int = 128,
     seed: int = 0,
     ema_decay: float | Sequence[float] = 0.999,
+    power_emas: Sequence[float] = (),
+    ema_snapshots: int = 0,
     nfe: Sequence[int] = (1, 2, 4, 8),
     num_samples: int = 1000,
     log_every: int = 50,
@@ -151,6 +156,8 @@ def run(
     average of the weights at `ema_decay`, the first of several, at each of `nfe` network calls. A
     teacher that is trained first takes `teacher_optimizer`, by default the run's own. `start_from`
     is an exported folder or a public checkpoint of `start_layout` that the network starts as.
+    Averages of the relative widths `power_emas` are stored `ema_snapshots` times over the budget,
+    for `objective-zoo ema` to make one of any width from.
     `compile` trains the network, and evaluates its teachers, by torch.compile.
     """
     _check_counts(
@@ -200,6 +207,8 @@ def run(
         batch_size=batch_size,
         seed=seed,
         ema_decay=_decays(ema_decay),
+        power_emas=_power_emas(power_emas, ema_snapshots),
+        ema_snapshots=ema_snapshots,
         nfe=tuple(nfe),
         num_samples=num_samples,
         log_every=log_every,
@@ -258,6 +267,24 @@ def _decays(given: float | Sequence[float]) -> tuple[float, ...]:
             f"run.ema_decay = {given!r} must be a number in [0, 1), or several different ones"
         )
     return decays
+
+
+def _power_emas(widths: Any, snapshots: int) -> tuple[float, ...]:
+    """Both or neither, checked."""
+    given = tuple(widths) if isinstance(widths, Sequence) else (widths,)
+    for width in given:
+        try:
+            exponent(width)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"run.power_emas = {widths!r}: {error}") from None
+    if len(set(given)) < len(given):
+        raise ValueError(f"run.power_emas = {widths!r} must be different widths")
+    if not isinstance(snapshots, int) or snapshots < 0 or bool(given) != bool(snapshots):
+        raise ValueError(
+            f"run.power_emas = {given!r} and run.ema_snapshots = {snapshots!r} need each other: "
+            "bind both, such as (0.05, 0.1) and 32, or neither"
+        )
+    return given
 
 
 def _budget(**amounts: Any) -> Budget:

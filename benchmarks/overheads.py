@@ -42,7 +42,7 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
     params: list[Tensor] = list(net.parameters())
     averages: list[tuple[float, list[Tensor]]] = [
         (decay, list(copy.deepcopy(net).requires_grad_(False).parameters()))
-        for decay in experiment.ema_decay
+        for decay in (*experiment.ema_decay, *experiment.power_emas)  # at equal cost
     ]
     optimizer = experiment.optimizer.build(net.parameters())
     device, n = experiment.device, experiment.batch_size

@@ -153,7 +153,9 @@ class Training:
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
-        step = TrainStep(experiment.net, experiment.objective, experiment.ema_decay)
+        step = TrainStep(
+            experiment.net, experiment.objective, experiment.ema_decay, experiment.power_emas
+        )
         if experiment.compile:
             step.compile_networks()
         experiment.engine.prepare(

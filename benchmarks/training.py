@@ -21,6 +21,7 @@ from trainers.callbacks import (
     ProgressBar,
     StopOnNonFinite,
 )
+from trainers.ema_snapshots import EmaSnapshots
 from trainers.loop import fit
 from trainers.state import TrainState
 
@@ -59,6 +60,9 @@ def fit_experiment(
         callbacks.append(
             PeriodicEvaluation(fn=evaluation, every=experiment.evaluate_every, at_end=False)
         )
+    power_emas = () if prefix else experiment.power_emas
+    if power_emas:
+        callbacks.append(EmaSnapshots(widths=power_emas, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
@@ -72,6 +76,7 @@ def fit_experiment(
         optimizer=experiment.optimizer,
         schedule=experiment.schedule,
         ema_decays=experiment.ema_decay,
+        power_emas=power_emas,
         compile=experiment.compile,
         seed=experiment.seed,
         device=experiment.device,

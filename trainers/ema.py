@@ -4,7 +4,9 @@
 
 at update k = 0, 1, ... Until the limit is reached, what came before update j has a weight of about
 (j / k)^9, so the average forgets its start and looks back over the last tenth of the run. The
-same rule serves EMA teachers (zoo/teachers.py). Buffers are copied.
+same rule serves EMA teachers (zoo/teachers.py). `PowerEma` has the decay of an average that looks
+back over a share of the run, from which others are made after training (post_hoc_ema.py). Buffers
+are copied.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import copy
 
 from torch import nn
 
+from trainers.post_hoc_ema import exponent
 from zoo.teachers import Average, warmed_up
 
 
@@ -27,6 +30,7 @@ class Ema:
     def __init__(self, net: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"the EMA decay {decay!r} must lie in [0, 1)")
+        self.name = str(decay)
         self.decay = decay
         self.net = frozen_copy(net)
         self._average = Average(self.net, net)
@@ -34,3 +38,22 @@ class Ema:
     def update(self, step: int) -> None:
         """After update number `step`, counting from 0."""
         self._average.update(warmed_up(self.decay, step))
+
+
+class PowerEma:
+    """An average of a network's weights of one relative width; `net` is in eval mode."""
+
+    def __init__(self, net: nn.Module, width: float):
+        self.name = power_name(width)
+        self._power = exponent(width) + 1
+        self.net = frozen_copy(net)
+        self._average = Average(self.net, net)
+
+    def update(self, step: int) -> None:
+        """After update number `step`, counting from 0."""
+        self._average.update((step / (step + 1)) ** self._power)
+
+
+def power_name(width: float) -> str:
+    """What the average of this relative width is called among all averages of a run."""
+    return f"power_{width}"

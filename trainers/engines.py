@@ -42,7 +42,7 @@ from trainers.checkpoint import (
     save_state,
     save_tensors,
 )
-from trainers.ema import Ema, frozen_copy
+from trainers.ema import Ema, PowerEma, frozen_copy
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,13 @@ class TrainStep(nn.Module):
     objective is seen to keep to its share.
     """
 
-    def __init__(self, net: nn.Module, objective: Objective, ema_decays: Sequence[float] = ()):
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        ema_decays: Sequence[float] = (),
+        power_emas: Sequence[float] = (),
+    ):
         super().__init__()
         self.net = net
         self.objective = objective
@@ -71,8 +77,9 @@ class TrainStep(nn.Module):
                 self._owners.append(teacher)
             elif isinstance(own := getattr(teacher, "network", None), nn.Module):
                 self.teachers[key] = own
-        self._emas = [Ema(net, decay) for decay in ema_decays]
-        self.averages = nn.ModuleDict({_key(str(ema.decay)): ema.net for ema in self._emas})
+        self._emas: list[Ema | PowerEma] = [Ema(net, decay) for decay in ema_decays]
+        self._emas += [PowerEma(net, width) for width in power_emas]
+        self.averages = nn.ModuleDict({_key(ema.name): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         with self.autocast():
@@ -98,8 +105,8 @@ class TrainStep(nn.Module):
 
     @property
     def emas(self) -> dict[str, nn.Module]:
-        """The averages by their decay."""
-        return {str(ema.decay): ema.net for ema in self._emas}
+        """The averages by their decay, then by `power_name` of their widths."""
+        return {ema.name: ema.net for ema in self._emas}
 
     def compile_networks(self) -> None:
         """The network and its teachers by torch.compile; everything round them stays eager."""
@@ -223,8 +230,8 @@ class TorchEngine:
         yield "net", self.module.net
         for name, teacher in self.module.teachers.items():
             yield f"teacher_{name}", teacher
-        for decay, average in self.module.emas.items():
-            yield f"ema_{decay}", average
+        for name, average in self.module.emas.items():
+            yield f"ema_{name}", average
 
     def _gradient_norm(self) -> Tensor:
         if self.clip:

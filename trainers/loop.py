@@ -47,6 +47,7 @@ def fit(
     optimizer: Optimizer = AdamW(),  # noqa: B008  frozen
     schedule: Schedule = ConstantLr(),  # noqa: B008  frozen
     ema_decays: Sequence[float] = (),
+    power_emas: Sequence[float] = (),
     compile: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -56,13 +57,14 @@ def fit(
 ) -> TrainState:
     """Train `net` in place until the budget is spent or a callback sets `state.stop`.
 
-    `state.emas` are averages of the weights, one per decay; the first is `state.ema_net`.
+    `state.emas` are averages of the weights, one per decay and then one per relative width of
+    `power_emas` (post_hoc_ema.py); the first is `state.ema_net`.
     A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
     `folder`; `resume` continues from the newest whole one, or starts where there is none.
     """
     device = torch.device(device)
     engine = TorchEngine() if engine is None else engine
-    train_step = TrainStep(net, objective, ema_decays)
+    train_step = TrainStep(net, objective, ema_decays, power_emas)
     if compile:
         train_step.compile_networks()
     engine.prepare(train_step, optimizer, device, batch_size)

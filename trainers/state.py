@@ -76,7 +76,7 @@ class TrainState:
     images: int = 0
     lr: float = 0.0
     grad_norm: Tensor | None = None  # of the last update, before clipping
-    emas: dict[str, nn.Module] = field(default_factory=dict)  # by decay
+    emas: dict[str, nn.Module] = field(default_factory=dict)  # as TrainStep.emas
     resumed: Path | None = None  # the checkpoint that the run continues
     stop: str = ""  # a callback's reason to end after this step, the same in every process
     asked: str = ""  # why this process was asked to end; all of them then `stop` together
