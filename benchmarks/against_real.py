@@ -21,11 +21,12 @@ def usable(real: Real, extractor: Extractor, dim: int) -> Real:
     if real.mean is None:
         return real
     if len(real.mean) == dim:
-        if real.adm and getattr(extractor, "resize", "") == "clean":
+        if real.resize and getattr(extractor, "resize", real.resize) != real.resize:
             log.warning(
-                "the reference's statistics are ADM's, made with the resize of the TensorFlow "
-                "graph; for the number that papers compare: "
-                "--set \"inception_v3.resize = 'tensorflow'\""
+                "the reference's statistics are %s's; for the number that papers compare: "
+                "--set \"inception_v3.resize = '%s'\"",
+                "clean-fid" if real.resize == "clean" else "ADM",
+                real.resize,
             )
         return real
     if real.images is None:
@@ -49,6 +50,28 @@ def possible(metrics: Sequence[VectorMetric], real: Real, asked: bool) -> list[V
     return possible
 
 
+def check_numbers(
+    metrics: Sequence[VectorMetric], num: int, dim: int, real: Real, target: Tensor | None
+) -> None:
+    """ValueError unless `num` samples of `dim` features can be held against the real features."""
+    names, least = ", ".join(map(registry.metrics.name_of, metrics)), least_rows(metrics)
+    if num < least:
+        raise ValueError(f"{names} need at least {least} samples, not {num}")
+    if target is None:
+        return
+    if len(target) < least:
+        raise ValueError(f"{names} need at least {least} real images, and {real.about} has less")
+    if target.shape[1] != dim:
+        raise ValueError(
+            f"the reference {real.about} has {target.shape[1]} features and a sample has {dim}: "
+            "give images of the samples' size, or the folder of them, which are brought to it"
+        )
+
+
+def least_rows(metrics: Sequence[VectorMetric]) -> int:
+    return max(2, *(getattr(metric, "k", 0) + 1 for metric in metrics))
+
+
 def against(metric: VectorMetric, real: Real, target: Tensor | None) -> Callable[[Tensor], Values]:
     if isinstance(metric, Frechet) and real.mean is not None and real.covariance is not None:
         return metric.against_moments(real.mean, real.covariance)
@@ -59,7 +82,7 @@ def against(metric: VectorMetric, real: Real, target: Tensor | None) -> Callable
 def floors(
     metrics: Sequence[VectorMetric], target: Tensor | None, extractor: Extractor
 ) -> Iterator[tuple[str, float]]:
-    if target is None or len(target) < 2 * max(4, *(getattr(m, "k", 0) + 1 for m in metrics)):
+    if target is None or len(target) < 2 * max(4, least_rows(metrics)):
         return
     half = len(target) // 2  # by turns, since folders are sorted by class
     for metric in metrics:

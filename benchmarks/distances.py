@@ -75,7 +75,7 @@ class Kid:
     """Kernel distance (cubic polynomial), unbiased at any number of samples.
 
     Sets of up to `max_subset_size` are compared whole, which needs no drawing of subsets; larger
-    ones as the mean over `num_subsets` random subsets of that size.
+    ones by clean-fid, as the mean over `num_subsets` random subsets of that size.
     """
 
     reference: ClassVar = Reference(
@@ -95,23 +95,29 @@ class Kid:
             )
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        from cleanfid.fid import kernel_distance  # 2 s: it brings torchvision
-
-        target = _vectors(reference).numpy()
+        target = _vectors(reference)
+        whole = _unbiased_mmd(_cubic, target) if len(target) <= self.max_subset_size else None
 
         def compare(samples: Tensor) -> Values:
-            found = _vectors(samples).numpy()
-            whole = len(found) == len(target) <= self.max_subset_size
-            with _numpy_seed(self.seed):  # clean-fid draws its subsets from numpy's global state
-                value = kernel_distance(
-                    target,
-                    found,
-                    num_subsets=1 if whole else self.num_subsets,
-                    max_subset_size=self.max_subset_size,
-                )
-            yield "kid", value
+            found = _vectors(samples)
+            if whole and len(found) <= self.max_subset_size:
+                yield "kid", whole(found)
+            else:
+                yield "kid", self._over_subsets(found, target)
 
         return compare
+
+    def _over_subsets(self, found: Tensor, target: Tensor) -> float:
+        from cleanfid.fid import kernel_distance  # 2 s: it brings torchvision
+
+        with _numpy_seed(self.seed):  # clean-fid draws its subsets from numpy's global state
+            value: float = kernel_distance(
+                target.numpy(),
+                found.numpy(),
+                num_subsets=self.num_subsets,
+                max_subset_size=self.max_subset_size,
+            )
+        return value
 
     def __call__(self, samples: Tensor, reference: Tensor) -> Values:
         return self.against(reference)(samples)
@@ -193,13 +199,10 @@ class Mmd:
             raise ValueError(f"mmd.bandwidths = {self.bandwidths!r}; give positive widths")
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        target = _vectors(reference)
-        within = self._mean_off_diagonal(target)
+        distance = _unbiased_mmd(self._kernel, _vectors(reference))
 
         def compare(samples: Tensor) -> Values:
-            found = _vectors(samples)
-            cross = self._kernel(found, target).mean()
-            yield "mmd", float(self._mean_off_diagonal(found) + within - 2 * cross)
+            yield "mmd", distance(_vectors(samples))
 
         return compare
 
@@ -211,9 +214,20 @@ class Mmd:
         kernels = [torch.exp(-squared / (2 * width**2)) for width in self.bandwidths]
         return torch.stack(kernels).mean(0)
 
-    def _mean_off_diagonal(self, x: Tensor) -> Tensor:
-        kernel = self._kernel(x, x)
-        return (kernel.sum() - kernel.trace()) / (len(x) * (len(x) - 1))
+
+def _unbiased_mmd(
+    kernel: Callable[[Tensor, Tensor], Tensor], target: Tensor
+) -> Callable[[Tensor], float]:
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
+
+    within_target = within(target)
+    return lambda x: float(within(x) + within_target - 2 * kernel(x, target).mean())
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

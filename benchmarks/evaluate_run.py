@@ -29,7 +29,7 @@ from torch import Tensor
 
 import registry
 from benchmarks import evaluate
-from benchmarks.against_real import against, floors, possible, usable
+from benchmarks.against_real import against, check_numbers, floors, possible, usable
 from benchmarks.distances import VectorMetric
 from benchmarks.feature_blocks import FeatureSink, PngSink, Sink, fill
 from benchmarks.features import Extractor, best_available, file_sha256
@@ -66,6 +66,7 @@ class Request:
     batch_size: int = evaluate.BLOCK
     bindings: tuple[str, ...] = ()
     save_images: Path | None = None
+    weights: Path | None = None  # a file to measure instead of the run's own
     cache: Path | None = None  # of the reference's features; None: the user's own
 
     def __post_init__(self) -> None:
@@ -83,10 +84,14 @@ class Request:
 def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dict[str, float]:
     """The values by name, also written under `out`, by default RUN/evaluation.
 
+    Other weights than the run's own are measured into RUN/evaluation_NAME, after their file.
+
     Under torchrun every process takes its share; the first returns the values, the others nothing.
     """
     finished_run(folder)
-    out = out or folder / "evaluation"
+    out = out or folder / (
+        f"evaluation_{request.weights.stem}" if request.weights else "evaluation"
+    )
     with _processes():
         evaluation = _Evaluation(folder, request, out)
         real, metrics = evaluation.real()
@@ -95,7 +100,9 @@ def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dic
         if ranks.leads():
             values, notes = evaluation.measure(real, metrics)
             out.mkdir(parents=True, exist_ok=True)
-            about = {"run": str(folder), **evaluation.about(), "values": values, **notes}
+            file = str(request.weights or finished_run(folder))
+            about = {"run": str(folder), "weights_file": file, **evaluation.about()}
+            about |= {"values": values, **notes}
             (out / EVALUATION).write_text(json.dumps(about, indent=2) + "\n")
             (out / EVALUATION).with_suffix(".md").write_text(table(values))
         ranks.gathered(None)  # one that leaves early would be missed
@@ -137,10 +144,10 @@ class _Evaluation:
 
     def __init__(self, folder: Path, request: Request, out: Path):
         self.request, self.out = request, out
-        self.experiment, self.net = open_run(folder, request.bindings)
+        self.experiment, self.net = open_run(folder, request.bindings, weights=request.weights)
         built = gin_setup.operative_text().encode()
         self.operative = hashlib.sha256(built).hexdigest()  # what the weights are weights of
-        self.weights = file_sha256(finished_run(folder))
+        self.weights = file_sha256(request.weights or finished_run(folder))
         self.samplers = evaluate.samplers_for(
             self.experiment.sampler, request.nfe or self.experiment.nfe
         )
@@ -203,9 +210,13 @@ class _Evaluation:
         for extractor in self.extractors:
             # Before anything is sampled: the weights fit, and the reference has what is asked for.
             blank = self._rounded(torch.zeros(1, *self.shape)).to(self.experiment.device)
-            one = usable(real, extractor, extractor(blank).shape[1])
-            allowed.append(possible(self.metrics, one, bool(self.request.metrics)))
-            sides.append((one, self._real_features(one, extractor)))
+            dim = extractor(blank).shape[1]
+            one = usable(real, extractor, dim)
+            metrics = possible(self.metrics, one, bool(self.request.metrics))
+            target = self._real_features(one, extractor)
+            check_numbers(metrics, self.request.num, dim, one, target)
+            allowed.append(metrics)
+            sides.append((one, target))
         return sides, allowed
 
     def _real_features(self, real: Real, extractor: Extractor) -> Tensor | None:

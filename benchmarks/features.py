@@ -285,6 +285,13 @@ def image_rules(size: int) -> dict[str, str]:
     }
 
 
-@lru_cache(maxsize=4)
 def file_sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """Remembered until the file changes."""
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _sha256(file: Path, _size: int, _time: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

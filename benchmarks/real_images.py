@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -23,6 +23,7 @@ from zipfile import BadZipFile
 import cleanfid
 import numpy as np
 import torch
+from scipy import linalg
 from torch import Tensor
 
 from benchmarks.features import WEIGHTS_VARIABLE, file_sha256
@@ -40,8 +41,8 @@ class Real:
     """Real images, statistics of their features, or both; `about` identifies them by content.
 
     `images(first, count)` gives rows as uint8 or in [-1, 1]; `mean` [d] and `covariance` [d d] are
-    float64; `features` [n d] come with some of clean-fid's statistics. `adm` marks statistics that
-    were made with the resize of the TensorFlow graph.
+    float64; `features` [n d] come with some of clean-fid's statistics. `resize` is that of the
+    features behind the statistics, "clean" or "tensorflow", where it is known.
     """
 
     about: str
@@ -50,7 +51,7 @@ class Real:
     mean: Tensor | None = None
     covariance: Tensor | None = None
     features: Tensor | None = None
-    adm: bool = False
+    resize: str = ""
 
 
 def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], num: int) -> Real:
@@ -121,7 +122,7 @@ def _of_npz(path: Path) -> Real:
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
-            names, adm = sorted(file.files), "mu_s" in file.files
+            names = sorted(file.files)
     except (ValueError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
     if not ({"mu", "sigma"} <= content.keys() or "arr_0" in content):
@@ -129,7 +130,10 @@ def _of_npz(path: Path) -> Real:
             f"{path} holds {', '.join(names) or 'nothing'}; a reference holds mu [d] and sigma "
             "[d d], images arr_0 uint8 [n h w 3], or both"
         )
-    return Real(about=about, adm=adm, **_images_in(content, path), **_moments_in(content, path))
+    resize = "tensorflow" if "mu_s" in names else ""  # ADM's have spatial statistics beside them
+    return Real(
+        about=about, resize=resize, **_images_in(content, path), **_moments_in(content, path)
+    )
 
 
 def _images_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -149,13 +153,30 @@ def _images_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
 def _moments_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     if not {"mu", "sigma"} <= content.keys():
         return {}
-    mean, covariance = (torch.from_numpy(content[name]).double() for name in ("mu", "sigma"))
+    mean, covariance = (torch.from_numpy(content[name]) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"mu and sigma in {path} are {tuple(mean.shape)} and {tuple(covariance.shape)}; a mean "
             "is [d] and a covariance [d d]"
         )
-    return {"mean": mean, "covariance": covariance}
+    return {"mean": mean.double(), "covariance": _covariance(covariance, path)}
+
+
+def _covariance(found: Tensor, path: Path) -> Tensor:
+    """In float64, without the negative eigenvalues that the file's own precision made."""
+    matrix = found.double()
+    symmetric = (matrix + matrix.T) / 2
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(f"sigma in {path} has values that are not finite")
+    values, vectors = map(torch.from_numpy, linalg.eigh(symmetric.numpy()))
+    epsilon = torch.finfo(found.dtype if found.is_floating_point() else torch.float64).eps
+    allowed = len(found) * epsilon * float(values.abs().max())
+    if float(values.min()) < -allowed or float((matrix - symmetric).abs().max()) > allowed:
+        raise ValueError(
+            f"sigma in {path} is no covariance: it must be symmetric with no negative eigenvalue, "
+            f"and its lowest is {float(values.min()):.3g}"
+        )
+    return (vectors * values.clamp_min(0)) @ vectors.T
 
 
 def _of_cleanfid(name: str) -> Real:
@@ -175,13 +196,13 @@ def _of_cleanfid(name: str) -> Real:
             f"{CLEANFID_URL}{stem}.npz (and {stem}_kid.npz for KID, precision and recall) and put "
             f"it there, or name its folder in ${WEIGHTS_VARIABLE}"
         )
-    real = _of_npz(path)
+    real = replace(_of_npz(path), resize="clean")
     if with_features is None:
         return real
     with np.load(with_features, allow_pickle=False) as file:
         features = torch.from_numpy(file["feats"]).float()
     about = f"{real.about}; {with_features.name}, sha256 {file_sha256(with_features)}"
-    return Real(about=about, mean=real.mean, covariance=real.covariance, features=features)
+    return replace(real, about=about, features=features)
 
 
 def _statistics_file(name: str) -> Path | None:

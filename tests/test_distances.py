@@ -117,14 +117,14 @@ def test_moments_are_numpys() -> None:
 
 
 def test_kid_equals_its_definition_and_leaves_numpys_generator_alone() -> None:
-    a, b = normal(12, 5, 1), normal(12, 5, 2, shift=0.5)
+    a, b = normal(12, 5, 1), normal(9, 5, 2, shift=0.5)
 
     def kernel(x, y):
         return (x @ y.T / 5 + 1) ** 3
 
     def off_diagonal_mean(x):
         k = kernel(x, x)
-        return (k.sum() - k.trace()) / (12 * 11)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
 
     np.random.seed(7)
     wanted_draw = np.random.rand()
@@ -135,12 +135,20 @@ def test_kid_equals_its_definition_and_leaves_numpys_generator_alone() -> None:
     assert value == pytest.approx(float(wanted), rel=1e-10)
 
 
-def test_kid_compares_sets_that_fit_once_and_whole(monkeypatch) -> None:
+def test_kid_leaves_sets_that_do_not_fit_to_clean_fid(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr("cleanfid.fid.kernel_distance", lambda *a, **sizes: calls.append(sizes))
-    list(Kid(max_subset_size=12, num_subsets=3)(normal(12, 2), normal(12, 2)))
-    list(Kid(max_subset_size=11, num_subsets=3)(normal(12, 2), normal(12, 2)))
-    assert [call["num_subsets"] for call in calls] == [1, 3]
+    for size in (12, 11):
+        list(Kid(max_subset_size=size, num_subsets=3)(normal(9, 2), normal(12, 2)))
+    assert calls == [{"num_subsets": 3, "max_subset_size": 11}]
+
+
+def test_kid_of_sets_that_fit_is_clean_fids() -> None:
+    from cleanfid.fid import kernel_distance
+
+    a, b = normal(12, 5, 1), normal(12, 5, 2, shift=0.5)
+    theirs = kernel_distance(b.numpy(), a.numpy(), num_subsets=1, max_subset_size=12)
+    assert only(Kid()(a, b)) == pytest.approx(theirs, rel=1e-10)
 
 
 def test_kid_over_subsets_is_reproducible_and_depends_on_its_seed() -> None:

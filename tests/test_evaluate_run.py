@@ -259,6 +259,11 @@ def test_clean_fids_names_are_looked_up_in_local_folders(run_folder, tmp_path, m
         ("wrong.npz", r"mu and sigma .* are \(3,\) and \(2, 2\)"),
         ("floats.npz", r"arr_0 .* float64"),
         ("other_size.npz", "statistics of 3 features and Pixels has 64"),
+        ("negative.npz", "no covariance.* its lowest is -1"),
+        ("lopsided.npz", "no covariance: it must be symmetric"),
+        ("nan.npz", "sigma .* not finite"),
+        ("large.npz", "has 256 features and a sample has 64"),
+        ("few.npz", "precision_recall need at least 4 real images"),
     ],
 )
 def test_a_reference_that_is_none_is_refused_before_sampling(
@@ -271,16 +276,54 @@ def test_a_reference_that_is_none_is_refused_before_sampling(
     np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(2))
     np.savez("floats.npz", arr_0=np.zeros((2, 8, 8, 3)))
     np.savez("other_size.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez("negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
+    np.savez("lopsided.npz", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
+    np.savez("nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
+    np.savez("large.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
+    np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
     monkeypatch.setattr(module.evaluate, "draw", None)
     with pytest.raises(ValueError, match=message):
         evaluate_run(run_folder, request(tmp_path, reference=reference), tmp_path)
 
 
-def test_adm_statistics_beside_clean_fids_resize_are_warned_of(caplog) -> None:
-    real = find_real_of(mean=torch.zeros(4), adm=True)
-    clean = type("Clean", (Pixels,), {"resize": "clean"})()
-    assert module.usable(real, clean, 4) is real
-    assert "inception_v3.resize = 'tensorflow'" in caplog.text
+def test_too_few_samples_are_refused_before_sampling(run_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module.evaluate, "draw", None)
+    with pytest.raises(ValueError, match="precision_recall need at least 4 samples, not 3"):
+        evaluate_run(run_folder, request(tmp_path, num=3), tmp_path)
+
+
+def test_statistics_in_single_precision_of_few_images_are_read(run_folder, tmp_path) -> None:
+    """Their covariance has negative eigenvalues of about 1e-7, from rounding."""
+    pixels = np.random.default_rng(0).normal(size=(20, 64))
+    sigma = np.cov(pixels.T).astype(np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64)).min() < -1e-9
+    np.savez(tmp_path / "single.npz", mu=pixels.mean(0).astype(np.float32), sigma=sigma)
+    how = {"num": 100, "nfe": (1,), "reference": str(tmp_path / "single.npz")}
+    values = evaluate_run(run_folder, request(tmp_path, **how), tmp_path / "out")
+    (features,) = blocks(tmp_path / "out").values()
+    assert values["nfe1/fd_pixels"] == pytest.approx(fd(features, pixels), rel=1e-6)
+
+
+def test_weights_changed_in_place_are_sampled_anew(run_folder, tmp_path) -> None:
+    folder, how = tmp_path / "run", {"num": 20, "nfe": (1,), "metrics": ("frechet",)}
+    shutil.copytree(run_folder, folder)
+    before = evaluate_run(folder, request(tmp_path, **how), tmp_path)
+    file = folder / "model.safetensors"
+    save_file({name: 2 * x for name, x in load_file(file).items()}, file)
+    after = evaluate_run(folder, request(tmp_path, **how), tmp_path)
+    assert after["nfe1/fd_pixels"] != before["nfe1/fd_pixels"]
+
+
+def test_statistics_of_another_resize_are_warned_of(caplog) -> None:
+    for theirs, ours in (("tensorflow", "clean"), ("clean", "tensorflow")):
+        real = find_real_of(mean=torch.zeros(4), resize=theirs)
+        extractor = type("Resizing", (Pixels,), {"resize": ours})()
+        assert module.usable(real, extractor, 4) is real
+        assert f"inception_v3.resize = '{theirs}'" in caplog.text
+        caplog.clear()
+        assert module.usable(real, Pixels(), 4) is real
+        assert module.usable(real, type("Same", (Pixels,), {"resize": theirs})(), 4) is real
+        assert not caplog.text
 
 
 def find_real_of(**parts):
