@@ -3,10 +3,10 @@
     python -m benchmarks.loading FOLDER --ranks 8 --batch 1024
 
 FOLDER holds latents or pictures; without one, latents of noise are made, as many numbers each as
-those of Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with the
-next batch read ahead, and consumes it at once: what comes out is the most that a run could take. The
-first batch is not counted. Images per second are those of all processes together; where there are
-more processes than cores, the rate per second of CPU time tells more.
+those of Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with
+the next batch read ahead, and consumes it at once: what comes out is the most that a run could
+take. The first batch is not counted. Images per second are those of all processes together; where
+there are more processes than cores, the rate per second of CPU time tells more.
 """
 
 from __future__ import annotations
