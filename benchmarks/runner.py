@@ -22,7 +22,6 @@ from typing import Any
 
 from torch import Tensor
 
-from backbones.network import FlowNetwork
 from benchmarks import evaluate
 from benchmarks.distilling import prepare_teacher, rest
 from benchmarks.experiment import Experiment
@@ -34,7 +33,7 @@ from benchmarks.shown import final_samples, is_picture, is_points, keep_all
 from benchmarks.training import fit_experiment, measure
 from registry.protocols import parts
 from trainers import ranks
-from trainers.checkpoint import load_module, save_module
+from trainers.checkpoint import save_module
 from trainers.zero import ZeroEngine
 from zoo.guidance import Guided
 
@@ -153,9 +152,3 @@ def _guidance(experiment: Experiment) -> str:
         if isinstance(part, Guided) and part.guidance_scale != 1
     ]
     return "; ".join(found) or "none"
-
-
-def load_run(experiment: Experiment, folder: Path) -> FlowNetwork:
-    """The measured weights of a finished run, in the network that its configuration builds."""
-    load_module(folder / MODEL, experiment.net)
-    return experiment.net.to(experiment.device).eval()

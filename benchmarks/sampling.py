@@ -9,19 +9,23 @@ from backbones.network import FlowNetwork
 from benchmarks import comparison  # noqa: F401  registers Grid
 from benchmarks.experiment import Experiment, run
 from benchmarks.results import finished_run
-from benchmarks.runner import load_run, picture
+from benchmarks.runner import picture
 from benchmarks.shown import draw_samples
 from registry import gin_setup
+from trainers.checkpoint import load_module
 
 
 def open_run(
-    folder: Path, bindings: tuple[str, ...] = (), sampler: str | None = None
+    folder: Path,
+    bindings: tuple[str, ...] = (),
+    sampler: str | None = None,
+    weights: Path | None = None,
 ) -> tuple[Experiment, FlowNetwork]:
     """The finished run in `folder` with the weights that were measured, on its device.
 
-    `bindings` and a registered `sampler` go before those of the run.
+    `bindings`, a registered `sampler` and a file of `weights` go before those of the run.
     """
-    finished_run(folder)
+    measured = finished_run(folder)
     if sampler:
         registry.samplers.get(sampler)  # says which there are
         gin_setup.parse([folder / "config.gin"])
@@ -33,7 +37,8 @@ def open_run(
     gin_setup.parse([folder / "config.gin"], bindings)
     with gin_setup.arm(arm_of_run()):
         experiment = run()
-    return experiment, load_run(experiment, folder)
+    load_module(weights or measured, experiment.net)
+    return experiment, experiment.net.to(experiment.device).eval()
 
 
 def arm_of_run() -> str:
@@ -42,7 +47,14 @@ def arm_of_run() -> str:
 
 
 def sample_run(
-    folder: Path, *, nfe: tuple[int, ...], num: int, seed: int, sampler: str | None, out: Path
+    folder: Path,
+    *,
+    nfe: tuple[int, ...],
+    num: int,
+    seed: int,
+    sampler: str | None,
+    out: Path,
+    weights: Path | None = None,
 ) -> Path:
     """Draw `num` samples at each NFE from the run in `folder`; the picture's path.
 
@@ -51,7 +63,7 @@ def sample_run(
     """
     if num < 1:
         raise ValueError(f"the number of samples is {num}; give 1 or more")
-    experiment, net = open_run(folder, sampler=sampler)
+    experiment, net = open_run(folder, sampler=sampler, weights=weights)
     rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
     path = picture(rows, out)
     if path is None:

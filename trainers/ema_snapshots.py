@@ -1,4 +1,4 @@
-"""Snapshots of power-function averages while a run trains; averages of any width from them.
+"""Snapshots of power-function averages, stored while a run trains.
 
     ema_snapshots/step_00001000/
         width_0.05.safetensors   the whole average, float32
@@ -15,14 +15,10 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from registry.protocols import LossOutput
@@ -40,12 +36,11 @@ from trainers.checkpoint import (
     verify,
 )
 from trainers.ema import power_name
-from trainers.post_hoc_ema import Mixture, Profile, exponent, mixture
+from trainers.post_hoc_ema import Profile, exponent
 from trainers.state import Callback, TrainState
 from trainers.zero_shards import gathered_state
 
 FOLDER, ABOUT = "ema_snapshots", "snapshot.json"
-LARGE_ERROR = 0.1  # of a reconstructed profile, worth a warning
 
 log = logging.getLogger(__name__)
 
@@ -194,9 +189,6 @@ def _complete(aside: Path, target: Path, snapshot: Snapshot) -> None:
     _sync(target.parent)
 
 
-# --- after training
-
-
 @dataclass(frozen=True)
 class Stored:
     """One average of a snapshot."""
@@ -215,59 +207,10 @@ def stored(run: Path) -> list[Stored]:
         for file, width in snapshot.widths.items()
     ]
     if not found:
+        inside = sorted(path.parent.name for path in run.glob(f"*/{FOLDER}"))
+        hint = f" There are some in its folders {', '.join(inside)}." if inside else ""
         raise ValueError(
-            f"{folder} holds no snapshot. A run makes them with run.power_emas = (0.05, 0.1) and "
-            "run.ema_snapshots = 32"
+            f"{folder} holds no snapshot.{hint} A run makes them by run.power_emas = (0.05, 0.1) "
+            "and run.ema_snapshots = 32"
         )
     return found
-
-
-def reconstruct(
-    averages: Sequence[Stored], width: float, step: int | None = None
-) -> tuple[dict[str, Tensor], Mixture]:
-    """The average of any relative width at any step up to the last one, which is the default.
-
-    A warning says when the stored ones cannot make it well.
-    """
-    last = max(average.profile.step for average in averages)
-    wanted = Profile(last if step is None else step, width)
-    if wanted.step > last:
-        raise ValueError(f"step {wanted.step} lies behind the last snapshot, of step {last}")
-    found = mixture([average.profile for average in averages], wanted)
-    if found.error > LARGE_ERROR:
-        widths = sorted({average.profile.width for average in averages})
-        steps = sorted({average.profile.step for average in averages})
-        nearest = min(steps, key=lambda there: abs(there - wanted.step))
-        log.warning(
-            "the profile of width %g at step %d is missed by %.0f %%. Stored are widths %s at %d "
-            "steps; the nearest step is %d",
-            *(width, wanted.step, 100 * found.error),
-            *(", ".join(f"{there:g}" for there in widths), len(steps), nearest),
-        )
-    return _combined(averages, found.coefficients, wanted.step), found
-
-
-def _combined(
-    averages: Sequence[Stored], coefficients: Sequence[float], step: int
-) -> dict[str, Tensor]:
-    """In float64, a tensor at a time; buffers are those of the last snapshot up to the step."""
-    earlier = [average for average in averages if average.profile.step <= step]
-    current = max(earlier or averages[:1], key=lambda average: average.profile.step)
-    with ExitStack() as files:
-
-        def opened(average: Stored) -> Any:
-            return files.enter_context(safe_open(average.path, framework="pt"))
-
-        used = [(x, opened(a)) for x, a in zip(coefficients, averages, strict=True) if x]
-        of_step = opened(current)
-
-        def tensor(name: str) -> Tensor:
-            here = of_step.get_tensor(name)
-            if name in current.buffers:
-                return here
-            total = torch.zeros_like(here, dtype=torch.float64)
-            for coefficient, file in used:
-                total.add_(file.get_tensor(name).double(), alpha=coefficient)
-            return total.to(here.dtype)
-
-        return {name: tensor(name) for name in of_step.keys()}

@@ -25,6 +25,12 @@ def add_bindings(parser: argparse.ArgumentParser, example: str) -> None:
     )  # fmt: skip
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="of `ema`, say; default: those measured"
+    )
+
+
 def request_of(arguments: argparse.Namespace) -> Request:
     from benchmarks.request import Request
 

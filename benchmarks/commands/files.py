@@ -1,11 +1,11 @@
-"""encode, export, consolidate and send."""
+"""encode, export, ema, consolidate and send."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands
+from benchmarks.commands.asked import Commands, add_weights
 
 
 def add_to(commands: Commands) -> None:
@@ -16,7 +16,15 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--out", type=Path, required=True, help="an empty folder to write")
     export.add_argument("--layout", default="", help="of a public checkpoint: dit, sit, ...")
     export.add_argument("--num-heads", type=int, help="of a public checkpoint of unusual width")
+    add_weights(export)
     export.set_defaults(command=_export)
+
+    ema = commands.add_parser("ema", help="an average of the weights whose width is chosen now")
+    ema.add_argument("run", type=Path, help="the folder of a run with run.power_emas")
+    ema.add_argument("--width", type=float, required=True, help="in shares of the run, say 0.12")
+    ema.add_argument("--step", type=int, help="default: the last snapshot's")
+    ema.add_argument("--out", type=Path, help="default: RUN/ema_width_WIDTH.safetensors")
+    ema.set_defaults(command=_ema)
 
     whole = commands.add_parser("consolidate", help="a ZeRO checkpoint's weights as one file")
     whole.add_argument("checkpoint", type=Path, help="such as RUN/checkpoints/step_00001000")
@@ -82,10 +90,20 @@ def _export(arguments: argparse.Namespace) -> None:
     from benchmarks.export import export_file, export_run
 
     if arguments.run.is_dir():
-        where = export_run(arguments.run, arguments.out)
+        where = export_run(arguments.run, arguments.out, arguments.weights)
     else:
         where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
     print(f"{where}: model.safetensors, config.json, README.md")
+
+
+def _ema(arguments: argparse.Namespace) -> None:
+    from trainers.ema_reconstruction import reconstruct
+
+    made = reconstruct(arguments.run, arguments.width, arguments.step, arguments.out)
+    print(
+        f"{made.path}: width {made.wanted.width:g} at step {made.wanted.step}, from "
+        f"{made.num_snapshots} snapshots; its profile is missed by {made.error:.2%}"
+    )
 
 
 def _consolidate(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands, add_bindings, request_of
+from benchmarks.commands.asked import Commands, add_bindings, add_weights, request_of
 
 
 def add_to(commands: Commands) -> None:
@@ -64,6 +64,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="every sample as a PNG")
     parser.add_argument("--out", type=Path, help="default: RUN/evaluation")
     parser.add_argument("--cache", type=Path, help="features of the reference")
+    add_weights(parser)
     add_bindings(parser, "euler.shift = 2.0")
     parser.set_defaults(command=_evaluate)
 
@@ -77,6 +78,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="rows of a step; default: the file's own")
     parser.add_argument("--repeats", type=int, default=5, help="turns of 3 steps")
     parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
+    parser.add_argument("--published", action="store_true", help="MeanFlow as in its paper, too")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--out", type=Path, help="folder of the record; default runs/bench-DATE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result, to compare with")
@@ -125,6 +127,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         bindings=tuple(arguments.bindings),
         save_images=arguments.save_images,
+        weights=arguments.weights,
         cache=arguments.cache,
     )
     if values := evaluate_run(arguments.run, request, arguments.out):
@@ -148,7 +151,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from benchmarks.speed import cases_of, run_bench
+    from benchmarks.speed import run_bench
+    from benchmarks.speed_cases import cases_of
     from benchmarks.speed_table import Speed, compare, speed_table
 
     stored = arguments.compare and Speed.load(arguments.compare)
@@ -161,6 +165,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         backbones=arguments.backbone,
         precisions=arguments.precision,
         derivatives=arguments.derivative,
+        published=arguments.published,
     )
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     speed = run_bench(request, groups, out, turns=arguments.repeats, memory=not arguments.no_memory)

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands, add_request, request_of
+from benchmarks.commands.asked import Commands, add_request, add_weights, request_of
 
 
 def add_to(commands: Commands) -> None:
@@ -42,6 +42,7 @@ def add_to(commands: Commands) -> None:
     sample.add_argument("--seed", type=int, default=0, help="of the noise")
     sample.add_argument("--sampler", help="a registered sampler; default the run's own")
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
+    add_weights(sample)
     sample.set_defaults(command=_sample)
 
 
@@ -110,5 +111,6 @@ def _sample(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         sampler=arguments.sampler,
         out=arguments.out,
+        weights=arguments.weights,
     )
     print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")
