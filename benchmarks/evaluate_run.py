@@ -67,7 +67,6 @@ class Request:
     bindings: tuple[str, ...] = ()
     save_images: Path | None = None
     weights: Path | None = None  # a file to measure instead of the run's own
-    weights: Path | None = None  # a file to measure instead of the run's own
     cache: Path | None = None  # of the reference's features; None: the user's own
 
     def __post_init__(self) -> None:
@@ -84,8 +83,6 @@ class Request:
 
 def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dict[str, float]:
     """The values by name, also written under `out`, by default RUN/evaluation.
-
-    Other weights than the run's own are measured into RUN/evaluation_NAME, after their file.
 
     Other weights than the run's own are measured into RUN/evaluation_NAME, after their file.
 
