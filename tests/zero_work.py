@@ -5,15 +5,19 @@ The leading process saves what it found to FOLDER/found.pt.
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,7 @@ import registry
 import zoo  # noqa: F401  registers the objectives
 from backbones.dit import DiT
 from backbones.network import build_network
-from registry.protocols import LossOutput, required_heads
+from registry.protocols import Batch, LossOutput, required_heads
 from trainers import (
     AdamW,
     Budget,
@@ -33,8 +37,9 @@ from trainers import (
     ranks,
 )
 from trainers import zero as zero_module
+from trainers.checkpoint import checkpoints
 from trainers.zero import ZeroEngine
-from trainers.zero_shards import gathered_state, is_sharded
+from trainers.zero_shards import gathered_state, is_sharded, whole
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.residuals import Exact
 from zoo.teachers import Frozen
@@ -142,18 +147,9 @@ def found(state: TrainState, watch: Watch) -> dict[str, Any]:
     }
 
 
-class StopAfter(Callback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step(self, state: TrainState, out: LossOutput) -> None:
-        if state.step == self.step:
-            state.stop = "test"
-
-
 def parity(folder: Path) -> dict[Any, Any]:
     """Every objective at every stage; bf16, fp16, accumulation and offload once."""
-    results: dict[Any, Any] = {}
+    results: dict[Any, Any] = {("gradients", how): _gradients(how) for how in GRADIENTS}
     for key, options in OPTIONS.items():
         results[key] = found(*train("mean_flow", ZeroEngine(clip=1.0, **options)))
     results["no rule"] = list(_without_the_rule())
@@ -201,38 +197,121 @@ def _without_the_rule() -> Iterator[str]:
         zero_module.allow_forward_mode = kept
 
 
-def _resumed(folder: Path, stage: int) -> dict[str, Any]:
-    """Uninterrupted, and stopped after 2 of 4 steps and resumed at the same and the next stage."""
+@dataclass(kw_only=True, eq=False)
+class Unwrapped(ZeroEngine):
+    """Calls the module itself, past DeepSpeed."""
+
+    def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        per_sample = self.module(batch, rng)
+        return replace(self._out, per_sample=per_sample)
+
+
+@dataclass(kw_only=True, eq=False)
+class Unreduced(Unwrapped):
+    """And its backward."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+@contextmanager
+def own_rows_only() -> Iterator[None]:
+    """Whoever sums gradients over the processes gets his own, as large as the sum would be."""
+    from deepspeed import comm
+    from deepspeed.runtime.comm import coalesced_collectives
+
+    def own(tensor: Tensor, *rest: Any, **options: Any) -> None:
+        tensor.mul_(ranks.count())
+
+    def own_chunk(buffer: Tensor, chunk: Tensor, **options: Any) -> None:
+        chunk.mul_(ranks.count())
+
+    with (
+        patch.object(comm, "all_reduce", own),
+        patch.object(comm, "reduce", own),
+        patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", own_chunk),
+    ):
+        yield
+
+
+GRADIENTS = (
+    *("stage 0", "stage 1", "stage 2", "stage 3"),
+    *("stage 0, own rows", "stage 1, own rows", "stage 2, own rows", "stage 3, own rows"),
+    *("stage 0, unreduced", "stage 3, unwrapped"),
+)
+
+
+def _gradients(how: str) -> dict[str, Any]:
+    """All gradients, from one step of descent, and those that differ between the processes."""
+    stage = int(how[6])
+    made = {"unreduced": Unreduced, "unwrapped": Unwrapped}.get(how[9:], ZeroEngine)
+    engine = made(stage=stage, accumulate=2 if stage == 3 else 1, **SMALL)
+    with own_rows_only() if how.endswith("own rows") else nullcontext():
+        state, _ = train("mean_flow", engine, optimizer=Sgd(lr=1.0), budget=Budget(steps=1))
+    return {
+        "gradients": moved(state, "mean_flow"),
+        "differ": [
+            name
+            for name, p in state.net.named_parameters()
+            if len({value.numpy().tobytes() for value in ranks.gathered(whole(p))}) > 1
+        ],
+    }
+
+
+def moved(state: TrainState, name: str) -> dict[str, Tensor]:
+    """By how much each weight was lowered."""
+    before = network(required_heads(objective(name))).state_dict()
+    return {key: before[key] - after for key, after in gathered_state(state.net).items()}
+
+
+def _resumed(
+    name: str, stage: int, where: Path, other: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """A whole run, and what became of it after its second step, at this stage and another one."""
     told: dict[str, Any] = {}
-    told["whole"] = found(*_go(stage))
-    where = folder / f"stage{stage}"
-    _go(stage, where, CheckpointCallback(), StopAfter(2))
-    told["same"] = found(*_go(stage, where, resume=True))
-    told["other"] = found(*_go((stage + 1) % 4, where, resume=True))
+    told["whole"] = found(
+        *go(name, stage, where, CheckpointCallback(every=SAVED, keep=9), **options)
+    )
+    _lose(where)
+    told["same"] = found(*go(name, stage, where, resume=True, **options))
+    if other is not None:
+        told["other"] = found(*go(name, other, where, resume=True))
     return told
 
 
-def _go(
-    stage: int, where: Path | None = None, *more: Callback, resume: bool = False
+def _lose(where: Path) -> None:
+    """As a process that was killed before it saved again."""
+    if ranks.leads():
+        for path in checkpoints(where / "checkpoints")[1:]:
+            shutil.rmtree(path)
+    ranks.gathered(None)
+
+
+def go(
+    name: str, stage: int, where: Path, *more: Callback, resume: bool = False, **options: Any
 ) -> tuple[TrainState, Watch]:
     return train(
-        "dumo", ZeroEngine(stage=stage, **SMALL), optimizer=AdamW(lr=1e-2),
-        budget=Budget(steps=4), folder=where, callbacks=more, resume=resume,
+        name, ZeroEngine(stage=stage, **SMALL, **options), optimizer=AdamW(lr=1e-2),
+        budget=Budget(steps=STEPS), folder=where, callbacks=more, resume=resume,
     )  # fmt: skip
 
 
-def four(folder: Path) -> dict[Any, Any]:
-    """Quotas of fewer rows than there are processes, and a resume in four of what two saved."""
-    results: dict[Any, Any] = {}
-    for stage in (2, 3):
-        engine = ZeroEngine(stage=stage, clip=1.0, **SMALL)
-        results[stage] = found(*train("one_row", engine))
-        results["resumed", stage] = found(*_go(stage, folder / f"stage{stage}", resume=True))
-    return results
+SAVED, STEPS = 2, 5  # DE-CM's third loss, of every third step, comes before and after
+CROSSING = ("dumo", "decm")  # an average as teacher, and counters
+RESUMED = [(stage, name) for stage in STAGES for name in names() if stage >= 2 or name in CROSSING]
 
 
 def resume(folder: Path) -> dict[Any, Any]:
-    return {stage: _resumed(folder, stage) for stage in STAGES}
+    """Every objective stopped and resumed in two processes."""
+    return {
+        (stage, name): _resumed(
+            name,
+            stage,
+            folder / f"{name}{stage}",
+            other=(stage + 1) % 4 if name in CROSSING else None,
+        )
+        for stage, name in RESUMED
+    }
 
 
 def spawn(count: int, name: str, folder: Path, timeout: float = 500.0) -> dict[Any, Any]:
@@ -263,6 +342,7 @@ def spawn(count: int, name: str, folder: Path, timeout: float = 500.0) -> dict[A
 
 def main() -> None:
     ranks.join()
+    gc.freeze()  # stage 3 collects garbage whenever it is prepared
     results = globals()[sys.argv[1]](Path(sys.argv[2]))
     if ranks.leads():
         torch.save(results, Path(sys.argv[2]) / "found.pt")

@@ -153,13 +153,16 @@ def gathered_state(module: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, value in module.state_dict().items():
         if name in params and is_sharded(params[name]):
-            value = _whole(params[name])
+            value = whole(params[name])
         if ranks.leads():
             found[name] = value.detach().cpu()
     return found
 
 
-def _whole(param: Any) -> Tensor:
+def whole(param: Any) -> Tensor:
+    """A copy on the CPU; every process must call it for a sharded parameter."""
+    if not is_sharded(param):
+        return param.detach().cpu().clone()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([param]):
