@@ -17,8 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import product
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -27,81 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import benchmarks.parts  # noqa: F401  registers every part
 import registry
-from benchmarks.experiment import Experiment, run
 from benchmarks.memory import PeakMemory
 from benchmarks.overheads import Overheads, bare_loop, logging_seconds, sampling_pair
 from benchmarks.passes import passes_per_step
 from benchmarks.provenance import provenance
 from benchmarks.request import Request
+from benchmarks.speed_cases import Case, Training
 from benchmarks.speed_table import Cost, Speed, machine, speed_table
 from registry import gin_setup
-from registry.protocols import Batch, Derivative, Engine, LossOutput, parts
-from trainers.callbacks import MetricsLog
-from trainers.engines import TrainStep
-from trainers.finite import StopOnNonFinite
-from trainers.loop import updates
-from trainers.state import TrainState
+from registry.protocols import Batch, Engine, LossOutput
 
-BASELINE = "flow_matching"
 STEPS_PER_TURN = 3  # DE-CM's cycle
 MEMORY_STEPS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One training run to measure; everything that another process needs to build it."""
-
-    request: Request
-    bindings: tuple[str, ...]
-    group: str = ""  # backbone/precision: what is compared with one baseline
-    arm: str
-    derivative: str = ""  # where the objective has none
-
-    @property
-    def name(self) -> str:
-        return "/".join(filter(None, (self.arm, self.derivative)))
-
-    def build(self) -> Experiment:
-        self.request.parse([*self.bindings, "run.recorder = @null()"])
-        with gin_setup.arm(self.arm):
-            experiment = run()
-        if not self.derivative:
-            return experiment
-        chosen = registry.derivatives.build(self.derivative)
-        return replace(experiment, objective=with_derivative(experiment.objective, chosen))
-
-
-def cases_of(
-    request: Request,
-    *,
-    objectives: Sequence[str] = (),
-    backbones: Sequence[str] = (),
-    precisions: Sequence[str] = ("fp32",),
-    derivatives: Sequence[str] = ("dual",),
-) -> dict[str, list[Case]]:
-    """By group, the baseline first; objectives without a derivative come once.
-
-    `objectives` are arms of the file, by default all of them; the backbone is the file's own too.
-    """
-    known = request.arms()
-    if unknown := sorted({*objectives, BASELINE} - set(known)):
-        raise ValueError(
-            f"{request.file} has no arm {', '.join(unknown)}; there are: {', '.join(known)}"
-        )
-    chosen = dict.fromkeys([BASELINE, *(objectives or known)])
-    groups: dict[str, list[Case]] = {}
-    for backbone, precision, arm in product(backbones or [""], precisions, chosen):
-        bindings = [f"run.backbone = @{backbone}"] if backbone else []
-        bindings += [f"torch_engine.precision = {precision!r}"]
-        case = Case(request=request, bindings=tuple(bindings), arm=arm)
-        built = case.build()
-        group = f"{built.backbone_name}/{precision}{'/compiled' if built.compile else ''}"
-        differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
-        for name in derivatives if differs else [""]:
-            groups.setdefault(group, []).append(replace(case, group=group, derivative=name))
-    return groups
 
 
 def run_bench(
@@ -134,57 +71,11 @@ def run_bench(
     return speed
 
 
-def with_derivative(part: Any, derivative: Derivative) -> Any:
-    """The same dataclass with this derivative in every place that has one."""
-    if isinstance(part, Derivative):
-        return derivative
-    if not is_dataclass(part) or isinstance(part, type):
-        return part
-    changed = {
-        f.name: new
-        for f in fields(part)
-        if f.init and (new := with_derivative(old := getattr(part, f.name), derivative)) is not old
-    }
-    return replace(part, **changed) if changed else part
-
-
-class Training:
-    """A run that trains a step at a time, with the callbacks that every run has."""
-
-    def __init__(self, experiment: Experiment):
-        self.experiment = experiment
-        step = TrainStep(
-            experiment.net, experiment.objective, experiment.ema_decay, experiment.power_emas
-        )
-        if experiment.compile:
-            step.compile_networks()
-        experiment.engine.prepare(
-            step, experiment.optimizer, experiment.device, experiment.batch_size
-        )
-        log = MetricsLog(record=lambda values, step: None, every=experiment.log_every)
-        self.state = TrainState(
-            net=experiment.net,
-            engine=experiment.engine,
-            budget=experiment.budget,
-            seed=experiment.seed,
-            batch_size=experiment.batch_size,
-            device=experiment.device,
-            callbacks=(StopOnNonFinite(), log),
-            emas=step.emas,
-        )
-        self.networks = [step.net, *step.teachers.values()]
-        lr, schedule = experiment.optimizer.lr, experiment.schedule
-        self._updates = updates(self.state, experiment.dataset, lr, schedule)
-
-    def step(self) -> LossOutput:
-        return next(self._updates)
-
-
 def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overheads]:
     """The costs of cases that share a baseline, which comes first, and the framework's own."""
     experiments = [case.build() for case in cases]
     passes = [passes_per_step(experiment).total for experiment in experiments]
-    trainings = [Training(experiment) for experiment in experiments]
+    trainings = [case.training(built) for case, built in zip(cases, experiments, strict=True)]
     base, group = experiments[0], cases[0].group
     steps: list[Callable[[], object]] = [training.step for training in trainings]
     *times, bare = by_turns([*steps, bare_loop(base).__next__], turns, base.device)
@@ -302,7 +193,7 @@ def _peak_here(case: Case) -> float | None:
 
 
 def _train(case: Case, steps: int) -> torch.device:
-    training = Training(case.build())
+    training = case.training()
     for _ in range(steps):
         training.step()
     return training.state.device

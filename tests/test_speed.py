@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_cases import awake, inputs, small
 from tiny_runs import entries, zoo
-from torch import nn
+from torch import Tensor, nn
 
 from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.overheads import Overheads, bare_loop, sampling_pair
 from benchmarks.passes import count_passes, passes_per_step
+from benchmarks.published import PublishedMeanFlow
 from benchmarks.request import Request
-from benchmarks.speed import Case, Training, by_turns, cases_of, outside_share, with_derivative
+from benchmarks.speed import by_turns, outside_share
+from benchmarks.speed_cases import Case, Training, cases_of, with_derivative
 from benchmarks.speed_table import Cost, Speed, compare, speed_table
 from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
+from trainers.rng import generator
 from zoo.derivatives import FiniteDifference, Jvp
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
@@ -127,6 +131,50 @@ def test_cases_begin_with_flow_matching_and_vary_the_derivative_where_there_is_o
     assert exact.residual == Exact(derivative=Jvp())
     with pytest.raises(ValueError, match=r"no arm dumi; there are: flow_matching, mean_flow"):
         cases_of(REQUEST, objectives=["dumi"])
+
+
+def test_the_derivative_that_was_asked_for_is_the_one_that_is_probed():
+    # A step of 0.9 is no derivative: the probe refuses it, so a case must not build with it.
+    coarse = replace(REQUEST, bindings=(*REQUEST.bindings, "finite_difference.step = 0.9"))
+    assert Case(request=coarse, bindings=(), arm="mean_flow").build().objective == MeanFlow()
+    with pytest.raises(ValueError, match=r"finite_difference\(step=0.9\), is wrong"):
+        Case(request=coarse, bindings=(), arm="mean_flow", derivative="finite_difference").build()
+
+
+def loss_and_gradient(objective: MeanFlow) -> tuple[Tensor, Tensor]:
+    net = awake(small("dit", ("u",))).train()
+    x, _, _, cond = inputs("dit", 16)
+    per_sample = objective.loss(net, Batch(x, cond), generator(0, 0, 0)).per_sample
+    per_sample.mean().backward()
+    return per_sample.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("given", [{}, {"omega": 1.5, "kappa": 0.5}], ids=["plain", "guided"])
+def test_the_published_algorithm_has_our_loss_and_gradient(given):
+    """To float32 rounding: the same draws, sums in another order; measured 0 and 2e-7."""
+    ours = MeanFlow(**given)
+    rows, gradient = loss_and_gradient(ours)
+    published = PublishedMeanFlow.of(ours)
+    assert type(published).loss is not MeanFlow.loss
+    published_rows, published_gradient = loss_and_gradient(published)
+    torch.testing.assert_close(published_rows, rows, rtol=1e-5, atol=1e-6)
+    assert float((published_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_the_published_algorithm_is_a_case_of_its_own():
+    groups = cases_of(REQUEST, objectives=["mean_flow", "dumo"], published=True)
+    (cases,) = groups.values()
+    assert [case.name for case in cases] == [
+        "flow_matching",
+        "mean_flow/dual",
+        "mean_flow/published",
+        "dumo",
+    ]
+    built = cases[2].build()
+    assert type(built.objective) is MeanFlow  # whose passes are the method's least
+    run = cases[2].training(built)
+    assert type(run.experiment.objective) is PublishedMeanFlow
+    run.step()
 
 
 def test_another_derivative_replaces_it_in_every_part():

@@ -62,16 +62,47 @@ def fit(
     A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
     `folder`; `resume` continues from the newest whole one, or starts where there is none.
     """
-    device = torch.device(device)
-    engine = TorchEngine() if engine is None else engine
-    train_step = TrainStep(net, objective, ema_decays, power_emas)
+    state = prepared(
+        TrainStep(net, objective, ema_decays, power_emas),
+        batch_size=batch_size,
+        budget=budget,
+        engine=TorchEngine() if engine is None else engine,
+        optimizer=optimizer,
+        compile=compile,
+        seed=seed,
+        device=torch.device(device),
+        callbacks=callbacks,
+        folder=folder,
+    )
+    if resume:
+        checkpoint.restore(state)
+
+    for _ in updates(state, dataset, optimizer.lr, schedule):
+        pass
+    return state
+
+
+def prepared(
+    train_step: TrainStep,
+    *,
+    batch_size: int,
+    budget: Budget,
+    engine: Engine,
+    optimizer: Optimizer,
+    compile: bool,
+    seed: int,
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    folder: Path | None = None,
+) -> TrainState:
+    """A run before its first step, its network in the engine."""
     if compile:
         train_step.compile_networks()
     engine.prepare(train_step, optimizer, device, batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
-    state = TrainState(
-        net=net,
+    return TrainState(
+        net=train_step.net,
         engine=engine,
         budget=budget,
         seed=seed,
@@ -81,12 +112,6 @@ def fit(
         callbacks=tuple(callbacks),
         emas=train_step.emas,
     )
-    if resume:
-        checkpoint.restore(state)
-
-    for _ in updates(state, dataset, optimizer.lr, schedule):
-        pass
-    return state
 
 
 def updates(

@@ -1,0 +1,54 @@
+"""MeanFlow's loss as its paper computes it, to be timed beside ours (`bench --published`).
+
+Algorithm 1 of Geng et al., arXiv 2505.13447: value and tangent of every row in one call of
+torch.func.jvp, whose graph is kept, through attention that has a forward-mode rule. The same draws
+give the same loss and gradient as zoo/objectives/mean_flow.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from registry.protocols import Batch, LossOutput, Network
+from zoo.guidance import drop_labels
+from zoo.objectives.mean_flow import MeanFlow
+from zoo.ops import like, mean_flat, normal_like, sum_flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedMeanFlow(MeanFlow):
+    """MeanFlow that differentiates all rows together with their values."""
+
+    @classmethod
+    def of(cls, ours: MeanFlow) -> PublishedMeanFlow:
+        """With the same parts."""
+        if ours.guidance is not None:
+            raise ValueError("the published algorithm has no mean_flow.guidance; leave it unbound")
+        return cls(**{f.name: getattr(ours, f.name) for f in fields(ours)})
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
+        n, x1 = len(batch), normal_like(batch.x0, rng)
+        t, r = self.times(n, rng)
+        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
+        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
+        sample = self.path.sample(x0, x1, t)
+        v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return net(x, t, r, cond)["u"]
+
+        with sdpa_kernel(SDPBackend.MATH):
+            value, du_dt = torch.func.jvp(
+                u, (sample.x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
+            )
+        squares = (value - (v - like(t - r, v) * du_dt).detach()) ** 2
+        return LossOutput(
+            per_sample=self.weight(sum_flat(squares), {"u": value}),
+            terms={"u": mean_flat(squares).detach()},
+            t=t,
+            r=r,
+        )
