@@ -18,6 +18,7 @@ from backbones.trunk import Trunk
 from registry.protocols import Cond
 
 FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # a student's own choice
+ADDED = (".second_time.", ".guidance.")  # parts of a trunk that start by adding nothing
 
 
 class FlowNetwork(nn.Module):
@@ -78,17 +79,20 @@ def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
 def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
     """Copy the teacher's weights, so that the student's u and v equal the teacher's at the start.
 
-    An output that the teacher lacks, u or v, takes the readout of the other. A second time
-    embedder that only the student has keeps its start, which adds nothing; so do other heads.
+    An output that the teacher lacks, u or v, takes the readout of the other. A second time or an
+    input of guidance that only the student has keeps its start, which adds nothing; so do other
+    heads.
     """
     ours, theirs = student.trunk.state_dict(), teacher.trunk.state_dict()
-    added = {name for name in ours.keys() - theirs.keys() if ".second_time." in name}
+    more = ours.keys() - theirs.keys()
+    added = {name for name in more if any(part in name for part in ADDED)}
     differing = sorted((ours.keys() ^ theirs.keys()) - added)
     if differing:
         raise ValueError(
             f"the student cannot start from the teacher: only one of their trunks has "
             f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. "
-            "Give both the same backbone, and a second time to the student if the teacher has one"
+            "Give both the same backbone, and the student a second time and an input of guidance "
+            "if the teacher has them"
         )
     _check_same_function(student.trunk, teacher.trunk)
     given = _readouts(teacher)
@@ -105,6 +109,8 @@ def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
     if not (isinstance(ours, Trunk) and isinstance(theirs, Trunk)):
         return
     free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | {"second_time"}
+    if not theirs.fields.get("guidance_input"):
+        free |= {"guidance_input"}
     if differing := [
         f"{name} = {value!r}, the teacher's {theirs.fields.get(name)!r}"
         for name, value in ours.fields.items()

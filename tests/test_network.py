@@ -150,6 +150,19 @@ def test_student_equals_its_one_time_teacher_at_the_start(backbone, keys):
     assert teacher(x, t, r, cond)["v"].equal(expected)  # copied, not shared
 
 
+@each_backbone
+def test_student_that_hears_guidance_equals_its_teacher_that_does_not(backbone):
+    teacher = awake(small(backbone, ("v",)))
+    student = small(backbone, ("u", "v"), seed=7, guidance_input=True)
+    warm_start(student, teacher)
+    x, t, r, cond = inputs(backbone)
+    told = {**cond, "guidance": torch.tensor([[4.0, 0.2, 0.7]]).expand(len(x), 3)}
+    for key in ("u", "v"):
+        assert student(x, t, r, told)[key].equal(teacher(x, t, r, cond)["v"])
+    with pytest.raises(ValueError, match="only one of their trunks has .*guidance"):
+        warm_start(small(backbone, ("u", "v")), student)
+
+
 def test_student_takes_both_outputs_of_a_dual_teacher():
     teacher, student = awake(small("mlp", ("u", "v"))), small("mlp", ("u", "v"), seed=7)
     warm_start(student, teacher)
