@@ -13,8 +13,8 @@ import torch
 
 import registry
 from benchmarks import parts  # noqa: F401  registers
-from benchmarks.conformance import fixed_point, gradients
-from benchmarks.conformance.claims import GENERAL, one_loss_per_row
+from benchmarks.conformance import claims as general
+from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL
 from benchmarks.conformance.mutations import Verdict, verdicts
 from benchmarks.conformance.results import Claim, Result, run_claim
@@ -27,8 +27,18 @@ FIXED_POINTS = ("pointwise", "distribution", "none")
 SLOW = ("fixed point at a skewed mixture", "shift of the defaults")  # planted mistakes are larger
 
 CLAIMS: dict[str, Claim] = {
-    FIRST: one_loss_per_row,
-    **GENERAL,
+    FIRST: general.one_loss_per_row,
+    "shapes and dtypes": general.shapes_and_dtypes,
+    "few rows": general.few_rows,
+    "labels": general.labels,
+    "finite": general.finite,
+    "calls within 0 <= r <= t <= 1": general.calls_within_times,
+    "batch left alone": isolation.batch_left_alone,
+    "determined by rng": isolation.deterministic,
+    "global generators untouched": isolation.global_generators_untouched,
+    "rows are independent": isolation.rows_are_independent,
+    "shares of a batch": isolation.share_of_a_batch,
+    "derivatives agree": general.derivatives_agree,
     "gradient reaches every head": gradients.reaches_every_head,
     "no gradient through targets": gradients.not_through_targets,
     "fixed point at a Gaussian": fixed_point.at_gaussian,

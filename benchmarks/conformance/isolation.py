@@ -1,0 +1,160 @@
+"""Claims that a loss depends on nothing but what it is given: rng, batch and the row itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.conformance.claims import evaluate
+from benchmarks.conformance.networks import Tapped
+from benchmarks.conformance.results import Broken, Result, compared, declared, held, note
+from benchmarks.conformance.subject import STEPS, Subject, random_batch
+from registry.protocols import Share
+
+SHARE = (
+    "draw noise, times and labels for the whole batch, then keep the rows of the share: "
+    "x0, x1, t = batch.share.rows(batch.x0, x1, t)"
+)
+
+
+def batch_left_alone(subject: Subject) -> Result:
+    """The batch belongs to the trainer, which may use it again."""
+    batch = random_batch(labels="given")
+    assert batch.cond is not None
+    before = batch.x0.clone(), batch.cond["label"].clone()
+    evaluate(subject, batch, "8 rows", "see above")
+    changed = [
+        name
+        for name, old, new in (
+            ("batch.x0", before[0], batch.x0),
+            ("batch.cond['label']", before[1], batch.cond["label"]),
+        )
+        if not torch.equal(old, new)
+    ]
+    if changed:
+        raise Broken(
+            f"{' and '.join(changed)} changed in place",
+            "write x = x * a instead of x *= a or x.mul_(a), and torch.where for labels",
+        )
+    return held("x0, labels")
+
+
+def deterministic(subject: Subject) -> Result:
+    """The same rng gives the same loss, on the same instance too; another one another loss."""
+    batch, toy = random_batch(n=16), subject.on_toy()
+
+    def loss(seed: int, global_seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        return toy(batch, seed).per_sample.detach()
+
+    with torch.random.fork_rng(devices=[]):
+        first, again, elsewhere, other = loss(0, 0), loss(0, 0), loss(0, 1), loss(1, 0)
+    if not torch.equal(first, again):
+        raise Broken(
+            "two calls with the same rng differ",
+            "keep no counter or cache in the objective and draw with generator=rng alone, not by "
+            "numpy or random; schedules read batch.step",
+        )
+    if not torch.equal(first, elsewhere):
+        raise Broken(
+            "torch.manual_seed changes the loss",
+            "draw with generator=rng: zoo.ops.normal_like(x, rng), the time laws",
+        )
+    if torch.equal(first, other):
+        raise Broken("the loss ignores rng", "draw noise and times from the rng that is given")
+    _check_noise(subject)
+    return held("bit-equal")
+
+
+def global_generators_untouched(subject: Subject) -> Result:
+    """Otherwise runs with different objectives see different data order and noise."""
+    batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
+    state = random.getstate()
+    before = _global_states()
+    try:
+        toy(batch)
+        moved = [
+            name for name, old in before.items() if not np.array_equal(old, _global_states()[name])
+        ]
+    finally:
+        random.setstate(state)
+    if moved:
+        raise Broken(
+            f"it draws from the global generator of {', '.join(moved)}",
+            "draw with generator=rng: zoo.ops.normal_like(x, rng), the time laws",
+        )
+    return held("torch, numpy, python")
+
+
+def rows_are_independent(subject: Subject) -> Result:
+    """A row's loss does not change with the data of the other rows."""
+    if subject.couples_rows:
+        return declared("couples_rows")
+    change = 0.0
+    for step in STEPS[:2]:
+        for kept in (0, 5, 11):
+            batch = random_batch(n=12, step=step)
+            x0 = random_batch(n=12, seed=1).x0
+            x0[kept] = batch.x0[kept]
+            one, two = (
+                subject.on_toy()(replace(batch, x0=data), seed=3).per_sample[kept].detach()
+                for data in (batch.x0, x0)
+            )
+            change = max(change, float((one - two).abs() / (one.abs() + 1e-3)))
+    return compared(
+        "change",
+        change,
+        1e-9,
+        "a row's loss depends on the data of other rows",
+        "reduce over elements alone (mean_flat); declare couples_rows = True if it is meant",
+    )
+
+
+def share_of_a_batch(subject: Subject) -> Result:
+    """A share has the losses that its rows have in the whole batch; it may do without shares."""
+    error, wasteful = 0.0, False
+    for step in STEPS[:2]:
+        batch = random_batch(n=12, step=step, labels="given")
+        whole = subject.on_toy()(batch, seed=step).per_sample.detach()
+        for share in (Share(0, 2), Share(1, 2), Share(2, 3)):
+            part = subject.on_toy()(replace(batch, share=share), seed=step).per_sample.detach()
+            wasteful = part.shape == whole.shape
+            wanted = whole if wasteful else share.rows(whole)[0]
+            if part.shape != wanted.shape:
+                raise Broken(f"{len(part)} losses for {len(wanted)} of 12 rows", SHARE)
+            error = max(error, float(((part - wanted).abs() / (wanted.abs() + 1e-3)).max()))
+    if not error < 1e-4:  # float32 times, in other sums
+        raise Broken(f"rows have other losses in a share of the batch, by {error:.2g}", SHARE)
+    if wasteful:
+        return note("computes the whole batch in every share: right, and slow")
+    return held(f"change {error:.2g} < 0.0001", error, 1e-4)
+
+
+def _check_noise(subject: Subject) -> None:
+    """On data that are zero, the states of two steps must not lie along the same noise."""
+    batch = random_batch(n=16)
+    batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
+    for seed in (0, 1):
+        toy = subject.on_toy()
+        net = Tapped(toy.net, 16)
+        toy(batch, seed, net=net)
+        state = net.calls[0].x.flatten(1)
+        directions.append(state / state.norm(dim=1, keepdim=True))
+    if len(directions[0]) == len(directions[1]):
+        cosine = (directions[0] * directions[1]).sum(1)
+        if (cosine > 0.999).all():
+            raise Broken("every step has the same noise", "draw x1 = normal_like(batch.x0, rng)")
+
+
+def _global_states() -> dict[str, np.ndarray]:
+    state: Any = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state().numpy(),
+        "numpy": np.concatenate([state["state"]["key"], [state["state"]["pos"]]]),
+        "python": np.array(random.getstate()[1]),
+    }
