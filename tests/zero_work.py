@@ -314,8 +314,10 @@ def resume(folder: Path) -> dict[Any, Any]:
     }
 
 
-def spawn(count: int, name: str, folder: Path, timeout: float = 500.0) -> dict[Any, Any]:
-    """Run a function of this file in `count` processes; what the leading one found."""
+def spawn(
+    count: int, name: str, folder: Path, timeout: float = 500.0, file: str = __file__
+) -> dict[Any, Any]:
+    """Run a function of a file that calls `main` in `count` processes; what the leader found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -323,7 +325,7 @@ def spawn(count: int, name: str, folder: Path, timeout: float = 500.0) -> dict[A
     shared["OMP_NUM_THREADS"] = "1"
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, name, str(folder)],
+            [sys.executable, file, name, str(folder)],
             env={**os.environ, **shared, "RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.DEVNULL, stderr=open(folder / f"rank{i}.log", "wb"),
         )
@@ -351,4 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
