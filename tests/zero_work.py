@@ -342,10 +342,10 @@ def spawn(
     return torch.load(folder / "found.pt", weights_only=False)  # our own, a moment ago
 
 
-def main() -> None:
+def main(functions: Mapping[str, Any]) -> None:
     ranks.join()
     gc.freeze()  # stage 3 collects garbage whenever it is prepared
-    results = globals()[sys.argv[1]](Path(sys.argv[2]))
+    results = functions[sys.argv[1]](Path(sys.argv[2]))
     if ranks.leads():
         torch.save(results, Path(sys.argv[2]) / "found.pt")
     ranks.gathered(None)
