@@ -110,7 +110,7 @@ def test_a_derivative_inside_a_part_is_probed_on_the_head_that_it_is_taken_of():
     # The v head may cut what it likes: no objective differentiates it.
     net.heads["dual_head"].readouts["v"].register_forward_hook(lambda m, i, out: out.detach())
     assert probe_derivatives(objective, net, *data("mlp"))["derivative_error"] < ROUNDING
-    with pytest.raises(ValueError, match="its residual.derivative, dual()"):
+    with pytest.raises(ValueError, match="its residual.derivative, dual"):
         probe_derivatives(objective, Cut(small("mlp", ("u", "v"))), *data("mlp"))
 
 
@@ -167,7 +167,8 @@ def test_a_cut_input_is_refused_by_the_name_of_its_direction(exact, where, how):
         probe(net, exact)
     text = str(refusal.value)
     backend = registry.derivatives.name_of(exact)
-    assert f"its derivative, {backend}(), is wrong on this network: along {where} " in text
+    assert text.startswith(f"its derivative, {backend}(")
+    assert f"is wrong on this network: along {where} " in text
     assert "relative error is " in text
     assert "more than 0.01, against central differences in float64" in text
     for remedy in (".detach()", ".item()", "@finite_difference()"):
@@ -215,7 +216,8 @@ def test_an_operation_without_a_forward_mode_rule_is_refused_with_remedies(exact
     with pytest.raises(ValueError) as refusal:
         probe(net, exact)
     text = str(refusal.value)
-    assert f"its derivative, {registry.derivatives.name_of(exact)}(), cannot pass" in text
+    assert text.startswith(f"its derivative, {registry.derivatives.name_of(exact)}(")
+    assert ", cannot pass" in text
     assert "autograd.Function" in text.splitlines()[0]  # what torch says
     for remedy in ("math kernel", "jvp", "@finite_difference()"):
         assert remedy in text.splitlines()[1]
@@ -503,7 +505,7 @@ def test_run_refuses_a_network_that_cuts_the_derivative_when_it_is_built():
     with pytest.raises(ValueError) as refusal:
         run(backbone=cut)
     text = str(refusal.value)
-    assert text.startswith("objective 'mean_flow' on 4 rows of gaussian: its derivative, dual(),")
+    assert text.startswith("objective 'mean_flow' on 4 rows of gaussian: its derivative, dual(")
     assert "along t" in text
     with pytest.raises(ValueError, match="'decm' .*jvp"):
         run(backbone=cut, objective=DECM(derivative=Jvp()))

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
+from zoo.flash_jvp import flash_attention
+
+Attention = Literal["math", "jvp_flash"]
 
 
 @contextmanager
@@ -48,14 +52,25 @@ def no_gradient() -> Iterator[None]:
 @derivatives.register("dual")
 @dataclass(frozen=True, kw_only=True)
 class Dual:
-    """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine."""
+    """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine.
+
+    `attention` is the kernel of its pass: torch's math kernel, or zoo/flash_jvp.py on CUDA.
+    """
 
     needs_forward_ad: ClassVar = True
+
+    attention: Attention = "math"
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            allowed = ", ".join(get_args(Attention))
+            raise ValueError(f"dual.attention = {self.attention!r}; allowed: {allowed}")
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with _forward_mode(), forward_ad.dual_level(), _TwoProducts():
+        rules = FLASH | TWO_PRODUCTS if self.attention == "jvp_flash" else TWO_PRODUCTS
+        with _forward_mode(), forward_ad.dual_level(), _Rules(rules):
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
                 for p, d in zip(primals, tangents, strict=True)
@@ -124,13 +139,12 @@ def derivative_of_u(
     return derivative(u, point, tangents)
 
 
-class _TwoProducts(TorchFunctionMode):
-    """Layers linear in their input map its value and its tangent, once each."""
+class _Rules(TorchFunctionMode):
+    """These functions in place of torch's."""
 
-    LAYERS = frozenset(
-        {F.linear, F.conv1d, F.conv2d, F.conv3d}
-        | {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-    )
+    def __init__(self, rules: Mapping[Any, Callable[..., Any]]):
+        super().__init__()
+        self._rules = rules
 
     def __torch_function__(
         self,
@@ -139,9 +153,7 @@ class _TwoProducts(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in self.LAYERS:
-            return _linear_in_first(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return self._rules.get(func, func)(*args, **(kwargs or {}))
 
 
 def _linear_in_first(
@@ -154,6 +166,17 @@ def _linear_in_first(
     return forward_ad.make_dual(
         layer(value, weight, bias, *rest, **named), layer(tangent, weight, None, *rest, **named)
     )
+
+
+# Layers linear in their input map its value and its tangent, once each.
+TWO_PRODUCTS = {
+    layer: partial(_linear_in_first, layer)
+    for layer in (
+        *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    )
+}
+FLASH = {F.scaled_dot_product_attention: flash_attention}
 
 
 @contextmanager
