@@ -10,6 +10,7 @@ repo_id=...)` publishes it; nothing here talks to a network.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from registry.plugins import load_plugins
 from trainers.checkpoint import load_module, save_module
 
 CONFIG = "config.json"
+DEFINING = ("network", "backbone", "fields", "heads")  # what the weights are weights of
+HIDDEN = ("fields", "format", "defined_by")  # from the model card
 CONVENTIONS = (
     "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
     "(t - r)}; label -1 is none"
@@ -48,26 +51,50 @@ def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
 def load_exported(folder: Path | str) -> FlowNetwork:
     """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode."""
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG}; `objective-zoo export RUN` writes such folders"
-        )
+    config = _read_config(folder)
     load_plugins()
-    config = json.loads((folder / CONFIG).read_text())
-    if config.get("format") != 1:
-        raise ValueError(f"{folder / CONFIG} is of format {config.get('format')!r}; 1 can be read")
     kinds = {"flow": FlowNetwork, "noise": NoiseNetwork}
-    if config["network"] not in kinds:
-        raise ValueError(f"{folder / CONFIG}: no kind of network {config['network']!r}")
     fields = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config["fields"].items()
     }
-    trunk = registry.backbones.get(config["backbone"])(**fields)
+    try:
+        trunk = registry.backbones.get(config["backbone"])(**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / CONFIG} is of another version of this package: {error}"
+        ) from None
     heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
     net = kinds[config["network"]](trunk, heads)
     load_module(folder / MODEL, net)
     return net.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says; ValueError unless it is as `save_exported` wrote it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG}; `objective-zoo export RUN` writes such folders"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    form = config.get("format") if isinstance(config, dict) else None
+    if form != 1:
+        raise ValueError(f"{path} is of format {form!r}; 1 can be read")
+    if config.get("defined_by") != _digest(config):
+        raise ValueError(
+            f"{path} is not as it was exported: the weights belong to other values of "
+            f"{', '.join(DEFINING)}. Restore it, or export the network again"
+        )
+    return config
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    defining = json.dumps([config.get(name) for name in DEFINING], sort_keys=True)
+    return f"sha256 {hashlib.sha256(defining.encode()).hexdigest()}"
 
 
 def _architecture(net: FlowNetwork) -> dict[str, Any]:
@@ -86,7 +113,7 @@ def _architecture(net: FlowNetwork) -> dict[str, Any]:
                 f"the head {name!r} takes {', '.join(more)} beside the trunk; only heads that are "
                 "made from their trunk alone can be exported"
             )
-    return {
+    config = {
         "format": 1,
         "network": "noise" if isinstance(net, NoiseNetwork) else "flow",
         "backbone": backbone,
@@ -95,6 +122,7 @@ def _architecture(net: FlowNetwork) -> dict[str, Any]:
         "outputs": list(net.keys),
         "parameters": sum(p.numel() for p in net.parameters()),
     }
+    return {**config, "defined_by": _digest(config)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -104,7 +132,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _card(config: Mapping[str, Any]) -> str:
-    lines = [f"- {name}: {config[name]}" for name in config if name not in ("fields", "format")]
+    lines = [f"- {name}: {config[name]}" for name in config if name not in HIDDEN]
     return "\n".join(
         [
             "---",

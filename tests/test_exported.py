@@ -58,10 +58,40 @@ def test_folder_that_cannot_be_exported_or_read_is_named(tmp_path):
         save_exported(small("mlp"), tmp_path / "full")
     with pytest.raises(ValueError, match=r"full has no config.json"):
         load_exported(tmp_path / "full")
-    out = save_exported(small("mlp"), tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(ValueError, match="of format 2; 1 can be read"):
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config | {"format": 2}, "of format 2; 1 can be read"),
+        (lambda config: [config], "of format None"),
+        (lambda config: config["fields"].update(num_heads=1) or config, "not as it was exported"),
+        (lambda config: config | {"heads": ["velocity"]}, "not as it was exported"),
+        (lambda config: config.pop("network") and config, "not as it was exported"),
+        (lambda config: config | {"objective": "mine", "outputs": []}, None),
+    ],
+)
+def test_config_that_was_changed_is_refused_where_it_matters(change, said, tmp_path):
+    """With other numbers of heads the weights would fit and compute something else."""
+    out = save_exported(small("dit", ("u",)), tmp_path / "out")
+    path = out / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    if said is None:
+        load_exported(out)
+        return
+    with pytest.raises(ValueError, match=said):
+        load_exported(out)
+
+
+def test_config_that_is_no_json_or_of_another_version_is_named(tmp_path, monkeypatch):
+    out = save_exported(small("dit"), tmp_path / "out")
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text[:-9])
+    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+        load_exported(out)
+    (out / "config.json").write_text(text.replace('"dim"', '"width"'))
+    monkeypatch.setattr("benchmarks.exported._digest", lambda config: config["defined_by"])
+    with pytest.raises(ValueError, match="another version of this package.*width"):
         load_exported(out)
 
 
