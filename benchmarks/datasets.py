@@ -123,7 +123,7 @@ class ImageFolder(StoredSet):
         if self.in_memory:
             pixels = read_pictures(found.files, self.resolution, self.channels)
         else:
-            check_pictures(found.files)
+            check_pictures(found.files, self.resolution)
             pixels = PictureFiles(found.files, self.resolution, self.channels)
         labels = torch.tensor(found.labels) if found.classes else None
         return Pictures(pixels, labels, found.classes)

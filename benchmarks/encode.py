@@ -83,6 +83,7 @@ def encode(
     shard_rows: int = 1024,
     workers: int = 1,
     device: str = "auto",
+    labelled: bool = True,
 ) -> Manifest:
     """Encode the pictures under `data` into `out`, or what is missing or damaged there."""
     if normalise not in ("constants", "channel") or shard_rows < 1 or workers < 1:
@@ -90,8 +91,10 @@ def encode(
             f"--normalise {normalise!r} must be 'constants' or 'channel', --shard-rows "
             f"{shard_rows} and --workers {workers} at least 1"
         )
-    found = find_pictures(data.expanduser(), labelled=True)
-    check_pictures(found.files)
+    found = find_pictures(
+        data.expanduser(), labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
+    )
+    check_pictures(found.files, encoder.resolution)
     plan = _plan(data.expanduser(), found, encoder, shard_rows)
     out.mkdir(parents=True, exist_ok=True)
     _keep(plan, out)
@@ -117,8 +120,7 @@ def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[s
     for i, path in enumerate(found.files):
         label = found.labels[i] if found.labels else ""
         listing.update(f"{path.relative_to(data)} {path.stat().st_size} {label}\n".encode())
-    size = encoder.resolution
-    mean, logvar = encoder.vae.encode(torch.zeros(1, 3, size, size))
+    mean, logvar = _fitting(encoder.vae, encoder.resolution)
     return {
         "format": 1,
         "vae": encoder.vae.provenance(),
@@ -133,6 +135,22 @@ def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[s
         "classes": list(found.classes),
         "source": {"folder": str(data.resolve()), "listing_sha256": listing.hexdigest()},
     }
+
+
+def _fitting(vae: DiffusersVae, size: int) -> tuple[Tensor, Tensor | None]:
+    """A posterior at this size; ValueError if the VAE does not give back what it takes."""
+    pixels = torch.zeros(1, 3, size, size)
+    try:
+        mean, logvar = vae.encode(pixels)
+        back = vae.decode(mean)
+    except RuntimeError as error:
+        raise ValueError(f"--resolution {size} does not fit the VAE: {error}") from error
+    if back.shape != pixels.shape:
+        raise ValueError(
+            f"--resolution {size} does not fit the VAE: pictures of {size} pixels come back with "
+            f"{back.shape[-1]}. Choose a multiple of what it divides sides by"
+        )
+    return mean, logvar
 
 
 def _keep(plan: Mapping[str, Any], out: Path) -> None:

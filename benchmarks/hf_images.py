@@ -7,7 +7,6 @@ benchmarks/image_files.py, as those of a plain folder do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.image_files import as_pixels, refuse_unreadable
+from benchmarks.image_files import as_pixels, judge_pictures
 from benchmarks.streams import Pictures, StoredSet
 from registry import datasets
 from registry.core import did_you_mean
@@ -120,14 +119,15 @@ def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
         reports = tqdm(
             pool.map(read, rows), "reading pictures", len(rows), disable=len(rows) < 2000
         )
-        broken: Sequence[str] = [report for report in reports if report]
-    refuse_unreadable(broken, len(rows))
+        judge_pictures(list(reports), resolution)
     return pixels
 
 
-def _read(table: Any, column: str, pixels: Tensor, row: int) -> str:
+def _read(table: Any, column: str, pixels: Tensor, row: int) -> int | str:
+    """The shorter side of a picture, or what is wrong with it."""
     try:
-        pixels[row] = as_pixels(table[row][column], pixels.shape[2], pixels.shape[1])
+        picture = table[row][column]
+        pixels[row] = as_pixels(picture, pixels.shape[2], pixels.shape[1])
     except Exception as error:  # decoders raise anything; all of it is reported
         return f"row {row} ({type(error).__name__}: {error})"
-    return ""
+    return min(picture.size)

@@ -9,6 +9,7 @@ clean-fid recommends (Parmar et al., arXiv 2104.11222). Of an animation the firs
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import warnings
@@ -30,6 +31,8 @@ SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff
 BAR_FROM = 2000  # files from which on reading shows a progress bar
 SHOWN = 10  # names in an error
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -40,8 +43,13 @@ class Found:
     classes: tuple[str, ...] = ()
 
 
-def find_pictures(folder: Path, *, labelled: bool) -> Found:
-    """All pictures below the folder, hidden ones aside; warns of files that are no pictures."""
+def find_pictures(
+    folder: Path, *, labelled: bool, unlabelled: str = "bind image_folder.labelled = False"
+) -> Found:
+    """All pictures below the folder, hidden ones aside; warns of files that are no pictures.
+
+    `unlabelled` is how the user would do without labels.
+    """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"the picture folder {str(folder)!r} {what}")
@@ -63,28 +71,27 @@ def find_pictures(folder: Path, *, labelled: bool) -> Found:
             stacklevel=2,
         )
     files.sort(key=lambda path: path.parts)
-    classes = _classes(folder, files) if labelled else ()
+    classes = _classes(folder, files, unlabelled) if labelled else ()
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[path.relative_to(folder).parts[0]] for path in files if classes]
     return Found(tuple(files), tuple(labels), classes)
 
 
-def _classes(folder: Path, files: list[Path]) -> tuple[str, ...]:
+def _classes(folder: Path, files: list[Path], unlabelled: str) -> tuple[str, ...]:
     """The sub-folders that are classes; () if there are fewer than two, which say nothing."""
-    way_out = "or bind image_folder.labelled = False"
     beside = [path.name for path in files if path.parent == folder]
     used = {path.relative_to(folder).parts[0] for path in files if path.parent != folder}
     if beside and used:
         raise ValueError(
             f"{folder} has pictures beside its sub-folders ({_listed(beside)}) and in them "
             f"({_listed(sorted(used))}), so the sub-folders cannot be the classes. Move the "
-            f"pictures into sub-folders, {way_out}"
+            f"pictures into sub-folders, or {unlabelled}"
         )
     folders = {path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name)}
     if used and folders - used:
         raise ValueError(
             f"no picture in these class folders of {folder}: {_listed(sorted(folders - used))}. "
-            f"Fill or remove them, {way_out}"
+            f"Fill or remove them, or {unlabelled}"
         )
     return tuple(sorted(used)) if len(used) > 1 else ()
 
@@ -138,7 +145,10 @@ class PictureFiles:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         def read(row: int) -> Tensor:
-            return read_picture(self.files[row], self.resolution, self.channels)
+            try:
+                return read_picture(self.files[row], self.resolution, self.channels)
+            except Exception as error:  # decoders raise anything, and do not say where
+                raise ValueError(f"{self.files[row]} cannot be read: {error!r}") from error
 
         with ThreadPoolExecutor() as pool:
             return torch.stack(list(pool.map(read, rows.tolist())))
@@ -173,52 +183,67 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channels: int) -> Tensor:
     pixels = torch.empty(len(stamps), channels, resolution, resolution, dtype=torch.uint8)
 
-    def read(row: int) -> str:
+    def read(row: int) -> int | str:
         try:
-            pixels[row] = read_picture(stamps[row][0], resolution, channels)
+            with Image.open(stamps[row][0]) as image:
+                side = min(image.size)
+                pixels[row] = _reduced(image, resolution, channels)
         except Exception as error:  # decoders raise anything; all of it is reported below
             return f"{stamps[row][0]} ({type(error).__name__}: {error})"
-        return ""
+        return side
 
     with ThreadPoolExecutor() as pool:
-        reports = pool.map(read, range(len(stamps)))
         quiet = len(stamps) < BAR_FROM
-        broken = [
-            report
-            for report in tqdm(reports, "reading pictures", len(stamps), disable=quiet)
-            if report
-        ]
-    refuse_unreadable(broken, len(stamps))
+        reports = tqdm(
+            pool.map(read, range(len(stamps))), "reading pictures", len(stamps), disable=quiet
+        )
+        judge_pictures(list(reports), resolution)
     return pixels
 
 
-def check_pictures(files: Sequence[Path]) -> None:
+def check_pictures(files: Sequence[Path], resolution: int = 1) -> None:
     """ValueError that names every file that is no picture or is cut off, before hours of work.
 
-    Headers are read; a JPEG or PNG whose end is not where it should be is decoded as a whole.
+    Of a JPEG or PNG the header and the end are read, and it is decoded as a whole where its end is
+    not what it should be; other kinds, which have no such end, are decoded.
     """
     with ThreadPoolExecutor() as pool:
-        faults = tqdm(
-            pool.map(_fault, files), "checking pictures", len(files), disable=len(files) < BAR_FROM
-        )
-        refuse_unreadable([fault for fault in faults if fault], len(files))
+        quiet = len(files) < BAR_FROM
+        reports = tqdm(pool.map(_look, files), "checking pictures", len(files), disable=quiet)
+        judge_pictures(list(reports), resolution)
 
 
-def _fault(path: Path) -> str:
+def _look(path: Path) -> int | str:
+    """The shorter side of a picture, or what is wrong with it."""
     try:
         with Image.open(path) as image:
+            side = min(image.size)
             end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
-        if end is not None and end not in _last_bytes(path):
+        if end is None or end not in _last_bytes(path):
             read_picture(path, 8, 3)
     except Exception as error:  # decoders raise anything; all of it is reported
         return f"{path} ({type(error).__name__}: {error})"
-    return ""
+    return side
 
 
 def _last_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-min(64, path.stat().st_size), os.SEEK_END)
         return file.read()
+
+
+def judge_pictures(reports: Sequence[int | str], resolution: int) -> None:
+    """ValueError for pictures that cannot be read, a warning of those smaller than this.
+
+    A report is the shorter side of a picture, or what is wrong with it.
+    """
+    refuse_unreadable([report for report in reports if isinstance(report, str)], len(reports))
+    small = [side for side in reports if isinstance(side, int) and side < resolution]
+    if small:
+        log.warning(
+            "%d of %d pictures are smaller than %d pixels and are enlarged; the smallest has %d",
+            *(len(small), len(reports), resolution, min(small)),
+        )
 
 
 def refuse_unreadable(broken: Sequence[str], count: int) -> None:
@@ -235,8 +260,12 @@ def refuse_unreadable(broken: Sequence[str], count: int) -> None:
 def read_picture(path: str | Path | BinaryIO, resolution: int, channels: int) -> Tensor:
     """One picture as uint8 [channels resolution resolution], by the rules of this module."""
     with Image.open(path) as image:
-        image.draft("RGB", (4 * resolution, 4 * resolution))  # big JPEGs: skip unseen detail
-        return as_pixels(image, resolution, channels)
+        return _reduced(image, resolution, channels)
+
+
+def _reduced(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    image.draft("RGB", (4 * resolution, 4 * resolution))  # big JPEGs: skip unseen detail
+    return as_pixels(image, resolution, channels)
 
 
 def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:

@@ -195,9 +195,9 @@ def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict
             continue
         try:
             with safe_open(folder / shard.file, "pt") as file:
-                shape = file.get_slice("posterior").get_shape()
-            if shape[0] != shard.rows or tuple(shape[2:]) != manifest.shape[1:]:
-                problems[i] = f"{folder / shard.file} holds {shape}"
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            if _misfit(shapes, shard.rows, manifest):
+                problems[i] = f"{folder / shard.file} holds {shapes}"
             opened.append(load_file(folder / shard.file))
         except SafetensorError as error:
             problems[i] = f"{folder / shard.file} cannot be read: {error}"
@@ -209,6 +209,13 @@ def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict
             + "\nRun the encode command again: only these are redone"
         )
     return opened
+
+
+def _misfit(shapes: Mapping[str, list[int]], rows: int, manifest: Manifest) -> bool:
+    wanted = ["posterior"] + ["posterior_flipped"] * manifest.plan["flips"]
+    channels = manifest.shape[0] * (2 if manifest.plan["logvar"] else 1)
+    sizes = {name: [rows, channels, *manifest.shape[1:]] for name in wanted}
+    return shapes != (sizes | {"label": [rows]} if manifest.plan["classes"] else sizes)
 
 
 def file_digest(path: Path) -> str:

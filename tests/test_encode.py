@@ -199,6 +199,23 @@ def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_
     ]
 
 
+def test_a_resolution_that_the_vae_does_not_give_back_is_refused(pictures, kl, tmp_path):
+    for vae in (kl, save_dc(tmp_path / "dc"), save_tiny(tmp_path / "tiny")):
+        with pytest.raises(ValueError, match="--resolution 15 does not fit the VAE"):
+            encode(pictures, tmp_path / "out", encoder(vae, resolution=15))
+    assert not (tmp_path / "out").exists()
+
+
+def test_subfolders_that_are_no_classes_are_ignored_on_request(kl, tmp_path):
+    folder = photos(tmp_path / "photos", n=6)
+    (folder / "cover.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
+    with pytest.raises(ValueError, match="ignore the sub-folders by --no-labels"):
+        encode(folder, tmp_path / "out", encoder(kl))
+    manifest = encode(folder, tmp_path / "out", encoder(kl), labelled=False)
+    assert (manifest.num, manifest.plan["classes"]) == (7, [])
+    assert "label" not in load_file(tmp_path / "out" / "shard_00000.safetensors")
+
+
 def test_latents_too_large_for_half_floats_are_refused(kl):
     with pytest.raises(ValueError, match="do not fit into float16.*--dtype float32"):
         module._stored(torch.full((1, 1, 1, 1), 1e6), None, "float16")
@@ -239,7 +256,7 @@ def test_the_command_says_how_to_go_on(pictures, kl, tmp_path):
     words = ("encode", "--data", pictures, "--vae", kl, "--out", tmp_path / "out")
     done = zoo(*words, "--resolution", 16, "--no-flips", "--dtype", "float32")
     assert done.status == 0, done.err
-    assert "22 pictures as (4, 8, 8) latents in 1 shards" in done.out
+    assert "22 pictures of 2 classes as (4, 8, 8) latents in 1 shards" in done.out
     assert "run.dataset = @latents()" in done.out
     assert "img/s" in done.err
     assert "posterior_flipped" not in load_file(tmp_path / "out" / "shard_00000.safetensors")

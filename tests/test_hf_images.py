@@ -93,6 +93,11 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path) -> None:
         HfImages(path=str(tmp_path))
 
 
+def test_pictures_that_are_enlarged_are_counted(saved, caplog) -> None:
+    HfImages(path=str(saved[0]), resolution=9)
+    assert "9 of 9 pictures are smaller than 9 pixels" in caplog.text
+
+
 def test_classes_drive_the_labels_of_samples(saved) -> None:
     labels = HfImages(path=str(saved[0]), resolution=8).sample_labels(6)["label"]
     assert torch.bincount(labels).tolist() == [2, 2, 2]

@@ -296,6 +296,32 @@ def test_check_pictures_names_what_is_none_and_what_is_cut_off(tmp_path):
     assert all(path.name in str(caught.value) for path in cut)
 
 
+def test_small_pictures_are_counted_whether_they_are_read_or_checked(tmp_path, caplog):
+    files = tuple(picture(tmp_path / f"{n}.png", size=(n, 40)) for n in (5, 12, 40))
+    told = "2 of 3 pictures are smaller than 13 pixels and are enlarged; the smallest has 5"
+    read_pictures(files, 13, 3)
+    check_pictures(files, 13)
+    check_pictures(files, 5)
+    assert caplog.messages == [told, told]
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "bmp", "tiff"])
+def test_check_pictures_decodes_what_has_no_end_to_look_at(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    check_pictures([path])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"1 of 1 pictures cannot be read(.|\n)*x\.{suffix}"):
+        check_pictures([path])
+
+
+def test_a_picture_that_breaks_after_the_check_is_named(tmp_path):
+    path = picture(tmp_path / "x.png")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+        PictureFiles((path,), 4, 3)[torch.tensor([0])]
+
+
 def test_pictures_read_as_they_are_needed_are_those_in_memory(tmp_path):
     files = tuple(picture(tmp_path / f"{i}.png", colour=(i, 2 * i, 3 * i)) for i in range(20))
     rows = torch.tensor([7, 0, 7, 19])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import FILE_ONLY, sets, zoo
 from tiny_vaes import photos, save_kl, save_tiny
 
@@ -149,6 +149,18 @@ def test_a_changed_shard_is_found_by_verify_alone(folder, tmp_path) -> None:
     Latents(folder=str(copy))
     with pytest.raises(ValueError, match=r"shard_00002.*SHA-256 differs"):
         Latents(folder=str(copy), verify=True)
+
+
+def test_a_shard_of_other_content_is_named(folder, tmp_path) -> None:
+    copy = damaged(folder, tmp_path)
+    path = copy / "shard_00001.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "label": tensors["label"][:3]}, path)
+    about = json.loads((copy / "manifest.json").read_text())
+    about["shards"][1]["bytes"] = path.stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"shard_00001.*holds .*'label': \[3\]"):
+        Latents(folder=str(copy))
 
 
 def test_another_vae_is_refused_and_a_moved_one_named(folder, vae, tmp_path) -> None:

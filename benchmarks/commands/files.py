@@ -46,6 +46,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subfolder", default="", help="of the VAE's folder or hub id")
     parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
     parser.add_argument("--resolution", type=int, default=256, help="of the pictures, in pixels")
+    parser.add_argument("--no-labels", action="store_true", help="sub-folders are no classes")
     parser.add_argument("--no-flips", action="store_true", help="without the mirrored copy")
     parser.add_argument("--dtype", default="float16", help="on disk; or float32")
     parser.add_argument(
@@ -78,11 +79,13 @@ def _encode(arguments: argparse.Namespace) -> None:
         shard_rows=arguments.shard_rows,
         workers=arguments.workers,
         device=arguments.device,
+        labelled=not arguments.no_labels,
     )
+    classes = len(manifest.plan["classes"])
     print(
-        f"{manifest.num} pictures as {manifest.shape} latents in {len(manifest.shards)} shards: "
-        f"{arguments.out}\ntrain on them: run.dataset = @latents() and latents.folder = "
-        f"{str(arguments.out)!r}"
+        f"{manifest.num} pictures of {classes or 'no'} classes as {manifest.shape} latents in "
+        f"{len(manifest.shards)} shards: {arguments.out}\ntrain on them: "
+        f"run.dataset = @latents() and latents.folder = {str(arguments.out)!r}"
     )
 
 
