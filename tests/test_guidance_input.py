@@ -210,6 +210,20 @@ def test_classifier_free_guidance_follows_the_guided_field(interval):
     torch.testing.assert_close(found, Euler(nfe=10, shift=2.0)(field, start(), LABELS, rng()))
 
 
+def test_classifier_free_guidance_guides_the_average_velocity_too():
+    def net(x, t, r, cond):
+        return {"u": MIXTURE.velocity(x, (t + r) / 2, cond)}  # any function of x, t, r and label
+
+    def field(x, t, r, cond):
+        given, null = (net(x, t, r, c)["u"] for c in (cond, None))
+        return {"u": null + 2.5 * (given - null)}
+
+    sampler = ClassifierFree(nfe=2, scale=2.5, sampler=FlowMap())
+    torch.testing.assert_close(
+        sampler(net, start(), LABELS, rng()), FlowMap(nfe=2)(field, start(), LABELS, rng())
+    )
+
+
 def test_classifier_free_guidance_doubles_rows_inside_its_interval_alone():
     net = Heard(plain_oracle)
     ClassifierFree(nfe=10, scale=2.0, interval=(0.25, 0.75))(net, start(), LABELS, rng())
