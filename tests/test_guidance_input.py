@@ -234,6 +234,13 @@ def test_classifier_free_guidance_doubles_rows_inside_its_interval_alone():
     assert (inside[8:] == NULL_LABEL).all()
 
 
+def test_guidance_of_scale_one_asks_once_and_needs_no_labels():
+    net = Heard(lambda x, t, r, cond: {"v": MIXTURE.velocity(x, t)})
+    found = ClassifierFree(nfe=3, scale=1.0)(net, start(), None, rng())
+    assert net.conds == [None] * 3
+    assert found.equal(Euler(nfe=3)(net, start(), None, rng()))
+
+
 def test_guidance_without_labels_is_refused():
     with pytest.raises(ValueError, match="needs a data set with labels"):
         ClassifierFree(nfe=2, scale=2.0)(plain_oracle, start(), None, rng())
