@@ -97,6 +97,7 @@ def follow() -> None:
     """Take part in every cell that the leading process runs, recording nothing."""
 
     def announced() -> Path | None:
+        ranks.wait_at_most()  # the leader closes its record
         return ranks.from_leader(None)
 
     while (folder := announced()) is not None:

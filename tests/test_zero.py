@@ -37,6 +37,7 @@ from zoo.residuals import Exact
         ({"stage": 4}, r"zero_engine.stage = 4; allowed: 0, 1, 2, 3"),
         ({"precision": "fp8"}, r"zero_engine.precision = 'fp8'; allowed: 'fp32', 'bf16', 'fp16'"),
         ({"clip": -1.0}, r"zero_engine.clip"),
+        ({"timeout_minutes": 0}, r"zero_engine.timeout_minutes = 0 must be above 0"),
         ({"accumulate": 0}, r"zero_engine.accumulate"),
         ({"stage": 0, "offload_optimizer": True}, r"needs zero_engine.stage = 1 or more"),
         ({"stage": 2, "offload_weights": True}, r"needs zero_engine.stage = 3 or more"),
@@ -230,6 +231,14 @@ def test_gradient_that_is_not_synchronised_is_noticed(
 # --- checkpoints
 
 
+@pytest.mark.deepspeed
+def test_loss_scale_has_moved_when_it_is_resumed(resumed: Any) -> None:
+    """Or the resume of fp16 would prove nothing."""
+    for stage in (2, 3):
+        scales = resumed[0][stage, "fp16"]["whole"]["scales"]
+        assert scales[SAVED - 1 :] == [(2.0**15, 2), (2.0**15, 3), (2.0**16, 4), (2.0**16, 5)]
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], Path]:
     folder = tmp_path_factory.mktemp("resume")
@@ -237,12 +246,13 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], P
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("stage", "name"), zero_work.RESUMED)
+@pytest.mark.parametrize(("stage", "name"), [*zero_work.RESUMED, (2, "fp16"), (3, "fp16")])
 def test_resume_is_bit_equal_at_the_same_stage(stage: int, name: str, resumed: Any) -> None:
     """Losses, weights, averages and teachers."""
     told = resumed[0][stage, name]
     assert told["same"]["losses"] == told["whole"]["losses"][SAVED:]
     assert told["same"]["norms"] == told["whole"]["norms"][SAVED:]
+    assert told["same"]["scales"] == told["whole"]["scales"][SAVED:]
     assert told["whole"]["module"].keys() == told["same"]["module"].keys()
     for key, value in told["whole"]["module"].items():
         assert torch.equal(told["same"]["module"][key], value), key

@@ -75,17 +75,20 @@ class Sgd:
 
 
 class Watch(Callback):
-    """The loss of every step over all processes, and the gradient's norm."""
+    """The loss of every step over all processes, the gradient's norm, and fp16's scale."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.scales: list[tuple[float, int]] = []
 
     def on_step(self, state: TrainState, out: LossOutput) -> None:
         total = sum(ranks.gathered(float(out.per_sample.double().sum())))
         self.losses.append(total / state.batch_size)
         assert state.grad_norm is not None
         self.norms.append(float(state.grad_norm))
+        if scale := getattr(state.engine, "_scale", None):
+            self.scales.append((scale.value, scale.good))
 
 
 def network(keys: tuple[str, ...], seed: int = 0) -> nn.Module:
@@ -141,6 +144,7 @@ def found(state: TrainState, watch: Watch) -> dict[str, Any]:
     return {
         "losses": watch.losses,
         "norms": watch.norms,
+        "scales": watch.scales,
         "net": gathered_state(state.net),
         "module": gathered_state(state.engine.module),  # type: ignore[attr-defined]
         "sampled": next(iter(sampled.values())),
@@ -302,8 +306,12 @@ RESUMED = [(stage, name) for stage in STAGES for name in names() if stage >= 2 o
 
 
 def resume(folder: Path) -> dict[Any, Any]:
-    """Every objective stopped and resumed in two processes."""
-    return {
+    """Every objective stopped and resumed in two processes, and one in fp16."""
+    half = {}
+    with patch.multiple(zero_module, FIRST_SCALE=2.0**14, SCALE_EVERY=2):
+        for stage in (2, 3):
+            half[stage, "fp16"] = _resumed("dumo", stage, folder / f"fp16{stage}", precision="fp16")
+    return half | {
         (stage, name): _resumed(
             name,
             stage,

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+MINUTES = 30.0  # of waiting for another process
+
 _control: Any = None  # the group over gloo; None is the default group, which is
 
 
@@ -27,7 +29,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(minutes: float = 30.0) -> None:
+def join(minutes: float = MINUTES) -> None:
     """Meet the other processes; whoever waits longer than this for them gives up with an error."""
     global _control
     if dist.is_initialized():
@@ -41,6 +43,14 @@ def join(minutes: float = 30.0) -> None:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+
+
+def wait_at_most(minutes: float = MINUTES) -> None:
+    """From now on; whoever waits longer for another process gives up with an error."""
+    # torch before 2.14 has it under a private name alone
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(timedelta(minutes=minutes), group)
 
 
 def leave() -> None:
@@ -118,9 +128,11 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
     try:
         dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
     except RuntimeError:
+        slow = "timed out" in problem.lower()
+        hint = "Processes wait for each other for zero_engine.timeout_minutes. " if slow else ""
         print(
             f"process {number()} cannot go on with the others, or they without it: {problem}\n"
-            "The run continues from its last checkpoint with --resume",
+            f"{hint}The run continues from its last checkpoint with --resume",
             file=sys.__stderr__,
             flush=True,
         )

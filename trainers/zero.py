@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 WITHOUT_EFFECT = (  # on what a run comes to; a run may be resumed with others
     *("stage", "accumulate", "offload_optimizer", "offload_weights", "overlap"),
-    *("reduce_bucket", "gather_bucket", "prefetch_bucket", "max_live"),
+    *("reduce_bucket", "gather_bucket", "prefetch_bucket", "max_live", "timeout_minutes"),
 )
 FIRST_SCALE, SCALE_EVERY = 2.0**16, 2000  # of the loss in fp16, as torch's GradScaler
 
@@ -58,7 +58,7 @@ class ZeroEngine:
 
     Bucket sizes count elements. Offloading keeps optimizer state (stages 1-3) and weights (3) in
     the memory of the host. `without_exact` says what becomes of exact derivatives in stage 3 where
-    DeepSpeed does not let them through.
+    DeepSpeed does not let them through. Who stops answering is waited for `timeout_minutes`.
     """
 
     reference: ClassVar = Reference(
@@ -80,6 +80,7 @@ class ZeroEngine:
     prefetch_bucket: int = 50_000_000
     max_live: int = 1_000_000_000  # gathered weights at a time in stage 3
     without_exact: str = "refuse"
+    timeout_minutes: float = 30.0
 
     module: TrainStep = field(init=False, repr=False)
     config: dict[str, Any] = field(init=False, repr=False)  # DeepSpeed's, once prepared
@@ -94,6 +95,10 @@ class ZeroEngine:
                 )
         if not self.clip >= 0:
             raise ValueError(f"zero_engine.clip = {self.clip!r} must not be negative (0 is off)")
+        if not self.timeout_minutes > 0:
+            raise ValueError(
+                f"zero_engine.timeout_minutes = {self.timeout_minutes!r} must be above 0"
+            )
         for name in ("accumulate", "reduce_bucket", "gather_bucket"):
             if getattr(self, name) < 1:
                 raise ValueError(f"zero_engine.{name} = {getattr(self, name)!r} must be 1 or more")
@@ -165,6 +170,7 @@ class ZeroEngine:
             self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer.build(self._params), config=dict(self.config)
             )
+        ranks.wait_at_most(self.timeout_minutes)
         self._lrs = [group["lr"] for group in self._optimizer.param_groups]
         module.register_forward_hook(self._keep, prepend=True)
         self._checked = self.stage < 3 or not needs_forward_mode(module.objective)
@@ -215,10 +221,15 @@ class ZeroEngine:
             self.module.update_averages(step)
 
     def save(self, folder: Path) -> Callable[[], list[Path]]:
-        return zero_checkpoint.save(self.module, self._optimizer, self.stage, folder)
+        about: dict[str, Any] = {"stage": self.stage}
+        if self._scale is not None:
+            about["loss_scale"] = [self._scale.value, self._scale.good]
+        return zero_checkpoint.save(self.module, self._optimizer, about, folder)
 
     def load(self, folder: Path) -> None:
-        zero_checkpoint.load(self.module, self._optimizer, folder)
+        about = zero_checkpoint.load(self.module, self._optimizer, folder)
+        if self._scale is not None and "loss_scale" in about:
+            self._scale.value, self._scale.good = about["loss_scale"]
 
     def _keep(self, module: nn.Module, inputs: Any, out: LossOutput) -> Tensor:
         """DeepSpeed's hooks look for tensors in what a module gives."""
@@ -245,7 +256,7 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value = FIRST_SCALE
-        self._good = 0
+        self.good = 0  # steps since it was halved
 
     def undo(self, gradient: Tensor) -> Tensor:
         return gradient / self.value
@@ -253,11 +264,11 @@ class LossScale:
     def follow(self, norm: Tensor) -> Tensor:
         """Halve after an overflow, which costs a step and no more; double after many good steps."""
         if bool(norm.isfinite()):
-            self._good += 1
-            if self._good % SCALE_EVERY == 0:
+            self.good += 1
+            if self.good % SCALE_EVERY == 0:
                 self.value *= 2
         elif self.value > 1:
-            self.value, self._good = self.value / 2, 0
+            self.value, self.good = self.value / 2, 0
             return torch.zeros_like(norm)
         return norm
 

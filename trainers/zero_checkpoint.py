@@ -1,6 +1,6 @@
 """ZeRO checkpoints: every process writes what it holds, any number of them reads it, at any stage.
 
-    zero.json                  shapes by name, numbers of the optimizer, who wrote it
+    zero.json                  shapes by name, numbers of optimizer and engine, who wrote it
     rank_00000.safetensors     pieces of weights, averages, teachers and optimizer state
 
 A piece is a range of a flattened tensor, "weight/NAME" or "KEY/NAME" for the optimizer's KEY; the
@@ -38,10 +38,12 @@ from trainers.zero_shards import (
 INDEX = "zero.json"
 
 
-def save(module: nn.Module, optimizer: Any, stage: int, folder: Path) -> Callable[[], list[Path]]:
+def save(
+    module: nn.Module, optimizer: Any, engine: Mapping[str, Any], folder: Path
+) -> Callable[[], list[Path]]:
     """Copy this process's pieces; the result writes them, and gives the files.
 
-    OSError if they cannot be written.
+    `engine` is what the engine keeps there of itself. OSError if they cannot be written.
     """
     tensors, starts = {}, {}
     for piece in _mine([*_weights(module), *_states(module, optimizer)]):
@@ -50,7 +52,7 @@ def save(module: nn.Module, optimizer: Any, stage: int, folder: Path) -> Callabl
     path = folder / f"rank_{ranks.number():05d}.safetensors"
     index = folder / INDEX
     about = {
-        "stage": stage,
+        **engine,
         "processes": ranks.count(),
         "shapes": shapes(module),
         "numbers": _numbers(optimizer),
@@ -66,8 +68,8 @@ def save(module: nn.Module, optimizer: Any, stage: int, folder: Path) -> Callabl
     return write
 
 
-def load(module: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Fill this process's pieces; ValueError if the checkpoint does not fit."""
+def load(module: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
+    """Fill this process's pieces; what the index says. ValueError if it does not fit."""
     if not (folder / INDEX).exists():
         raise ValueError(
             f"{folder} was not made by zero_engine: go on with the engine that made it, or start "
@@ -84,6 +86,7 @@ def load(module: nn.Module, optimizer: Any, folder: Path) -> None:
             _make_state(module, optimizer, keys, about["numbers"])
         for piece in _states(module, optimizer):
             pieces.fill(piece)
+    return about
 
 
 def consolidate(folder: Path, out: Path, decay: str = "") -> None:
