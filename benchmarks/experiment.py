@@ -167,9 +167,9 @@ def run(
         log_every=log_every,
         evaluate_every=evaluate_every,
     )
-    objective = _bound("objective", objective, registry.objectives)
-    backbone = _bound("backbone", backbone, registry.backbones)
-    dataset = _bound("dataset", dataset, registry.datasets)
+    objective = bound("objective", objective, registry.objectives)
+    backbone = bound("backbone", backbone, registry.backbones)
+    dataset = bound("dataset", dataset, registry.datasets)
     name = registry.objectives.name_of(objective)
     if sampler is None:
         valid = valid_samplers(objective)
@@ -230,7 +230,7 @@ def run(
     return experiment
 
 
-def _bound(name: str, part: Any, kind: registry.Registry) -> Any:
+def bound(name: str, part: Any, kind: registry.Registry) -> Any:
     """The part; ValueError if there is none, or something else that gin can write."""
     if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
         return part

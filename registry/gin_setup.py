@@ -65,7 +65,11 @@ def arm(name: str = "") -> Iterator[None]:
             f"no arm named {name!r}.{did_you_mean(name, arms())} "
             f"Arms: {', '.join(arms()) or 'none; these files have no arms'}"
         )
-    _check_required(name)
+    if missing := required(name):
+        raise ValueError(
+            f"the gin files require a value for {', '.join(missing)}; add a line such as "
+            f"{missing[0]} = ..."
+        )
     with gin.config_scope(name):
         yield
 
@@ -75,6 +79,18 @@ def arms() -> tuple[str, ...]:
     declared = query("Grid.arms")
     scopes = (scope.split("/")[0] for (scope, selector), _ in _bound() if selector != MACRO)
     return tuple(declared if declared is not None else dict.fromkeys(s for s in scopes if s))
+
+
+def required(name: str = "") -> tuple[str, ...]:
+    """The keys for which an arm still needs a value: bound to %gin.REQUIRED."""
+    effective = {}
+    for scope in _enclosing(name):
+        for (bound_in, selector), values in _bound():
+            if bound_in == scope or selector == MACRO:
+                for parameter, value in values.items():
+                    macro = bound_in if selector == MACRO else ""
+                    effective[macro, selector, parameter] = repr(value)
+    return tuple(_key(*key) for key, value in effective.items() if value == "%gin.REQUIRED")
 
 
 def query(key: str, default: Any = None) -> Any:
@@ -238,20 +254,4 @@ def _check_macros(bindings: Sequence[str]) -> None:
             f"nothing reads the macro {macro!r}. {scoped}"
             f"Macros that are read: {', '.join(sorted(read)) or 'none'}."
             f"{did_you_mean(macro.split('/')[-1], read)}"
-        )
-
-
-def _check_required(name: str) -> None:
-    effective = {}
-    for scope in _enclosing(name):
-        for (bound_in, selector), values in _bound():
-            if bound_in == scope or selector == MACRO:
-                for parameter, value in values.items():
-                    macro = bound_in if selector == MACRO else ""
-                    effective[macro, selector, parameter] = repr(value)
-    missing = [_key(*key) for key, value in effective.items() if value == "%gin.REQUIRED"]
-    if missing:
-        raise ValueError(
-            f"the gin files require a value for {', '.join(missing)}; add a line such as "
-            f"{missing[0]} = ..."
         )
