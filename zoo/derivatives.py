@@ -7,11 +7,14 @@ for sharded engines, for non-reentrant activation checkpointing and for compilat
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
 passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution takes three
-products, one of them with a weight tangent of zeros; `dual` takes the two that are needed.
+products, one of them with a weight tangent of zeros; `dual` takes the two that are needed. torch's
+rule of a group norm makes a dozen passes over memory; since the Jacobian of a normalisation is
+symmetric, `dual` has the tangent from the fused kernel of the backward.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +72,7 @@ class Dual:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        rules = FLASH | TWO_PRODUCTS if self.attention == "jvp_flash" else TWO_PRODUCTS
+        rules = RULES | FLASH if self.attention == "jvp_flash" else RULES
         with _forward_mode(), forward_ad.dual_level(), _Rules(rules):
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
@@ -159,23 +162,48 @@ class _Rules(TorchFunctionMode):
 def _linear_in_first(
     layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
 ) -> Tensor:
+    """Layers linear in their input map its value and its tangent, once each."""
     value, tangent = forward_ad.unpack_dual(input)
-    fixed = all(forward_ad.unpack_dual(p).tangent is None for p in (weight, bias) if p is not None)
-    if tangent is None or not fixed:
+    if tangent is None or not _fixed(weight, bias):
         return layer(input, weight, bias, *rest, **named)
     return forward_ad.make_dual(
         layer(value, weight, bias, *rest, **named), layer(tangent, weight, None, *rest, **named)
     )
 
 
-# Layers linear in their input map its value and its tangent, once each.
-TWO_PRODUCTS = {
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(input)
+    same = all(p.dtype == value.dtype for p in (weight, bias) if p is not None)
+    if tangent is None or not same or not _fixed(weight, bias):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    value, tangent = value.contiguous(), tangent.contiguous()
+    sizes = (*value.shape[:2], math.prod(value.shape[2:]), num_groups)
+    out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
+    moved, *_ = torch.ops.aten.native_group_norm_backward(
+        tangent, value, mean, rstd, None, *sizes, (True, False, False)
+    )
+    if weight is not None:
+        moved = weight.view(-1, *[1] * (value.ndim - 2)) * moved
+    return forward_ad.make_dual(out, moved)
+
+
+def _fixed(*parameters: Tensor | None) -> bool:
+    return all(p is None or forward_ad.unpack_dual(p).tangent is None for p in parameters)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
     layer: partial(_linear_in_first, layer)
     for layer in (
         *(F.linear, F.conv1d, F.conv2d, F.conv3d),
         *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     )
-}
+} | {F.group_norm: _group_norm}
 FLASH = {F.scaled_dot_product_attention: flash_attention}
 
 
