@@ -23,8 +23,16 @@ GRACE_SECONDS = 20.0  # for the others, once one has ended
 _PR_SET_PDEATHSIG = 1
 
 
-def start(words: Sequence[str], processes: int, module: str = "benchmarks.cli") -> int:
-    """Run `python -m MODULE WORDS` in this many processes of this machine; the exit status."""
+def start(
+    words: Sequence[str],
+    processes: int,
+    module: str = "benchmarks.cli",
+    again: str = "Continue with --resume",
+) -> int:
+    """Run `python -m MODULE WORDS` in this many processes of this machine; the exit status.
+
+    When one is lost, `again` says how to go on.
+    """
     if processes < 1:
         raise ValueError(f"--ranks {processes} must be 1 or more")
     shared = {
@@ -50,7 +58,7 @@ def start(words: Sequence[str], processes: int, module: str = "benchmarks.cli") 
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        return _wait(started)
+        return _wait(started, again)
     finally:
         _send(started, signal.SIGKILL)
         for number, handler in before.items():
@@ -78,7 +86,7 @@ def joined(lead: Callable[[], object], words: Sequence[str]) -> None:
         ranks.from_leader(None)
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(started: Sequence[subprocess.Popen[bytes]], again: str) -> int:
     """The status of the process that was lost first, or 0, once all have ended."""
     while not any(process.poll() is not None for process in started):
         time.sleep(0.05)
@@ -87,12 +95,12 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
     first, number = min(ended) if min(ended)[0] < 0 else max(ended)
     if first < 0:
         name = signal.Signals(-first).name
-        _say(f"process {number} of {len(started)} was ended by {name}; the others end too")
+        _say(f"process {number} of {len(started)} was ended by {name}; the others end too", again)
     over = time.monotonic() + GRACE_SECONDS
     while any(process.poll() is None for process in started) and time.monotonic() < over:
         time.sleep(0.05)
     if left := [i for i, process in enumerate(started) if process.poll() is None]:
-        _say(f"process {left[0]} still waits for one that has ended: ended too")
+        _say(f"process {left[0]} still waits for one that has ended: ended too", again)
         _send(started, signal.SIGKILL)
     statuses = [first, *(process.wait() for process in started)]
     status = next((status for status in statuses if status), 0)
@@ -119,5 +127,5 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _say(line: str) -> None:
-    print(f"{line}. Continue with --resume", file=sys.stderr, flush=True)
+def _say(line: str, again: str) -> None:
+    print(f"{line}. {again}", file=sys.stderr, flush=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import time
 from functools import partial
 from pathlib import Path
 
 from benchmarks.commands.asked import Commands, add_request, add_weights, request_of
+from benchmarks.slurm import take_place
 
 
 def add_to(commands: Commands) -> None:
@@ -51,6 +53,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.resume and not arguments.out:
         raise ValueError("--resume needs --out, the folder of the runs to continue")
+    if take_place(os.environ) and arguments.launcher:
+        raise ValueError(
+            f"srun started {os.environ['WORLD_SIZE']} processes already; leave --launcher out"
+        )
     from trainers import ranks
 
     name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
