@@ -61,15 +61,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
     name = f"{arguments.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = arguments.out or Path("runs") / name
+    request = request_of(arguments)
+    if arguments.smoke:  # before processes start, which find the data made
+        from benchmarks.smoke import shrunken
+
+        request = shrunken(request, out.with_name(f"{out.name}-data"))
     if arguments.launcher and not ranks.launched():
         return _launch(arguments, out)
     words = [*arguments.words, *([] if arguments.out else ["--out", str(out)])]
     again = shlex.join([*words, *([] if arguments.resume else ["--resume"])])
-    request = request_of(arguments)
-    if arguments.smoke:
-        from benchmarks.smoke import shrunken
-
-        request = shrunken(request, out.with_name(f"{out.name}-data"))
     lead = partial(compare, request, out, again=again, resume=arguments.resume)
     if ranks.launched():
         from benchmarks.launch import joined
