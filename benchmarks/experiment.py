@@ -45,9 +45,10 @@ from registry.protocols import (
 )
 from trainers import ranks
 from trainers.budget import Budget
-from trainers.engines import TorchEngine, TrainStep
+from trainers.engines import TrainStep
 from trainers.post_hoc_ema import exponent
 from trainers.rng import generator
+from trainers.zero import ZeroEngine
 from trainers.zero_shards import shape_of
 from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
@@ -319,9 +320,11 @@ def _default_metric(dataset: Dataset) -> Metric:
 
 def _check_compile(experiment: Experiment) -> None:
     """ValueError where it cannot work, and a word on what is left out."""
-    if not isinstance(experiment.engine, TorchEngine):
-        engine = registry.engines.name_of(experiment.engine)
-        raise ValueError(f"run.compile = True is for run.engine = @torch_engine(), not @{engine}()")
+    if isinstance(experiment.engine, ZeroEngine) and experiment.engine.stage == 3:
+        raise ValueError(
+            "run.compile = True cannot follow weights that zero_engine.stage = 3 gathers layer by "
+            "layer. Set zero_engine.stage = 2 or run.compile = False"
+        )
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ValueError(

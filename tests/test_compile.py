@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
+import compile_work
 import pytest
 import torch
+import zero_work
 from backbone_cases import awake, inputs, small
+from compile_work import Compiler
 from tiny_runs import SIZES, losses, sets, zoo
 
 from benchmarks.experiment import run
 from registry import gin_setup
 from registry.protocols import Batch
-from trainers.engines import TrainStep
+from trainers.engines import TorchEngine, TrainStep
 from trainers.rng import generator
 from zoo.derivatives import Dual, FiniteDifference, Jvp, derivative_of_u
 from zoo.objectives.flow_matching import FlowMatching
@@ -20,20 +24,6 @@ from zoo.objectives.shortcut import Shortcut
 
 MLP = ("run.backbone = @mlp", "mlp.dim = 8", "mlp.depth = 1", "run.recorder = @jsonl()")
 BUILT = ["data/gaussian.gin", "objective/flow_matching.gin", "trainer/cpu.gin"]
-
-
-class Compiler:
-    """A backend of torch.compile that counts the calls of what it was given."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, graph, example_inputs):
-        def counted(*args):
-            self.calls += 1
-            return graph(*args)
-
-        return counted
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +49,13 @@ def test_forward_mode_derivatives_of_a_compiled_network_are_eager(derivative, ca
     assert compiler.calls == 2 + calls
 
 
-def compiled_with(monkeypatch) -> Compiler:
-    plain, compiler = torch.nn.Module.compile, Compiler()
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda net, **_: plain(net, dynamic=False, backend=compiler)
-    )
-    return compiler
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    with (made := Compiler()).takes_the_place():
+        yield made
 
 
-def test_network_and_teachers_are_compiled_and_averages_are_not(monkeypatch):
-    compiler = compiled_with(monkeypatch)
+def test_network_and_teachers_are_compiled_and_averages_are_not(compiler):
     x, t, r, cond = inputs("mlp", 16)
     step = TrainStep(small("mlp"), Shortcut(), ema_decays=(0.9,)).train()
     batch = Batch(x, cond)
@@ -82,8 +69,7 @@ def test_network_and_teachers_are_compiled_and_averages_are_not(monkeypatch):
     assert list(step.net.state_dict()) == list(small("mlp").state_dict())
 
 
-def test_run_compile_trains_compiled(monkeypatch, tmp_path):
-    compiler = compiled_with(monkeypatch)
+def test_run_compile_trains_compiled(compiler, tmp_path):
     words = ["run", "experiments/mixture.gin", "--arm", "mean_flow", *sets(*SIZES, *MLP)]
     for name, more in (("eager", ()), ("compiled", sets("run.compile = True"))):
         done = zoo(*words, "--out", tmp_path / name, *more)
@@ -104,6 +90,30 @@ def test_a_missing_compiler_is_said_before_training(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"C\+\+ compiler, and there is no 'no-such-compiler'"):
         built()
+
+
+def test_zero_stage_3_is_refused_and_the_others_are_not():
+    engine = "run.engine = @zero_engine()"
+    with pytest.raises(ValueError, match=r"Set zero_engine.stage = 2 or run.compile = False"):
+        built(engine, "zero_engine.stage = 3")
+    assert built(engine, "zero_engine.stage = 2").compile
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_two_compiled_processes_train_as_one_that_is_not(tmp_path):
+    results = zero_work.spawn(2, "compiled", tmp_path, file=compile_work.__file__)
+    for name in compile_work.EACH:
+        state, watch = zero_work.train(name, TorchEngine(clip=1.0))
+        plain = zero_work.found(state, watch)
+        for stage in compile_work.COMPILED_STAGES:
+            ours = results[stage, name]
+            assert ours["calls"] >= len(watch.losses)  # once a step, and a teacher's
+            # float32 sums in another order; weights are of order 0.1 and move by 0.05
+            torch.testing.assert_close(ours["losses"], watch.losses, rtol=1e-5, atol=1e-6)
+            assert ours["module"].keys() == plain["module"].keys()
+            for key, value in plain["module"].items():
+                torch.testing.assert_close(ours["module"][key], value, rtol=1e-5, atol=2e-6)
 
 
 def test_what_is_left_out_is_said_in_one_sentence(caplog):
