@@ -258,12 +258,12 @@ def test_unseen_width_is_what_tracking_it_gives(
     made = reconstruct(trained.folder, width, out=tmp_path / "x.safetensors")
     ours, theirs = load_file(made.path), direct[f"power_{width}"]
     moved = largest_difference(trained.state.net.state_dict() | {"calls": theirs["calls"]}, theirs)
-    # the profile is missed by 0.5 to 2 %, where the weights change least along the run
-    assert largest_difference(ours, theirs) < 5e-3 * moved
+    # found: 9e-4; the profile is missed by 0.7 and 1.6 %
+    assert largest_difference(ours, theirs) < 2e-3 * moved
     k = exponent(width) + 1
     wrong = ((k + 1) / (k + 2) ** 2 / (k + 3)) ** 0.5
     other = load_file(reconstruct(trained.folder, wrong, out=tmp_path / "y.safetensors").path)
-    assert largest_difference(other, theirs) > 5e-3 * moved
+    assert largest_difference(other, theirs) > 2e-3 * moved
     assert torch.equal(ours["calls"], torch.tensor(60))  # a buffer: that of the step
 
 
@@ -276,7 +276,7 @@ def test_average_that_was_kept_wrongly_is_seen(
     theirs = direct["power_0.07"]
     moved = largest_difference(state.net.state_dict() | {"calls": theirs["calls"]}, theirs)
     ours = load_file(reconstruct(tmp_path, 0.07).path)
-    assert largest_difference(ours, theirs) > 5e-3 * moved
+    assert largest_difference(ours, theirs) > 2e-3 * moved
 
 
 def test_buffers_are_those_of_the_step(trained: Any, tmp_path: Path) -> None:
@@ -365,6 +365,8 @@ def test_resumed_run_neither_loses_nor_repeats_snapshots(trained: Any, tmp_path:
     (tmp_path / FOLDER / ".step_00000045.partial").mkdir()  # killed while it wrote
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / FOLDER).glob("step_000000[012][05]/w*")}
     kept = {path: time for path, time in kept.items() if int(path.parent.name[5:]) <= 22}
+    go(StopAt(24), resume=True)
+    assert steps_in(tmp_path) == [5, 10, 15, 20]
     state = go(resume=True)
     assert len(kept) == 8
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
