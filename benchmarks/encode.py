@@ -91,6 +91,8 @@ def encode(
             f"--normalise {normalise!r} must be 'constants' or 'channel', --shard-rows "
             f"{shard_rows} and --workers {workers} at least 1"
         )
+    if normalise == "constants" and not encoder.vae.has_constants:
+        raise ValueError(f"{encoder.vae.path} holds no scale and shift: --normalise channel")
     found = find_pictures(
         data.expanduser(), labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
     )

@@ -2,7 +2,7 @@
 
 folder with result.json    a finished run of ours
 folder with config.json    an exported network (exported.py)
-.safetensors, .pt, .pth    a public checkpoint (backbones/imports.py), read without executing it
+.safetensors, .pt, ...     a public checkpoint (backbones/imports.py), read without executing it
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backbones.network import FlowNetwork
 from benchmarks.exported import CONFIG, load_exported
 from benchmarks.results import RESULT
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def is_run(path: Path) -> bool:

@@ -1,11 +1,11 @@
-"""Autoencoders of diffusers as parts: a local folder or a hub id, frozen, in float32.
+"""Autoencoders of diffusers as parts: a local folder, a hub id or one file, frozen, in float32.
 
 Latents are kept as the encoder gives them. What a network trains on is (latent - shift) scale,
 with the constants of the VAE's own config.json, and nowhere else are they written down: 0.18215 for
 Stable Diffusion's (some public code has 0.18125, a misprint that is warned of), 0.13025 for SDXL's,
 1.5305 and 0.0609 for SD 3's, 0.3611 and 0.1159 for FLUX's. A config without them means 0.18215 for
 AutoencoderKL and 1 for the others, by diffusers' own defaults. VAEs without such constants, VA-VAE
-above all, are normalised channel by channel instead, see benchmarks/encode.py.
+and all in single files (ldm_vae.py), are normalised channel by channel instead, see encode.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from benchmarks.ldm_vae import read_ldm
+from benchmarks.pretrained import SUFFIXES
 from registry import vaes
 from registry.protocols import Reference
 
@@ -68,7 +70,7 @@ class DiffusersVae:
     def provenance(self) -> dict[str, str]:
         return {
             "kind": vaes.name_of(self),
-            "path": str(Path(self.path).resolve()) if Path(self.path).is_dir() else self.path,
+            "path": str(Path(self.path).resolve()) if Path(self.path).exists() else self.path,
             "subfolder": self.subfolder,
             "sha256": self.digest(),
         }
@@ -76,6 +78,10 @@ class DiffusersVae:
     def digest(self) -> str:
         """The SHA-256 of the weights, whatever file they came in."""
         return _digest(self.model, self.path, self.subfolder)
+
+    @property
+    def has_constants(self) -> bool:
+        return not _is_file(self.path)
 
     def _posterior(self, encoded: Any) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
@@ -101,7 +107,7 @@ class AutoencoderKl(DiffusersVae):
     )
     model: ClassVar = "AutoencoderKL"
 
-    path: str  # a folder with config.json and weights, or a hub id
+    path: str  # a folder with config.json and weights, a hub id, or a file of latent-diffusion
     subfolder: str = ""
 
     def _posterior(self, encoded: Any) -> tuple[Tensor, Tensor | None]:
@@ -143,8 +149,13 @@ class AutoencoderTiny(DiffusersVae):
 
 
 def find_vae(name: str, subfolder: str = "") -> DiffusersVae:
-    """The VAE in a folder or under a hub id or short name, of the class that its config names."""
+    """The VAE in a folder or under a hub id or short name, of the class that its config names.
+
+    One file is an AutoencoderKL in the layout of latent-diffusion.
+    """
     path = HUB.get(name, name)
+    if _is_file(path):
+        return AutoencoderKl(path=path)
     if not subfolder and (Path(path).expanduser() / "vae" / "config.json").is_file():
         subfolder = "vae"  # of a whole pipeline
     kinds = {vaes.get(kind).model: vaes.get(kind) for kind in vaes.names()}
@@ -166,7 +177,8 @@ def _check_place(path: str, subfolder: str) -> None:
         raise FileNotFoundError(
             f"the VAE {str(folder)!r} has no config.json and is no hub id. Give a folder with "
             f"config.json and diffusion_pytorch_model.safetensors, an id such as "
-            f"{HUB['sd_vae_ft_mse']}, or one of {', '.join(HUB)}"
+            f"{HUB['sd_vae_ft_mse']}, one of {', '.join(HUB)}, or a file of latent-diffusion's "
+            f"layout ({', '.join(SUFFIXES)})"
         )
 
 
@@ -188,14 +200,32 @@ def _diffusers() -> Any:
     return diffusers
 
 
+def _is_file(path: str) -> bool:
+    return Path(path).suffix in SUFFIXES and Path(path).expanduser().is_file()
+
+
 @lru_cache(maxsize=4)
 def _load(model: str, path: str, subfolder: str, device: str) -> nn.Module:
+    if _is_file(path):
+        return _load_file(model, path).to(device)
     _check_place(path, subfolder)
     place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
     load = getattr(_diffusers(), model).from_pretrained
     # Without accelerate diffusers would say that it does not save memory.
     net = _fetched(path, load, place, subfolder=subfolder or None, low_cpu_mem_usage=False)
     return net.float().eval().requires_grad_(False).to(device)
+
+
+def _load_file(model: str, path: str) -> nn.Module:
+    if model != AutoencoderKl.model:
+        raise ValueError(f"{path} is read as an AutoencoderKL, not as {model}")
+    fields, weights = read_ldm(Path(path).expanduser())
+    net = _diffusers().AutoencoderKL(**fields, scaling_factor=None)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit latent-diffusion's autoencoder: {error}") from error
+    return net.eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=4)
