@@ -50,10 +50,10 @@ class PeakMemory:
         return 1024.0 * int(found[1]) if found else None
 
     def _reset(self) -> None:
+        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._device.type == "cpu" and _RESET.exists():
-            gc.collect()
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
                 libc.malloc_trim(0)
             _RESET.write_text("5")  # the kernel's word for: the peak is what is resident now

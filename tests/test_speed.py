@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backbones.mlp import MLP
 from backbones.network import build_network
+from benchmarks.memory import PeakMemory
 from benchmarks.overheads import Overheads, bare_loop, sampling_pair
 from benchmarks.passes import count_passes, passes_per_step
 from benchmarks.published import PublishedMeanFlow
@@ -182,6 +183,19 @@ def test_another_derivative_replaces_it_in_every_part():
     assert with_derivative(MeanFlow(), other) == MeanFlow(derivative=other)
     assert with_derivative(DuMo(residual=Exact()), other).residual.derivative == other
     assert with_derivative(plain := FlowMatching(), other) is plain
+
+
+def test_cuda_is_waited_for_and_its_allocated_peak_is_read(monkeypatch):
+    cuda, allocated, waits = torch.device("cuda"), [3 * 2**20], []
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: waits.append(device))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    by_turns([lambda: None], 1, cuda, each=1)
+    assert waits == [cuda] * 4  # before and after the warm-up and the turn
+    peak = PeakMemory(cuda)
+    with peak.paused():
+        allocated[0] = 2**20  # as after a reset
+    assert peak.mib == 3
 
 
 def training(arm="flow_matching") -> Training:
