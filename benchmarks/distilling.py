@@ -21,7 +21,7 @@ from benchmarks.training import fit_experiment
 from registry import gin_setup
 from trainers import ranks
 from trainers.budget import Budget
-from trainers.checkpoint import load_module, save_module
+from trainers.weights import load_module, save_module
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.teachers import Frozen
 

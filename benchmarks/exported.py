@@ -24,7 +24,7 @@ from backbones.noise import NoiseNetwork
 from backbones.trunk import Trunk
 from benchmarks.results import MODEL
 from registry.plugins import load_plugins
-from trainers.checkpoint import load_module, save_module
+from trainers.weights import load_module, save_module
 
 CONFIG = "config.json"
 DEFINING = ("network", "backbone", "fields", "heads")  # what the weights are weights of

@@ -33,7 +33,7 @@ from benchmarks.shown import final_samples, is_picture, is_points, keep_all
 from benchmarks.training import fit_experiment, measure
 from registry.protocols import parts
 from trainers import ranks
-from trainers.checkpoint import save_module
+from trainers.weights import save_module
 from trainers.zero import ZeroEngine
 from zoo.guidance import Guided
 

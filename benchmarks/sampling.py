@@ -12,7 +12,7 @@ from benchmarks.results import finished_run
 from benchmarks.runner import picture
 from benchmarks.shown import draw_samples
 from registry import gin_setup
-from trainers.checkpoint import load_module
+from trainers.weights import load_module
 
 
 def open_run(

@@ -41,15 +41,9 @@ from trainers import (
     TorchEngine,
     TrainState,
 )
-from trainers import checkpoint as checkpoints_
-from trainers.checkpoint import (
-    BrokenCheckpoint,
-    Saving,
-    checkpoints,
-    latest,
-    load_module,
-    save_module,
-)
+from trainers.checkpoint import Saving, checkpoints, latest
+from trainers.folders import BrokenCheckpoint, verify
+from trainers.weights import load_module, save_module
 from zoo.teachers import Frozen
 
 
@@ -432,7 +426,7 @@ def test_full_disk_is_a_warning_and_leaves_older_checkpoints(
     assert warning.getMessage().startswith("NO CHECKPOINT at step 6: ")
     assert f"{file} cannot be written" in warning.getMessage()
     for path in checkpoints(folder):
-        checkpoints_.verify(path)
+        verify(path)
     assert torch.equal(torch.stack(losses), torch.stack(run(budget=Budget(steps=9))[1]))
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from zero_work import CROSSING, OPTIONS, SAVED, STAGES, found, names, train
 
 from trainers import Budget, TorchEngine
-from trainers.checkpoint import BrokenCheckpoint, latest
+from trainers.checkpoint import latest
+from trainers.folders import BrokenCheckpoint
 from trainers.zero import LossScale, ZeroEngine
 from trainers.zero_checkpoint import Pieces, consolidate
 from trainers.zero_derivatives import with_differences

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainers.checkpoint import save_tensors
 from trainers.ema_snapshots import Stored, stored
 from trainers.post_hoc_ema import Profile, exponent, mixture
+from trainers.weights import save_tensors
 
 LARGE_ERROR = 0.1  # of a profile, worth a warning
 

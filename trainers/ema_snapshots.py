@@ -24,20 +24,21 @@ from torch import Tensor
 from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.budget import Spent
-from trainers.checkpoint import (
-    _MANIFEST,
-    BrokenCheckpoint,
-    _discard,
-    _fingerprint,
-    _sync,
-    _write_json,
-    checkpoints,
-    save_tensors,
-    verify,
-)
+from trainers.checkpoint import checkpoints
 from trainers.ema import power_name
+from trainers.folders import (
+    BrokenCheckpoint,
+    begin,
+    discard,
+    fingerprint,
+    publish,
+    sync,
+    verify,
+    write_json,
+)
 from trainers.post_hoc_ema import Profile, exponent
 from trainers.state import Callback, TrainState
+from trainers.weights import save_tensors
 from trainers.zero_shards import gathered_state
 
 FOLDER, ABOUT = "ema_snapshots", "snapshot.json"
@@ -151,7 +152,7 @@ def _kept(state: TrainState) -> Snapshot | None:
     found = checkpoints(folder)
     kept = [path for path in found if int(path.name.removeprefix("step_")) <= state.step]
     for path in found[len(kept) :]:
-        _discard(path)
+        discard(path)
     return next((snapshot for _, snapshot in _whole(reversed(kept))), None)
 
 
@@ -168,8 +169,7 @@ def _whole(folders: Iterable[Path]) -> Iterator[tuple[Path, Snapshot]]:
 
 def _begin(aside: Path) -> None:
     if ranks.leads():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        begin(aside)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -180,13 +180,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _complete(aside: Path, target: Path, snapshot: Snapshot) -> None:
     if not ranks.leads():
         return
-    _write_json(aside / ABOUT, asdict(snapshot))
-    _write_json(aside / _MANIFEST, {file.name: _fingerprint(file) for file in aside.iterdir()})
-    for path in (*aside.iterdir(), aside):
-        _sync(path)
-    _discard(target)
-    aside.rename(target)
-    _sync(target.parent)
+    write_json(aside / ABOUT, asdict(snapshot))
+    for file in aside.iterdir():
+        sync(file)
+    publish(aside, target, {file.name: fingerprint(file) for file in aside.iterdir()})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from registry.protocols import (
     parts,
 )
 from trainers import ranks
-from trainers.checkpoint import (
+from trainers.ema import Ema, PowerEma, frozen_copy
+from trainers.weights import (
     copied,
     copied_state,
     load_module,
@@ -42,7 +43,6 @@ from trainers.checkpoint import (
     save_state,
     save_tensors,
 )
-from trainers.ema import Ema, PowerEma, frozen_copy
 
 log = logging.getLogger(__name__)
 

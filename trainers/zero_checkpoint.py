@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers import ranks
-from trainers.checkpoint import BrokenCheckpoint, check_fit, copied, save_tensors, verify
+from trainers.folders import BrokenCheckpoint, verify
+from trainers.weights import check_fit, copied, save_tensors
 from trainers.zero_shards import (
     Piece,
     refresh_masters,

@@ -1,0 +1,80 @@
+"""Folders that are whole or not there: written aside, synced, then renamed into place.
+
+Beside its other files such a folder has a manifest of their sizes and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint that is torn, truncated or edited; the message says which file and how."""
+
+
+def begin(aside: Path) -> None:
+    """An empty folder to write into."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def publish(aside: Path, target: Path, marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put a folder whose files are synced in its place, with a manifest of their fingerprints."""
+    write_json(aside / MANIFEST, marks)
+    sync(aside / MANIFEST)
+    sync(aside)
+    discard(target)
+    aside.rename(target)
+    sync(target.parent)
+
+
+def verify(path: Path) -> None:
+    """Raise BrokenCheckpoint, naming the file, unless all files are as they were written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = {name: (int(m["size"]), str(m["sha256"])) for name, m in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {problem!r}") from problem
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise BrokenCheckpoint(f"{file} has {file.stat().st_size} bytes instead of {size}")
+        if fingerprint(file)["sha256"] != digest:
+            raise BrokenCheckpoint(f"{file} was changed after it was written (SHA-256 differs)")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint so that no moment shows half of one."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.discarded")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
