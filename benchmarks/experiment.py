@@ -137,7 +137,7 @@ def run(
     batch_size: int = 128,
     seed: int = 0,
     ema_decay: float | Sequence[float] = 0.999,
-    power_emas: Sequence[float] = (),
+    power_emas: float | Sequence[float] = (),
     ema_snapshots: int = 0,
     nfe: Sequence[int] = (1, 2, 4, 8),
     num_samples: int = 1000,

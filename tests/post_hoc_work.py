@@ -10,7 +10,8 @@ import zero_work
 from trainer_toys import StopAt
 from zero_work import SMALL, train
 
-from trainers import AdamW, Budget, CheckpointCallback, TrainState, ranks
+from trainers import AdamW, Budget, CheckpointCallback, TrainState, ema_snapshots, ranks
+from trainers.checkpoint import save_tensors
 from trainers.ema_snapshots import EmaSnapshots
 from trainers.zero import ZeroEngine
 from trainers.zero_shards import gathered_state, is_sharded, shape_of
@@ -45,7 +46,16 @@ def sharded(folder: Path) -> dict[str, Any]:
     stopped = folder / "resumed"
     go(ZeroEngine(stage=3, **SMALL), stopped, StopAt(3))
     told["resumed"] = go(ZeroEngine(stage=3, **SMALL), stopped, resume=True)
+    ema_snapshots.save_tensors = _full_at_step_3  # type: ignore[assignment]
+    told["full"] = go(ZeroEngine(stage=3, **SMALL), folder / "full")
     return told
+
+
+def _full_at_step_3(path: Path, tensors: Any) -> None:
+    """Of the leader, before the last of the gathers that all take part in."""
+    if path.parent.name == ".step_00000003.partial":
+        raise OSError(28, "No space left on device")
+    save_tensors(path, tensors)
 
 
 if __name__ == "__main__":

@@ -497,7 +497,7 @@ def test_bindings_that_cannot_be_are_refused_before_training(
 
 @pytest.mark.deepspeed
 def test_two_processes_store_what_one_does(tmp_path: Path) -> None:
-    """Stage 2 with accumulation, stage 3 without a whole average anywhere, and stage 3 resumed."""
+    """Stage 2 with accumulation; stage 3 without a whole average anywhere, resumed, disk full."""
     told = zero_work.spawn(2, "sharded", tmp_path, file=post_hoc_work.__file__)
     plain = post_hoc_work.go(TorchEngine(), tmp_path / "plain")
     assert told["3"]["share"] < 0.6  # half of each weight, and padding
@@ -511,5 +511,7 @@ def test_two_processes_store_what_one_does(tmp_path: Path) -> None:
             ours = load_file(tmp_path / name / path.relative_to(tmp_path / "plain"))
             assert largest_difference(ours, load_file(path)) < 2e-5
     assert contents(tmp_path / "resumed") == contents(tmp_path / "3")
+    assert steps_in(tmp_path / "full") == [2, 4, 5]  # a full disk, which nobody waits at
+    assert "NO SNAPSHOT" in (tmp_path / "rank0.log").read_text()
     for ema, weights in told["3"]["emas"].items():
         assert same(told["resumed"]["emas"][ema], weights)
