@@ -137,7 +137,13 @@ def test_features_are_found_again_by_content(whole, run_folder, tmp_path, monkey
     assert evaluate_run(run_folder, request(out), out) == values
     less = evaluate_run(run_folder, request(out, metrics=("frechet",), nfe=(3,)), out)
     assert less["nfe3/fd_pixels"] == values["nfe3/fd_pixels"]
-    for changes in ({"seed": 1}, {"nfe": (2,)}, {"labels": "data"}, {"num": NUM + 256}):
+    for changes in (
+        {"seed": 1},
+        {"nfe": (2,)},
+        {"labels": "data"},
+        {"num": NUM + 256},
+        {"bindings": ("restart.t_min = 0.3",)},
+    ):
         with pytest.raises(AssertionError, match="nothing is to be drawn"):
             evaluate_run(run_folder, request(out, **changes), out)
 
