@@ -42,9 +42,8 @@ class PublishedMeanFlow(MeanFlow):
             return net(x, t, r, cond)["u"]
 
         with sdpa_kernel(SDPBackend.MATH):
-            value, du_dt = torch.func.jvp(
-                u, (sample.x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
-            )
+            tangents = (v, torch.ones_like(t), torch.zeros_like(r))
+            value, du_dt = torch.func.jvp(u, (sample.x_t, t, r), tangents)[:2]
         squares = (value - (v - like(t - r, v) * du_dt).detach()) ** 2
         return LossOutput(
             per_sample=self.weight(sum_flat(squares), {"u": value}),
