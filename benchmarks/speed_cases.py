@@ -51,7 +51,8 @@ class Case:
         """Of the experiment that `build` gave."""
         experiment = self.build() if experiment is None else experiment
         if self.published:
-            assert isinstance(ours := experiment.objective, MeanFlow)
+            ours = experiment.objective
+            assert isinstance(ours, MeanFlow)
             experiment = replace(experiment, objective=PublishedMeanFlow.of(ours))
         return Training(experiment)
 
