@@ -11,8 +11,8 @@ from trainer_toys import StopAt
 from zero_work import SMALL, train
 
 from trainers import AdamW, Budget, CheckpointCallback, TrainState, ema_snapshots, ranks
-from trainers.checkpoint import save_tensors
 from trainers.ema_snapshots import EmaSnapshots
+from trainers.weights import save_tensors
 from trainers.zero import ZeroEngine
 from trainers.zero_shards import gathered_state, is_sharded, shape_of
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from registry.protocols import LossOutput
 from trainers import ranks
@@ -97,7 +95,7 @@ class EmaSnapshots(Callback):
     def _due(self, state: TrainState, spent: Spent) -> int:
         """How many snapshots there are to be by then."""
         budget = state.budget
-        return min(self.count, int(budget.spent(spent) * self.count // budget.amount))
+        return int(budget.spent(spent) * self.count // budget.amount)
 
     def _save(self, state: TrainState) -> None:
         target = folder_of(state) / f"step_{state.step:08d}"
@@ -117,10 +115,10 @@ class EmaSnapshots(Callback):
 
     def _write(self, state: TrainState, aside: Path, target: Path) -> None:
         """By all processes together; OSError in all of them."""
-        ranks.together(partial(_begin, aside), OSError)
+        _lead(partial(begin, aside))
         for width in self.widths:
             tensors = gathered_state(state.emas[power_name(width)])
-            ranks.together(partial(_write_tensors, aside / _file(width), tensors), OSError)
+            _lead(partial(save_tensors, aside / _file(width), tensors))
         net = state.emas[power_name(self.widths[0])]
         snapshot = Snapshot(
             step=state.step,
@@ -129,7 +127,7 @@ class EmaSnapshots(Callback):
             widths={_file(width): width for width in self.widths},
             buffers=sorted(net.state_dict().keys() - dict(net.named_parameters()).keys()),
         )
-        ranks.together(partial(_complete, aside, target, snapshot), OSError)
+        _lead(partial(_complete, aside, target, snapshot))
 
 
 def folder_of(state: TrainState) -> Path:
@@ -167,19 +165,12 @@ def _whole(folders: Iterable[Path]) -> Iterator[tuple[Path, Snapshot]]:
             yield folder, Snapshot(**json.loads((folder / ABOUT).read_text()))
 
 
-def _begin(aside: Path) -> None:
-    if ranks.leads():
-        begin(aside)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    if ranks.leads():
-        save_tensors(path, tensors)
+def _lead(act: Callable[[], object]) -> None:
+    """Done by the leader; its OSError is everybody's."""
+    ranks.together(lambda: act() if ranks.leads() else None, OSError)
 
 
 def _complete(aside: Path, target: Path, snapshot: Snapshot) -> None:
-    if not ranks.leads():
-        return
     write_json(aside / ABOUT, asdict(snapshot))
     for file in aside.iterdir():
         sync(file)
