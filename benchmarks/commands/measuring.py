@@ -1,13 +1,20 @@
-"""list, check, evaluate, report and bench."""
+"""list, check, evaluate, report, plan and bench."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands, add_bindings, add_weights, request_of
+from benchmarks.commands.asked import (
+    Commands,
+    add_bindings,
+    add_request,
+    add_weights,
+    request_of,
+)
 
 
 def add_to(commands: Commands) -> None:
@@ -36,6 +43,7 @@ def add_to(commands: Commands) -> None:
     report.add_argument("--tracking-uri", default="", help="MLflow store of the run ids")
     report.set_defaults(command=_report)
 
+    _add_plan(commands.add_parser("plan", help="does a run fit, with which micro-batch, how long"))
     _add_bench(commands.add_parser("bench", help="what a step costs beside flow matching"))
 
 
@@ -86,6 +94,24 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
     add_bindings(parser, "dit.dim = 768")
     parser.set_defaults(command=_bench, arm="")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add_request(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="how many, of all machines")
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="of each, such as 80GB")
+    parser.add_argument(
+        "--stage", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO"
+    )
+    parser.add_argument("--tflops", type=float, default=0.0, help="that each GPU reaches")
+    parser.add_argument(
+        "--images-per-second", type=float, default=0.0, metavar="N", help="of all GPUs together"
+    )
+    parser.add_argument("--shape", type=int, nargs="+", default=[], help="of the data: 4 32 32")
+    parser.add_argument("--classes", type=int, help="of the data, 0 without labels")
+    parser.add_argument("--cpu", action="store_true", help="processes on CPUs in place of GPUs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for machines")
+    parser.set_defaults(command=_plan, tracking_uri=None)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -148,6 +174,26 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"page      {out / 'report.html'}")
     print(f"tables    {out / 'report.md'}, {out / 'table.csv'}")
     print(f"figures   {out / 'figures'}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from benchmarks.planner import Machine, predict, read_memory
+    from benchmarks.planner_table import planner_table
+
+    machine = Machine(
+        gpus=arguments.gpus,
+        memory=read_memory(arguments.memory),
+        tflops=arguments.tflops,
+        images_per_second=arguments.images_per_second,
+        host=arguments.cpu,
+    )
+    found = predict(
+        request_of(arguments), machine, arguments.stage, arguments.shape, arguments.classes
+    )
+    print(planner_table(found, machine))
+    if arguments.json:
+        text = json.dumps([prediction.json() for prediction in found], indent=1)
+        arguments.json.write_text(text + "\n")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
