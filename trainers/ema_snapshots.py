@@ -44,7 +44,7 @@ FOLDER, ABOUT = "ema_snapshots", "snapshot.json"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Snapshot:
     """What is stored of one step: relative widths by file, and the names of buffers, as copied."""
 
