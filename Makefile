@@ -14,7 +14,7 @@ mutmut := $(VENV)/.installed-mutmut
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help quickstart install test test-all test-faults test-browser check fmt wheel clean mutants
+.PHONY: help quickstart install test test-all test-faults soak test-browser check fmt wheel clean mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all     all tests"
 	@echo "make test-browser the report's page in the Chromium on the PATH"
 	@echo "make test-faults  kill, starve and interrupt runs of several processes (minutes)"
+	@echo "make soak         6,000 steps in two processes, whose memory and files must not grow"
 	@echo "make check        ruff, mypy and the import directions"
 	@echo "make mutants      plant mistakes in the mathematics and list those that no test notices"
 	@echo "make fmt          let ruff format and repair"
@@ -39,7 +40,10 @@ test: $(dev)
 	OMP_NUM_THREADS=1 $(py) -m pytest -n 2 --dist loadfile -m "not slow and not browser and not faults"
 
 test-faults: $(dev)
-	$(py) -m pytest -m faults
+	OMP_NUM_THREADS=1 $(py) -m pytest -m faults
+
+soak: $(dev)
+	for stage in 2 3; do OMP_NUM_THREADS=1 $(py) tests/soak.py $$stage || exit 1; done
 
 test-all: $(dev)
 	$(py) -m pytest

@@ -38,6 +38,7 @@ from trainers import (
 )
 from trainers import zero as zero_module
 from trainers.checkpoint import checkpoints
+from trainers.finite import POLICIES, NonFiniteLoss, StopOnNonFinite
 from trainers.zero import ZeroEngine
 from trainers.zero_shards import gathered_state, is_sharded, whole
 from zoo.objectives.mean_flow import MeanFlow
@@ -158,6 +159,9 @@ def parity(folder: Path) -> dict[Any, Any]:
         results[key] = found(*train("mean_flow", ZeroEngine(clip=1.0, **options)))
     results["no rule"] = list(_without_the_rule())
     for stage in STAGES:
+        for policy in POLICIES:
+            results["bad gradient", stage, policy] = _bad_gradient(stage, policy)
+    for stage in STAGES:
         for name in names():
             if stage not in (2, 3) and name.startswith(("dumo_", "decm_")):
                 continue  # what stage 2 and 3 do not share is with the others
@@ -174,6 +178,38 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "offload": {"stage": 3, "offload_optimizer": True, "offload_weights": True, **SMALL},
     "offload 2": {"stage": 2, "offload_optimizer": True, "overlap": False},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadGradient(MeanFlow):
+    """The loss is fine, its gradient is not, in one row of the second step."""
+
+    def loss(self, net: nn.Module, batch: Batch, rng: torch.Generator) -> LossOutput:
+        out = super().loss(net, batch, rng)
+        bad = torch.zeros(len(batch))
+        bad[5] = float("nan") if batch.step == 1 else 0.0
+        if out.per_sample.requires_grad:
+            out.per_sample.register_hook(lambda gradient: gradient + batch.share.rows(bad)[0])
+        return out
+
+
+def _bad_gradient(stage: int, policy: str) -> dict[str, Any]:
+    """What each process comes to, and what one is told."""
+    watch, engine = Watch(), ZeroEngine(stage=stage, clip=1.0, **SMALL)
+    told = ""
+    try:
+        train(
+            "mean_flow", engine, objective=BadGradient(), budget=Budget(steps=3),
+            callbacks=[StopOnNonFinite(policy=policy), watch],
+        )  # fmt: skip
+    except NonFiniteLoss as error:
+        told = str(error)
+    weights = gathered_state(engine.module.net)
+    return {
+        "told": ranks.gathered(told),
+        "losses": ranks.gathered(watch.losses),
+        "finite": all(bool(value.isfinite().all()) for value in weights.values()),
+    }
 
 
 def _same_everywhere(state: TrainState, watch: Watch) -> dict[str, bool]:
@@ -320,6 +356,49 @@ def resume(folder: Path) -> dict[Any, Any]:
         )
         for stage, name in RESUMED
     }
+
+
+def save(folder: Path) -> dict[Any, Any]:
+    """Whole runs, of which the checkpoint of their second step is left."""
+    whole = {}
+    for stage in STAGES:
+        for name in CROSSING:
+            where = folder / f"{name}{stage}"
+            saving = CheckpointCallback(every=SAVED, keep=9)
+            whole[stage, name] = go(name, stage, where, saving)[1].losses
+            _lose(where)
+    return whole
+
+
+OTHER = {0: 3, 1: 2, 2: 3, 3: 2}
+
+
+def go_on(folder: Path) -> dict[Any, Any]:
+    """The losses after the second step, at the stage that it was saved at and at another one."""
+    return {
+        (stage, name, other): go(name, other, folder / f"{name}{stage}", resume=True)[1].losses
+        for stage in STAGES
+        for name in CROSSING
+        for other in (stage, OTHER[stage])
+    }
+
+
+def four(folder: Path) -> dict[Any, Any]:
+    """Every objective, in batches whose quotas are no multiples of four."""
+    return {
+        (stage, name): found(
+            *train(name, ZeroEngine(stage=stage, clip=1.0, **SMALL), batch_size=12)
+        )
+        for stage, name in FOUR
+    }
+
+
+FOUR = [
+    (stage, name)
+    for stage in STAGES
+    for name in (*names(), "one_row")
+    if stage >= 2 or name in ("mean_flow", "shortcut")
+]
 
 
 def spawn(

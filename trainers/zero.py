@@ -141,7 +141,8 @@ class ZeroEngine:
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // parts,
             "gradient_accumulation_steps": self.accumulate,
-            "gradient_clipping": float(self.clip),  # 1.0 if it were not written
+            # 1.0 if it were not written; in stage 0 `step` clips
+            "gradient_clipping": float(self.clip if self.stage else 0),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # compiled; torch's own is fused too
@@ -207,6 +208,8 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
             if not norm.isfinite():
                 self._deepspeed.zero_grad()
+            elif self.clip:
+                nn.utils.clip_grads_with_norm_(self._params, self.clip, norm)
             self._deepspeed.step()
         else:
             self._deepspeed.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.commands.asked import (
     add_weights,
     request_of,
 )
+from benchmarks.slurm import take_place
 
 
 def add_to(commands: Commands) -> None:
@@ -134,10 +136,12 @@ def _check(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from trainers import ranks
 
+    take_place(os.environ)
     if arguments.ranks > 1 and not ranks.launched():
         from benchmarks.launch import start
 
-        if status := start(arguments.words[1:], arguments.ranks):
+        again = "The same command goes on with the blocks that it has"
+        if status := start(arguments.words[1:], arguments.ranks, again=again):
             raise SystemExit(status)
         return
     from benchmarks.evaluate_run import Request, evaluate_run, table
