@@ -77,8 +77,9 @@ def write_noise(folder: Path, rows: int) -> None:
 def open_folder(folder: Path, resolution: int) -> Dataset:
     if not (folder / MANIFEST).is_file():
         return ImageFolder(folder=str(folder), resolution=resolution, in_memory=False, flip=True)
-    noise = Manifest.load(folder).plan["vae"]["kind"] == "none"
-    return Latents(folder=str(folder), vae=NoVae() if noise else None)
+    about = Manifest.load(folder).plan["vae"]
+    vae: Any = NoVae() if about == NoVae().provenance() else None
+    return Latents(folder=str(folder), vae=vae)
 
 
 def measure(work: Work) -> tuple[Rates, Rates]:
@@ -127,7 +128,7 @@ def _rank(work: Work, rank: int, barrier: Any, results: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; none: noise")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1024, help="of all processes together")
