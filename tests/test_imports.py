@@ -171,6 +171,13 @@ def test_unknown_layouts_and_files_are_named():
         import_weights({"conv.weight": torch.zeros(1)})
 
 
+def test_a_port_whose_network_is_not_ours_is_named():
+    state = transformer_state(second=True)
+    state["y_embedder.embedding.weight"] = state.pop("y_embedder.embedding_table.weight")
+    with pytest.raises(ValueError, match="looks like haidog-yaqub/MeanFlow's MFDiT"):
+        import_weights(state, num_heads=HEADS)
+
+
 def test_every_tensor_of_the_file_is_used_or_named():
     state = transformer_state() | {"blocks.0.gate": torch.zeros(1), "extra": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"no place for 2 tensors .*: blocks.0.gate, extra"):
