@@ -331,9 +331,8 @@ def _check_compile(experiment: Experiment) -> None:
             f"run.compile = True needs a C++ compiler, and there is no {compiler!r}. Install g++, "
             "name another one in the variable CXX, or set run.compile = False"
         )
-    derivatives = [p for _, p in parts(experiment.objective) if isinstance(p, Derivative)]
-    if any(derivative.needs_forward_ad for derivative in derivatives):
-        log.warning("run.compile: networks are compiled, forward-mode derivatives of them are not")
+    if any(isinstance(part, Derivative) for _, part in parts(experiment.objective)):
+        log.warning("run.compile: networks are compiled, derivatives of them are not")
 
 
 def _device(name: str) -> torch.device:

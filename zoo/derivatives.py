@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -123,7 +123,7 @@ class FiniteDifference:
                 return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
 
         device = primals[0].device.type
-        with no_gradient(), torch.autocast(device, enabled=False):
+        with no_gradient(), _eager(), torch.autocast(device, enabled=False):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
@@ -183,7 +183,7 @@ def _group_norm(
     if tangent is None or not same or not _fixed(weight, bias):
         return F.group_norm(input, num_groups, weight, bias, eps)
     value, tangent = value.contiguous(), tangent.contiguous()
-    sizes = (*value.shape[:2], math.prod(value.shape[2:]), num_groups)
+    sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
     out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
     moved, *_ = torch.ops.aten.native_group_norm_backward(
         tangent, value, mean, rstd, None, *sizes, (True, False, False)
@@ -209,10 +209,17 @@ FLASH = {F.scaled_dot_product_attention: flash_attention}
 
 @contextmanager
 def _forward_mode() -> Iterator[None]:
-    # Compiled networks run eagerly here: torch has dropped the tangents of compiled dual numbers.
-    eager = torch.compiler.set_stance("force_eager")
-    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager:
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), _eager():
         yield
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Compiled networks as they were when the derivative was probed.
+
+    torch has dropped the tangents of compiled dual numbers, and a difference is of rounding's size.
+    """
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _cuda_devices() -> list[int]:
