@@ -122,8 +122,8 @@ def _detect(names: Mapping[str, Tensor]) -> str:
         return "lightning_dit"
     if "y_embedder.embedding.weight" in names or "final_layer_u.linear.weight" in names:
         raise ValueError(
-            "the checkpoint looks like haidog-yaqub/MeanFlow's MFDiT, whose norms, trained positions "
-            "and guidance input no backbone here has; there are " + ", ".join(layouts())
+            "the checkpoint looks like haidog-yaqub/MeanFlow's MFDiT, whose norms, trained "
+            f"positions and guidance input no backbone here has; there are {', '.join(layouts())}"
         )
     if "r_embedder.mlp.0.weight" in names:
         return "mean_flow_sit"
