@@ -129,6 +129,14 @@ def test_second_parts_cost_what_the_papers_say():
     assert dual - two == pytest.approx(2.67, abs=0.01)
 
 
+@each
+def test_second_embedder_sees_what_the_papers_say(recipe):
+    """The end r in DE-CM and RCGM, DuMo's line; the interval in MeanFlow and Shortcut."""
+    fields = network(recipe).trunk.fields
+    if fields["two_times"]:
+        assert fields["second_time"] == ("r" if recipe in ("decm_xl1", "dumo_xl2") else "h")
+
+
 def test_lightning_dit_teacher_has_the_published_size():
     assert count(network("decm_xl1", ("v",))) == pytest.approx(675, abs=0.5)
 
