@@ -12,12 +12,12 @@ from zero_work import CROSSING, FOUR, OTHER, SAVED, STAGES, found, train
 
 from trainers import TorchEngine
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.faults]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.faults, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    return zero_work.spawn(4, "four", tmp_path_factory.mktemp("four"))
+    return zero_work.spawn(4, "four", tmp_path_factory.mktemp("four"), timeout=2000)
 
 
 @pytest.mark.parametrize(("stage", "name"), FOUR)

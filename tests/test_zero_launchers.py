@@ -10,9 +10,11 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_runs import NETWORK, losses, sets
 from zero_runs import GIN, PATIENCE
@@ -73,6 +75,28 @@ def test_torchrun_on_two_nodes_makes_one_run(tmp_path: Path) -> None:
 def test_torchrun_on_one_node_makes_one_run(tmp_path: Path) -> None:
     ends([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, *RUN, *words(tmp_path)])
     is_one_run_of_two(tmp_path)
+
+
+@pytest.mark.faults
+def test_torchrun_restarts_a_run_that_was_told_to_resume(tmp_path: Path) -> None:
+    steps = "run.steps = 40"
+    command = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1, *RUN]
+    command += [*words(tmp_path), "--set", steps, "--resume"]
+    with subprocess.Popen(
+        [str(word) for word in (BIN / "torchrun", *command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as agent:  # fmt: skip
+        record = tmp_path / "out" / "dumo" / "record.jsonl"
+        until = time.monotonic() + PATIENCE
+        while not (record.exists() and len(losses(record.parent)) >= 3):
+            assert time.monotonic() < until
+            assert agent.poll() is None
+            time.sleep(0.1)
+        psutil.Process(agent.pid).children()[1].kill()
+        told = agent.communicate(timeout=PATIENCE)[1]
+    assert agent.returncode == 0, told[-6000:]
+    assert sorted(losses(record.parent)) == list(range(1, 41))
 
 
 @pytest.mark.faults

@@ -47,9 +47,10 @@ def join(minutes: float = MINUTES) -> None:
 
 def wait_at_most(minutes: float = MINUTES) -> None:
     """From now on; whoever waits longer for another process gives up with an error."""
-    # torch before 2.14 has it under a private name alone
-    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
-    for group in list(dist.distributed_c10d._world.pg_map):
+    c10d = dist.distributed_c10d
+    # older versions have it under a private name alone
+    set_timeout = dist.set_timeout if hasattr(dist, "set_timeout") else c10d._set_pg_timeout
+    for group in list(c10d._world.pg_map):  # DeepSpeed makes groups of its own
         set_timeout(timedelta(minutes=minutes), group)
 
 
