@@ -288,9 +288,10 @@ def bench(tmp_path, *words):
 
 
 def test_bench_prints_records_and_compares(tmp_path):
-    done = bench(tmp_path, "--no-memory", "--json", tmp_path / "a.json")
+    done = bench(tmp_path, "--published", "--no-memory", "--json", tmp_path / "a.json")
     assert done.status == 0, done.err
-    assert "| mean_flow/dual |" in done.out
+    assert "| mean_flow/dual " in done.out
+    assert "| mean_flow/published " in done.out
     assert (tmp_path / "out" / "speed.md").read_text() in done.out
     (metrics,) = entries(tmp_path / "out", "metrics")
     stored = json.loads((tmp_path / "a.json").read_text())
