@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zero_work import CROSSING, OPTIONS, SAVED, STAGES, found, names, train
+from zero_work import OPTIONS, SAVED, STAGES, found, names, train
 
 from trainers import Budget, TorchEngine
 from trainers.checkpoint import latest
@@ -279,10 +279,9 @@ def test_resume_is_bit_equal_at_the_same_stage(stage: int, name: str, resumed: A
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("name", CROSSING)
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_loses_nothing_at_another_stage(stage: int, name: str, resumed: Any) -> None:
-    told = resumed[0][stage, name]
+def test_resume_loses_nothing_at_another_stage(stage: int, resumed: Any) -> None:
+    told = resumed[0][stage, "dumo"]
     # the same Adam state, float32 sums in another order
     torch.testing.assert_close(
         told["other"]["losses"], told["whole"]["losses"][SAVED:], rtol=1e-4, atol=0
@@ -290,13 +289,12 @@ def test_resume_loses_nothing_at_another_stage(stage: int, name: str, resumed: A
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("name", CROSSING)
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_in_one_process_loses_nothing(stage: int, name: str, resumed: Any) -> None:
+def test_resume_in_one_process_loses_nothing(stage: int, resumed: Any) -> None:
     results, folder = resumed
-    _, watch = zero_work.go(name, stage, folder / f"{name}{stage}", resume=True)
+    _, watch = zero_work.go("dumo", stage, folder / f"dumo{stage}", resume=True)
     torch.testing.assert_close(
-        watch.losses, results[stage, name]["whole"]["losses"][SAVED:], rtol=1e-4, atol=0
+        watch.losses, results[stage, "dumo"]["whole"]["losses"][SAVED:], rtol=1e-4, atol=0
     )
 
 

@@ -238,3 +238,12 @@ def test_cell_of_a_grid_is_several_processes_where_its_launcher_says_so(
 def test_launcher_wants_a_process() -> None:
     with pytest.raises(ValueError, match="--ranks 0 must be 1 or more"):
         start(["run"], 0)
+
+
+def test_loss_of_a_process_is_told_with_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert start([], 2, "dies", again="Ask again") == 128 + signal.SIGKILL
+    assert "was ended by SIGKILL; the others end too. Ask again" in capfd.readouterr().err

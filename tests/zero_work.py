@@ -352,7 +352,7 @@ def resume(folder: Path) -> dict[Any, Any]:
             name,
             stage,
             folder / f"{name}{stage}",
-            other=(stage + 1) % 4 if name in CROSSING else None,
+            other=(stage + 1) % 4 if name == "dumo" else None,
         )
         for stage, name in RESUMED
     }
