@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.pretrained import read_state
+from benchmarks.public_files import read_state
 
 _PREFIXES = ("first_stage_model.", "vae.")
 _PARTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")

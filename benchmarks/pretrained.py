@@ -7,22 +7,13 @@ folder with config.json    an exported network (exported.py)
 
 from __future__ import annotations
 
-import argparse
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from backbones.imports import Imported, import_weights
 from backbones.network import FlowNetwork
 from benchmarks.exported import CONFIG, load_exported
+from benchmarks.public_files import SUFFIXES, read_state
 from benchmarks.results import RESULT
-
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def is_run(path: Path) -> bool:
@@ -45,18 +36,3 @@ def import_file(path: Path, layout: str = "", num_heads: int | None = None) -> I
         return import_weights(read_state(path), layout, num_heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_state(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint file holds; nothing in it is executed."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"its suffix is {path.suffix!r}; there are {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # arguments of public scripts
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"it cannot be read: {error}") from error

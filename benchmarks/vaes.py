@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ldm_vae import read_ldm
-from benchmarks.pretrained import SUFFIXES
+from benchmarks.public_files import SUFFIXES
 from registry import vaes
 from registry.protocols import Reference
 

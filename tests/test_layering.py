@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,29 @@ def test_import_is_light(module):
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_no_module_needs_itself_to_be_imported():
+    """A cycle works or not by which of its modules is imported first."""
+    trees = {_module(file): tree for package in MAY_IMPORT for file, tree in sources(package)}
+    needed = {name: set(_needed(tree, trees)) - {name} for name, tree in trees.items()}
+    sorter = graphlib.TopologicalSorter(needed)
+    sorter.prepare()
+    assert sum(map(len, needed.values())) > len(trees)
+
+
+def _module(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _needed(tree: ast.Module, known: Container[str]) -> Iterator[str]:
+    """The modules among the known ones that are imported while this one is."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name in known else node.module for name in inner]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in found if name in known)
