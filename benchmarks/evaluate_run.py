@@ -238,25 +238,37 @@ class _Evaluation:
 
     def draw(self) -> None:
         """Samples at every NFE, of which the sinks keep their part."""
+        sinks = {nfe: self._sinks(nfe, sampler) for nfe, sampler in self.samplers.items()}
         for nfe, sampler in self.samplers.items():
-            sinks: list[Sink] = [self._sink(sampler, e) for e in self.extractors]
-            if self.request.save_images:
-                where = self.request.save_images / f"nfe{nfe}"
-                sinks.append(PngSink(folder=where, num=self.request.num))
-            fill(sinks, self.request.num, self._images(sampler), f"NFE {nfe}")
+            fill(sinks[nfe], self.request.num, self._images(sampler), f"NFE {nfe}")
 
-    def _sink(self, sampler: Sampler, extractor: Extractor) -> FeatureSink:
-        made_by = {
+    def _sinks(self, nfe: int, sampler: Sampler) -> list[Sink]:
+        sinks: list[Sink] = [self._sink(sampler, extractor) for extractor in self.extractors]
+        if self.request.save_images:
+            pictures = PngSink(
+                folder=self.request.save_images / f"nfe{nfe}",
+                about={"samples": str(self.request.num), **self._made_by(sampler)},
+                num=self.request.num,
+            )
+            pictures.claim()
+            sinks.append(pictures)
+        return sinks
+
+    def _made_by(self, sampler: Sampler) -> dict[str, str]:
+        return {
             "weights": self.weights,
             "operative": self.operative,
             "sampler": repr(sampler),
             "seed": str(self.request.seed),
             "labels": self._label_rule(),
             "data": self.experiment.dataset.identity(),
+            **self._rounding(),
         }
+
+    def _sink(self, sampler: Sampler, extractor: Extractor) -> FeatureSink:
         return FeatureSink(
             cache=self.out / "features",
-            about={**made_by, **self._rounding(), **extractor.provenance()},
+            about={**self._made_by(sampler), **extractor.provenance()},
             num=self.request.num,
             extractor=extractor,
         )

@@ -51,7 +51,7 @@ class FeatureSink:
 
     @property
     def folder(self) -> Path:
-        return self.cache / hashlib.sha256(self._about().encode()).hexdigest()[:16]
+        return self.cache / hashlib.sha256(_text(self.about)).hexdigest()[:16]
 
     def has(self, block: int) -> bool:
         path = self._path(block)
@@ -68,7 +68,7 @@ class FeatureSink:
     def take(self, block: int, images: Tensor) -> None:
         path = self._path(block)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path.with_name("about.json"), self._about().encode())
+        _write_whole(path.with_name("about.json"), _text(self.about))
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({"features": self.extractor(images).contiguous()}, partial)
         partial.replace(path)
@@ -82,16 +82,28 @@ class FeatureSink:
     def _path(self, block: int) -> Path:
         return self.folder / f"block_{block:06d}.safetensors"
 
-    def _about(self) -> str:
-        return json.dumps(dict(self.about), indent=2, sort_keys=True) + "\n"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PngSink:
-    """Every image as a PNG, named by its row."""
+    """Every image as a PNG, named by its row; what they depend on is beside, in FOLDER.json."""
 
     folder: Path
+    about: Mapping[str, str]
     num: int
+
+    def claim(self) -> None:
+        """ValueError if the folder has images of something else, which would pass for these."""
+        beside = self.folder.with_suffix(".json")
+        if beside.exists() and beside.read_bytes() == _text(self.about):
+            return
+        if self.folder.exists():
+            raise ValueError(
+                f"{self.folder} has the images of another evaluation; choose another folder for "
+                "--save-images, or remove that one"
+            )
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
+        _write_whole(beside, _text(self.about))
 
     def has(self, block: int) -> bool:
         return all(self._path(row).exists() for row in _rows(block, self.num))
@@ -149,6 +161,10 @@ def _size(block: int, num: int) -> int:
 
 def _rows(block: int, num: int) -> range:
     return range(block * BLOCK, block * BLOCK + _size(block, num))
+
+
+def _text(about: Mapping[str, str]) -> bytes:
+    return (json.dumps(dict(about), indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -183,6 +183,9 @@ def test_images_are_saved_on_request_and_are_what_was_measured(whole, run_folder
     files[3].unlink()
     evaluate_run(run_folder, request(tmp_path, **how), tmp_path)
     assert files[3].exists()
+    for changes in ({"seed": 1}, {"bindings": ("restart.t_min = 0.3",)}):
+        with pytest.raises(ValueError, match="images of another evaluation"):
+            evaluate_run(run_folder, request(tmp_path, **how, **changes), tmp_path)
 
 
 def test_everything_that_a_value_depends_on_is_recorded(whole, run_folder) -> None:
