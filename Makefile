@@ -14,13 +14,14 @@ mutmut := $(VENV)/.installed-mutmut
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help quickstart install test test-all test-faults soak test-browser check fmt wheel clean mutants
+.PHONY: help quickstart install test test-all test-faults soak plan-check test-browser check fmt wheel clean mutants
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install, then compare the five objectives on the 8x8 digits"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-all     all tests"
+	@echo "make plan-check   what the planner predicts beside the memory of processes (minutes)"
 	@echo "make test-browser the report's page in the Chromium on the PATH"
 	@echo "make test-faults  kill, starve and interrupt runs of several processes (minutes)"
 	@echo "make soak         6,000 steps in two processes, whose memory and files must not grow"
@@ -47,6 +48,10 @@ soak: $(dev)
 
 test-all: $(dev)
 	$(py) -m pytest
+
+# What the planner predicts beside the memory of processes: minutes.
+plan-check: $(dev)
+	OMP_NUM_THREADS=1 $(py) -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.planner_check
 
 test-browser: $(dev)
 	@command -v chromium >/dev/null || { echo "The page is tested in Chromium, which is not on the PATH." \

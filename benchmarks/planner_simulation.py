@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -98,16 +98,17 @@ class Simulation:
         self._found: dict[int, Activity] = {}
         outline.step.autocast = partial(outline.engine.autocast, CPU)
         with self._fake:
-            outline.step.to_empty(device="cpu")
+            _remake(outline.step, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
     def activity(self, rows: int, most: int) -> Activity:
         """Of a share of `rows` rows, at most `most`: exact at 1 and `most`, a line between them.
 
-        The peak is the largest of sums that are linear in the rows, so the line is an upper bound.
+        Peaks are the largest of sums that are linear in the rows, but for quotas of whole rows.
         """
         low, high = self._ends(most)
-        one, other = self._at(low), self._at(high)
-        return one if low == high else one.towards(other, (rows - low) / (high - low))
+        if rows in (low, high):
+            return self._at(rows)
+        return self._at(low).towards(self._at(high), (rows - low) / (high - low))
 
     def update(self) -> Update:
         """Of one update of all weights."""
@@ -157,7 +158,7 @@ class Simulation:
     def _materialise(self) -> None:
         self._fake, step = None, self._outline.step
         for module in (step.net, step.teachers):
-            module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype).normal_(std=0.02))
+            _remake(module, lambda t: torch.randn(t.shape).mul_(0.02).to(t.dtype))
 
 
 _ATTENTION = {  # torch counts the fused attention of GPUs, by these formulas
@@ -247,6 +248,14 @@ class _Live(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.bytes -= self._sizes.pop(key)
         del self._refs[key]
+
+
+def _remake(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(make(p), requires_grad=p.requires_grad))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, make(buffer))
 
 
 def mean_over_steps(objective: Objective, shape: Sequence[int], labelled: bool) -> float:

@@ -179,10 +179,10 @@ def _buckets(
 def _gathered(sizes: Sizes, engine: ZeroEngine) -> float:
     """Weights that are used again in the step stay up to max_live, and without checkpointing all
     that the backward reads, held by what autograd saved; beside them the bucket of a prefetch."""
-    used = min(sizes.weights + sizes.teachers, FLOAT * engine.max_live)
+    called = sizes.weights + sizes.teachers
     held = sizes.block if sizes.recomputed else sizes.weights
-    prefetch = min(FLOAT * engine.prefetch_bucket + sizes.block, sizes.weights)
-    return max(used, held) + prefetch
+    prefetch = min(FLOAT * engine.prefetch_bucket + sizes.block, called)
+    return max(min(called, FLOAT * engine.max_live), held) + prefetch
 
 
 def _active(activity: Activity, peak: float) -> dict[str, float]:
