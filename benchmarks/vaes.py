@@ -173,7 +173,8 @@ def _class_of(path: str, subfolder: str) -> str:
 
 def _check_place(path: str, subfolder: str) -> None:
     folder = Path(path).expanduser() / subfolder
-    if not (folder / "config.json").is_file() and not (_HUB_ID.match(path) and not folder.exists()):
+    hub_id = _HUB_ID.match(path) and Path(path).suffix not in SUFFIXES and not folder.exists()
+    if not (folder / "config.json").is_file() and not hub_id:
         raise FileNotFoundError(
             f"the VAE {str(folder)!r} has no config.json and is no hub id. Give a folder with "
             f"config.json and diffusion_pytorch_model.safetensors, an id such as "
