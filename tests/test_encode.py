@@ -244,9 +244,7 @@ def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
         find_vae(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="sd_vae_ft_mse"):
         find_vae("/nowhere/vae")
-    with pytest.raises(
-        FileNotFoundError, match=r"'weights/vae\.pt' has no config\.json and is no hu"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'weights/vae\.pt' has no config\.json"):
         find_vae("weights/vae.pt")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="holds a UNet2DModel; it must be one of AutoencoderDC"):
