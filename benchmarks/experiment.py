@@ -27,6 +27,7 @@ from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.features import Pixels
 from benchmarks.metrics import FeatureMetrics
 from benchmarks.pruning import Pruner, check_pruner
+from benchmarks.run_bindings import bound, check_counts, decays, one_budget, power_widths
 from registry.gin_errors import said
 from registry.protocols import (
     Batch,
@@ -46,7 +47,6 @@ from registry.protocols import (
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.engines import TrainStep
-from trainers.post_hoc_ema import exponent
 from trainers.rng import generator
 from trainers.zero import ZeroEngine
 from trainers.zero_shards import shape_of
@@ -54,9 +54,9 @@ from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
 PROBE_ROWS = 4
+PROBE_SAMPLES = 16
 
 log = logging.getLogger(__name__)
-PROBE_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def run(
     for `objective-zoo ema` to make one of any width from.
     `compile` trains the network, and evaluates its teachers, by torch.compile.
     """
-    _check_counts(
+    check_counts(
         nfe,
         batch_size=batch_size,
         num_samples=num_samples,
@@ -204,11 +204,11 @@ def run(
         schedule=schedule or registry.schedules.build("cosine"),
         metric=metric or _default_metric(dataset),
         recorder=recorder or registry.recorders.build("mlflow"),
-        budget=_budget(steps=steps, images=images, seconds=seconds),
+        budget=one_budget(steps=steps, images=images, seconds=seconds),
         batch_size=batch_size,
         seed=seed,
-        ema_decay=_decays(ema_decay),
-        power_emas=_power_emas(power_emas, ema_snapshots),
+        ema_decay=decays(ema_decay),
+        power_emas=power_widths(power_emas, ema_snapshots),
         ema_snapshots=ema_snapshots,
         nfe=tuple(nfe),
         num_samples=num_samples,
@@ -231,18 +231,6 @@ def run(
     return experiment
 
 
-def bound(name: str, part: Any, kind: registry.Registry) -> Any:
-    """The part; ValueError if there is none, or something else that gin can write."""
-    if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
-        return part
-    given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
-    raise ValueError(
-        f"run.{name} {given}. Bind it in the gin file or by --set, for example "
-        f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
-        f"registered: {', '.join(kind.names())}"
-    )
-
-
 def _check_guidance_input(name: str, objective: Objective, net: FlowNetwork) -> None:
     fields = getattr(net.trunk, "fields", {})
     if getattr(objective, "guidance", None) is not None and not fields.get("guidance_input"):
@@ -251,54 +239,6 @@ def _check_guidance_input(name: str, objective: Objective, net: FlowNetwork) -> 
             f"{name}.guidance draws a scale for each row, which the network has to be told. Bind "
             f"{backbone}.guidance_input = True"
         )
-
-
-def _check_counts(nfe: Any, **counts: int) -> None:
-    if isinstance(nfe, int):
-        raise ValueError(f"run.nfe = {nfe} must be a tuple, such as run.nfe = ({nfe},)")
-    for name, count in counts.items():
-        if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
-            raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
-
-
-def _decays(given: float | Sequence[float]) -> tuple[float, ...]:
-    decays = tuple(given) if isinstance(given, Sequence) else (given,)
-    if not decays or len(set(decays)) < len(decays) or not all(0 <= d < 1 for d in decays):
-        raise ValueError(
-            f"run.ema_decay = {given!r} must be a number in [0, 1), or several different ones"
-        )
-    return decays
-
-
-def _power_emas(widths: Any, snapshots: int) -> tuple[float, ...]:
-    """Both or neither, checked."""
-    given = tuple(widths) if isinstance(widths, Sequence) else (widths,)
-    for width in given:
-        try:
-            exponent(width)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"run.power_emas = {widths!r}: {error}") from None
-    if len(set(given)) < len(given):
-        raise ValueError(f"run.power_emas = {widths!r} must be different widths")
-    if not isinstance(snapshots, int) or snapshots < 0 or bool(given) != bool(snapshots):
-        raise ValueError(
-            f"run.power_emas = {given!r} and run.ema_snapshots = {snapshots!r} need each other: "
-            "bind both, such as (0.05, 0.1) and 32, or neither"
-        )
-    return given
-
-
-def _budget(**amounts: Any) -> Budget:
-    given = {name: amount for name, amount in amounts.items() if amount is not None}
-    if len(given) > 1:
-        raise ValueError(
-            f"the budget is one of steps, images and seconds; bound are "
-            f"{', '.join(f'run.{name} = {amount}' for name, amount in given.items())}. "
-            f"Unbind what you do not mean, such as run.{next(iter(given))} = None"
-        )
-    if not given:
-        raise ValueError("no budget is bound; bind one of run.steps, run.images and run.seconds")
-    return Budget(**given)
 
 
 def _frozen_teacher(objective: Objective) -> Frozen | None:

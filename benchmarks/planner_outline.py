@@ -16,8 +16,9 @@ import torch
 
 import registry
 from backbones.network import build_network
-from benchmarks.experiment import bound, run
+from benchmarks.experiment import run
 from benchmarks.request import Request
+from benchmarks.run_bindings import bound
 from registry import gin_setup
 from registry.protocols import Engine, Objective, Optimizer, parts, required_heads
 from trainers.engines import TrainStep
