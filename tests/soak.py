@@ -20,9 +20,8 @@ import psutil
 from tiny_runs import losses
 from zero_runs import Run
 
-# The allocator of a process that evaluates keeps a few MiB more or less; a leak of one tiny step's
-# tensors (0.3 MiB) would come to hundreds.
-BOUNDS = {"MiB": 24.0, "files": 3.0, "threads": 2.0}
+# 0.2 MiB were seen; a leak of 10 KiB a step would come to 14.
+BOUNDS = {"MiB": 8.0, "files": 3.0, "threads": 2.0}
 
 
 class Sample(NamedTuple):
