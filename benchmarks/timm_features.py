@@ -32,14 +32,19 @@ class TimmFeatures:
 
     canonical: ClassVar[dict[str, str]] = {}
 
-    model: str
-    weights: str  # a file in the layout of timm's own: .safetensors, .pth, .npz
+    model: str = ""
+    weights: str = ""  # a file in the layout of timm's own: .safetensors, .pth, .npz
     size: int | None = None  # pixels; None: the model's own
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         from timm.models import is_model, list_models
 
+        if not (self.model and self.weights):
+            raise ValueError(
+                "timm_features needs the name of a timm model and a file of its weights: bind "
+                "timm_features.model = 'resnet50.a1_in1k' and timm_features.weights = 'FILE'"
+            )
         if not is_model(self.model):
             near = did_you_mean(self.model.split(".")[0], list_models())
             raise ValueError(f"timm_features.model: timm has no model named {self.model!r}.{near}")

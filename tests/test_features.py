@@ -271,6 +271,9 @@ def test_timm_features_take_a_vision_transformer_at_another_size(tmp_path: Path)
 
 
 def test_timm_features_refuse_other_models_and_missing_files(resnet_weights: Path) -> None:
+    for given in ({}, {"model": "resnet10t"}, {"weights": str(resnet_weights)}):
+        with pytest.raises(ValueError, match=r"bind timm_features\.model = .*\.weights = "):
+            TimmFeatures(**given)
     with pytest.raises(ValueError, match=r"no model named 'resnet10'.*Did you mean 'resnet1"):
         TimmFeatures(model="resnet10", weights=str(resnet_weights))
     with pytest.raises(FileNotFoundError, match=r"Nothing is\s+downloaded.*timm/resnet10t"):
