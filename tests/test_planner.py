@@ -305,6 +305,12 @@ def test_file_with_several_arms_gives_a_row_each():
     assert table == ["arm", "-" * len(table[1]), *arms]
 
 
+def test_operations_are_those_of_a_mean_step():
+    (found,) = predict(tiny("decm"), GPUS, (0,))
+    late = simulation("decm")._at(4).flops / 4
+    assert 0.4 * late < found.flops_per_image < 0.9 * late
+
+
 def test_speed_of_the_gpus_gives_images_a_day():
     (found,) = predict(tiny(), replace(GPUS, tflops=1.0), (0,))
     assert found.images_per_second == pytest.approx(2e12 / found.flops_per_image)

@@ -16,10 +16,10 @@ import benchmarks.parts  # noqa: F401  registers every part
 from backbones.network import build_network
 from benchmarks.augment import _draws, augmented, labels
 from benchmarks.comparison import compare
+from benchmarks.planner_outline import outline
 from benchmarks.request import Request
 from benchmarks.smoke import shrunken
 from registry import gin_setup, samplers
-from registry.protocols import required_heads
 from zoo.teachers import warmed_up
 
 ROOT = Path(__file__).parents[1] / "gin" / "recipes"
@@ -69,16 +69,14 @@ def parsed(recipe: str) -> None:
 
 
 def network(recipe: str, keys: tuple[str, ...] = ()):
-    """The recipe's network on the meta device."""
-    parsed(recipe)
-    shape, _ = SIZES[recipe]
+    """The recipe's network, or one with these outputs, on the meta device."""
+    made = outline(Request(file=ROOT / f"{recipe}.gin"))
+    assert made.shape == SIZES[recipe][0]
+    if not keys:
+        return made.step.net
     with torch.device("meta"):
-        return build_network(
-            gin_setup.query("run.backbone").scoped_configurable_fn,
-            shape,
-            0 if shape == PIXELS else 1000,
-            keys or required_heads(gin_setup.build("run.objective")),
-        )
+        backbone = gin_setup.build("run.backbone")
+        return build_network(backbone, made.shape, made.num_classes, keys)
 
 
 def count(net) -> float:
