@@ -23,19 +23,29 @@ from backbones.trunk import Trunk, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
+NORMS = ("layer", "rms")
+
 
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by c."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, dropout: float, qk_norm: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        qk_norm: bool,
+        norm: str = "layer",
+    ):
         from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # 2 s: it brings torchvision
 
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = plain_norm(norm, dim)
         self.attn = Attention(
             dim, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=RmsNorm, proj_drop=dropout
         )
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = plain_norm(norm, dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, drop=dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
@@ -50,6 +60,17 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+def plain_norm(kind: str, dim: int) -> nn.Module:
+    """A norm without weights; ValueError unless it is 'layer' or 'rms'."""
+    if kind not in NORMS:
+        raise ValueError(f"dit.norm = {kind!r}; allowed are {', '.join(map(repr, NORMS))}")
+    if kind == "rms":
+        from timm.layers import RmsNorm
+
+        return RmsNorm(dim, eps=1e-6, affine=False)
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
 class PatchReadout(nn.Module):
     """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer of its own modulation."""
 
@@ -59,12 +80,12 @@ class PatchReadout(nn.Module):
         channels: int,
         grid: tuple[int, int],
         patch: int,
-        norm: nn.Module | None = None,
+        norm: nn.Module,
     ):
         super().__init__()
         self.height, self.width = grid
         self.patch = patch
-        self.norm = norm or nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = norm
         self.modulation = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, patch * patch * channels)
         zero_(self.modulation)
@@ -84,7 +105,7 @@ class PatchReadout(nn.Module):
 
 
 class PatchTransformer(Trunk):
-    """Patches at fixed positions through blocks (tokens, c) -> tokens; for [b c h w].
+    """Patches at their positions through blocks (tokens, c) -> tokens; for [b c h w].
 
     `block` and `conditioning` make the parts, in the order in which weights are drawn.
     """
@@ -100,13 +121,18 @@ class PatchTransformer(Trunk):
         block: Callable[[], nn.Module],
         conditioning: Callable[[], Conditioning],
         checkpointing: bool,
+        trained_positions: bool = False,
     ):
         super().__init__()
         self.channels, self.grid = shape[0], (shape[1] // patch, shape[2] // patch)
         self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
         self.embed = nn.Linear(self.channels * patch * patch, dim)
         xavier_(self.embed)
-        self.register_buffer("positions", positions_2d(*self.grid, dim), persistent=False)
+        positions = positions_2d(*self.grid, dim)
+        if trained_positions:
+            self.positions = nn.Parameter(positions)
+        else:
+            self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.conditioning = conditioning()
 
@@ -118,9 +144,6 @@ class PatchTransformer(Trunk):
             tokens = through(block, self.checkpointing, tokens, c)
         return tokens, c
 
-    def readout(self) -> nn.Module:
-        return PatchReadout(self.dim, self.channels, self.grid, self.patch)
-
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(1)
 
@@ -129,8 +152,9 @@ class PatchTransformer(Trunk):
 class DiT(PatchTransformer):
     """Diffusion transformer with adaLN-zero, for [b c h w].
 
-    Dropout draws from the global RNG of torch. `checkpointing` recomputes each block in the
-    backward pass instead of keeping its activations.
+    `norm` is 'layer', or 'rms' for root mean squares; positions are sines and cosines, from which
+    `trained_positions` start. Dropout draws from the global RNG of torch. `checkpointing`
+    recomputes each block in the backward pass instead of keeping its activations.
     """
 
     reference: ClassVar = Reference(
@@ -158,6 +182,8 @@ class DiT(PatchTransformer):
         time_features: str = "unit",
         guidance_input: bool = False,
         checkpointing: bool = False,
+        norm: str = "layer",
+        trained_positions: bool = False,
     ):
         check_patches("dit", shape, patch, dim, num_heads)
         super().__init__(
@@ -165,7 +191,7 @@ class DiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: Block(dim, num_heads, mlp_ratio, dropout, qk_norm),
+            block=lambda: Block(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,
@@ -176,7 +202,13 @@ class DiT(PatchTransformer):
                 guidance_input=guidance_input,
             ),
             checkpointing=checkpointing,
+            trained_positions=trained_positions,
         )
+        self.norm = norm
+
+    def readout(self) -> nn.Module:
+        norm = plain_norm(self.norm, self.dim)
+        return PatchReadout(self.dim, self.channels, self.grid, self.patch, norm)
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d) -> None:

@@ -5,11 +5,14 @@
     sit            willisma/SiT               data - noise, t = 1 is data        dit, v
     lightning_dit  hustvl/LightningDiT        data - noise, t = 1 is data        lightning_dit, v
     mean_flow_sit  zhuyu-cs/MeanFlow          u(x, t, h = t - r), our times      dit, u
+    mf_dit         haidog-yaqub/MeanFlow      u and v(x, t, r, w), our times     dit, u and v
     py_mean_flow   Gsunshine/py-meanflow      u(x, t, h = t - r), our times      ddpmpp, u
 
 The result computes what the public code computes, to rounding, and needs no flags for it: v(x, t) =
 -F(x, 1 - t) is a final layer of the other sign, and features of 1 - t are a rotation of those of t,
-hence of the embedding's first matrix. Learned variances are dropped. Every tensor of the file is
+hence of the embedding's first matrix. MFDiT's embedding of the guidance scale w is taken at w = 1,
+without guidance, and added to that of t; its own largest scale, which is in no tensor, is taken to
+be 4, the code's default. Learned variances are dropped. Every tensor of the file is
 used, or listed in `unused` with its reason; what remains is an error.
 
 DiT and SiT have the same names; a file of theirs needs its layout said.
@@ -43,7 +46,7 @@ class Imported:
     shape: tuple[int, ...]
     num_classes: int
     fields: Mapping[str, Any]
-    key: str  # "v" or "u"
+    keys: tuple[str, ...]  # of "v" and "u"
     weights: Mapping[str, Tensor]
     unused: Mapping[str, str]
 
@@ -55,7 +58,7 @@ class Imported:
             return cls(**self.fields, **given)
 
         kind = NoiseNetwork if self.layout == "dit" else FlowNetwork
-        built = build_network(backbone, self.shape, self.num_classes, (self.key,))
+        built = build_network(backbone, self.shape, self.num_classes, self.keys)
         net = kind(built.trunk, list(built.heads.values()))
         ours = net.state_dict()
         wrong = [f"{name} is missing" for name in ours.keys() - self.weights.keys()]
@@ -120,11 +123,8 @@ def _detect(names: Mapping[str, Tensor]) -> str:
         return "py_mean_flow"
     if "blocks.0.mlp.w12.weight" in names:
         return "lightning_dit"
-    if "y_embedder.embedding.weight" in names or "final_layer_u.linear.weight" in names:
-        raise ValueError(
-            "the checkpoint looks like haidog-yaqub/MeanFlow's MFDiT, whose norms, trained "
-            f"positions and guidance input no backbone here has; there are {', '.join(layouts())}"
-        )
+    if "final_layer_u.linear.weight" in names:
+        return "mf_dit"
     if "r_embedder.mlp.0.weight" in names:
         return "mean_flow_sit"
     if "t_embedder.mlp.0.weight" in names:

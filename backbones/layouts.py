@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.embeddings import NUM_FREQUENCIES, frequencies, positions_2d
+from backbones.embeddings import NUM_FREQUENCIES, frequencies, positions_2d, time_features
 from backbones.lightning_dit import rotary_2d
 from registry.core import did_you_mean
 
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the released sizes
+TABLE = "trunk.conditioning.label.table.weight"
+MAX_GUIDANCE = 4.0  # of MFDiT, which embeds a scale divided by it
 
 
 class Source:
@@ -71,8 +74,10 @@ class Source:
             )
 
 
-def _transformer(source: Source, num_heads: int | None) -> dict[str, Any]:
-    """What all transformers have in common; their final layer and MLPs are taken by the caller."""
+def _transformer(
+    source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
+) -> dict[str, Any]:
+    """What all transformers have in common; their positions, MLPs and final layers are not."""
     patches = source.take("x_embedder.proj.weight")
     dim, channels, patch, _ = patches.shape
     side = math.isqrt(source.left["pos_embed"].shape[1])
@@ -83,15 +88,15 @@ def _transformer(source: Source, num_heads: int | None) -> dict[str, Any]:
         "trunk.embed.bias": source.take("x_embedder.proj.bias"),
         **source.linear("t_embedder.mlp.0", "trunk.conditioning.time.hidden"),
         **source.linear("t_embedder.mlp.2", "trunk.conditioning.time.output"),
-        "trunk.conditioning.label.table.weight": source.take("y_embedder.embedding_table.weight"),
     }
+    if labels is not None:
+        weights[TABLE] = source.take(f"{labels}.weight")
     depth = source.count(r"blocks\.(\d+)\.")
     for i in range(depth):
         theirs, ours = f"blocks.{i}", f"trunk.blocks.{i}"
         for part in ("attn.qkv", "attn.proj"):
             weights |= source.linear(f"{theirs}.{part}", f"{ours}.{part}")
         weights |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
-    source.check_equal("pos_embed", positions_2d(side, side, dim), "the fixed positions")
     fields = {
         "patch": patch,
         "dim": dim,
@@ -104,7 +109,7 @@ def _transformer(source: Source, num_heads: int | None) -> dict[str, Any]:
     return {
         "backbone": "dit",
         "shape": (channels, side * patch, side * patch),
-        "num_classes": len(weights["trunk.conditioning.label.table.weight"]) - 1,
+        "num_classes": len(weights[TABLE]) - 1 if TABLE in weights else 0,
         "fields": fields,
         "weights": weights,
     }
@@ -119,24 +124,32 @@ def _gelu_mlps(source: Source, made: dict[str, Any]) -> None:
     made["fields"]["mlp_ratio"] = hidden / made["fields"]["dim"]
 
 
-def _readout(source: Source, made: dict[str, Any], head: str, key: str) -> None:
+def _fixed_positions(source: Source, made: dict[str, Any]) -> None:
+    side = made["shape"][1] // made["fields"]["patch"]
+    expected = positions_2d(side, side, made["fields"]["dim"])
+    source.check_equal("pos_embed", expected, "the fixed positions")
+
+
+def _readout(
+    source: Source, made: dict[str, Any], head: str, key: str, theirs: str = "final_layer"
+) -> None:
     """The final layer, without the rows of learned variances."""
     ours = f"heads.{head}.readouts.{key}"
-    made["weights"] |= source.linear("final_layer.adaLN_modulation.1", f"{ours}.modulation")
+    made["weights"] |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
     channels, patch = made["shape"][0], made["fields"]["patch"]
-    for part, rows in source.linear("final_layer.linear", f"{ours}.linear").items():
+    for part, rows in source.linear(f"{theirs}.linear", f"{ours}.linear").items():
         cells = rows.unflatten(0, (patch * patch, -1))  # [p q, channels, ...]
         if cells.shape[1] not in (channels, 2 * channels):
             raise ValueError(
-                f"final_layer.linear makes {cells.shape[1]} channels a pixel; the data have "
+                f"{theirs}.linear makes {cells.shape[1]} channels a pixel; the data have "
                 f"{channels}, twice that with variances"
             )
         if cells.shape[1] == 2 * channels:
-            source.unused[
-                f"final_layer.linear.{part.split('.')[-1]}, second half of the channels"
-            ] = "learned variances"
+            source.unused[f"{theirs}.linear.{part.split('.')[-1]}, second half of the channels"] = (
+                "learned variances"
+            )
         made["weights"][part] = cells[:, :channels].flatten(0, 1).clone()
-    made["key"] = key
+    made["keys"] = (*made.get("keys", ()), key)
 
 
 def _other_way(made: dict[str, Any]) -> None:
@@ -154,6 +167,7 @@ def _other_way(made: dict[str, Any]) -> None:
 
 def _dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     made = _transformer(source, num_heads)
+    _fixed_positions(source, made)
     made["fields"]["max_frequency"] = 1000.0
     _gelu_mlps(source, made)
     _readout(source, made, "velocity", "v")
@@ -162,6 +176,7 @@ def _dit(source: Source, num_heads: int | None) -> dict[str, Any]:
 
 def _sit(source: Source, num_heads: int | None) -> dict[str, Any]:
     made = _transformer(source, num_heads)
+    _fixed_positions(source, made)
     _gelu_mlps(source, made)
     _readout(source, made, "velocity", "v")
     _other_way(made)
@@ -170,6 +185,7 @@ def _sit(source: Source, num_heads: int | None) -> dict[str, Any]:
 
 def _mean_flow_sit(source: Source, num_heads: int | None) -> dict[str, Any]:
     made = _transformer(source, num_heads)
+    _fixed_positions(source, made)
     _gelu_mlps(source, made)
     for number, part in ((0, "hidden"), (2, "output")):
         ours = f"trunk.conditioning.second_time.{part}"
@@ -180,6 +196,7 @@ def _mean_flow_sit(source: Source, num_heads: int | None) -> dict[str, Any]:
 
 def _lightning_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     made = _transformer(source, num_heads)
+    _fixed_positions(source, made)
     made["backbone"] = "lightning_dit"
     fields, weights = made["fields"], made["weights"]
     fields["qk_norm"] = "blocks.0.attn.q_norm.weight" in source
@@ -199,6 +216,38 @@ def _lightning_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     _readout(source, made, "velocity", "v")
     _other_way(made)
     return made
+
+
+def _mf_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
+    labels = "y_embedder.embedding"
+    made = _transformer(source, num_heads, labels if f"{labels}.weight" in source else None)
+    _gelu_mlps(source, made)
+    fields, weights = made["fields"], made["weights"]
+    fields |= {"max_frequency": 1000.0, "second_time": "r", "norm": "rms", "qk_norm": True}
+    fields["trained_positions"] = True
+    weights["trunk.positions"] = source.take("pos_embed")[0]
+    for i in range(fields["depth"]):
+        for norm in ("attn.q_norm.weight", "attn.k_norm.weight"):
+            weights[f"trunk.blocks.{i}.{norm}"] = source.take(f"blocks.{i}.{norm}")
+    for number, part in ((0, "hidden"), (2, "output")):
+        ours = f"trunk.conditioning.second_time.{part}"
+        weights |= source.linear(f"r_embedder.mlp.{number}", ours)
+    name = "trunk.conditioning.time.output.bias"
+    weights[name] = weights[name] + _without_guidance(source)
+    _readout(source, made, "dual_head", "u", "final_layer_u")
+    _readout(source, made, "dual_head", "v", "final_layer_v")
+    return made
+
+
+def _without_guidance(source: Source) -> Tensor:
+    """MFDiT's embedding [dim] of the guidance scale 1."""
+    source.unused["w_embedder"] = f"guidance scales other than 1, of at most {MAX_GUIDANCE:g}"
+    x = time_features(torch.tensor([1 / MAX_GUIDANCE]), 1000.0, "dit")[0]
+    for number in (0, 2):
+        layer = source.linear(f"w_embedder.mlp.{number}", "layer")
+        x = F.linear(x, layer["layer.weight"], layer["layer.bias"])
+        x = F.silu(x) if number == 0 else x
+    return x
 
 
 def _py_mean_flow(source: Source, num_heads: int | None) -> dict[str, Any]:
@@ -229,7 +278,7 @@ def _py_mean_flow(source: Source, num_heads: int | None) -> dict[str, Any]:
         "backbone": "ddpmpp",
         "shape": (weights["trunk.stem.weight"].shape[1], sides[0], sides[0]),
         "num_classes": 0,
-        "key": "u",
+        "keys": ("u",),
         "weights": weights,
         "fields": {
             "channels": channels,
@@ -302,5 +351,6 @@ CONVERTERS: dict[str, Callable[[Source, int | None], dict[str, Any]]] = {
     "sit": _sit,
     "lightning_dit": _lightning_dit,
     "mean_flow_sit": _mean_flow_sit,
+    "mf_dit": _mf_dit,
     "py_mean_flow": _py_mean_flow,
 }

@@ -36,15 +36,21 @@ def _layer(shapes: dict[str, tuple[int, ...]], name: str, out: int, inside: int)
 
 
 def transformer_state(
-    *, out: int = CHANNELS, second: bool = False, swiglu: bool = False, qk_norm: bool = False
+    *,
+    out: int = CHANNELS,
+    second: bool = False,
+    swiglu: bool = False,
+    qk_norm: bool = False,
+    mf_dit: bool = False,
 ) -> State:
     shapes: dict[str, tuple[int, ...]] = {}
     shapes["x_embedder.proj.weight"] = (DIM, CHANNELS, PATCH, PATCH)
     shapes["x_embedder.proj.bias"] = (DIM,)
-    for name in ["t_embedder"] + ["r_embedder"] * second:
+    for name in ["t_embedder"] + ["r_embedder"] * second + ["w_embedder"] * mf_dit:
         _layer(shapes, f"{name}.mlp.0", DIM, 256)
         _layer(shapes, f"{name}.mlp.2", DIM, DIM)
-    shapes["y_embedder.embedding_table.weight"] = (CLASSES + 1, DIM)
+    table = "embedding" if mf_dit else "embedding_table"
+    shapes[f"y_embedder.{table}.weight"] = (CLASSES + 1, DIM)
     hidden = int(2 / 3 * 4 * DIM)
     for i in range(DEPTH):
         block = f"blocks.{i}"
@@ -61,12 +67,16 @@ def transformer_state(
         if qk_norm:
             for norm in ("q_norm", "k_norm"):
                 shapes[f"{block}.attn.{norm}.weight"] = (DIM // HEADS,)
-    _layer(shapes, "final_layer.linear", PATCH * PATCH * out, DIM)
-    _layer(shapes, "final_layer.adaLN_modulation.1", 2 * DIM, DIM)
+    finals = ("final_layer_v", "final_layer_u") if mf_dit else ("final_layer",)
+    for final in finals:
+        _layer(shapes, f"{final}.linear", PATCH * PATCH * out, DIM)
+        _layer(shapes, f"{final}.adaLN_modulation.1", 2 * DIM, DIM)
     if swiglu:
         shapes["final_layer.norm_final.weight"] = (DIM,)
     state = drawn(shapes)
     state["pos_embed"] = sincos_positions()[None]
+    if mf_dit:  # they are trained
+        state["pos_embed"] += 0.1 * torch.randn(DIM, generator=torch.Generator().manual_seed(1))
     if swiglu:
         state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = rotary_tables()
     return state
@@ -157,6 +167,36 @@ def transformer(
     out = linear(state, "final_layer.linear", tokens)
     out = out.view(len(x), SIDE, SIDE, PATCH, PATCH, -1)
     return torch.einsum("nhwpqc->nchpwq", out).flatten(4, 5).flatten(2, 3)
+
+
+def mf_dit(
+    state: State, x: Tensor, t: Tensor, r: Tensor, label: Tensor | None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """u and v of haidog-yaqub/MeanFlow, whose norms have no weights and no mean."""
+
+    def rms(z: Tensor) -> Tensor:
+        return z / (z.square().mean(-1, keepdim=True) + torch.finfo(z.dtype).eps).sqrt()
+
+    x = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=PATCH)
+    tokens = x.flatten(2).transpose(1, 2) + state["pos_embed"]
+    c = embedded(state, "t_embedder", 1000 * t) + embedded(state, "r_embedder", 1000 * r)
+    c = c + embedded(state, "w_embedder", 1000 * torch.full_like(t, scale) / 4)
+    if label is not None:
+        c = c + state["y_embedder.embedding.weight"][label]
+    for i in range(DEPTH):
+        block = f"blocks.{i}"
+        modulation = linear(state, f"{block}.adaLN_modulation.1", F.silu(c))[:, None]
+        s1, m1, g1, s2, m2, g2 = modulation.chunk(6, -1)
+        tokens = tokens + g1 * attention(state, f"{block}.attn", rms(tokens) * (1 + m1) + s1)
+        h = linear(state, f"{block}.mlp.fc1", rms(tokens) * (1 + m2) + s2)
+        tokens = tokens + g2 * linear(state, f"{block}.mlp.fc2", F.gelu(h, approximate="tanh"))
+    found = []
+    for final in ("final_layer_u", "final_layer_v"):
+        s, m = linear(state, f"{final}.adaLN_modulation.1", F.silu(c))[:, None].chunk(2, -1)
+        out = linear(state, f"{final}.linear", rms(tokens) * (1 + m) + s)
+        out = out.view(len(x), SIDE, SIDE, PATCH, PATCH, -1)
+        found.append(torch.einsum("nhwpqc->nchpwq", out).flatten(4, 5).flatten(2, 3))
+    return found[0], found[1]
 
 
 # The U-Net of the CIFAR-10 code: two levels of one block here, attention at the lower one.

@@ -317,6 +317,21 @@ def test_dit_normalises_queries_and_keys_on_request(backbone):
     torch.testing.assert_close(net(x, t, r, cond)["u"], before, rtol=1e-4, atol=1e-5)
 
 
+def test_dit_may_norm_by_root_mean_squares_and_train_its_positions():
+    net = awake(small("dit", norm="rms", trained_positions=True))
+    assert isinstance(net.trunk.positions, torch.nn.Parameter)
+    x, t, r, cond = inputs("dit")
+    net(x, t, r, cond)["u"].square().sum().backward()
+    assert net.trunk.positions.grad.abs().max() > 0
+    with torch.no_grad():  # a mean of the tokens matters to this norm alone
+        for trunk, depends in ((net.trunk, True), (small("dit").trunk, False)):
+            norm = trunk.blocks[0].norm1
+            tokens = torch.randn(2, 3, trunk.dim)
+            assert torch.allclose(norm(tokens + 1), norm(tokens), atol=1e-4) is not depends
+    with pytest.raises(ValueError, match=r"dit.norm = 'batch'; allowed are 'layer', 'rms'"):
+        small("dit", norm="batch")
+
+
 # learning
 
 
