@@ -143,6 +143,7 @@ def test_features_are_found_again_by_content(whole, run_folder, tmp_path, monkey
         {"labels": "data"},
         {"num": NUM + 256},
         {"bindings": ("restart.t_min = 0.3",)},
+        {"bindings": ("dit.max_frequency = 4.0",)},  # the same weights in another network
     ):
         with pytest.raises(AssertionError, match="nothing is to be drawn"):
             evaluate_run(run_folder, request(out, **changes), out)
