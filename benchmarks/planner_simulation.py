@@ -22,12 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -39,11 +34,6 @@ from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.teachers import Frozen
 
-VALUES_ASKED = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
@@ -130,9 +120,12 @@ class Simulation:
             try:
                 self._at(most)
                 return 1, most
-            except VALUES_ASKED as error:
-                name = self._outline.objective
-                log.warning("%s looks at values (%s); measured on few real rows", name, error)
+            except RuntimeError as error:  # what is wrong without this reason is wrong again below
+                log.warning(
+                    "the loss of %s looks at values, and is measured on few real rows: %s",
+                    self._outline.objective,
+                    str(error).splitlines()[0],
+                )
                 self._materialise()
         return 1, min(2, most)
 

@@ -27,16 +27,22 @@ def planner_table(found: Sequence[Prediction], machine: Machine) -> str:
 
 
 def size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _operations(count: float) -> str:
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
+    unit, word = next((u, w) for u, w in units if count >= u / 10)
+    return f"{count / unit:,.1f} {word}FLOP"
 
 
 def _header(p: Prediction, machine: Machine) -> str:
     lines = [
         f"{p.arm + ': ' if p.arm else ''}{p.objective} on {p.backbone}, {p.parameters:,} "
         f"parameters, batch {p.batch_size} of {' x '.join(map(str, p.shape))} ({p.shape_from}), "
-        f"{p.precision}, {machine.gpus} GPUs of {size(machine.memory)}",
-        f"{p.flops_per_image / 1e9:,.0f} GFLOP an image, "
-        f"{p.flops_per_image * p.batch_size / 1e12:,.1f} TFLOP a step, all passes counted",
+        f"{p.precision}, {machine.gpus} GPU{'s' * (machine.gpus > 1)} of {size(machine.memory)}",
+        f"{_operations(p.flops_per_image)} an image, "
+        f"{_operations(p.flops_per_image * p.batch_size)} a step, all passes counted",
     ]
     if p.images_per_second:
         how = f"at {machine.tflops:g} TFLOP/s a GPU " if machine.tflops else ""
@@ -55,7 +61,7 @@ def _stages(fits: Sequence[Fit]) -> str:
         rows.append(["on the host, a process", *(size(f.memory.host) for f in fits)])
     rows.append(["largest during", *(f.memory.moment for f in fits)])
     rows.append(["micro-batch", *(str(f.micro_batch) if f.fits else "does not fit" for f in fits)])
-    rows.append(["accumulate", *(str(f.accumulate) for f in fits)])
+    rows.append(["accumulate", *(str(f.accumulate) if f.fits else "-" for f in fits)])
     if any(f.deepspeed for f in fits):
         estimates = [size(f.deepspeed) if f.deepspeed else "-" for f in fits]
         rows.append(["states by DeepSpeed's estimate", *estimates])
