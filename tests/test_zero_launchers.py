@@ -34,6 +34,13 @@ def words(folder: Path) -> list[str]:
     return ["run", *where, *sets(*NETWORK, STEPS, "zero_engine.precision = 'bf16'")]
 
 
+def end(agent: subprocess.Popen[str]) -> None:
+    """With the processes that it started, which are in sessions of their own."""
+    if agent.poll() is None:
+        for process in [*psutil.Process(agent.pid).children(recursive=True), agent]:
+            process.kill()
+
+
 def ends(*commands: Sequence[object], environments: Sequence[Mapping[str, str]] = ()) -> None:
     """Start all, one per node or task, and wait until all have ended well."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
@@ -49,7 +56,7 @@ def ends(*commands: Sequence[object], environments: Sequence[Mapping[str, str]] 
         told = [process.communicate(timeout=PATIENCE)[0] for process in started]
     finally:
         for process in started:
-            process.kill()
+            end(process)
     statuses = [process.returncode for process in started]
     assert statuses == [0] * len(started), "\n".join(told)[-6000:]
 
@@ -83,19 +90,22 @@ def test_torchrun_restarts_a_run_that_was_told_to_resume(tmp_path: Path) -> None
     command = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1, *RUN]
     command += [*words(tmp_path), "--set", steps, "--resume"]
     anew = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or torch may look for the dead
-    with subprocess.Popen(
+    agent = subprocess.Popen(
         [str(word) for word in (BIN / "torchrun", *command)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **anew}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
-    ) as agent:  # fmt: skip
-        record = tmp_path / "out" / "dumo" / "record.jsonl"
-        until = time.monotonic() + PATIENCE
+    )  # fmt: skip
+    record = tmp_path / "out" / "dumo" / "record.jsonl"
+    until = time.monotonic() + PATIENCE
+    try:
         while not (record.exists() and len(losses(record.parent)) >= 3):
             assert time.monotonic() < until
             assert agent.poll() is None
             time.sleep(0.1)
         psutil.Process(agent.pid).children()[1].kill()
         told = agent.communicate(timeout=PATIENCE)[1]
+    finally:
+        end(agent)
     assert agent.returncode == 0, told[-6000:]
     assert sorted(losses(record.parent)) == list(range(1, 41))
 
