@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -180,7 +182,8 @@ def with_memory(cases: Sequence[Case], costs: Sequence[Cost]) -> list[Cost]:
 
 def peak_memory(case: Case) -> float | None:
     """MiB of a training in a fresh process, above what the libraries hold there."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    quiet = partial(warnings.filterwarnings, "ignore", ".*torch.jit.script.*", FutureWarning)
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet) as process:
         return process.submit(_peak_here, case).result()
 
 
