@@ -272,7 +272,6 @@ def check_first_loss(found: float) -> None:
     assert abs(found - (1 + m)) < 4 * ((2 + 4 * m) / (7 / 8 * x0.numel())) ** 0.5
 
 
-@pytest.mark.slow
 def test_smoke_command_goes_from_pictures_to_a_report(tmp_path):
     pytest.importorskip("diffusers")
     done = zoo("run", "recipes/decm_xl1.gin", "--smoke", "--out", tmp_path / "out")
