@@ -66,7 +66,9 @@ def watch(run: Run) -> list[list[Sample]]:
         except psutil.NoSuchProcess:
             continue
         seen = seen or [[] for _ in held]
-        for samples, now in zip(seen, held, strict=False):
+        if len(held) < len(seen):  # one has ended, and who is left is not told
+            continue
+        for samples, now in zip(seen, held, strict=True):
             samples.append(Sample(step, now))
     return seen
 

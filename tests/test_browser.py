@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_page_is_readable_without_sight_of_it(page):
     assert page.locator("img:not([alt]), img[alt='']").count() == 0
     assert page.locator(".panel:not([aria-label])").count() == 0
     levels = page.locator("h1, h2, h3").evaluate_all("all => all.map(h => +h.tagName[1])")
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in pairwise(levels))
 
 
 def test_what_a_record_says_is_text_and_never_markup(page):

@@ -332,6 +332,26 @@ def test_checkpoint_is_of_its_step_while_training_goes_on(
     assert marks(tmp_path / "slow") == marks(tmp_path / "whole")
 
 
+def test_waiting_for_the_disk_is_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, finish, clocks = [], Saving.finish, []
+
+    def watched(self: Saving, keep: int) -> Path:
+        running.append(clocks[0].running)
+        return finish(self, keep)
+
+    class Clock(Callback):
+        def on_start(self, state: TrainState) -> None:
+            clocks.append(state.clock)
+
+    monkeypatch.setattr(Saving, "finish", watched)
+    saving = CheckpointCallback(every=2)
+    state, _ = run(folder=tmp_path, callbacks=[Clock(), saving], budget=Budget(steps=6))
+    assert running == [False] * 3
+    assert state.seconds > 0
+
+
 def marks(folder: Path) -> dict[str, Any]:
     """Sizes and hashes of all files but the clock's."""
     manifests = {

@@ -6,6 +6,7 @@ import gc
 import json
 import shlex
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,7 @@ def test_the_command_of_a_cell_asks_for_that_cell(planned, tmp_path):
         words = shlex.split(one.cell.tags["cell.command"])
         assert words[:3] == ["objective-zoo", "run", str(tmp_path / "mine.gin")]
         arm = words[words.index("--arm") + 1]
-        bindings = [b for word, b in zip(words, words[1:], strict=False) if word == "--set"]
+        bindings = [b for word, b in pairwise(words) if word == "--set"]
         assert bindings == ["run.batch_size = 32", *json.loads(one.cell.tags["cell.bindings"])]
         request = Request(file=Path(words[2]), bindings=tuple(bindings), arm=arm)
         (alone,) = plan(request, type(found.axes)()).cells

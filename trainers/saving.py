@@ -61,17 +61,17 @@ class CheckpointCallback(Callback):
         writing = self._saving is not None and not self._saving.written
         wanted, writing = map(bool, ranks.largest(due or late, writing))
         if wanted or not writing:
-            self._finish()
+            self._finish(state)
         if wanted:
             self._save(state)
 
     def on_end(self, state: TrainState) -> None:
         try:
             if state.finished or ranks.count() == 1:
-                self._finish()
+                self._finish(state)
             if state.finished and self._last[0] != state.step:
                 self._save(state)
-                self._finish()
+                self._finish(state)
         finally:
             if self._saving is not None:
                 self._saving.drop()
@@ -88,9 +88,11 @@ class CheckpointCallback(Callback):
                 _warn(state.step, problem)
             self._last = (state.step, time.monotonic())
 
-    def _finish(self) -> None:
+    def _finish(self, state: TrainState) -> None:
         saving, self._saving = self._saving, None
-        if saving is not None:
+        if saving is None:
+            return
+        with state.paused():
             try:
                 saving.finish(self.keep)
             except OSError as problem:
