@@ -8,9 +8,9 @@ from typing import Any
 
 import zero_work
 from trainer_toys import StopAt
-from zero_work import SMALL, train
+from zero_work import SMALL, Sgd, train
 
-from trainers import AdamW, Budget, CheckpointCallback, TrainState, ema_snapshots, ranks
+from trainers import Budget, CheckpointCallback, TrainState, ema_snapshots, ranks
 from trainers.ema_snapshots import EmaSnapshots
 from trainers.weights import save_tensors
 from trainers.zero import ZeroEngine
@@ -22,7 +22,7 @@ WIDTHS = (0.05, 0.1)
 def go(engine: Any, folder: Path, *more: Any, resume: bool = False) -> dict[str, Any]:
     """Five steps with four snapshots: after steps 2, 3, 4 and 5."""
     state, _ = train(
-        "flow_matching", engine, optimizer=AdamW(lr=1e-2), budget=Budget(steps=5),
+        "flow_matching", engine, optimizer=Sgd(lr=0.1), budget=Budget(steps=5),
         folder=folder, resume=resume, ema_decays=(), power_emas=WIDTHS,
         callbacks=[EmaSnapshots(widths=WIDTHS, count=4), CheckpointCallback(), *more],
     )  # fmt: skip
