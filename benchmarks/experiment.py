@@ -50,6 +50,7 @@ from trainers.engines import TrainStep
 from trainers.rng import generator
 from trainers.zero import ZeroEngine
 from trainers.zero_shards import shape_of
+from zoo.one_pass import apart
 from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
@@ -192,13 +193,14 @@ def run(
     teacher = _frozen_teacher(objective)
     if teacher is not None:
         teacher.attach(network(("v",), None))
+    engine = engine or registry.engines.build("torch_engine")
     experiment = Experiment(
-        objective=objective,
+        objective=_followed(objective, engine, compile),
         dataset=dataset,
         net=net,
         teacher=teacher,
         sampler=sampler,
-        engine=engine or registry.engines.build("torch_engine"),
+        engine=engine,
         optimizer=optimizer,
         teacher_optimizer=teacher_optimizer or optimizer,
         schedule=schedule or registry.schedules.build("cosine"),
@@ -256,6 +258,16 @@ def _default_metric(dataset: Dataset) -> Metric:
     if len(dataset.shape) == 1:
         return FeatureMetrics(extractor=Pixels(), metrics=(registry.metrics.build("mmd"),))
     return registry.metrics.build("feature_metrics")
+
+
+def _followed(objective: Objective, engine: Engine, compile: bool) -> Objective:
+    """With derivatives that this engine and the compiler can follow."""
+    sharded = isinstance(engine, ZeroEngine) and engine.stage == 3
+    if not (sharded or compile) or (changed := apart(objective)) is objective:
+        return objective
+    where = "run.compile = True" if compile else "zero_engine.stage = 3"
+    log.warning("%s: derivatives take a pass of their own, @dual() for @one_pass()", where)
+    return changed
 
 
 def _check_compile(experiment: Experiment) -> None:

@@ -20,6 +20,7 @@ from benchmarks.experiment import Experiment
 from registry.protocols import Batch
 from trainers.engines import TrainStep
 from trainers.rng import generator
+from zoo.lifted import Lifted, settled
 
 COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
 LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
@@ -68,7 +69,7 @@ def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes
             forward += call.rows
             tangent += call.rows if call.has_tangent else 0
             if _reached(per_sample.mean(), call.outputs):
-                backward += call.rows * (2 if call.has_tangent else 1)
+                backward += call.rows * (2 if call.tangent_has_graph else 1)
         total += len(per_sample)
     return Passes(forward=forward / total, tangent=tangent / total, backward=backward / total)
 
@@ -77,6 +78,7 @@ def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes
 class _Call:
     rows: int
     has_tangent: bool
+    tangent_has_graph: bool
     outputs: tuple[Tensor, ...]  # those with a gradient
 
 
@@ -105,9 +107,10 @@ class _Calls:
         out: Mapping[str, Tensor],
     ) -> None:
         inputs = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
-        has_tangent = any(forward_ad.unpack_dual(part).tangent is not None for part in inputs)
-        outputs = tuple(value for value in out.values() if value.requires_grad)
-        self.made.append(_Call(len(inputs[0]), has_tangent, outputs))
+        lifted = any(isinstance(part, Lifted) for part in inputs)
+        dual = not lifted and any(forward_ad.unpack_dual(p).tangent is not None for p in inputs)
+        outputs = tuple(settled(value) for value in out.values() if value.requires_grad)
+        self.made.append(_Call(len(inputs[0]), lifted or dual, dual, outputs))
 
 
 def _reached(loss: Tensor, outputs: tuple[Tensor, ...]) -> bool:

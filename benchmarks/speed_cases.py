@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import benchmarks.parts  # noqa: F401  registers every part
 import registry
@@ -17,6 +16,7 @@ from registry.protocols import Derivative, LossOutput, parts
 from trainers.callbacks import MetricsLog
 from trainers.engines import TrainStep
 from trainers.loop import prepared, updates
+from zoo.derivatives import with_derivatives
 from zoo.objectives.mean_flow import MeanFlow
 
 BASELINE = "flow_matching"
@@ -45,7 +45,7 @@ class Case:
                 return run()
             objective = gin_setup.build("run.objective", self.arm)
             chosen = registry.derivatives.build(self.derivative)
-            return run(objective=with_derivative(objective, chosen))
+            return run(objective=with_derivatives(objective, lambda _: chosen))
 
     def training(self, experiment: Experiment | None = None) -> Training:
         """Of the experiment that `build` gave."""
@@ -63,7 +63,7 @@ def cases_of(
     objectives: Sequence[str] = (),
     backbones: Sequence[str] = (),
     precisions: Sequence[str] = ("fp32",),
-    derivatives: Sequence[str] = ("dual",),
+    derivatives: Sequence[str] = ("one_pass",),
     published: bool = False,
 ) -> dict[str, list[Case]]:
     """By group, the baseline first; objectives without a derivative come once.
@@ -91,20 +91,6 @@ def cases_of(
         if published and isinstance(built.objective, MeanFlow):
             cases.append(replace(case, published=True))
     return groups
-
-
-def with_derivative(part: Any, derivative: Derivative) -> Any:
-    """The same dataclass with this derivative in every place that has one."""
-    if isinstance(part, Derivative):
-        return derivative
-    if not is_dataclass(part) or isinstance(part, type):
-        return part
-    changed = {
-        f.name: new
-        for f in fields(part)
-        if f.init and (new := with_derivative(old := getattr(part, f.name), derivative)) is not old
-    }
-    return replace(part, **changed) if changed else part
 
 
 class Training:

@@ -27,9 +27,14 @@ class Seen:
     out: LossOutput
 
     def trained(self) -> Call:
-        """The one call with gradient."""
-        (call,) = [call for call in self.calls if call.with_gradient]
-        return call
+        """The calls with gradient, as one."""
+        calls = [call for call in self.calls if call.with_gradient]
+        labels = [call.labels for call in calls]
+        return Call(
+            *(torch.cat(part) for part in zip(*((c.x, c.t, c.r) for c in calls), strict=True)),
+            None if labels[0] is None else torch.cat(labels),
+            with_gradient=True,
+        )
 
     def gradient(self, per_sample: Tensor | None = None) -> Tensor:
         """Of the summed loss, the objective's own by default."""

@@ -505,7 +505,7 @@ def test_run_refuses_a_network_that_cuts_the_derivative_when_it_is_built():
     with pytest.raises(ValueError) as refusal:
         run(backbone=cut)
     text = str(refusal.value)
-    assert text.startswith("objective 'mean_flow' on 4 rows of gaussian: its derivative, dual(")
+    assert text.startswith("objective 'mean_flow' on 4 rows of gaussian: its derivative, one_pass(")
     assert "along t" in text
     with pytest.raises(ValueError, match="'decm' .*jvp"):
         run(backbone=cut, objective=DECM(derivative=Jvp()))

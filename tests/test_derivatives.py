@@ -26,12 +26,13 @@ from registry import gin_setup
 from registry.protocols import Derivative
 from zoo.derivatives import Dual, FiniteDifference, Jvp
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.one_pass import OnePass
 from zoo.ops import like
 from zoo.teachers import without_gradient
 
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
 each_backend = pytest.mark.parametrize("backend", registry.derivatives.names())
-each_exact = pytest.mark.parametrize("backend", ["dual", "jvp"])
+each_exact = pytest.mark.parametrize("backend", ["dual", "jvp"])  # in a pass of their own
 
 # Relative errors in float32, measured: 3e-6 and, at the default step 1e-3, up to 6e-4.
 ROUNDING, DIFFERENCES = 1e-5, 2e-3
@@ -78,8 +79,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 # closed form
 
 
-def test_three_backends_are_registered():
-    assert registry.derivatives.names() == ("dual", "finite_difference", "jvp")
+def test_four_backends_are_registered():
+    assert registry.derivatives.names() == ("dual", "finite_difference", "jvp", "one_pass")
     for name in registry.derivatives.names():
         assert isinstance(registry.derivatives.build(name), Derivative)
     assert not FiniteDifference.needs_forward_ad
@@ -146,14 +147,16 @@ def test_backends_agree_on_every_output(backbone, heads):
             f = output(net, cond, key)
             single[which, key] = [
                 registry.derivatives.build(name)(f, primals, tangents)
-                for name in ("dual", "jvp", "finite_difference")
+                for name in ("dual", "jvp", "one_pass", "finite_difference")
             ]
     net.double()
-    for (which, key), (dual, jvp, difference) in single.items():
+    for (which, key), (dual, jvp, one_pass, difference) in single.items():
         primals, tangents, cond = along(backbone, which=which)
         expected = central(output(net, cond, key), primals, tangents)
         assert dual.dtype == jvp.dtype == difference.dtype == torch.float32
+        assert one_pass.dtype == torch.float32
         assert error(dual, jvp.double()) < ROUNDING
+        assert error(one_pass, expected) < ROUNDING
         assert error(dual, expected) < ROUNDING
         assert error(jvp, expected) < ROUNDING
         assert error(difference, expected) < DIFFERENCES
@@ -225,7 +228,7 @@ def test_exact_backends_stay_close_under_autocast_and_differences_leave_it(backb
         return (ahead - behind) / (2 * step)
 
     with torch.autocast("cpu", torch.bfloat16):
-        for derivative in (Dual(), Jvp()):
+        for derivative in (Dual(), Jvp(), OnePass()):
             found = derivative(f, primals, tangents)
             assert found.dtype == torch.float32
             # 8 bits, 0.4 % a rounding and a few roundings deep; measured 1-4 %.
@@ -366,7 +369,7 @@ def test_only_the_forward_mode_pass_takes_the_math_kernel(backbone, backend, tra
     layers = len(net.trunk.blocks) if backbone == "dit" else 1
     expected = f(*primals)
     assert fused_calls(lambda: f(*primals)) == layers
-    evaluations = 2 * layers if backend == "finite_difference" else 0
+    evaluations = {"finite_difference": 2 * layers, "one_pass": layers}.get(backend, 0)
     assert fused_calls(lambda: derivative(f, primals, tangents)) == evaluations
     assert fused_calls(lambda: f(*primals)) == layers
     assert f(*primals).equal(expected)
@@ -450,7 +453,8 @@ def test_flash_kernel_is_a_binding_that_a_run_on_a_cpu_refuses():
     files = ["data/digits.gin", "objective/mean_flow.gin", "trainer/cpu.gin"]
     chosen = ["run.objective = @mean_flow()", "run.steps = 1", "run.backbone = @dit"]
     tiny = ["dit.dim = 16", "dit.depth = 1", "dit.num_heads = 2", "run.recorder = @null()"]
-    gin_setup.parse(files, [*chosen, *tiny, "dual.attention = 'jvp_flash'"])
+    flash = ["mean_flow.derivative = @dual()", "dual.attention = 'jvp_flash'"]
+    gin_setup.parse(files, [*chosen, *tiny, *flash])
     with pytest.raises(ValueError, match=r"objective 'mean_flow' .* runs on cuda alone"):
         run()
 

@@ -7,7 +7,6 @@ settings of the zoo's own objectives that change which mathematics is at work.
 from __future__ import annotations
 
 import pytest
-import torch
 from objective_cases import watch
 
 from benchmarks.conformance import mutations
@@ -108,8 +107,8 @@ def test_times_of_the_rows_are_reported(name):
     """So that a loss that is not finite can name its rows."""
     seen = watch(objectives.get(name)(), n=12)
     call = seen.trained()
-    assert torch.equal(seen.out.t, call.t[:12])
-    assert torch.equal(seen.out.r, call.r[:12])
+    clusters = zip(call.t.split(12), call.r.split(12), strict=True)
+    assert any(seen.out.t.equal(t) and seen.out.r.equal(r) for t, r in clusters)
 
 
 @pytest.mark.parametrize("name", objectives.names())

@@ -13,6 +13,7 @@ from benchmarks.conformance.mutations import Turned
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import NULL_LABEL
+from zoo.derivatives import Dual
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like
@@ -90,13 +91,18 @@ def test_defaults_are_those_of_the_released_code():
 
 @pytest.mark.parametrize("n", [1, 4, 10])
 def test_derivative_is_taken_on_the_rows_with_r_below_t_alone(n):
+    k = -(-n // 4)
     seen = watch(MeanFlow(), n=n)
-    assert [len(call.x) for call in seen.calls] == [n, -(-n // 4)]
+    assert [len(call.x) for call in seen.calls] == ([k, n - k] if n > 1 else [1])
+    assert all(call.with_gradient for call in seen.calls)
+    assert len(seen.out.diagnostics["du_dt_rms"]) == k
+    seen = watch(MeanFlow(derivative=Dual()), n=n)
+    assert [len(call.x) for call in seen.calls] == [n, k]
     derivative = seen.calls[1]
     assert not derivative.with_gradient
     assert torch.equal(derivative.x, seen.calls[0].x[: len(derivative.x)])
     assert torch.equal(derivative.labels, seen.calls[0].labels[: len(derivative.x)])
-    assert len(seen.out.diagnostics["du_dt_rms"]) == -(-n // 4)
+    assert len(seen.out.diagnostics["du_dt_rms"]) == k
 
 
 def test_without_rows_below_the_diagonal_there_is_no_derivative():

@@ -21,7 +21,7 @@ from benchmarks.passes import count_passes, passes_per_step
 from benchmarks.published import PublishedMeanFlow
 from benchmarks.request import Request
 from benchmarks.speed import by_turns, outside_share
-from benchmarks.speed_cases import Case, Training, cases_of, with_derivative
+from benchmarks.speed_cases import Case, Training, cases_of
 from benchmarks.speed_table import Cost, Speed, compare, speed_table
 from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
@@ -32,6 +32,7 @@ from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
+from zoo.one_pass import apart
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import Frozen
 
@@ -63,18 +64,21 @@ def passes(objective, steps=6, share=Share()):  # noqa: B008  frozen
 
 COSTS = [
     (FlowMatching(), 3),
-    (MeanFlow(), 3 + 2 / 4),  # a quarter of the rows: value and tangent
+    (MeanFlow(), 3 + 1 / 4),  # a quarter of the rows: a tangent beside the value
+    (apart(MeanFlow()), 3 + 2 / 4),  # their value once more
     (MeanFlow(derivative=Jvp()), 3 + 2 / 4),
     (MeanFlow(derivative=FiniteDifference()), 3 + 2 / 4),
     (Shortcut(), 3 + 2 / 8),  # two half steps of an eighth of the rows
     (Shortcut(bootstrap_fraction=0.25), 3 + 2 / 4),
-    (DuMo(residual=Exact()), 3 + 2),
+    (DuMo(residual=Exact()), 3 + 1),
+    (apart(DuMo(residual=Exact())), 3 + 2),
     (DuMo(residual=Rcgm(order=1)), 3 + 1),
     (DuMo(residual=Rcgm(order=3)), 3 + 3),
-    (DECM(n2n_every=0), 6 + 2),
-    (DECM(n2n_every=1), 9 + 4 + 2),
-    (DECM(), (2 * (6 + 2) + 9 + 4 + 2) / 3),
-    (DECM(teacher=frozen()), (2 * (6 + 2 + 1) + 9 + 4 + 2 + 1) / 3),
+    (DECM(n2n_every=0), 6 + 1),
+    (DECM(n2n_every=1), 9 + 2 + 2),
+    (DECM(), (2 * (6 + 1) + 9 + 2 + 2) / 3),
+    (apart(DECM()), (2 * (6 + 2) + 9 + 4 + 2) / 3),
+    (DECM(teacher=frozen()), (2 * (6 + 1 + 1) + 9 + 2 + 2 + 1) / 3),
 ]
 
 
@@ -85,11 +89,13 @@ def test_passes_are_what_the_method_needs(objective, total):
 
 def test_passes_tell_forward_tangent_and_backward_apart():
     found = passes(MeanFlow())
+    assert (found.forward, found.tangent, found.backward) == (1.0, 0.25, 1.0)
+    found = passes(apart(MeanFlow()))
     assert (found.forward, found.tangent, found.backward) == (1.25, 0.25, 1.0)
 
 
 def test_passes_of_a_share_are_those_of_the_batch():
-    assert passes(MeanFlow(), share=Share(1, 4)).total == 3.5
+    assert passes(MeanFlow(), share=Share(1, 4)).total == 3.25
 
 
 class Doubled(FlowMatching):
@@ -108,7 +114,7 @@ def test_a_call_that_the_loss_does_not_use_costs_no_backward():
 
 def test_a_run_counts_its_passes_on_its_own_batch():
     case = Case(request=REQUEST, bindings=(), arm="mean_flow")
-    assert passes_per_step(case.build()).total == 3.5
+    assert passes_per_step(case.build()).total == 3.25
 
 
 # measuring
@@ -167,7 +173,7 @@ def test_the_published_algorithm_is_a_case_of_its_own():
     (cases,) = groups.values()
     assert [case.name for case in cases] == [
         "flow_matching",
-        "mean_flow/dual",
+        "mean_flow/one_pass",
         "mean_flow/published",
         "dumo",
     ]
@@ -176,13 +182,6 @@ def test_the_published_algorithm_is_a_case_of_its_own():
     run = cases[2].training(built)
     assert type(run.experiment.objective) is PublishedMeanFlow
     run.step()
-
-
-def test_another_derivative_replaces_it_in_every_part():
-    other = FiniteDifference()
-    assert with_derivative(MeanFlow(), other) == MeanFlow(derivative=other)
-    assert with_derivative(DuMo(residual=Exact()), other).residual.derivative == other
-    assert with_derivative(plain := FlowMatching(), other) is plain
 
 
 def test_cuda_is_waited_for_and_its_allocated_peak_is_read(monkeypatch):
@@ -290,12 +289,12 @@ def bench(tmp_path, *words):
 def test_bench_prints_records_and_compares(tmp_path):
     done = bench(tmp_path, "--published", "--no-memory", "--json", tmp_path / "a.json")
     assert done.status == 0, done.err
-    assert "| mean_flow/dual " in done.out
+    assert "| mean_flow/one_pass " in done.out
     assert "| mean_flow/published " in done.out
     assert (tmp_path / "out" / "speed.md").read_text() in done.out
     (metrics,) = entries(tmp_path / "out", "metrics")
     stored = json.loads((tmp_path / "a.json").read_text())
-    assert metrics["values"]["dit/fp32/mean_flow/dual/ratio"] == stored["costs"][1]["ratio"]
+    assert metrics["values"]["dit/fp32/mean_flow/one_pass/ratio"] == stored["costs"][1]["ratio"]
     stored["costs"][1]["ratio"] = 0.01
     (tmp_path / "a.json").write_text(json.dumps(stored))
     done = bench(tmp_path, "--no-memory", "--compare", tmp_path / "a.json", "--out", tmp_path / "b")

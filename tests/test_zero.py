@@ -23,12 +23,8 @@ from trainers.checkpoint import latest
 from trainers.folders import BrokenCheckpoint
 from trainers.zero import LossScale, ZeroEngine
 from trainers.zero_checkpoint import Pieces, consolidate
-from trainers.zero_derivatives import with_differences
 from trainers.zero_shards import Piece
 from zoo.derivatives import FiniteDifference
-from zoo.objectives.decm import DECM
-from zoo.objectives.dumo import DuMo
-from zoo.residuals import Exact
 
 # --- what DeepSpeed is given
 
@@ -111,13 +107,6 @@ def _write(folder: Path, rank: int, pieces: Mapping[str, tuple[int, Tensor]]) ->
 
 
 # --- parts
-
-
-def test_differences_take_the_place_of_every_exact_derivative() -> None:
-    assert with_differences(DECM()).derivative == FiniteDifference()
-    assert with_differences(DuMo(residual=Exact())).residual.derivative == FiniteDifference()
-    teacher = DuMo().teacher
-    assert with_differences(DuMo(teacher=teacher, residual=Exact())).teacher is teacher
 
 
 def test_loss_scale_halves_after_an_overflow_and_counts_it_as_no_step() -> None:

@@ -32,9 +32,10 @@ from trainers.zero_derivatives import (
     allow_forward_mode,
     check_exact,
     needs_forward_mode,
-    with_differences,
 )
 from trainers.zero_shards import shards
+from zoo.derivatives import FiniteDifference, with_derivatives
+from zoo.one_pass import apart
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -153,6 +154,8 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
+        if self.stage == 3:  # weights are released behind each layer, before they could be moved by
+            module.objective = apart(module.objective)
         if self._deepspeed is not None:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
@@ -251,7 +254,9 @@ class ZeroEngine:
                     "by zero_engine.without_exact = 'finite_difference'"
                 ) from problem
             log.warning("%s Central differences in float32 take their place", what)
-            self.module.objective = with_differences(self.module.objective)
+            self.module.objective = with_derivatives(
+                self.module.objective, lambda _: FiniteDifference()
+            )
 
 
 class LossScale:

@@ -13,7 +13,6 @@ the first update.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from importlib import metadata
 from typing import Any
@@ -55,20 +54,6 @@ def needs_forward_mode(objective: Objective) -> bool:
     return any(
         isinstance(part, Derivative) and part.needs_forward_ad for _, part in parts(objective)
     )
-
-
-def with_differences(objective: Any) -> Any:
-    """The same objective with central differences in place of every exact derivative."""
-    changes = {}
-    for f in dataclasses.fields(objective):
-        part = getattr(objective, f.name)
-        if isinstance(part, Derivative) and not isinstance(part, type):
-            changes[f.name] = FiniteDifference()
-        elif dataclasses.is_dataclass(part) and any(
-            isinstance(inner, Derivative) for _, inner in parts(part)
-        ):
-            changes[f.name] = with_differences(part)
-    return dataclasses.replace(objective, **changes)
 
 
 def check_exact(net: nn.Module, objective: Objective, batch: Batch) -> None:

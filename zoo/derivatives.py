@@ -3,7 +3,8 @@
 `dual` and `jvp` are exact (forward mode); `finite_difference` has an error of O(step^2) plus
 rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in
 a pass of their own, since every objective here uses the derivative inside a target: one code path
-for sharded engines, for non-reentrant activation checkpointing and for compilation.
+for sharded engines, for non-reentrant activation checkpointing and for compilation. The default,
+`one_pass` (zoo/one_pass.py), needs no pass of its own and serves most of these.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
 passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution takes three
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -31,8 +32,14 @@ from torch.overrides import TorchFunctionMode
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
 from zoo.flash_jvp import flash_attention
+from zoo.lifted_rules import group_norm_tangent
 
 Attention = Literal["math", "jvp_flash"]
+
+NO_TANGENT = (
+    "the network's output carries no tangent of (x, t, r): something in it cuts the forward-mode "
+    "derivative, such as .detach(), .data, numpy or a float() of an input"
+)
 
 
 @contextmanager
@@ -80,10 +87,7 @@ class Dual:
             ]
             tangent = forward_ad.unpack_dual(fn(*duals)).tangent
         if tangent is None:
-            raise RuntimeError(
-                "the network's output carries no tangent of (x, t, r): something in it cuts the "
-                "forward-mode derivative, such as .detach(), .data, numpy or a float() of an input"
-            )
+            raise RuntimeError(NO_TANGENT)
         return tangent
 
 
@@ -123,7 +127,7 @@ class FiniteDifference:
                 return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
 
         device = primals[0].device.type
-        with no_gradient(), _eager(), torch.autocast(device, enabled=False):
+        with no_gradient(), eager(), torch.autocast(device, enabled=False):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
@@ -140,6 +144,20 @@ def derivative_of_u(
         return net(x, t, r, cond)["u"]
 
     return derivative(u, point, tangents)
+
+
+def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> Any:
+    """The same dataclass with choose(d) in place of every derivative d in its fields."""
+    if isinstance(part, Derivative) and not isinstance(part, type):
+        return choose(part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    changed = {
+        f.name: new
+        for f in fields(part)
+        if f.init and (new := with_derivatives(old := getattr(part, f.name), choose)) is not old
+    }
+    return replace(part, **changed) if changed else part
 
 
 class _Rules(TorchFunctionMode):
@@ -182,14 +200,10 @@ def _group_norm(
     same = all(p.dtype == value.dtype for p in (weight, bias) if p is not None)
     if tangent is None or not same or not _fixed(weight, bias):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    value, tangent = value.contiguous(), tangent.contiguous()
+    value = value.contiguous()
     sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
     out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
-    moved, *_ = torch.ops.aten.native_group_norm_backward(
-        tangent, value, mean, rstd, None, *sizes, (True, False, False)
-    )
-    if weight is not None:
-        moved = weight.view(-1, *[1] * (value.ndim - 2)) * moved
+    moved = group_norm_tangent(tangent, value, mean, rstd, weight, sizes)
     return forward_ad.make_dual(out, moved)
 
 
@@ -209,11 +223,11 @@ FLASH = {F.scaled_dot_product_attention: flash_attention}
 
 @contextmanager
 def _forward_mode() -> Iterator[None]:
-    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), _eager():
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager():
         yield
 
 
-def _eager() -> AbstractContextManager[object]:
+def eager() -> AbstractContextManager[object]:
     """Compiled networks as they were when the derivative was probed.
 
     torch has dropped the tangents of compiled dual numbers, and a difference is of rounding's size.

@@ -18,6 +18,7 @@ from torch import Tensor
 from registry.protocols import Cond, Derivative, Network
 from zoo.derivatives import Dual
 from zoo.guidance import velocity_at
+from zoo.one_pass import outputs_then_derivative
 from zoo.ops import like
 from zoo.residuals import Rcgm
 
@@ -95,7 +96,8 @@ def alpha_flow_limit(net: Network, x: Tensor, t: Tensor, r: Tensor, alpha: float
 def dumo_fd(net: Network, x: Tensor, t: Tensor, r: Tensor, delta: float, order: int) -> Tensor:
     """((t - r) u - D) / (t - m) = v (zoo/residuals.py): `mean_flow` as delta -> 0. RCGM, DuMo."""
     residual = Rcgm(delta=delta, order=order)
-    return residual(net, net, x, t, r, None, _average(net)(x, t, r), velocity_at(net, x, t, None))
+    out, moved = outputs_then_derivative(residual.derivative, net, None, (x, t, r))
+    return residual(moved, net, x, t, r, None, out["u"], velocity_at(net, x, t, None))
 
 
 def n2n(

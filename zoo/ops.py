@@ -45,6 +45,11 @@ def first_rows(cond: Cond | None, k: int) -> Cond | None:
     return None if cond is None else {name: value[:k] for name, value in cond.items()}
 
 
+def rows_from(cond: Cond | None, k: int) -> Cond | None:
+    """The conditioning of the rows behind the first k."""
+    return None if cond is None else {name: value[k:] for name, value in cond.items()}
+
+
 def repeat_rows(cond: Cond | None, times: int) -> Cond | None:
     """The conditioning of `times` copies of the batch, one after the other."""
     if cond is None:

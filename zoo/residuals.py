@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registry import residuals
 from registry.protocols import Cond, Derivative, Network, Reference
-from zoo.derivatives import Dual, derivative_of_u
+from zoo.one_pass import Moved, OnePass
 from zoo.ops import like
 
 
@@ -28,11 +28,11 @@ from zoo.ops import like
 class Exact:
     """The MeanFlow residual, by a derivative of the network itself."""
 
-    derivative: Derivative = field(default_factory=Dual)
+    derivative: Derivative = field(default_factory=OnePass)
 
     def __call__(
         self,
-        net: Network,
+        moved: Moved,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -41,8 +41,7 @@ class Exact:
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        tangents = (direction, torch.ones_like(t), torch.zeros_like(r))
-        du_dt = derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
+        du_dt = moved((direction, torch.ones_like(t), torch.zeros_like(r)))
         return u - direction + like(t - r, x) * du_dt
 
 
@@ -56,6 +55,7 @@ class Rcgm:
         authors="Sun and Lin",
         year=2026,
     )
+    derivative: ClassVar[None] = None
 
     order: int = 2
     delta: float = 0.01
@@ -68,7 +68,7 @@ class Rcgm:
 
     def __call__(
         self,
-        net: Network,
+        moved: Moved,
         teacher: Network,
         x: Tensor,
         t: Tensor,

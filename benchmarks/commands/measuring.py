@@ -84,7 +84,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objectives", nargs="+", default=[], metavar="ARM", help="default: all")
     parser.add_argument("--backbone", nargs="+", default=[], help="default: the file's own")
     parser.add_argument("--precision", nargs="+", default=["fp32"], help="fp32, bf16")
-    parser.add_argument("--derivative", nargs="+", default=["dual"], help="such as dual jvp")
+    parser.add_argument(
+        "--derivative", nargs="+", default=["one_pass"], help="such as one_pass dual"
+    )
     parser.add_argument("--batch", type=int, help="rows of a step; default: the file's own")
     parser.add_argument("--repeats", type=int, default=5, help="turns of 3 steps")
     parser.add_argument("--compile", action="store_true", help="networks by torch.compile")

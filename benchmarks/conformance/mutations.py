@@ -19,6 +19,7 @@ from benchmarks.conformance.results import Claim, run_claim
 from benchmarks.conformance.subject import STEPS, Subject, gradients, is_derivative, random_batch
 from registry.protocols import Cond, Network, Teacher, parts
 from zoo.derivatives import Dual
+from zoo.one_pass import Moved
 from zoo.ops import like
 from zoo.residuals import Rcgm
 from zoo.samplers import Restart, jump, valid_samplers
@@ -118,7 +119,7 @@ class WrongClamp(Rcgm):
 
     def __call__(
         self,
-        net: Network,
+        moved: Moved,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -127,7 +128,7 @@ class WrongClamp(Rcgm):
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        g = super().__call__(net, teacher, x, t, r, cond, u, direction)
+        g = super().__call__(moved, teacher, x, t, r, cond, u, direction)
         share = (t - r).clamp_max(self.delta) / self.delta
         return like(share, x) * (g + direction) - direction
 

@@ -47,6 +47,7 @@ from zoo.guidance import (
     inside,
     with_guidance,
 )
+from zoo.one_pass import outputs_then_derivative
 from zoo.ops import clipped, mean_flat, normal_like, rms
 from zoo.paths import Linear
 from zoo.residuals import Exact, Rcgm
@@ -121,10 +122,11 @@ class DuMo:
         share = self.omega if self.guidance is None else guidance_share(cond, t)
         v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, share)
 
-        out = net(sample.x_t, t, r, cond)
+        point = (sample.x_t, t, r)
+        out, moved = outputs_then_derivative(self.residual.derivative, net, cond, point)
         u, v = out["u"], out["v"]
         d = v.detach() if self.direction == "head" else v_g
-        g = self.residual(net, teacher, sample.x_t, t, r, cond, u.detach(), d)
+        g = self.residual(moved, teacher, *point, cond, u.detach(), d)
         target = (u - clipped(g, self.clip, self.clip_by)).detach()
 
         error_v, error_u = mean_flat((v - v_g) ** 2), mean_flat((u - target) ** 2)

@@ -15,7 +15,8 @@ whose fixed point is classifier-free guidance of scale omega / (1 - kappa).
 From the paper (Geng et al., arXiv 2505.13447) and its released code: all of the above, the
 logit-normal times, the adaptive weight on the error summed over elements, 10 % label dropout with
 unguided targets. Our reading: dropped labels fall on any row (the code drops them on the diagonal
-rows), and the derivative is taken in a pass of its own, so under dropout its masks are its own.
+rows). By `one_pass` value and derivative share their dropout masks; by `dual`, in a pass of its
+own, the derivative has masks of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
-from zoo.derivatives import Dual, derivative_of_u
 from zoo.guidance import (
     check_interval,
     drop_labels,
@@ -49,7 +49,8 @@ from zoo.guidance import (
     unlabelled,
     with_guidance,
 )
-from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
+from zoo.one_pass import OnePass, outputs_and_derivative
+from zoo.ops import like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient
 from zoo.times import LogitNormalPair
@@ -72,7 +73,7 @@ class MeanFlow:
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=LogitNormalPair)
-    derivative: Derivative = field(default_factory=Dual)
+    derivative: Derivative = field(default_factory=OnePass)
     weight: Weight = field(default_factory=Adaptive)
     omega: float = 1.0
     kappa: float = 0.0
@@ -104,12 +105,10 @@ class MeanFlow:
         sample = self.path.sample(x0, x1, t)
         v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
 
-        out = net(sample.x_t, t, r, cond)
         quota = self.times.num_off_diagonal(n)
-        k = batch.share.size(quota)
-        du_dt = torch.zeros_like(v[:k])
-        if quota:
-            du_dt = self._du_dt(net, sample.x_t[:k], t[:k], r[:k], first_rows(cond, k), v[:k])
+        k, derivative = batch.share.size(quota), self.derivative if quota else None
+        point, along = (sample.x_t, t, r), (v[:k], torch.ones_like(t[:k]), torch.zeros_like(r[:k]))
+        out, du_dt = outputs_and_derivative(derivative, net, cond, point, along)
         correction = like(t[:k] - r[:k], du_dt) * du_dt
         target = torch.cat([v[:k] - correction, v[k:]]).detach()
 
@@ -121,13 +120,6 @@ class MeanFlow:
             t=t,
             r=r,
         )
-
-    def _du_dt(
-        self, net: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None, v: Tensor
-    ) -> Tensor:
-        """The total derivative of u along the path, without gradient."""
-        tangents = (v, torch.ones_like(t), torch.zeros_like(r))
-        return derivative_of_u(self.derivative, net, cond, (x, t, r), tangents)
 
     def _guided(
         self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor

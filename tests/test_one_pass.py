@@ -1,0 +1,500 @@
+"""Value and derivative from one forward: both right, the value as ever, nothing lost unnoticed."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backbone_cases import awake, inputs, small
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmarks.grid  # noqa: F401  registers Grid
+import registry
+from benchmarks.derivative_probe import probe_derivatives
+from benchmarks.experiment import run
+from registry import gin_setup
+from registry.protocols import Batch, parts
+from zoo.derivatives import Dual, FiniteDifference, Jvp, with_derivatives
+from zoo.lifted import Lifted
+from zoo.objectives.decm import DECM
+from zoo.objectives.dumo import DuMo
+from zoo.objectives.flow_matching import FlowMatching
+from zoo.objectives.mean_flow import MeanFlow
+from zoo.one_pass import OnePass, apart, outputs_and_derivative, outputs_then_derivative
+from zoo.residuals import Exact
+from zoo.teachers import Online
+from zoo.times import LogitNormalPair
+
+each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
+each_way = pytest.mark.parametrize("way", ["with_value", "linearized"])
+
+# Relative errors of a derivative against `dual`, measured: 7e-7 in float32.
+ROUNDING = 1e-5
+
+
+def both(way, fn, primals, tangents, key="u"):
+    """Outputs and the derivative of one of them, by either way of asking."""
+    if way == "with_value":
+        return OnePass().with_value(fn, primals, tangents, key)
+    out, moved = OnePass().linearized(fn, primals, key)
+    return out, moved(tangents)
+
+
+def case(backbone, **fields):
+    """A network, a point and tangents with no zero among them."""
+    net = awake(small(backbone, ("u", "v", "logvar"), **fields))
+    x, t, r, cond = inputs(backbone)
+    tangents = (torch.randn_like(x), torch.ones_like(t), torch.full_like(r, -0.5))
+    return net, cond, (x, t, r), tangents
+
+
+def gradients(net, outputs):
+    loss = sum(value.double().square().sum() for value in outputs.values())
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# networks
+
+
+@each_way
+@each_backbone
+def test_outputs_and_gradients_are_those_of_a_plain_forward_to_the_bit(backbone, way):
+    net, cond, point, tangents = case(backbone)
+    out, du = both(way, lambda *at: net(*at, cond), point, tangents)
+    plain = net(*point, cond)
+    assert out.keys() == plain.keys()
+    for name, value in out.items():
+        assert type(value) is Tensor
+        assert value.equal(plain[name])
+    for ours, theirs in zip(gradients(net, out), gradients(net, plain), strict=True):
+        assert ours.equal(theirs)
+    assert type(du) is Tensor
+    assert du.grad_fn is None
+    assert not du.requires_grad
+
+
+@each_way
+@each_backbone
+@pytest.mark.parametrize("key", ["u", "v"])
+def test_derivative_is_that_of_dual_numbers(backbone, key, way):
+    net, cond, point, tangents = case(backbone)
+    _, found = both(way, lambda *at: net(*at, cond), point, tangents, key)
+    expected = Dual()(lambda *at: net(*at, cond)[key], point, tangents)
+    assert error(found, expected) < ROUNDING
+    other = (tangents[0], tangents[1], -tangents[2])
+    _, wrong = both(way, lambda *at: net(*at, cond), point, other, key)
+    assert error(wrong, expected) > 1e-2
+
+
+@each_way
+@pytest.mark.parametrize("backbone", ["dit", "unet", "ddpmpp", "lightning_dit"])
+def test_checkpointed_blocks_have_the_same_value_gradient_and_derivative(backbone, way):
+    plain, cond, point, tangents = case(backbone)
+    saving = awake(small(backbone, ("u", "v", "logvar"), checkpointing=True))
+    out, du = both(way, lambda *at: saving(*at, cond), point, tangents)
+    expected, du_plain = both(way, lambda *at: plain(*at, cond), point, tangents)
+    assert du.equal(du_plain)
+    for ours, theirs in zip(gradients(saving, out), gradients(plain, expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@each_way
+@each_backbone
+def test_autocast_rounds_the_value_as_ever_and_the_derivative_alike(backbone, way):
+    net, cond, point, tangents = case(backbone)
+    exact = Dual()(lambda *at: net(*at, cond)["u"], point, tangents)
+
+    def under(forward):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, du = forward()
+        return out, du, gradients(net, out)
+
+    out, du, ours = under(lambda: both(way, lambda *at: net(*at, cond), point, tangents))
+    plain, _, theirs = under(lambda: (net(*point, cond), None))
+    assert all(out[name].equal(plain[name]) for name in plain)
+    assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    assert du.dtype == torch.float32
+    # 8 bits, 0.4 % a rounding and a few roundings deep, as for `dual`; measured 1-4 %.
+    assert 1e-4 < error(du, exact) < 0.06
+
+
+@pytest.mark.parametrize("backbone", ["dit", "unet"])
+def test_value_and_derivative_share_their_dropout_masks(backbone):
+    net, cond, point, tangents = case(backbone, dropout=0.3)
+    net.double().train()
+    point, tangents = ([v.double() for v in vs] for vs in (point, tangents))
+
+    def seeded(*at):
+        torch.manual_seed(4)
+        return net(*at, cond)
+
+    out, found = both("with_value", seeded, point, tangents)
+    assert out["u"].equal(seeded(*point)["u"])
+    step = 1e-5
+    with torch.no_grad():
+        ahead, behind = (
+            seeded(*(p + s * d for p, d in zip(point, tangents, strict=True)))["u"]
+            for s in (step, -step)
+        )
+    assert error(found, (ahead - behind) / (2 * step)) < 1e-6
+
+
+class Kernels(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_value_keeps_its_fused_kernel():
+    net, cond, point, tangents = case("dit")
+    with Kernels() as kernels:
+        OnePass().with_value(lambda *at: net(*at, cond), point, tangents, "u")
+    fused = [name for name in kernels.names if "scaled_dot_product" in name]
+    assert len(fused) == len(net.trunk.blocks)
+
+
+def test_a_layer_costs_one_product_more():
+    """So a forward with its derivative costs two, of which `dual` needs both for itself."""
+    net, cond, point, tangents = case("mlp")
+
+    def flops(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def fn(x, t, r):
+        return net(x, t, r, cond)
+
+    once = flops(lambda: fn(*point))
+    assert flops(lambda: OnePass().with_value(fn, point, tangents, "u")) == 2 * once
+    _, moved = OnePass().linearized(fn, point, "u")
+    assert flops(lambda: moved(tangents)) < once  # the other heads are not moved
+
+
+def test_a_tape_lets_go_of_what_it_held():
+    held = []
+
+    def fn(x):
+        middle = x * 2
+        held.append(weakref.ref(middle.value))
+        return {"u": middle * middle}
+
+    x = torch.ones(3)
+    _, moved = OnePass().linearized(fn, (x,), "u")
+    gc.collect()
+    assert held[0]() is not None
+    assert moved((torch.ones(3),)).equal(torch.full((3,), 8.0))
+    gc.collect()
+    assert held[0]() is None
+
+
+# rules
+
+
+W, B = torch.linspace(-1, 1, 18).reshape(3, 6), torch.linspace(0, 1, 3)
+C = torch.linspace(0.5, 1.5, 6)
+K = torch.linspace(-1, 1, 2 * 2 * 9).reshape(2, 2, 3, 3)
+M = torch.tensor([[True, False, True, True]] * 4)
+
+FUNCTIONS = {
+    "add": lambda a, b: a + b,
+    "add a constant of a larger shape": lambda a, b: a[0] + C.expand(2, 6),
+    "add a number": lambda a, b: 1 + a,
+    "add with alpha": lambda a, b: torch.add(a, b, alpha=3),
+    "subtract": lambda a, b: a - b,
+    "subtract from a constant": lambda a, b: C - b,
+    "subtract a constant": lambda a, b: b - C,
+    "subtract from a number": lambda a, b: 2 - a,
+    "multiply": lambda a, b: a * b,
+    "multiply rows": lambda a, b: a * b[:, :1],
+    "multiply by a constant": lambda a, b: C * a,
+    "multiply with itself": lambda a, b: a * a,
+    "divide": lambda a, b: a / (2 + b**2),
+    "divide by a constant": lambda a, b: a / C,
+    "divide a number": lambda a, b: 1 / (2 + b**2),
+    "power": lambda a, b: (a**2 + 1) ** 1.5,
+    "matmul": lambda a, b: a @ b.mT,
+    "matmul a constant": lambda a, b: W @ a.T,
+    "bmm": lambda a, b: torch.bmm(a[None], b.mT[None]),
+    "einsum": lambda a, b: torch.einsum("ij,kj->ik", a, b),
+    "linear": lambda a, b: F.linear(a, W, B),
+    "linear without bias": lambda a, b: F.linear(a, W),
+    "linear of two": lambda a, b: F.linear(a, b),
+    "conv2d": lambda a, b: F.conv2d(a.reshape(1, 2, 3, 4), K, C[:2], padding=1),
+    "conv2d of two": lambda a, b: F.conv2d(a.reshape(1, 2, 3, 4), b.reshape(2, 2, 2, 3)),
+    "conv1d": lambda a, b: F.conv1d(a[None], torch.ones(2, 4, 3)),
+    "conv_transpose2d": lambda a, b: F.conv_transpose2d(a.reshape(1, 2, 3, 4), K, B[:2], stride=2),
+    "reshape and permute": lambda a, b: a.reshape(2, 2, 6).permute(2, 0, 1).flatten(1),
+    "chunk": lambda a, b: torch.stack(a.chunk(3, dim=1), 1),
+    "split": lambda a, b: a.split([2, 4], dim=1)[1],
+    "unbind": lambda a, b: torch.unbind(a, 1)[2],
+    "index": lambda a, b: a[1:, [0, 3]],
+    "ellipsis": lambda a, b: a[..., ::2],
+    "cat with a constant": lambda a, b: torch.cat([a, W, b], dim=0),
+    "stack": lambda a, b: torch.stack([a, b, torch.ones(4, 6)]),
+    "expand": lambda a, b: a[:1].expand(4, 6) + b,
+    "mean": lambda a, b: a.mean(1, keepdim=True) + b.sum(0),
+    "as another": lambda a, b: a.type_as(b).reshape_as(b),
+    "cast": lambda a, b: a.double().to(torch.float32),
+    "roll": lambda a, b: torch.roll(a, 1, 0),
+    "interpolate": lambda a, b: F.interpolate(a.reshape(1, 2, 3, 4), scale_factor=2),
+    "pad with a number": lambda a, b: F.pad(a, (1, 1), value=2.0),
+    "gelu": lambda a, b: F.gelu(a),
+    "gelu by tanh": lambda a, b: F.gelu(a, approximate="tanh"),
+    "silu": lambda a, b: F.silu(a),
+    "silu by module": lambda a, b: nn.SiLU()(a),
+    "relu": lambda a, b: F.relu(a),
+    "tanh": lambda a, b: a.tanh() * torch.sigmoid(b),
+    "softmax": lambda a, b: a.softmax(-1) @ b.T,
+    "sines": lambda a, b: torch.cat([a.sin(), torch.cos(b)], 1),
+    "where": lambda a, b: torch.where(a > 0, a * b, b),
+    "maximum": lambda a, b: torch.maximum(a, b) + a.max(1).values[:, None],
+    "clamp": lambda a, b: a.clamp(-0.5, 0.5),
+    "norm": lambda a, b: a / a.norm(dim=1, keepdim=True),
+    "layer_norm": lambda a, b: F.layer_norm(a, (6,), eps=1e-6),
+    "layer_norm with weights": lambda a, b: F.layer_norm(a, (6,), C, C, 1e-5),
+    "layer_norm over two axes": lambda a, b: F.layer_norm(a, (4, 6)),
+    "layer_norm of moving weights": lambda a, b: F.layer_norm(a, (6,), b[0]),
+    "group_norm": lambda a, b: F.group_norm(a.reshape(2, 4, 3), 2),
+    "group_norm with weights": lambda a, b: F.group_norm(a.reshape(2, 4, 3), 2, C[:4], C[:4]),
+    "group_norm not contiguous": lambda a, b: F.group_norm(a.reshape(2, 3, 4).mT, 2),
+    "rms_norm": lambda a, b: F.rms_norm(a, (6,)),
+    "rms_norm with weights": lambda a, b: F.rms_norm(a, (6,), C, 1e-6),
+    "attention": lambda a, b: F.scaled_dot_product_attention(
+        a.reshape(1, 1, 4, 6), b.reshape(1, 1, 4, 6), (a * b).reshape(1, 1, 4, 6)
+    ),
+    "attention of a scale": lambda a, b: F.scaled_dot_product_attention(
+        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), scale=0.7
+    ),
+    "attention with a mask": lambda a, b: F.scaled_dot_product_attention(
+        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), attn_mask=M
+    ),
+    "causal attention": lambda a, b: F.scaled_dot_product_attention(
+        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), is_causal=True
+    ),
+    "attention of constant keys": lambda a, b: F.scaled_dot_product_attention(
+        a.reshape(1, 1, 4, 6), torch.ones(1, 1, 4, 6), b.reshape(1, 1, 4, 6)
+    ),
+    "multihead attention": lambda a, b: MULTIHEAD(a[None], b[None], a[None])[0],
+    "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
+    "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
+    "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
+}
+torch.manual_seed(0)
+MULTIHEAD = nn.MultiheadAttention(6, 2, batch_first=True)
+
+
+@each_way
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rule_moves_a_function_and_leaves_its_value_and_gradient(name, way):
+    fn = FUNCTIONS[name]
+    torch.manual_seed(1)
+    weight = torch.randn(4, 6, requires_grad=True)
+    a, b, da, db = torch.randn(4, 4, 6)
+    used = []
+
+    def fed(a, b):  # both depend on a weight, so that values have a graph
+        used.append(type(a))
+        return fn(a * weight, b + weight)
+
+    out, found = both(way, lambda a, b: {"u": fed(a, b)}, (a, b), (da, db))
+    assert used == [Lifted]
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        duals = forward_ad.make_dual(a, da), forward_ad.make_dual(b, db)
+        expected = forward_ad.unpack_dual(fed(*duals)).tangent.detach()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    assert expected.abs().max() > 1e-3
+    assert found.grad_fn is None
+    plain = fed(a, b)
+    assert out["u"].equal(plain)
+    (ours,) = torch.autograd.grad(out["u"].square().sum(), weight)
+    (theirs,) = torch.autograd.grad(plain.square().sum(), weight)
+    assert ours.equal(theirs)
+
+
+# what it cannot follow
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+class Itself(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+REFUSED = {
+    "add_": lambda x: x.add_(1),
+    "mul_": lambda x: x.__imul__(2),
+    "__setitem__": lambda x: x.__setitem__(0, 1.0),
+    "copy_": lambda x: torch.zeros(3, 4).copy_(x),
+    "silu, which writes in place": lambda x: F.silu(x, inplace=True),
+    "relu, which writes in place": lambda x: F.relu(x, inplace=True),
+    "dropout, which writes in place": lambda x: F.dropout(x, 0.5, inplace=True),
+    "exp, which writes in place": lambda x: torch.exp(x, out=torch.empty(3, 4)),
+    "alpha_dropout, which draws anew": lambda x: F.alpha_dropout(x, 0.5, training=True),
+    "dropout within attention": lambda x: F.scaled_dot_product_attention(
+        x[None], x[None], x[None], dropout_p=0.5
+    ),
+    "SquareBackward": lambda x: Square.apply(x) + 1,
+    "ItselfBackward": lambda x: Itself.apply(x),
+}
+
+
+@each_way
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_follow_is_named_with_a_way_out(name, way):
+    weight = torch.ones(3, 4, requires_grad=True)
+    x = torch.ones(3, 4)
+    with pytest.raises(NotImplementedError, match=f"one_pass cannot follow {name}.*@dual"):
+        both(way, lambda x: {"u": REFUSED[name](x * weight)}, (x,), (x,))
+
+
+@each_way
+def test_a_cut_is_an_error(way):
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="carries no tangent"):
+        both(way, lambda x: {"u": x.detach() * 2}, (x,), (x,))
+
+
+def test_the_probe_refuses_a_network_with_a_cut_and_one_that_writes_in_place():
+    class Bad(nn.Module):
+        def __init__(self, change):
+            super().__init__()
+            self.layer, self.change = nn.Linear(4, 2), change
+
+        def forward(self, x, t, r, cond=None):
+            h = torch.cat([x, t[:, None], r[:, None]], 1)
+            return {"u": self.layer(self.change(h)), "v": x}
+
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="along . its relative error"):
+        probe_derivatives(MeanFlow(), Bad(lambda h: h + h.detach() * 2), x)
+    with pytest.raises(ValueError, match=r"one_pass.*cannot pass this network: .*mul_.*@dual"):
+        probe_derivatives(MeanFlow(), Bad(lambda h: h.mul_(2)), x)
+    probe_derivatives(MeanFlow(derivative=Dual()), Bad(lambda h: h.clone().mul_(2)), x)
+
+
+# objectives
+
+
+OBJECTIVES = {
+    "mean_flow": MeanFlow(),
+    "every row": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=1.0)),
+    "no row": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.0)),
+    "dumo": DuMo(residual=Exact(), teacher=Online()),
+    "dumo, known direction": DuMo(residual=Exact(), teacher=Online(), direction="guided"),
+    "decm": DECM(),
+}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_dual_numbers(name, step):
+    net, cond, (x, _, _), _ = case("dit")
+
+    def evaluated(objective):
+        batch = Batch(x0=x, cond=cond, step=step)
+        out = objective.loss(net, batch, torch.Generator().manual_seed(3))
+        (out.per_sample.sum()).backward()
+        found = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        net.zero_grad()
+        return out, found
+
+    ours, gradient = evaluated(OBJECTIVES[name])
+    theirs, expected = evaluated(apart(OBJECTIVES[name]))
+    assert all(not isinstance(part, OnePass) for _, part in parts(apart(OBJECTIVES[name])))
+    torch.testing.assert_close(ours.per_sample, theirs.per_sample, rtol=1e-4, atol=1e-5)
+    assert error(gradient, expected) < 1e-4
+    assert ours.terms.keys() == theirs.terms.keys()
+
+
+def test_another_derivative_replaces_it_in_every_part():
+    other = FiniteDifference()
+    assert with_derivatives(MeanFlow(), lambda _: other) == MeanFlow(derivative=other)
+    exact = with_derivatives(DuMo(residual=Exact()), lambda _: other)
+    assert exact.residual.derivative == other
+    assert with_derivatives(plain := FlowMatching(), lambda _: other) is plain
+    kept = DuMo(residual=Exact())
+    assert apart(kept).teacher is kept.teacher
+    assert apart(kept).residual.derivative == Dual()
+    assert apart(objective := MeanFlow(derivative=Jvp())) is objective
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [("run.compile = True", "run.compile"), ("run.engine = @zero_engine()", "zero_engine.stage")],
+)
+def test_compiled_and_sharded_runs_take_the_derivative_in_a_pass_of_its_own(binding, said, caplog):
+    tiny = ["dit.dim = 16", "dit.depth = 1", "dit.num_heads = 2", "run.recorder = @null()"]
+    gin_setup.parse(["bench.gin"], [*tiny, binding, "zero_engine.stage = 3"])
+    with caplog.at_level(logging.WARNING), gin_setup.arm("mean_flow"):
+        assert run().objective.derivative == Dual()
+    assert f"{said}" in caplog.text
+    assert "@dual() for @one_pass()" in caplog.text
+
+
+def test_a_derivative_of_ones_own_still_has_its_own_pass():
+    net, cond, point, tangents = case("mlp")
+
+    class Mine:
+        needs_forward_ad = True
+
+        def __call__(self, fn, primals, tangents):
+            return 2 * Dual()(fn, primals, tangents)
+
+    expected = Dual()(lambda *at: net(*at, cond)["u"], point, tangents)
+    out, found = outputs_and_derivative(Mine(), net, cond, point, tangents)
+    assert found.equal(2 * expected)
+    assert out["u"].equal(net(*point, cond)["u"])
+    out, moved = outputs_then_derivative(Mine(), net, cond, point)
+    assert moved(tangents).equal(2 * expected)
+    _, moved = outputs_then_derivative(None, net, cond, point)
+    with pytest.raises(TypeError, match="without a derivative"):
+        moved(tangents)
+
+
+def test_tangents_of_the_first_rows_alone():
+    net, cond, point, tangents = case("dit")
+    some = tuple(part[:2] for part in tangents)
+    first = {name: value[:2] for name, value in cond.items()}
+    at_first = tuple(part[:2] for part in point)
+    expected = Dual()(lambda *at: net(*at, first)["u"], at_first, some)
+    out, found = outputs_and_derivative(OnePass(), net, cond, point, some)
+    assert error(found, expected) < ROUNDING
+    plain = net(*point, cond)
+    for name in plain:  # other numbers of rows round otherwise
+        torch.testing.assert_close(out[name], plain[name])
+    none = tuple(part[:0] for part in tangents)
+    out, found = outputs_and_derivative(OnePass(), net, cond, point, none)
+    assert found.shape == (0, *point[0].shape[1:])
+    assert out["u"].equal(plain["u"])
