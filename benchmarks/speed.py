@@ -16,14 +16,16 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ from benchmarks.speed_cases import Case, Training
 from benchmarks.speed_table import Cost, Speed, machine, speed_table
 from registry import gin_setup
 from registry.protocols import Batch, Engine, LossOutput
+from zoo.lifted import Tape
 
 STEPS_PER_TURN = 3  # DE-CM's cycle
 MEMORY_STEPS = 4
@@ -121,7 +124,7 @@ def by_turns(
 
 
 def outside_share(training: Training) -> float:
-    """The share of a turn that is not spent in the networks' calls and the backward."""
+    """The share of a turn that is spent neither in the networks, moved or not, nor backward."""
     state, engine = training.state, training.state.engine
     clock = _Clock(state.device)
     handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
@@ -130,7 +133,8 @@ def outside_share(training: Training) -> float:
     if training.experiment.compile:  # with its hooks the network is compiled anew
         _seconds(training.step, state.device)
         clock.seconds = 0.0
-    whole = _seconds(training.step, state.device)
+    with _replays_on(clock):
+        whole = _seconds(training.step, state.device)
     state.engine = engine
     for handle in handles:
         handle.remove()
@@ -148,6 +152,21 @@ class _Clock:
 
     def stop(self, *_: object) -> None:
         self.seconds += _now(self.device) - self._since
+
+
+@contextmanager
+def _replays_on(clock: _Clock) -> Iterator[None]:
+    """Derivatives that follow behind a network's call are on the clock too."""
+    replay = Tape.replay
+
+    def timed(tape: Tape, *args: Any) -> Tensor:
+        clock.start()
+        tangent = replay(tape, *args)
+        clock.stop()
+        return tangent
+
+    with patch.object(Tape, "replay", timed):
+        yield
 
 
 class _TimedBackward:

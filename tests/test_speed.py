@@ -27,6 +27,7 @@ from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.derivatives import FiniteDifference, Jvp
+from zoo.lifted import Tape
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
@@ -210,6 +211,14 @@ def test_share_outside_the_network_sees_slow_data(monkeypatch):
     monkeypatch.setattr(data, "batch", lambda *a: (time.sleep(0.2), batch(*a))[1])
     assert 0 < quick < 0.8 < outside_share(run)
     assert run.state.engine is run.experiment.engine
+
+
+def test_a_derivative_that_follows_its_forward_is_inside_the_network(monkeypatch):
+    run = Case(request=REQUEST, bindings=(), arm="dumo_exact").training()
+    run.step()
+    replay = Tape.replay
+    monkeypatch.setattr(Tape, "replay", lambda *a: (time.sleep(0.2), replay(*a))[1])
+    assert outside_share(run) < 0.5
 
 
 def test_bare_loop_and_bare_sampling_do_what_the_framework_does():

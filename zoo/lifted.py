@@ -16,7 +16,7 @@ behind the rules, end in an error that says so. A .detach() cuts as it cuts dual
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -71,7 +71,7 @@ class Lifted(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            given = list(lifted_among((*args, *kwargs.values())))
+            given = lifted_among((*args, *kwargs.values()) if kwargs else args)
             for one in given:
                 _check_followed(one)
             record = given[0].record
@@ -155,13 +155,15 @@ def settled(x: Tensor) -> Tensor:
         return x.value
 
 
-def lifted_among(parts: Iterable[Any]) -> Iterator[Lifted]:
+def lifted_among(parts: Iterable[Any]) -> list[Lifted]:
     """Those among arguments, and in their lists."""
+    found = []
     for part in parts:
         if type(part) is Lifted:
-            yield part
+            found.append(part)
         elif isinstance(part, (list, tuple)):
-            yield from lifted_among(part)
+            found += lifted_among(part)
+    return found
 
 
 def _check_followed(one: Lifted) -> None:
@@ -172,13 +174,17 @@ def _check_followed(one: Lifted) -> None:
 
 
 def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
-    flat, spec = ([out], None) if isinstance(out, Tensor) else pytree.tree_flatten(out)
-    slots = record.slots(push, [one.slot for one in given], flat)
-    moving = [
-        value if slot is None else Lifted(value, slot, record)
-        for value, slot in zip(flat, slots, strict=True)
-    ]
-    return moving[0] if spec is None else pytree.tree_unflatten(moving, spec)
+    parents = [one.slot for one in given]
+    if isinstance(out, Tensor):
+        return _with_slot(out, record.slots(push, parents, [out])[0], record)
+    flat, spec = pytree.tree_flatten(out)
+    slots = record.slots(push, parents, flat)
+    moving = [_with_slot(one, slot, record) for one, slot in zip(flat, slots, strict=True)]
+    return pytree.tree_unflatten(moving, spec)
+
+
+def _with_slot(value: Tensor, slot: Slot, record: Record) -> Tensor:
+    return value if slot is None else Lifted(value, slot, record)
 
 
 def _listed(tangents: Any) -> Sequence[Any]:

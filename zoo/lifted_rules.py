@@ -117,16 +117,16 @@ def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> 
     """a + b and a - b; one that does not move drops out."""
     if kwargs:
         return by_dual_numbers(func, a, b, **kwargs)
-    out, slots = func(value_of(a), value_of(b)), (_slot(a), _slot(b))
+    out, i, j = func(value_of(a), value_of(b)), _slot(a), _slot(b)
     shape, dtype = out.shape, out.dtype
 
     def push(move: Move) -> Tensor:
-        if None not in slots:
-            moved: Tensor = func(move(slots[0]), move(slots[1]))
+        if i is not None and j is not None:
+            moved: Tensor = func(move(i), move(j))
             return moved
-        which = 0 if slots[0] is not None else 1
-        one = move(slots[which]).to(dtype).expand(shape)
-        return one if signs[which] > 0 else -one
+        one, sign = (move(i), signs[0]) if j is None else (move(j), signs[1])
+        one = one.to(dtype).expand(shape)
+        return one if sign > 0 else -one
 
     return out, push
 
@@ -292,7 +292,7 @@ def attention(
 
 
 def _any_lifted(parts: Iterable[Any]) -> bool:
-    return next(lifted_among(parts), None) is not None
+    return bool(lifted_among(parts))
 
 
 def _slot(x: Any) -> Slot | None:
