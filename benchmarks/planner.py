@@ -24,6 +24,7 @@ from benchmarks.planner_stages import Memory, Setting, Sizes, largest
 from benchmarks.request import Request
 from trainers.engines import TorchEngine
 from trainers.zero import ZeroEngine
+from zoo.one_pass import apart
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -139,6 +140,19 @@ class _Case:
         self._sizes = Sizes.of(self._outline.step, self._simulation.update())
 
     @cached_property
+    def _sharded(self) -> Simulation:
+        """At stage 3, where derivatives take passes of their own."""
+        objective = self._outline.step.objective
+        if apart(objective) is objective:
+            return self._simulation
+        made = outline(self._request, self._arm, **self._data)
+        made.step.objective = apart(made.step.objective)
+        return Simulation(made)
+
+    def _simulated(self, stage: int | None) -> Simulation:
+        return self._sharded if stage == 3 else self._simulation
+
+    @cached_property
     def _engine(self) -> ZeroEngine:
         """The file's own, or the one that trainer/zero2.gin would bind, in the same precision."""
         engine = self._outline.engine
@@ -153,8 +167,10 @@ class _Case:
         if self._machine.gpus == 1 and isinstance(made.engine, TorchEngine):
             fits.insert(0, self._best(None))
         fits = [fit if fit.fits else replace(fit, remedy=self._remedy(fit.stage)) for fit in fits]
-        flops = self._simulation.activity(self._rows, self._rows).flops / self._rows
-        flops *= mean_over_steps(made.bare, made.shape, made.num_classes > 0)
+        run = self._simulated(fits[0].stage)
+        flops = run.activity(self._rows, self._rows).flops / self._rows
+        bare = apart(made.bare) if run is self._sharded else made.bare
+        flops *= mean_over_steps(bare, made.shape, made.num_classes > 0)
         speed = self._machine.images_per_second
         if self._machine.tflops:
             speed = self._machine.gpus * self._machine.tflops * 1e12 / flops
@@ -196,7 +212,8 @@ class _Case:
             accumulate=self._rows // micro,
             touched=self._machine.host,
         )
-        return largest(self._sizes, engine, setting, self._simulation.activity(micro, self._rows))
+        activity = self._simulated(stage).activity(micro, self._rows)
+        return largest(self._sizes, engine, setting, activity)
 
     def _at(self, stage: int, changes: Mapping[str, Any]) -> ZeroEngine:
         """The engine at a stage, without the offloading that the stage does not know."""

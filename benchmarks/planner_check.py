@@ -32,6 +32,7 @@ from registry.protocols import LossOutput, required_heads
 from trainers import AdamW, Budget, Callback, TrainState, fit, ranks
 from trainers.engines import TrainStep
 from trainers.zero import ZeroEngine
+from zoo.one_pass import apart
 
 OBJECTIVES, STAGES = ("flow_matching", "mean_flow", "dumo"), (0, 1, 2, 3)
 SHAPE, CLASSES, BATCH, DECAYS = (4, 16, 16), 10, 16, (0.999,)
@@ -89,7 +90,8 @@ def predicted(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing
     bare = copy.deepcopy(objective)
     with torch.device("meta"):
         net = network(required_heads(objective), dim, depth, checkpointing)
-        step = TrainStep(net, objective, DECAYS).train()
+        moved = apart(objective) if engine.stage == 3 else objective
+        step = TrainStep(net, moved, DECAYS).train()
     outline = Outline(
         arm="", step=step, bare=bare, engine=engine, optimizer=AdamW(), batch_size=BATCH,
         shape=SHAPE, num_classes=CLASSES, shape_from="", images=None,

@@ -87,6 +87,13 @@ def test_derivative_shows_in_the_workspace_of_mean_flow():
     assert many.moments[0][0] - many.kept > 1.3 * (few.moments[0][0] - few.kept)
 
 
+def test_stage_3_is_planned_with_derivatives_in_passes_of_their_own():
+    """3.5 passes for 3.25, and the attention of derivatives is not by the fused kernel."""
+    request = tiny("mean_flow")
+    two, three = (predict(request, GPUS, stages=[stage])[0].flops_per_image for stage in (2, 3))
+    assert three / two == pytest.approx(3.5 / 3.25, rel=0.03)
+
+
 @pytest.mark.parametrize("arm", ["mean_flow", "decm"])
 def test_share_between_two_others_lies_on_their_line(arm):
     """Within 2 %: quotas are whole rows, and at one row all may have a derivative."""
