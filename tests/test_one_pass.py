@@ -294,6 +294,7 @@ FUNCTIONS = {
     "multihead attention": lambda a, b: MULTIHEAD(a[None], b[None], a[None])[0],
     "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
     "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
+    "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),
     "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
 }
 torch.manual_seed(0)

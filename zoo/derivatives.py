@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
 from zoo.flash_jvp import flash_attention
-from zoo.lifted_rules import group_norm_tangent
+from zoo.lifted.layers import group_norm_tangent
 
 Attention = Literal["math", "jvp_flash"]
 

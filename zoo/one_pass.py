@@ -29,8 +29,7 @@ from zoo.derivatives import (
     replay_rng,
     with_derivatives,
 )
-from zoo.lifted import Flowing, Lifted, Record, Tape, settled
-from zoo.lifted_rules import rule_of
+from zoo.lifted import Flowing, Lifted, Record, Tape, rule_of, settled
 from zoo.ops import first_rows, rows_from
 
 Point = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]; or tangents of these

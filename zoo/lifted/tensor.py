@@ -2,7 +2,7 @@
 
 A `Lifted` stands for a value and, beside it, for the value's derivative along tangents of the
 inputs. What a network does to it is done to the value as ever: by the same kernels, with the graph
-that its gradient needs. The derivative follows by rules (zoo/lifted_rules.py) that read values and
+that its gradient needs. The derivative follows by rules (rules.py, layers.py) that read values and
 keep no graph. So one forward gives both, where dual numbers of torch take a second forward, or a
 graph of the derivative and no fused attention.
 
@@ -27,6 +27,10 @@ Slot = Any  # a tangent, or its number on a tape
 Push = Callable[[Callable[[Slot], Tensor]], Any]  # by the inputs' tangents, those of the outputs
 Rule = Callable[..., tuple[Any, Push | None]]  # None: nothing here moves
 
+IN_PLACE = {
+    f"__{name}__"
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem")
+}
 REMEDY = "choose @dual(), whose derivative takes a pass of its own"
 
 
@@ -74,6 +78,7 @@ class Lifted(Tensor):
             given = lifted_among((*args, *kwargs.values()) if kwargs else args)
             for one in given:
                 _check_followed(one)
+            _check_writes_nowhere(func, kwargs)
             record = given[0].record
             out, push = record.rule_of(func)(func, *args, **kwargs)
             return out if push is None else _lifted(out, push, record, given)
@@ -173,9 +178,18 @@ def _check_followed(one: Lifted) -> None:
         )
 
 
+def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
+    name = getattr(func, "__name__", str(func))
+    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
+        raise NotImplementedError(f"one_pass cannot follow {name}, which writes in place; {REMEDY}")
+
+
 def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
     parents = [one.slot for one in given]
     if isinstance(out, Tensor):
+        if not out.is_floating_point():
+            return out
         return _with_slot(out, record.slots(push, parents, [out])[0], record)
     flat, spec = pytree.tree_flatten(out)
     slots = record.slots(push, parents, flat)
@@ -184,7 +198,8 @@ def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> An
 
 
 def _with_slot(value: Tensor, slot: Slot, record: Record) -> Tensor:
-    return value if slot is None else Lifted(value, slot, record)
+    moves = slot is not None and value.is_floating_point()
+    return Lifted(value, slot, record) if moves else value
 
 
 def _listed(tangents: Any) -> Sequence[Any]:

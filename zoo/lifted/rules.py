@@ -1,0 +1,156 @@
+"""How the outputs of elementary functions move with their inputs.
+
+A rule calls the function on values and gives, with the outcome, how it moves: a function of the
+inputs' tangents that computes in as few passes over memory as it can. What no rule names is done
+again on dual numbers, without gradient, so every function with a forward-mode rule in torch will
+do; those here and in layers.py are what networks spend their time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, value_of
+
+Outcome = tuple[Any, Push | None]
+Move = Callable[[Slot], Tensor]
+
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+RANDOM = {
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.rrelu,
+}
+
+
+def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
+    """Any function with a forward-mode rule in torch, done again."""
+    if func in RANDOM:
+        name = func.__name__
+        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
+    given_args, given_kwargs = pytree.tree_unflatten(values, spec)
+    out = func(*given_args, **given_kwargs)
+    if not any(_moves(part) for part in pytree.tree_leaves(out)):
+        return out, None
+
+    def push(move: Move) -> Any:
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = [
+                value if slot is None else forward_ad.make_dual(value.detach(), move(slot))
+                for value, slot in zip(values, slots, strict=True)
+            ]
+            again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
+            again = pytree.tree_leaves(func(*again_args, **again_kwargs))
+            return [_tangent(part) if _moves(part) else None for part in again]
+
+    return out, push
+
+
+def constant(func: Any, *args: Any, **kwargs: Any) -> Outcome:
+    """What tells of a tensor no more than its shape and kind, or cuts it off."""
+    return func(*map(value_of, args), **kwargs), None
+
+
+def linear_in_first(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
+    """Views, casts and the like."""
+    if type(x) is not Lifted or any_lifted((*args, *kwargs.values())):
+        return by_dual_numbers(func, x, *args, **kwargs)
+    slot = x.slot
+    return func(x.value, *args, **kwargs), lambda move: func(move(slot), *args, **kwargs)
+
+
+def as_other(func: Any, x: Any, other: Any) -> Outcome:
+    """Views and casts to the shape or the kind of another tensor."""
+    model = value_of(other).detach()
+    if type(x) is not Lifted:
+        return func(x, model), None
+    slot = x.slot
+    return func(x.value, model), lambda move: func(move(slot), model)
+
+
+def joined(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Outcome:
+    """cat and stack; what does not move joins as zeros."""
+    values, slots = [value_of(x) for x in tensors], [_slot(x) for x in tensors]
+    still = [torch.zeros_like(x) for x, slot in zip(values, slots, strict=True) if slot is None]
+
+    def push(move: Move) -> Tensor:
+        zeros = iter(still)
+        parts = [next(zeros) if slot is None else move(slot) for slot in slots]
+        joint: Tensor = func(parts, *args, **kwargs)
+        return joint
+
+    return func(values, *args, **kwargs), push
+
+
+def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+    """a + b and a - b; one that does not move drops out."""
+    if kwargs:
+        return by_dual_numbers(func, a, b, **kwargs)
+    out, i, j = func(value_of(a), value_of(b)), _slot(a), _slot(b)
+    shape, dtype = out.shape, out.dtype
+
+    def push(move: Move) -> Tensor:
+        if i is not None and j is not None:
+            moved: Tensor = func(move(i), move(j))
+            return moved
+        one, sign = (move(i), signs[0]) if j is None else (move(j), signs[1])
+        one = one.to(dtype).expand(shape)
+        return one if sign > 0 else -one
+
+    return out, push
+
+
+def product(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+    """Of any kind that is linear in each of two factors."""
+    if kwargs:
+        return by_dual_numbers(func, a, b, **kwargs)
+    (x, y), (i, j) = (value_of(a), value_of(b)), (_slot(a), _slot(b))
+    out = func(x, y)
+
+    def push(move: Move) -> Tensor:
+        if i is None or j is None:
+            moved: Tensor = func(x, move(j)) if i is None else func(move(i), y)
+            return moved
+        if func in PRODUCTS and x.dtype == y.dtype == out_dtype:
+            return torch.addcmul(move(i) * y, x, move(j))
+        return func(move(i), y) + func(x, move(j))
+
+    out_dtype = out.dtype
+    return out, push
+
+
+def quotient(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+    if type(b) is Lifted or kwargs:
+        return by_dual_numbers(func, a, b, **kwargs)
+    slot = a.slot
+    return func(a.value, b), lambda move: func(move(slot), b)
+
+
+def any_lifted(parts: Iterable[Any]) -> bool:
+    return bool(lifted_among(parts))
+
+
+def _slot(x: Any) -> Slot | None:
+    return x.slot if type(x) is Lifted else None
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(dual).tangent
+    return torch.zeros_like(dual) if tangent is None else tangent
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
