@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -244,8 +245,20 @@ _place: tuple[str, int] = ("cpu", 1)  # of this worker: its device and threads
 def _begin(places: Any, threads: int) -> None:
     global _place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _place = places.get(), threads
+
+
+def _end_with_parent() -> None:
+    """A killed parent says nothing: its workers would keep their memory, and write beside the next.
+
+    The queue does not tell them, whose writing end they hold themselves.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _encode_here(job: _Job) -> Shard:

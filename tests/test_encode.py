@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -159,6 +163,39 @@ def test_a_damaged_shard_is_named_and_only_it_is_redone(
 def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path):
     encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
     assert contents(tmp_path) == contents(encoded)
+
+
+@pytest.mark.slow  # three processes import diffusers
+def test_workers_of_a_killed_command_end(pictures, kl, tmp_path):
+    words = ["encode", "--data", pictures, "--vae", kl, "--out", tmp_path / "out", "--workers", "2"]
+    words += ["--resolution", "16", "--shard-rows", "1"]
+    command = [sys.executable, "-m", "benchmarks.cli", *map(str, words)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = psutil.Process(started.pid)
+    try:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "out").glob("shard_*.json")):
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = parent.children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        started.kill()
+        started.wait()
+    deadline = time.monotonic() + 10
+    while (left := [w for w in workers if _lives(w)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_other_settings_do_not_continue_a_folder(encoded, pictures, kl, tmp_path):
