@@ -177,7 +177,7 @@ def _manifest(
 ) -> Manifest:
     mean, std = channel_statistics(shards)
     if normalise == "constants":
-        scale, shift = [encoder.vae.scale] * len(mean), [encoder.vae.shift] * len(mean)
+        scale, shift = map(list, encoder.vae.constants(len(mean)))
     elif min(std) > 0:
         scale, shift = [1 / s for s in std], mean
     else:

@@ -276,6 +276,27 @@ def test_constants_come_from_the_config_and_a_misprint_is_warned_of(tmp_path, ca
     assert "0.18215 is meant" in caplog.text
 
 
+def test_statistics_of_the_channels_in_a_config_scale_and_shift_as_in_diffusers(pictures, tmp_path):
+    about = {"latents_mean": [1.0, 2.0, 3.0, -4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
+    vae = save_kl(tmp_path / "vae", scaling_factor=0.5, **about)
+    manifest = encode(pictures, tmp_path / "out", encoder(vae))
+    assert manifest.scale == (0.5, 0.25, 0.125, 0.0625)  # its pipelines: (z - mean) factor / std
+    assert manifest.shift == (1.0, 2.0, 3.0, -4.0)
+    wrong = save_kl(tmp_path / "wrong", latents_mean=[0.0], latents_std=[1.0])
+    with pytest.raises(ValueError, match="for each of 4 channels"):
+        encode(pictures, tmp_path / "out2", encoder(wrong))
+
+
+def test_a_folder_with_the_weights_of_one_variant_is_read(tmp_path):
+    whole = save_kl(tmp_path / "vae")
+    expected = find_vae(str(whole)).digest()
+    file = whole / "diffusion_pytorch_model.safetensors"
+    save_kl(tmp_path / "half")
+    other = tmp_path / "half" / file.name
+    other.rename(other.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert find_vae(str(tmp_path / "half")).digest() == expected
+
+
 def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json and is no hub id.*taesd"):
         find_vae(str(tmp_path))
@@ -287,7 +308,7 @@ def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(ValueError, match="holds a UNet2DModel; it must be one of AutoencoderDC"):
         find_vae(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(ValueError, match=r"cannot be loaded(.|\n)*--local-dir FOLDER"):
+    with pytest.raises(ValueError, match=r"cannot be loaded(.|\n)*needs config\.json and"):
         find_vae(str(tmp_path))
 
 
