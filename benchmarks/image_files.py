@@ -123,7 +123,12 @@ def read_pictures(files: tuple[Path, ...], resolution: int, channels: int) -> Te
     The result is remembered for as long as the files' names, sizes and times stay the same, since
     the arms of a comparison read the same folder; treat it as read-only.
     """
-    _check_memory(len(files), (channels, resolution, resolution))
+    check_memory(
+        len(files),
+        (channels, resolution, resolution),
+        "Bind image_folder.in_memory = False, which reads them as they are needed, or choose a "
+        "smaller image_folder.resolution",
+    )
     stamps = [(str(path), *_size_and_time(path)) for path in files]
     return _read_all(tuple(stamps), resolution, channels)
 
@@ -161,7 +166,8 @@ class PictureFiles:
         return digest.hexdigest()[:16]
 
 
-def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
+def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
+    """ValueError that says what to do `instead`, for pictures that take half of the memory."""
     if not hasattr(os, "sysconf"):  # Windows does not say
         return
     needed = n * math.prod(shape)
@@ -169,8 +175,7 @@ def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
     if needed > memory // 2:
         raise ValueError(
             f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
-            f"machine's {memory / 2**30:.1f} GiB. Bind image_folder.in_memory = False, which reads "
-            "them as they are needed, or choose a smaller image_folder.resolution"
+            f"machine's {memory / 2**30:.1f} GiB. {instead}"
         )
 
 
