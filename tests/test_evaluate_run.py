@@ -394,7 +394,8 @@ def test_distances_agree_with_torch_fidelity_on_the_same_features() -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from benchmarks.distances import Kid, PrecisionRecall
+    from benchmarks.distances import Kid
+    from benchmarks.neighbours import PrecisionRecall
 
     rng = torch.Generator().manual_seed(0)
     basis = torch.randn(48, 48, generator=rng, dtype=torch.float64)
