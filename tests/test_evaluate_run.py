@@ -218,6 +218,19 @@ def fd(samples: torch.Tensor, real: np.ndarray) -> float:
     return value
 
 
+def test_a_reference_of_another_size_than_the_samples_is_warned_of(tmp_path, caplog) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    find_real(str(tmp_path / "a.npz"), None, (3, 8, 8), 0)
+    folder, _ = grey_pictures(tmp_path / "pictures")
+    find_real(str(folder), None, (3, 8, 8), 0)
+    assert not caplog.records
+    find_real(str(tmp_path / "a.npz"), None, (3, 16, 16), 0)
+    assert "have 8 x 8 pixels and the samples 16 x 16" in caplog.text
+    find_real(str(folder), None, (3, 16, 16), 0)
+    assert "smaller than 16 pixels and are enlarged" in caplog.text
+
+
 def test_a_folder_an_npz_and_statistics_of_the_same_images_give_one_distance(
     run_folder, tmp_path
 ) -> None:
