@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
+import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -48,12 +45,15 @@ from benchmarks.latent_shards import (
     write_json,
     write_shard,
 )
+from benchmarks.shard_workers import Tell, results
 from benchmarks.vaes import DiffusersVae
 
 PREPROCESSING = (
     "upright by EXIF, on white where transparent, largest centred square, Pillow's antialiased "
     "bicubic filter, uint8, x / 127.5 - 1"
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,12 @@ def encode(
              found.labels[start : start + shard_rows], encoder)
         for number, start in enumerate(range(0, len(found.files), shard_rows))
     ]  # fmt: skip
+    if workers > len(jobs):
+        log.warning(
+            "%d pictures in shards of %d leave %d of %d workers without work; give a smaller "
+            "--shard-rows",
+            *(len(found.files), shard_rows, workers - len(jobs), workers),
+        )
     shards, problems = finished_shards(out, len(jobs))
     for problem in problems:
         print(f"{problem}: encoded again", file=sys.stderr)
@@ -207,62 +213,13 @@ def _run(jobs: Sequence[_Job], workers: int, device: str, bar: Any) -> dict[int,
     """All jobs' shards by number; unreadable pictures are named when the others are done."""
     shards: dict[int, Shard] = {}
     broken: list[str] = []
-    for job, result in _results(jobs, workers, _devices(device)):
+    for job, result in results(encode_shard, jobs, workers, _devices(device), bar.update):
         try:
             shards[job.number] = result()
         except Unreadable as error:
             broken += error.args
-        bar.update(len(job.files))
     refuse_unreadable(broken, bar.total)
     return shards
-
-
-def _results(
-    jobs: Sequence[_Job], workers: int, devices: Sequence[str]
-) -> Iterator[tuple[_Job, Callable[[], Shard]]]:
-    """Each job as its shard is there to ask for."""
-    if workers <= 1:
-        for job in jobs:
-            yield job, partial(encode_shard, job, devices[0], os.cpu_count() or 1)
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    places = context.Queue()
-    for number in range(workers):
-        places.put(devices[number % len(devices)])
-    pool = ProcessPoolExecutor(workers, context, _begin, (places, threads))
-    try:
-        waiting: dict[Future[Shard], _Job] = {pool.submit(_encode_here, job): job for job in jobs}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result
-    finally:
-        pool.shutdown(cancel_futures=True)  # shards under way are finished
-
-
-_place: tuple[str, int] = ("cpu", 1)  # of this worker: its device and threads
-
-
-def _begin(places: Any, threads: int) -> None:
-    global _place
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    _place = places.get(), threads
-
-
-def _end_with_parent() -> None:
-    """A killed parent says nothing: its workers would keep their memory, and write beside the next.
-
-    The queue does not tell them, whose writing end they hold themselves.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this is a worker"
-    parent.join()
-    os._exit(1)
-
-
-def _encode_here(job: _Job) -> Shard:
-    return encode_shard(job, *_place)
 
 
 def _devices(name: str) -> list[str]:
@@ -271,8 +228,8 @@ def _devices(name: str) -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def encode_shard(job: _Job, device: str, threads: int) -> Shard:
-    """Make one shard; Unreadable names all of its pictures that cannot be read."""
+def encode_shard(job: _Job, device: str, threads: int, tell: Tell) -> Shard:
+    """Make one shard, and tell of its pictures; Unreadable names those that cannot be read."""
     encoder, source, broken = job.encoder, hashlib.sha256(), list[str]()
     rows: dict[str, list[Tensor]] = {"posterior": []}
     if encoder.flips:
@@ -281,6 +238,7 @@ def encode_shard(job: _Job, device: str, threads: int) -> Shard:
     for pictures in _read_ahead(job, threads):
         broken += [picture for picture in pictures if isinstance(picture, str)]
         if broken:
+            tell(len(pictures))
             continue
         for _, digest in pictures:
             source.update(digest)
@@ -289,6 +247,7 @@ def encode_shard(job: _Job, device: str, threads: int) -> Shard:
             mean, logvar = encoder.vae.encode(pixels.flip(-1) if "flipped" in name else pixels)
             moments.add(mean, logvar)
             kept.append(_stored(mean, logvar, encoder.dtype))
+        tell(len(pictures))
     if broken:
         raise Unreadable(*broken)
     tensors = {name: torch.cat(kept) for name, kept in rows.items()}

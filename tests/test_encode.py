@@ -114,11 +114,11 @@ def test_a_killed_command_continues_with_the_shards_that_are_missing(
     made = []
     real = module.encode_shard
 
-    def interrupted(job, device, threads):
+    def interrupted(job, *args):
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(job.number)
-        return real(job, device, threads)
+        return real(job, *args)
 
     monkeypatch.setattr(module, "encode_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -160,9 +160,26 @@ def test_a_damaged_shard_is_named_and_only_it_is_redone(
 
 
 @pytest.mark.slow  # two processes import diffusers
-def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path):
+def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path, caplog, capsys):
     encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
     assert contents(tmp_path) == contents(encoded)
+    assert not caplog.records
+    assert "22/22" in capsys.readouterr().err
+
+
+def test_the_bar_moves_with_every_batch_and_idle_workers_are_warned_of(
+    pictures, kl, tmp_path, monkeypatch, caplog
+):
+    moves = []
+
+    class Bar(module.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    encode(pictures, tmp_path, encoder(kl, batch_size=4), workers=2)
+    assert moves == [4, 4, 4, 4, 4, 2]  # of one shard
+    assert "22 pictures in shards of 1024 leave 1 of 2 workers without work" in caplog.text
 
 
 @pytest.mark.slow  # three processes import diffusers
