@@ -27,7 +27,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
+SUFFIXES = tuple(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff "
+    ".webp".split()
+)
 BAR_FROM = 2000  # files from which on reading shows a progress bar
 SHOWN = 10  # names in an error
 
