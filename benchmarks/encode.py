@@ -94,11 +94,14 @@ def encode(
         )
     if normalise == "constants" and not encoder.vae.has_constants:
         raise ValueError(f"{encoder.vae.path} holds no scale and shift: --normalise channel")
+    data, out = data.expanduser(), out.expanduser()
+    if out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--out {out} is among the pictures of --data {data}; choose another one")
     found = find_pictures(
-        data.expanduser(), labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
+        data, labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
     )
     check_pictures(found.files, encoder.resolution)
-    plan = _plan(data.expanduser(), found, encoder, shard_rows)
+    plan = _plan(data, found, encoder, shard_rows)
     out.mkdir(parents=True, exist_ok=True)
     _keep(plan, out)
     jobs = [

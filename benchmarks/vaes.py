@@ -231,9 +231,12 @@ def _load(model: str, path: str, subfolder: str, device: str) -> nn.Module:
     _check_place(path, subfolder)
     place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
     load = getattr(_diffusers(), model).from_pretrained
-    options = {"subfolder": subfolder or None, "variant": _variant(Path(place, subfolder))}
     # Without accelerate diffusers would say that it does not save memory.
-    net = _fetched(path, load, place, **options, low_cpu_mem_usage=False)
+    options: dict[str, Any] = {"subfolder": subfolder or None, "low_cpu_mem_usage": False}
+    options["variant"] = _variant(Path(place, subfolder))
+    if _pickled(Path(place, subfolder)):
+        options["use_safetensors"] = False
+    net = _fetched(path, load, place, **options)
     return net.float().eval().requires_grad_(False).to(device)
 
 
@@ -242,6 +245,12 @@ def _variant(folder: Path) -> str | None:
     files = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
     found = [m[1] for name in files if (m := _VARIANT.match(name))]
     return found[0] if found and len(found) == len(files) else None
+
+
+def _pickled(folder: Path) -> bool:
+    """Whether a local folder's weights are .bin alone; diffusers would say that it looked first."""
+    kinds = {path.suffix for path in folder.glob("diffusion_pytorch_model*") if path.is_file()}
+    return ".bin" in kinds and ".safetensors" not in kinds
 
 
 def _load_file(model: str, path: str) -> nn.Module:

@@ -260,6 +260,13 @@ def test_a_resolution_that_the_vae_does_not_give_back_is_refused(pictures, kl, t
     assert not (tmp_path / "out").exists()
 
 
+def test_latents_are_not_written_among_the_pictures(kl, tmp_path):
+    folder = photos(tmp_path / "photos", n=6)
+    with pytest.raises(ValueError, match="is among the pictures"):
+        encode(folder, folder / "latents", encoder(kl))
+    assert not (folder / "latents").exists()
+
+
 def test_subfolders_that_are_no_classes_are_ignored_on_request(kl, tmp_path):
     folder = photos(tmp_path / "photos", n=6)
     (folder / "cover.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
@@ -312,6 +319,18 @@ def test_a_folder_with_the_weights_of_one_variant_is_read(tmp_path):
     other = tmp_path / "half" / file.name
     other.rename(other.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert find_vae(str(tmp_path / "half")).digest() == expected
+
+
+def test_pickled_weights_are_read_without_a_word(tmp_path, capfd):
+    expected = find_vae(str(save_kl(tmp_path / "a"))).digest()
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL.from_pretrained(tmp_path / "a").save_pretrained(
+        tmp_path / "b", safe_serialization=False
+    )
+    capfd.readouterr()
+    assert find_vae(str(tmp_path / "b")).digest() == expected
+    assert "error" not in capfd.readouterr().err
 
 
 def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
