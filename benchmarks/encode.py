@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def encode(
             "--shard-rows",
             *(len(found.files), shard_rows, workers - len(jobs), workers),
         )
-    shards, problems = finished_shards(out, len(jobs))
+    shards, problems = finished_shards(out, [job.sizes() for job in jobs])
     for problem in problems:
         print(f"{problem}: encoded again", file=sys.stderr)
     missing = [job for job in jobs if job.number not in shards]
@@ -131,7 +132,7 @@ def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[s
     listing = hashlib.sha256()
     for i, path in enumerate(found.files):
         label = found.labels[i] if found.labels else ""
-        listing.update(f"{path.relative_to(data)} {path.stat().st_size} {label}\n".encode())
+        listing.update(os.fsencode(f"{path.relative_to(data)} {label}\n"))
     mean, logvar = _fitting(encoder.vae, encoder.resolution)
     return {
         "format": 1,
@@ -207,6 +208,11 @@ class _Job:
     labels: tuple[int, ...]
     encoder: Encoder
 
+    def sizes(self) -> str:
+        """The SHA-256 of its pictures' sizes, which tells one that was repaired."""
+        listing = " ".join(str(path.stat().st_size) for path in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
 
 class Unreadable(ValueError):
     """Pictures of a shard that cannot be read, one line each as its arguments."""
@@ -221,7 +227,11 @@ def _run(jobs: Sequence[_Job], workers: int, device: str, bar: Any) -> dict[int,
             shards[job.number] = result()
         except Unreadable as error:
             broken += error.args
-    refuse_unreadable(broken, bar.total)
+    refuse_unreadable(
+        broken,
+        bar.total,
+        "put others of the same names in their place, and run the command again for their shards",
+    )
     return shards
 
 
@@ -256,7 +266,7 @@ def encode_shard(job: _Job, device: str, threads: int, tell: Tell) -> Shard:
     tensors = {name: torch.cat(kept) for name, kept in rows.items()}
     if job.labels:
         tensors["label"] = torch.tensor(job.labels)
-    return write_shard(job.folder, job.number, tensors, source.hexdigest(), moments)
+    return write_shard(job.folder, job.number, tensors, source.hexdigest(), moments, job.sizes())
 
 
 def _stored(mean: Tensor, logvar: Tensor | None, dtype: str) -> Tensor:

@@ -165,7 +165,7 @@ class PictureFiles:
         """The first 16 hex digits of the SHA-256 of the names and sizes of all files."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n"))
         return digest.hexdigest()[:16]
 
 
@@ -254,12 +254,14 @@ def judge_pictures(reports: Sequence[int | str], resolution: int) -> None:
         )
 
 
-def refuse_unreadable(broken: Sequence[str], count: int) -> None:
+def refuse_unreadable(
+    broken: Sequence[str], count: int, remedy: str = "repair or remove them"
+) -> None:
     """ValueError that shows the first of these pictures out of `count`, if there are any."""
     if broken:
         more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise ValueError(
-            f"{len(broken)} of {count} pictures cannot be read; repair or remove them:\n"
+            f"{len(broken)} of {count} pictures cannot be read; {remedy}:\n"
             + "\n".join(broken[:SHOWN])
             + more
         )

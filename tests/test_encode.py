@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import zoo
 from tiny_vaes import photos, save_dc, save_kl, save_tiny
@@ -251,6 +252,36 @@ def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_
         "shard_00001.safetensors",
         "shard_00002.safetensors",
     ]
+
+
+def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypatch, capsys):
+    folder = photos(tmp_path / "photos", n=6)
+    first, *_, last = sorted(folder.rglob("*.png"))
+    good = last.read_bytes()
+    content = bytearray(first.read_bytes())
+    content[200:260] = bytes(60)
+    first.write_bytes(content)
+    with pytest.raises(ValueError, match="others of the same names in their place"):
+        encode(folder, tmp_path / "out", encoder(kl), shard_rows=2)
+    made = []
+    real = module.encode_shard
+    monkeypatch.setattr(
+        module, "encode_shard", lambda job, *args: made.append(job.number) or real(job, *args)
+    )
+    first.write_bytes(good)
+    assert encode(folder, tmp_path / "out", encoder(kl), shard_rows=2).num == 6
+    assert made == [0]
+    Image.new("RGB", (20, 20)).save(last)
+    encode(folder, tmp_path / "out", encoder(kl), shard_rows=2)
+    assert made == [0, 2]
+    assert "shard_00002.safetensors have changed: encoded again" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_names(kl, tmp_path):
+    folder = photos(tmp_path / "photos", n=6)
+    picture = sorted(folder.rglob("*.png"))[0]
+    picture.rename(os.fsdecode(os.fsencode(picture.with_name("caf")) + b"\xe9.png"))
+    assert encode(folder, tmp_path / "out", encoder(kl)).num == 6
 
 
 def test_a_resolution_that_the_vae_does_not_give_back_is_refused(pictures, kl, tmp_path):
