@@ -371,10 +371,16 @@ def test_a_damaged_block_is_named_and_no_block_of_another_number_is_taken(tmp_pa
     assert sink.has(1)
     assert not FeatureSink(cache=tmp_path, about={}, num=310, extractor=Pixels()).has(1)
     path = sink.folder / "block_000001.safetensors"
-    save_file({"features": torch.zeros(44, 2)}, path)
-    path.write_bytes(path.read_bytes()[:-8])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    assert not sink.has(1)
+    assert "its content has changed" in caplog.text
+    path.write_bytes(content[:-8])
+    caplog.clear()
     assert not sink.has(1)
     assert str(path) in caplog.text
+    save_file({"features": torch.zeros(44, 2)}, path)  # written before there were hashes
+    assert sink.has(1)
 
 
 # The command line.
