@@ -2,8 +2,6 @@
 
     fd    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)        Heusel, arXiv 1706.08500
     kid   unbiased MMD^2 with the kernel (x.y / d + 1)^3              Binkowski, arXiv 1801.01401
-    precision, recall     share inside the other set's k-NN balls     Kynkaanniemi, arXiv 1904.06991
-    density, coverage     their forms robust to outliers              Naeem, arXiv 2002.09797
 
 The square root inside fd is taken from eigenvalues of a symmetric matrix in float64, and checked:
 general matrix square roots have returned wrong values for the nearly singular covariances that few
@@ -95,11 +93,11 @@ class Kid:
             )
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        target = _vectors(reference)
+        target = vectors(reference)
         whole = _unbiased_mmd(_cubic, target) if len(target) <= self.max_subset_size else None
 
         def compare(samples: Tensor) -> Values:
-            found = _vectors(samples)
+            found = vectors(samples)
             if whole and len(found) <= self.max_subset_size:
                 yield "kid", whole(found)
             else:
@@ -123,64 +121,6 @@ class Kid:
         return self.against(reference)(samples)
 
 
-@metrics.register("precision_recall")
-@dataclass(frozen=True, kw_only=True)
-class PrecisionRecall:
-    """Fidelity (precision, density) and diversity (recall, coverage) by k-nearest neighbours."""
-
-    reference: ClassVar = Reference(
-        title="Improved Precision and Recall Metric for Assessing Generative Models",
-        authors="Kynkaanniemi et al.",
-        year=2019,
-        arxiv="1904.06991",
-    )
-    better: ClassVar = "higher"
-
-    k: int = 3
-    block: int = 1000  # rows of the distance matrix at a time
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or self.block < 1:
-            raise ValueError(
-                f"precision_recall.k = {self.k}, precision_recall.block = {self.block}; "
-                "both are at least 1"
-            )
-
-    def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        target = _vectors(reference)
-        target_radii = self._radii(target)
-
-        def compare(samples: Tensor) -> Values:
-            found = _vectors(samples)
-            inside = torch.zeros(len(found), dtype=target.dtype)  # reference balls around each
-            recalled = torch.zeros(len(target), dtype=torch.bool)
-            nearest = torch.full((len(target),), torch.inf, dtype=target.dtype)
-            radii = self._radii(found)
-            for rows in torch.arange(len(found)).split(self.block):
-                distance = torch.cdist(found[rows], target)  # [rows m]
-                inside[rows] = (distance <= target_radii).sum(1).double()
-                recalled |= (distance <= radii[rows, None]).any(0)
-                nearest = torch.minimum(nearest, distance.amin(0))
-            yield "precision", float((inside > 0).double().mean())
-            yield "recall", float(recalled.double().mean())
-            yield "density", float(inside.mean() / self.k)
-            yield "coverage", float((nearest <= target_radii).double().mean())
-
-        return compare
-
-    def __call__(self, samples: Tensor, reference: Tensor) -> Values:
-        return self.against(reference)(samples)
-
-    def _radii(self, x: Tensor) -> Tensor:
-        """The distance from each row to its k-th nearest other row."""
-        if len(x) <= self.k:
-            raise ValueError(
-                f"precision_recall.k = {self.k} needs more than {self.k} samples, not {len(x)}"
-            )
-        parts = [torch.cdist(part, x) for part in x.split(self.block)]
-        return torch.cat([distance.kthvalue(self.k + 1, dim=1).values for distance in parts])
-
-
 @metrics.register("mmd")
 @dataclass(frozen=True, kw_only=True)
 class Mmd:
@@ -199,10 +139,10 @@ class Mmd:
             raise ValueError(f"mmd.bandwidths = {self.bandwidths!r}; give positive widths")
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        distance = _unbiased_mmd(self._kernel, _vectors(reference))
+        distance = _unbiased_mmd(self._kernel, vectors(reference))
 
         def compare(samples: Tensor) -> Values:
-            yield "mmd", distance(_vectors(samples))
+            yield "mmd", distance(vectors(samples))
 
         return compare
 
@@ -232,7 +172,7 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean [d] and unbiased covariance [d d] of x [n d], in float64."""
-    x = _vectors(x)
+    x = vectors(x)
     mean = x.mean(0)
     centred = x - mean
     return mean, centred.T @ centred / (len(x) - 1)
@@ -279,7 +219,7 @@ def _eigenvalues(matrix: Tensor, values: Tensor, scale: float) -> Tensor:
     return torch.where(values > 10 * epsilon, values, 0.0)
 
 
-def _vectors(x: Tensor) -> Tensor:
+def vectors(x: Tensor) -> Tensor:
     """[n *d] -> [n d] float64 on the CPU, finite, at least two rows."""
     if len(x) < 2:
         raise ValueError(f"a distance needs at least 2 samples on each side, not {len(x)}")

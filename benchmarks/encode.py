@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -47,12 +46,15 @@ from benchmarks.latent_shards import (
     write_json,
     write_shard,
 )
+from benchmarks.shard_workers import Tell, results
 from benchmarks.vaes import DiffusersVae
 
 PREPROCESSING = (
     "upright by EXIF, on white where transparent, largest centred square, Pillow's antialiased "
     "bicubic filter, uint8, x / 127.5 - 1"
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +95,14 @@ def encode(
         )
     if normalise == "constants" and not encoder.vae.has_constants:
         raise ValueError(f"{encoder.vae.path} holds no scale and shift: --normalise channel")
+    data, out = data.expanduser(), out.expanduser()
+    if out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--out {out} is among the pictures of --data {data}; choose another one")
     found = find_pictures(
-        data.expanduser(), labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
+        data, labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
     )
     check_pictures(found.files, encoder.resolution)
-    plan = _plan(data.expanduser(), found, encoder, shard_rows)
+    plan = _plan(data, found, encoder, shard_rows)
     out.mkdir(parents=True, exist_ok=True)
     _keep(plan, out)
     jobs = [
@@ -105,7 +110,13 @@ def encode(
              found.labels[start : start + shard_rows], encoder)
         for number, start in enumerate(range(0, len(found.files), shard_rows))
     ]  # fmt: skip
-    shards, problems = finished_shards(out, len(jobs))
+    if workers > len(jobs):
+        log.warning(
+            "%d pictures in shards of %d leave %d of %d workers without work; give a smaller "
+            "--shard-rows",
+            *(len(found.files), shard_rows, workers - len(jobs), workers),
+        )
+    shards, problems = finished_shards(out, [job.sizes() for job in jobs])
     for problem in problems:
         print(f"{problem}: encoded again", file=sys.stderr)
     missing = [job for job in jobs if job.number not in shards]
@@ -121,7 +132,7 @@ def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[s
     listing = hashlib.sha256()
     for i, path in enumerate(found.files):
         label = found.labels[i] if found.labels else ""
-        listing.update(f"{path.relative_to(data)} {path.stat().st_size} {label}\n".encode())
+        listing.update(os.fsencode(f"{path.relative_to(data)} {label}\n"))
     mean, logvar = _fitting(encoder.vae, encoder.resolution)
     return {
         "format": 1,
@@ -176,7 +187,7 @@ def _manifest(
 ) -> Manifest:
     mean, std = channel_statistics(shards)
     if normalise == "constants":
-        scale, shift = [encoder.vae.scale] * len(mean), [encoder.vae.shift] * len(mean)
+        scale, shift = map(list, encoder.vae.constants(len(mean)))
     elif min(std) > 0:
         scale, shift = [1 / s for s in std], mean
     else:
@@ -197,6 +208,11 @@ class _Job:
     labels: tuple[int, ...]
     encoder: Encoder
 
+    def sizes(self) -> str:
+        """The SHA-256 of its pictures' sizes, which tells one that was repaired."""
+        listing = " ".join(str(path.stat().st_size) for path in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
 
 class Unreadable(ValueError):
     """Pictures of a shard that cannot be read, one line each as its arguments."""
@@ -206,50 +222,17 @@ def _run(jobs: Sequence[_Job], workers: int, device: str, bar: Any) -> dict[int,
     """All jobs' shards by number; unreadable pictures are named when the others are done."""
     shards: dict[int, Shard] = {}
     broken: list[str] = []
-    for job, result in _results(jobs, workers, _devices(device)):
+    for job, result in results(encode_shard, jobs, workers, _devices(device), bar.update):
         try:
             shards[job.number] = result()
         except Unreadable as error:
             broken += error.args
-        bar.update(len(job.files))
-    refuse_unreadable(broken, bar.total)
+    refuse_unreadable(
+        broken,
+        bar.total,
+        "put others of the same names in their place, and run the command again for their shards",
+    )
     return shards
-
-
-def _results(
-    jobs: Sequence[_Job], workers: int, devices: Sequence[str]
-) -> Iterator[tuple[_Job, Callable[[], Shard]]]:
-    """Each job as its shard is there to ask for."""
-    if workers <= 1:
-        for job in jobs:
-            yield job, partial(encode_shard, job, devices[0], os.cpu_count() or 1)
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    places = context.Queue()
-    for number in range(workers):
-        places.put(devices[number % len(devices)])
-    pool = ProcessPoolExecutor(workers, context, _begin, (places, threads))
-    try:
-        waiting: dict[Future[Shard], _Job] = {pool.submit(_encode_here, job): job for job in jobs}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result
-    finally:
-        pool.shutdown(cancel_futures=True)  # shards under way are finished
-
-
-_place: tuple[str, int] = ("cpu", 1)  # of this worker: its device and threads
-
-
-def _begin(places: Any, threads: int) -> None:
-    global _place
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    torch.set_num_threads(threads)
-    _place = places.get(), threads
-
-
-def _encode_here(job: _Job) -> Shard:
-    return encode_shard(job, *_place)
 
 
 def _devices(name: str) -> list[str]:
@@ -258,8 +241,8 @@ def _devices(name: str) -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def encode_shard(job: _Job, device: str, threads: int) -> Shard:
-    """Make one shard; Unreadable names all of its pictures that cannot be read."""
+def encode_shard(job: _Job, device: str, threads: int, tell: Tell) -> Shard:
+    """Make one shard, and tell of its pictures; Unreadable names those that cannot be read."""
     encoder, source, broken = job.encoder, hashlib.sha256(), list[str]()
     rows: dict[str, list[Tensor]] = {"posterior": []}
     if encoder.flips:
@@ -268,6 +251,7 @@ def encode_shard(job: _Job, device: str, threads: int) -> Shard:
     for pictures in _read_ahead(job, threads):
         broken += [picture for picture in pictures if isinstance(picture, str)]
         if broken:
+            tell(len(pictures))
             continue
         for _, digest in pictures:
             source.update(digest)
@@ -276,12 +260,13 @@ def encode_shard(job: _Job, device: str, threads: int) -> Shard:
             mean, logvar = encoder.vae.encode(pixels.flip(-1) if "flipped" in name else pixels)
             moments.add(mean, logvar)
             kept.append(_stored(mean, logvar, encoder.dtype))
+        tell(len(pictures))
     if broken:
         raise Unreadable(*broken)
     tensors = {name: torch.cat(kept) for name, kept in rows.items()}
     if job.labels:
         tensors["label"] = torch.tensor(job.labels)
-    return write_shard(job.folder, job.number, tensors, source.hexdigest(), moments)
+    return write_shard(job.folder, job.number, tensors, source.hexdigest(), moments, job.sizes())
 
 
 def _stored(mean: Tensor, logvar: Tensor | None, dtype: str) -> Tensor:

@@ -25,6 +25,7 @@ from backbones.network import FlowNetwork, build_network
 from benchmarks import evaluate
 from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.features import Pixels
+from benchmarks.guidance_checks import check_guidance
 from benchmarks.metrics import FeatureMetrics
 from benchmarks.pruning import Pruner, check_pruner
 from benchmarks.run_bindings import bound, check_counts, decays, one_budget, power_widths
@@ -188,7 +189,7 @@ def run(
         return made.to(_device(device))
 
     net = network(required_heads(objective), heads)
-    _check_guidance_input(name, objective, net)
+    check_guidance(name, objective, sampler, net, dataset.num_classes)
     optimizer = optimizer or registry.optimizers.build("adamw")
     teacher = _frozen_teacher(objective)
     if teacher is not None:
@@ -231,16 +232,6 @@ def run(
         measured = _measured(experiment, pruner.metric)
         check_pruner(pruner, experiment.recorder, evaluate_every, experiment.budget, measured)
     return experiment
-
-
-def _check_guidance_input(name: str, objective: Objective, net: FlowNetwork) -> None:
-    fields = getattr(net.trunk, "fields", {})
-    if getattr(objective, "guidance", None) is not None and not fields.get("guidance_input"):
-        backbone = registry.backbones.name_of(net.trunk)
-        raise ValueError(
-            f"{name}.guidance draws a scale for each row, which the network has to be told. Bind "
-            f"{backbone}.guidance_input = True"
-        )
 
 
 def _frozen_teacher(objective: Objective) -> Frozen | None:

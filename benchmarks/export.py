@@ -9,12 +9,14 @@ from benchmarks.pretrained import import_file
 from benchmarks.sampling import open_run
 
 
-def export_run(run: Path, out: Path, weights: Path | None = None) -> Path:
+def export_run(
+    run: Path, out: Path, weights: Path | None = None, bindings: tuple[str, ...] = ()
+) -> Path:
     """Write the weights of a finished run, and what they belong to, into `out`.
 
     They are those that were measured, unless a file of others is given.
     """
-    experiment, net = open_run(run, weights=weights)
+    experiment, net = open_run(run, bindings, weights=weights)
     return save_exported(
         net,
         out,

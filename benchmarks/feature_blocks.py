@@ -1,7 +1,7 @@
 """Images in blocks of 256, and what is kept of them: features on disk, PNGs if wanted.
 
     CACHE/<key>/about.json                 all that the features depend on
-                block_000000.safetensors   float32 [256 d]
+                block_000000.safetensors   float32 [256 d], and their SHA-256
 
 The key is the hash of `about`, so features are found again by content: a killed run continues with
 the blocks that are missing, and another run of the same network and samples computes nothing.
@@ -59,18 +59,23 @@ class FeatureSink:
             return False
         try:
             with safe_open(path, "pt") as file:
-                rows = file.get_slice("features").get_shape()[0]
+                rows, noted = file.get_slice("features").get_shape()[0], file.metadata() or {}
+                if rows != _size(block, self.num):
+                    return False  # the last block of another number has other draws
+                if noted.get("sha256") not in (None, _digest(file.get_tensor("features"))):
+                    raise SafetensorError("its content has changed")
         except SafetensorError as error:
             log.warning("%s is damaged and computed again: %s", path, error)
             return False
-        return rows == _size(block, self.num)  # the last block of another number has other draws
+        return True
 
     def take(self, block: int, images: Tensor) -> None:
         path = self._path(block)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path.with_name("about.json"), _text(self.about))
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"features": self.extractor(images).contiguous()}, partial)
+        features = self.extractor(images).contiguous()
+        save_file({"features": features}, partial, {"sha256": _digest(features)})
         partial.replace(path)
 
     def load(self) -> Tensor:
@@ -153,6 +158,10 @@ def fill(
 
 def num_blocks(num: int) -> int:
     return -(-num // BLOCK)
+
+
+def _digest(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().tobytes()).hexdigest()
 
 
 def _size(block: int, num: int) -> int:

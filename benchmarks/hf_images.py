@@ -1,12 +1,13 @@
 """Pictures in data sets of the Hugging Face hub, by name or from local files.
 
 A local folder is what `Dataset.save_to_disk` wrote, or data files (parquet, arrow, a picture
-folder) that `datasets.load_dataset` understands. Pictures go through the rules of
-benchmarks/image_files.py, as those of a plain folder do.
+folder) that `datasets.load_dataset` understands; a local file is one of these. Pictures go through
+the rules of benchmarks/image_files.py, as those of a plain folder do.
 """
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.image_files import as_pixels, judge_pictures
+from benchmarks.image_files import as_pixels, check_memory, judge_pictures
 from benchmarks.streams import Pictures, StoredSet
 from registry import datasets
 from registry.core import did_you_mean
+
+FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+log = logging.getLogger(__name__)
 
 
 @datasets.register("hf_images")
@@ -52,6 +57,12 @@ class HfImages(StoredSet):
         label = _column(table, "ClassLabel", self.label, "label")
         if not image:
             raise ValueError(f"{self.path} has no column of pictures; it has {_described(table)}")
+        if not label and (others := [name for name in table.features if name != image]):
+            log.warning(
+                "%s has no ClassLabel column, so there are no labels; the other columns are %s. "
+                "Bind hf_images.label to train with one",
+                *(self.path, ", ".join(others)),
+            )
         labels, classes = _labels(table, label, self.path) if label else (None, ())
         return Pictures(_pixels(table, image, self.resolution, self.channels), labels, classes)
 
@@ -64,6 +75,9 @@ def _table(path: str, config: str | None, split: str) -> Any:
     folder = Path(path).expanduser()
     saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
     try:
+        if folder.is_file() and folder.suffix in FILES:
+            files = {split.partition("[")[0]: str(folder)}
+            return hf.load_dataset(FILES[folder.suffix], data_files=files, split=split)
         if not saved:
             return hf.load_dataset(str(folder) if folder.exists() else path, config, split=split)
         found = hf.load_from_disk(str(folder))
@@ -73,7 +87,15 @@ def _table(path: str, config: str | None, split: str) -> Any:
         ) from error
     if isinstance(found, hf.DatasetDict) and split not in found:
         raise ValueError(f"{path} has the splits {', '.join(found)}, and no {split!r}")
-    return found[split] if isinstance(found, hf.DatasetDict) else found
+    if isinstance(found, hf.DatasetDict):
+        return found[split]
+    own = str(found.split or split).partition("[")[0]
+    if own != split:
+        raise ValueError(
+            f"{path} is one saved split{f', {own!r}' if found.split else ''}, and cannot give "
+            f"{split!r}. Bind hf_images.split = {own!r}"
+        )
+    return found
 
 
 def _column(table: Any, kind: str, wanted: str, field: str) -> str:
@@ -113,6 +135,8 @@ def _labels(table: Any, column: str, path: str) -> tuple[Tensor, tuple[str, ...]
 def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
     """uint8 [n c h w]; ValueError that names the rows that cannot be read."""
     rows = range(len(table))
+    instead = "Choose a smaller hf_images.resolution, or save them as files for image_folder"
+    check_memory(len(rows), (channels, resolution, resolution), instead)
     pixels = torch.empty(len(rows), channels, resolution, resolution, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         read = partial(_read, table.select_columns([column]), column, pixels)

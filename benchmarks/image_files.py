@@ -27,7 +27,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
+SUFFIXES = tuple(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff "
+    ".webp".split()
+)
 BAR_FROM = 2000  # files from which on reading shows a progress bar
 SHOWN = 10  # names in an error
 
@@ -123,7 +126,12 @@ def read_pictures(files: tuple[Path, ...], resolution: int, channels: int) -> Te
     The result is remembered for as long as the files' names, sizes and times stay the same, since
     the arms of a comparison read the same folder; treat it as read-only.
     """
-    _check_memory(len(files), (channels, resolution, resolution))
+    check_memory(
+        len(files),
+        (channels, resolution, resolution),
+        "Bind image_folder.in_memory = False, which reads them as they are needed, or choose a "
+        "smaller image_folder.resolution",
+    )
     stamps = [(str(path), *_size_and_time(path)) for path in files]
     return _read_all(tuple(stamps), resolution, channels)
 
@@ -157,11 +165,12 @@ class PictureFiles:
         """The first 16 hex digits of the SHA-256 of the names and sizes of all files."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n"))
         return digest.hexdigest()[:16]
 
 
-def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
+def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
+    """ValueError that says what to do `instead`, for pictures that take half of the memory."""
     if not hasattr(os, "sysconf"):  # Windows does not say
         return
     needed = n * math.prod(shape)
@@ -169,8 +178,7 @@ def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
     if needed > memory // 2:
         raise ValueError(
             f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
-            f"machine's {memory / 2**30:.1f} GiB. Bind image_folder.in_memory = False, which reads "
-            "them as they are needed, or choose a smaller image_folder.resolution"
+            f"machine's {memory / 2**30:.1f} GiB. {instead}"
         )
 
 
@@ -246,12 +254,14 @@ def judge_pictures(reports: Sequence[int | str], resolution: int) -> None:
         )
 
 
-def refuse_unreadable(broken: Sequence[str], count: int) -> None:
+def refuse_unreadable(
+    broken: Sequence[str], count: int, remedy: str = "repair or remove them"
+) -> None:
     """ValueError that shows the first of these pictures out of `count`, if there are any."""
     if broken:
         more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise ValueError(
-            f"{len(broken)} of {count} pictures cannot be read; repair or remove them:\n"
+            f"{len(broken)} of {count} pictures cannot be read; {remedy}:\n"
             + "\n".join(broken[:SHOWN])
             + more
         )

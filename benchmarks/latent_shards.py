@@ -4,7 +4,7 @@
     shard_00000.safetensors  posterior [n 2k h w] (mean, then log-variance) or [n k h w] where the
                              encoder is deterministic; posterior_flipped of the mirrored pictures,
                              label int64 [n]
-    shard_00000.json         its rows, size, SHA-256, the pictures' hash, the channels' sums
+    shard_00000.json         its rows, size, SHA-256, the pictures' hashes, the channels' sums
     manifest.json            the plan, all shards, the normalisation; last, when all are there
 
 A row is one read. Safetensors need no library to be mapped or checked, see
@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Shard:
     count: int  # of values for each channel
     sums: list[float]
     squares: list[float]
+    sizes_sha256: str = ""  # of the pictures; not in every folder
 
     def save(self, folder: Path) -> None:
         write_json((folder / self.file).with_suffix(".json"), asdict(self))
@@ -107,7 +109,12 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(
-    folder: Path, number: int, tensors: Mapping[str, Tensor], source: str, moments: Moments
+    folder: Path,
+    number: int,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    moments: Moments,
+    sizes: str = "",
 ) -> Shard:
     """Write one shard whole, and what is known about it beside it."""
     path = folder / shard_name(number)
@@ -122,6 +129,7 @@ def write_shard(
         count=moments.count,
         sums=moments.sums.tolist(),
         squares=moments.squares.tolist(),
+        sizes_sha256=sizes,
     )
     partial.replace(path)
     shard.save(folder)
@@ -153,15 +161,18 @@ def channel_statistics(shards: Sequence[Shard]) -> tuple[list[float], list[float
     return mean.tolist(), (square - mean.square()).sqrt().tolist()
 
 
-def finished_shards(folder: Path, count: int) -> tuple[dict[int, Shard], list[str]]:
-    """The whole shards by number, checked byte by byte, and a line for each that is damaged."""
+def finished_shards(folder: Path, sizes: Sequence[str]) -> tuple[dict[int, Shard], list[str]]:
+    """The whole shards by number, checked byte by byte, and a line for each that is not.
+
+    `sizes` are the hashes of the sizes that the pictures of each shard have now.
+    """
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda number: _finished(folder, number), range(count)))
+        found = list(pool.map(partial(_finished, folder), range(len(sizes)), sizes))
     whole = {n: shard for n, shard in enumerate(found) if isinstance(shard, Shard)}
     return whole, [problem for problem in found if isinstance(problem, str)]
 
 
-def _finished(folder: Path, number: int) -> Shard | str | None:
+def _finished(folder: Path, number: int, sizes: str) -> Shard | str | None:
     path = folder / shard_name(number)
     about = path.with_suffix(".json")
     if not about.is_file():
@@ -170,6 +181,8 @@ def _finished(folder: Path, number: int) -> Shard | str | None:
         shard = Shard(**json.loads(about.read_text()))
     except (ValueError, TypeError):
         return f"{about} cannot be read"
+    if shard.sizes_sha256 not in ("", sizes):
+        return f"pictures of {path} have changed"
     return damage(folder, shard, content=True) or shard
 
 

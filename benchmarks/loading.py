@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import benchmarks.parts  # noqa: F401  registers every part, the VAEs too
 from benchmarks.datasets import ImageFolder
 from benchmarks.latent_shards import MANIFEST, Manifest, Moments, write_shard
 from benchmarks.latents import Latents
@@ -84,6 +85,7 @@ def open_folder(folder: Path, resolution: int) -> Dataset:
 
 def measure(work: Work) -> tuple[Rates, Rates]:
     """Of reading and of copying."""
+    open_folder(work.folder, work.resolution)  # what is wrong with it is said here, and once
     context: Any = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(work.ranks), context.Queue()
     processes = [
@@ -128,7 +130,8 @@ def _rank(work: Work, rank: int, barrier: Any, results: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=about)
     parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; none: noise")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1024, help="of all processes together")

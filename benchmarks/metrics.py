@@ -14,8 +14,9 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from benchmarks.distances import Frechet, Kid, PrecisionRecall, Values, VectorMetric
+from benchmarks.distances import Frechet, Kid, Values, VectorMetric
 from benchmarks.features import Extractor, best_available
+from benchmarks.neighbours import PrecisionRecall
 from registry import metrics
 
 

@@ -12,6 +12,7 @@ Statistics are used where their dimension is that of the features, images for ev
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ from registry.protocols import Coded, Dataset
 CLEANFID = "cleanfid:"
 CLEANFID_URL = "https://www.cs.cmu.edu/~clean-fid/stats/"
 Images = Callable[[int, int], Tensor]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], n
     if path.is_dir():
         return _of_folder(path, shape)
     if path.is_file() and path.suffix == ".npz":
-        return _of_npz(path)
+        return _of_size(_of_npz(path), shape)
     raise ValueError(
         f"the reference {reference!r} is no folder of pictures and no .npz file. Statistics under "
         f"clean-fid's names are {CLEANFID}NAME_SPLIT_SIZE, such as {CLEANFID}cifar10_train_32"
@@ -98,7 +101,7 @@ def _of_folder(folder: Path, shape: tuple[int, ...]) -> Real:
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"samples of shape {shape} cannot be compared with a folder of pictures")
     files = find_pictures(folder, labelled=False).files
-    check_pictures(files)
+    check_pictures(files, shape[1])
     with ThreadPoolExecutor() as pool:
         digests = "\n".join(pool.map(_file_digest, files))
     content = hashlib.sha256(digests.encode()).hexdigest()
@@ -134,6 +137,18 @@ def _of_npz(path: Path) -> Real:
     return Real(
         about=about, resize=resize, **_images_in(content, path), **_moments_in(content, path)
     )
+
+
+def _of_size(real: Real, shape: tuple[int, ...]) -> Real:
+    """The same, with a warning where its images have another size than the samples."""
+    size = real.images(0, 1).shape[2:] if real.images else shape[1:]
+    if tuple(size) != tuple(shape[1:]):
+        log.warning(
+            "the images of %s have %s pixels and the samples %s, which a distance sees too; a "
+            "folder of pictures would be brought to their size",
+            *(real.about, " x ".join(map(str, size)), " x ".join(map(str, shape[1:]))),
+        )
+    return real
 
 
 def _images_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def sample_run(
     sampler: str | None,
     out: Path,
     weights: Path | None = None,
+    bindings: tuple[str, ...] = (),
 ) -> Path:
     """Draw `num` samples at each NFE from the run in `folder`; the picture's path.
 
@@ -63,7 +64,7 @@ def sample_run(
     """
     if num < 1:
         raise ValueError(f"the number of samples is {num}; give 1 or more")
-    experiment, net = open_run(folder, sampler=sampler, weights=weights)
+    experiment, net = open_run(folder, bindings, sampler=sampler, weights=weights)
     rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
     path = picture(rows, out)
     if path is None:

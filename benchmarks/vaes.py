@@ -4,8 +4,10 @@ Latents are kept as the encoder gives them. What a network trains on is (latent 
 with the constants of the VAE's own config.json, and nowhere else are they written down: 0.18215 for
 Stable Diffusion's (some public code has 0.18125, a misprint that is warned of), 0.13025 for SDXL's,
 1.5305 and 0.0609 for SD 3's, 0.3611 and 0.1159 for FLUX's. A config without them means 0.18215 for
-AutoencoderKL and 1 for the others, by diffusers' own defaults. VAEs without such constants, VA-VAE
-and all in single files (ldm_vae.py), are normalised channel by channel instead, see encode.py.
+AutoencoderKL and 1 for the others, by diffusers' own defaults; one with the channels' statistics
+(latents_mean, latents_std) means (latent - mean) scale / std, as in diffusers' pipelines. VAEs
+without such constants, VA-VAE and all in single files (ldm_vae.py), are normalised channel by
+channel instead, see encode.py.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ HUB = {  # short names, for the command line
     "taesd": "madebyollin/taesd",
     "dc_ae_f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
 }
+_VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+)\.(?:safetensors|bin)\Z")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+\Z")
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,18 @@ class DiffusersVae:
     @property
     def shift(self) -> float:
         return float(self._config.get("shift_factor") or 0.0)
+
+    def constants(self, channels: int) -> tuple[list[float], list[float]]:
+        """Scale and shift of each channel: where the config has statistics, as diffusers has it."""
+        mean, std = self._config.get("latents_mean"), self._config.get("latents_std")
+        if mean is None or std is None:
+            return [self.scale] * channels, [self.shift] * channels
+        if len(mean) != channels or len(std) != channels or not min(std) > 0:
+            raise ValueError(
+                f"{self.path}: latents_mean and latents_std in its config.json must have one "
+                f"number, positive the latter, for each of {channels} channels"
+            )
+        return [self.scale / s for s in std], list(map(float, mean))
 
     def provenance(self) -> dict[str, str]:
         return {
@@ -187,10 +202,14 @@ def _fetched(path: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return load(*args, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the VAE {path} cannot be loaded: {error}\nWithout a network, fetch it elsewhere "
-            f"(hf download {path} --local-dir FOLDER) and give FOLDER"
-        ) from error
+        if Path(path).expanduser().is_dir():
+            hint = "The folder needs config.json and the weights that save_pretrained writes"
+        else:
+            hint = (
+                f"Without a network, fetch it elsewhere (hf download {path} --local-dir FOLDER) "
+                "and give FOLDER"
+            )
+        raise ValueError(f"the VAE {path} cannot be loaded: {error}\n{hint}") from error
 
 
 def _diffusers() -> Any:
@@ -213,8 +232,25 @@ def _load(model: str, path: str, subfolder: str, device: str) -> nn.Module:
     place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
     load = getattr(_diffusers(), model).from_pretrained
     # Without accelerate diffusers would say that it does not save memory.
-    net = _fetched(path, load, place, subfolder=subfolder or None, low_cpu_mem_usage=False)
+    options: dict[str, Any] = {"subfolder": subfolder or None, "low_cpu_mem_usage": False}
+    options["variant"] = _variant(Path(place, subfolder))
+    if _pickled(Path(place, subfolder)):
+        options["use_safetensors"] = False
+    net = _fetched(path, load, place, **options)
     return net.float().eval().requires_grad_(False).to(device)
+
+
+def _variant(folder: Path) -> str | None:
+    """Of a local folder's weights, where it has no others: fp16 of diffusion_pytorch_model.fp16."""
+    files = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    found = [m[1] for name in files if (m := _VARIANT.match(name))]
+    return found[0] if found and len(found) == len(files) else None
+
+
+def _pickled(folder: Path) -> bool:
+    """Whether a local folder's weights are .bin alone; diffusers would say that it looked first."""
+    kinds = {path.suffix for path in folder.glob("diffusion_pytorch_model*") if path.is_file()}
+    return ".bin" in kinds and ".safetensors" not in kinds
 
 
 def _load_file(model: str, path: str) -> nn.Module:

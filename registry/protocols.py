@@ -318,16 +318,14 @@ class Vae(Protocol):
     """Frozen weights between pixels in [-1, 1] [n c h w] and latents [n k h' w'].
 
     `encode` gives the posterior's mean and log-variance, None where the encoder is deterministic;
-    neither side is scaled or shifted, but `scale` and `shift` say how: (latent - shift) scale.
+    neither side is scaled or shifted, but `constants`, the scale and shift of each channel, say
+    how: (latent - shift) scale.
     """
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def provenance(self) -> dict[str, str]: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def shift(self) -> float: ...
+    def constants(self, channels: int) -> tuple[list[float], list[float]]: ...
 
 
 class Metric(Protocol):

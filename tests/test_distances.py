@@ -17,11 +17,11 @@ from benchmarks.distances import (
     Frechet,
     Kid,
     Mmd,
-    PrecisionRecall,
     frechet_distance,
     moments,
     symmetric_root,
 )
+from benchmarks.neighbours import PrecisionRecall
 
 
 def normal(n: int, d: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -226,6 +226,13 @@ def test_an_overdispersed_model_has_recall_without_precision() -> None:
     assert found["precision"] < 0.3
 
 
+def test_precision_recall_of_many_rows_is_that_of_some_evenly_spaced() -> None:
+    real, fake = normal(300, 4, 1), normal(200, 4, 2)
+    expected = dict(PrecisionRecall()(fake[::2], real[::3]))
+    assert dict(PrecisionRecall(max_rows=100)(fake, real)) == expected
+    assert dict(PrecisionRecall(max_rows=300)(fake, real)) == dict(PrecisionRecall()(fake, real))
+
+
 @pytest.mark.parametrize("metric", [Frechet(), Kid(), PrecisionRecall(), Mmd()])
 def test_broken_input_is_refused(metric) -> None:
     good = normal(10, 3)
@@ -244,6 +251,7 @@ def test_broken_input_is_refused(metric) -> None:
         lambda: Kid(num_subsets=0),
         lambda: PrecisionRecall(k=0),
         lambda: PrecisionRecall(block=0),
+        lambda: PrecisionRecall(max_rows=3),
         lambda: Mmd(bandwidths=()),
         lambda: Mmd(bandwidths=(1.0, 0.0)),
     ],

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import zoo
 from tiny_vaes import photos, save_dc, save_kl, save_tiny
@@ -110,11 +115,11 @@ def test_a_killed_command_continues_with_the_shards_that_are_missing(
     made = []
     real = module.encode_shard
 
-    def interrupted(job, device, threads):
+    def interrupted(job, *args):
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(job.number)
-        return real(job, device, threads)
+        return real(job, *args)
 
     monkeypatch.setattr(module, "encode_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -156,9 +161,59 @@ def test_a_damaged_shard_is_named_and_only_it_is_redone(
 
 
 @pytest.mark.slow  # two processes import diffusers
-def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path):
+def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path, caplog, capsys):
     encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
     assert contents(tmp_path) == contents(encoded)
+    assert not caplog.records
+    assert "22/22" in capsys.readouterr().err
+
+
+def test_the_bar_moves_with_every_batch_and_idle_workers_are_warned_of(
+    pictures, kl, tmp_path, monkeypatch, caplog
+):
+    moves = []
+
+    class Bar(module.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    encode(pictures, tmp_path, encoder(kl, batch_size=4), workers=2)
+    assert moves == [4, 4, 4, 4, 4, 2]  # of one shard
+    assert "22 pictures in shards of 1024 leave 1 of 2 workers without work" in caplog.text
+
+
+@pytest.mark.slow  # three processes import diffusers
+def test_workers_of_a_killed_command_end(pictures, kl, tmp_path):
+    words = ["encode", "--data", pictures, "--vae", kl, "--out", tmp_path / "out", "--workers", "2"]
+    words += ["--resolution", "16", "--shard-rows", "1"]
+    command = [sys.executable, "-m", "benchmarks.cli", *map(str, words)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = psutil.Process(started.pid)
+    try:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "out").glob("shard_*.json")):
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = parent.children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        started.kill()
+        started.wait()
+    deadline = time.monotonic() + 10
+    while (left := [w for w in workers if _lives(w)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_other_settings_do_not_continue_a_folder(encoded, pictures, kl, tmp_path):
@@ -199,11 +254,48 @@ def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_
     ]
 
 
+def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypatch, capsys):
+    folder = photos(tmp_path / "photos", n=6)
+    first, *_, last = sorted(folder.rglob("*.png"))
+    good = last.read_bytes()
+    content = bytearray(first.read_bytes())
+    content[200:260] = bytes(60)
+    first.write_bytes(content)
+    with pytest.raises(ValueError, match="others of the same names in their place"):
+        encode(folder, tmp_path / "out", encoder(kl), shard_rows=2)
+    made = []
+    real = module.encode_shard
+    monkeypatch.setattr(
+        module, "encode_shard", lambda job, *args: made.append(job.number) or real(job, *args)
+    )
+    first.write_bytes(good)
+    assert encode(folder, tmp_path / "out", encoder(kl), shard_rows=2).num == 6
+    assert made == [0]
+    Image.new("RGB", (20, 20)).save(last)
+    encode(folder, tmp_path / "out", encoder(kl), shard_rows=2)
+    assert made == [0, 2]
+    assert "shard_00002.safetensors have changed: encoded again" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_names(kl, tmp_path):
+    folder = photos(tmp_path / "photos", n=6)
+    picture = sorted(folder.rglob("*.png"))[0]
+    picture.rename(os.fsdecode(os.fsencode(picture.with_name("caf")) + b"\xe9.png"))
+    assert encode(folder, tmp_path / "out", encoder(kl)).num == 6
+
+
 def test_a_resolution_that_the_vae_does_not_give_back_is_refused(pictures, kl, tmp_path):
     for vae in (kl, save_dc(tmp_path / "dc"), save_tiny(tmp_path / "tiny")):
         with pytest.raises(ValueError, match="--resolution 15 does not fit the VAE"):
             encode(pictures, tmp_path / "out", encoder(vae, resolution=15))
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_are_not_written_among_the_pictures(kl, tmp_path):
+    folder = photos(tmp_path / "photos", n=6)
+    with pytest.raises(ValueError, match="is among the pictures"):
+        encode(folder, folder / "latents", encoder(kl))
+    assert not (folder / "latents").exists()
 
 
 def test_subfolders_that_are_no_classes_are_ignored_on_request(kl, tmp_path):
@@ -239,6 +331,39 @@ def test_constants_come_from_the_config_and_a_misprint_is_warned_of(tmp_path, ca
     assert "0.18215 is meant" in caplog.text
 
 
+def test_statistics_of_the_channels_in_a_config_scale_and_shift_as_in_diffusers(pictures, tmp_path):
+    about = {"latents_mean": [1.0, 2.0, 3.0, -4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
+    vae = save_kl(tmp_path / "vae", scaling_factor=0.5, **about)
+    manifest = encode(pictures, tmp_path / "out", encoder(vae))
+    assert manifest.scale == (0.5, 0.25, 0.125, 0.0625)  # its pipelines: (z - mean) factor / std
+    assert manifest.shift == (1.0, 2.0, 3.0, -4.0)
+    wrong = save_kl(tmp_path / "wrong", latents_mean=[0.0], latents_std=[1.0])
+    with pytest.raises(ValueError, match="for each of 4 channels"):
+        encode(pictures, tmp_path / "out2", encoder(wrong))
+
+
+def test_a_folder_with_the_weights_of_one_variant_is_read(tmp_path):
+    whole = save_kl(tmp_path / "vae")
+    expected = find_vae(str(whole)).digest()
+    file = whole / "diffusion_pytorch_model.safetensors"
+    save_kl(tmp_path / "half")
+    other = tmp_path / "half" / file.name
+    other.rename(other.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert find_vae(str(tmp_path / "half")).digest() == expected
+
+
+def test_pickled_weights_are_read_without_a_word(tmp_path, capfd):
+    expected = find_vae(str(save_kl(tmp_path / "a"))).digest()
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL.from_pretrained(tmp_path / "a").save_pretrained(
+        tmp_path / "b", safe_serialization=False
+    )
+    capfd.readouterr()
+    assert find_vae(str(tmp_path / "b")).digest() == expected
+    assert "error" not in capfd.readouterr().err
+
+
 def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json and is no hub id.*taesd"):
         find_vae(str(tmp_path))
@@ -250,7 +375,7 @@ def test_what_is_no_vae_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(ValueError, match="holds a UNet2DModel; it must be one of AutoencoderDC"):
         find_vae(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(ValueError, match=r"cannot be loaded(.|\n)*--local-dir FOLDER"):
+    with pytest.raises(ValueError, match=r"cannot be loaded(.|\n)*needs config\.json and"):
         find_vae(str(tmp_path))
 
 

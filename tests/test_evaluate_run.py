@@ -218,6 +218,19 @@ def fd(samples: torch.Tensor, real: np.ndarray) -> float:
     return value
 
 
+def test_a_reference_of_another_size_than_the_samples_is_warned_of(tmp_path, caplog) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    find_real(str(tmp_path / "a.npz"), None, (3, 8, 8), 0)
+    folder, _ = grey_pictures(tmp_path / "pictures")
+    find_real(str(folder), None, (3, 8, 8), 0)
+    assert not caplog.records
+    find_real(str(tmp_path / "a.npz"), None, (3, 16, 16), 0)
+    assert "have 8 x 8 pixels and the samples 16 x 16" in caplog.text
+    find_real(str(folder), None, (3, 16, 16), 0)
+    assert "smaller than 16 pixels and are enlarged" in caplog.text
+
+
 def test_a_folder_an_npz_and_statistics_of_the_same_images_give_one_distance(
     run_folder, tmp_path
 ) -> None:
@@ -358,10 +371,16 @@ def test_a_damaged_block_is_named_and_no_block_of_another_number_is_taken(tmp_pa
     assert sink.has(1)
     assert not FeatureSink(cache=tmp_path, about={}, num=310, extractor=Pixels()).has(1)
     path = sink.folder / "block_000001.safetensors"
-    save_file({"features": torch.zeros(44, 2)}, path)
-    path.write_bytes(path.read_bytes()[:-8])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    assert not sink.has(1)
+    assert "its content has changed" in caplog.text
+    path.write_bytes(content[:-8])
+    caplog.clear()
     assert not sink.has(1)
     assert str(path) in caplog.text
+    save_file({"features": torch.zeros(44, 2)}, path)  # written before there were hashes
+    assert sink.has(1)
 
 
 # The command line.
@@ -394,7 +413,8 @@ def test_distances_agree_with_torch_fidelity_on_the_same_features() -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from benchmarks.distances import Kid, PrecisionRecall
+    from benchmarks.distances import Kid
+    from benchmarks.neighbours import PrecisionRecall
 
     rng = torch.Generator().manual_seed(0)
     basis = torch.randn(48, 48, generator=rng, dtype=torch.float64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbone_cases import awake, inputs, small
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
+from tiny_vaes import photos
 
 import registry
 from benchmarks.conformance.subject import MIXTURE, law_batch
@@ -282,3 +283,29 @@ def test_run_with_drawn_guidance_needs_the_input_and_is_sampled_with_it(tmp_path
     done = run("told", "dit.guidance_input = True", *sampler)
     assert done.status == 0, done.err
     assert "input_guidance" in done.out
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sampler", "said"),
+    [
+        ("digits", "input_guidance", "Bind dit.guidance_input = True, and train with it; @cfg()"),
+        ("labelless", "cfg", "cfg.scale = 3: guidance needs a data set with labels"),
+        ("labelless", "input_guidance", "input_guidance.scale = 3: guidance needs a data set"),
+    ],
+)
+def test_sampler_whose_guidance_would_do_nothing_is_refused_before_training(
+    tmp_path, dataset, sampler, said
+):
+    bound = [*FILE_ONLY, f"run.sampler = @{sampler}()", f"{sampler}.scale = 3.0"]
+    if dataset == "labelless":
+        pictures = photos(tmp_path / "pictures", size=8)
+        bound += ["run.dataset = @image_folder()", "image_folder.labelled = False"]
+        bound += [f"image_folder.folder = {str(pictures)!r}", "image_folder.resolution = 8"]
+    done = zoo("run", DIGITS, "--arm", "mean_flow", "--out", tmp_path / "out", *sets(*bound))
+    assert done.status == 2
+    assert said in done.err
+
+
+def test_told_scale_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"input_guidance\.scale = 0\.0 must be at least 1"):
+        InputGuidance(scale=0.0)

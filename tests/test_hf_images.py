@@ -101,3 +101,45 @@ def test_pictures_that_are_enlarged_are_counted(saved, caplog) -> None:
 def test_classes_drive_the_labels_of_samples(saved) -> None:
     labels = HfImages(path=str(saved[0]), resolution=8).sample_labels(6)["label"]
     assert torch.bincount(labels).tolist() == [2, 2, 2]
+
+
+def test_a_saved_split_is_not_taken_for_another(tmp_path) -> None:
+    found, _ = table()
+    found.save_to_disk(tmp_path / "unnamed")
+    assert HfImages(path=str(tmp_path / "unnamed"), resolution=8).size == 9
+    with pytest.raises(ValueError, match=r"cannot give 'train\[:50%\]'"):
+        HfImages(path=str(tmp_path / "unnamed"), split="train[:50%]")
+    found.to_parquet(tmp_path / "a.parquet")
+    files = {"test": str(tmp_path / "a.parquet")}
+    test = hf.load_dataset("parquet", data_files=files, split="test", cache_dir=tmp_path / "c")
+    test.save_to_disk(tmp_path / "named")
+    assert HfImages(path=str(tmp_path / "named"), split="test", resolution=8).size == 9
+    half = hf.load_dataset("parquet", data_files=files, split="test[:3]", cache_dir=tmp_path / "c")
+    half.save_to_disk(tmp_path / "half")
+    assert HfImages(path=str(tmp_path / "half"), split="test", resolution=8).size == 3
+    with pytest.raises(ValueError, match=r"'test', and cannot.*hf_images\.split = 'test'"):
+        HfImages(path=str(tmp_path / "named"))
+
+
+def test_one_file_is_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found, pixels = table()
+    found.to_parquet(tmp_path / "pictures.parquet")
+    dataset = HfImages(path=str(tmp_path / "pictures.parquet"), resolution=8)
+    assert np.array_equal(dataset.stored.pixels.permute(0, 2, 3, 1).numpy(), pixels)
+    half = HfImages(path=str(tmp_path / "pictures.parquet"), split="train[:3]", resolution=8)
+    assert half.size == 3
+
+
+def test_columns_that_could_be_labels_are_not_passed_over_in_silence(tmp_path, caplog) -> None:
+    found, _ = table(4, animal=(["cat", "dog", "cat", "emu"], hf.Value("string")))
+    found.remove_columns("kind").save_to_disk(tmp_path)
+    assert HfImages(path=str(tmp_path), resolution=8).num_classes == 0
+    assert "no labels; the other columns are animal. Bind hf_images.label" in caplog.text
+    assert HfImages(path=str(tmp_path), resolution=8, label="animal").num_classes == 3
+
+
+def test_pictures_that_do_not_fit_into_memory_are_refused(tmp_path) -> None:
+    table(4)[0].save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=r"more than half of this.*hf_images\.resolution"):
+        HfImages(path=str(tmp_path), resolution=10**6)

@@ -331,3 +331,9 @@ def test_pictures_read_as_they_are_needed_are_those_in_memory(tmp_path):
     listing = found.listing()
     picture(files[3], size=(90, 90))
     assert PictureFiles(files, 4, 3).listing() != listing
+
+
+@pytest.mark.parametrize("suffix", [".AVIF", ".jp2", ".jpe", ".mpo"])
+def test_less_common_suffixes_are_pictures_too(tmp_path, suffix):
+    (tmp_path / f"x{suffix}").touch()
+    assert len(find_pictures(tmp_path, labelled=False).files) == 1

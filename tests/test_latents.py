@@ -188,6 +188,21 @@ def test_no_latents_say_how_to_make_them(tmp_path) -> None:
         Latents(folder=str(tmp_path))
 
 
+def test_a_run_whose_latents_moved_is_told_the_place(folder, tmp_path) -> None:
+    copy = damaged(folder, tmp_path)
+    how = (*FILE_ONLY, "run.dataset = @latents()", f"latents.folder = {str(copy)!r}")
+    out = tmp_path / "run"
+    done = zoo("run", "experiments/digits.gin", "--arm", "mean_flow", *sets(*how), "--out", out)
+    assert done.status == 0, done.err
+    copy.rename(tmp_path / "moved")
+    place = sets(f"latents.folder = {str(tmp_path / 'moved')!r}")
+    for words in (("sample", out / "mean_flow", "--num", 2), ("export", out / "mean_flow")):
+        there = ("--out", tmp_path / words[0])
+        assert zoo(*words, *there).status == 2
+        done = zoo(*words, *there, *place)
+        assert done.status == 0, done.err
+
+
 def test_from_pictures_to_a_table_of_distances(folder, pictures, tmp_path) -> None:
     network = [b for b in FILE_ONLY if not b.startswith("run.metric") and "extractor" not in b]
     how = (*network, "run.dataset = @latents()", f"latents.folder = {str(folder)!r}",

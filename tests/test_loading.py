@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
-from tiny_vaes import photos
+from tiny_vaes import photos, save_kl
 
 from benchmarks.loading import SHAPE, Work, measure, open_folder, write_noise
 from registry.protocols import Share, Shareable
@@ -16,6 +19,23 @@ def test_latents_of_noise_are_read_like_encoded_ones(tmp_path):
     assert (dataset.shape, dataset.size, dataset.num_classes) == (SHAPE, 1024, 1000)
     x0, cond = dataset.batch_share(0, 16, 0, Share(1, 8))
     assert (x0.shape, cond["label"].shape) == ((2, *SHAPE), (16,))
+
+
+@pytest.mark.slow  # two processes start
+def test_the_command_reads_encoded_latents(tmp_path):
+    pytest.importorskip("diffusers")
+    from benchmarks.encode import Encoder, encode
+    from benchmarks.vaes import find_vae
+
+    vae = find_vae(str(save_kl(tmp_path / "vae")))
+    encode(photos(tmp_path / "p"), tmp_path / "out", Encoder(vae=vae, resolution=16))
+    command = [sys.executable, "-m", "benchmarks.loading"]
+    words = ["--ranks", "1", "--batch", "8", "--steps", "2"]
+    done = subprocess.run([*command, tmp_path / "out", *words], capture_output=True, text=True)
+    assert "images/s" in done.stdout, done.stderr
+    done = subprocess.run([*command, tmp_path / "gone", *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "'gone' does not exist" in done.stderr.replace(str(tmp_path) + "/", "")
 
 
 @pytest.mark.slow  # two processes start

@@ -8,9 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks.distances import Frechet, Kid, Mmd, PrecisionRecall
+from benchmarks.distances import Frechet, Kid, Mmd
 from benchmarks.features import EfficientNetLite0, Pixels
 from benchmarks.metrics import FeatureMetrics
+from benchmarks.neighbours import PrecisionRecall
 from registry import metrics
 
 

@@ -353,3 +353,23 @@ def test_overhead_is_over_flow_matching_seed_by_seed(two_rows):
     assert cost["flow_matching"].overhead is None
     assert cost["mean_flow"].overhead == interval([1.0, 1.0, 1.0])
     assert cost["mean_flow"].values["cost/seconds_per_step"] == interval([0.1, 0.2, 0.1 + 0.1 * 2])
+
+
+def test_what_evaluate_found_is_in_the_report(tmp_path):
+    runs = comparison(tmp_path / "runs", ROWS)
+    report = build_report(read_runs([runs]))
+    assert "Evaluated" not in outputs(report)["markdown"]
+    values = {"nfe1/fid": 3.4312, "nfe2/fid": 2.93, "fid_floor": 0.5, "nfe1/recall": 0.61}
+    about = {"values": values, "samples": 50_000, "features": {"I": {"reference": "ref.npz"}}}
+    where = runs / "mean_flow-1" / "evaluation_ema_width_0.12" / "evaluation.json"
+    where.parent.mkdir()
+    where.write_text(json.dumps(about))
+    found = outputs(report)
+    line = "| mean_flow | 1 | evaluation_ema_width_0.12 | 50,000 | fid | 3.431 | 2.93 | 0.5 |"
+    assert line in re.sub(" +", " ", found["markdown"])
+    cells = re.sub(r"</t[hd]>\s*<t[hd][^>]*>", " | ", found["page"])
+    assert "50,000 | fid | 3.431 | 2.93 | 0.5 | ref.npz" in cells
+    assert "50,000 | recall | 0.61 | - | - | ref.npz" in cells
+    where.write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json cannot be read.*evaluate again"):
+        outputs(report)

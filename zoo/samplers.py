@@ -230,6 +230,13 @@ class InputGuidance(_Wrapping):
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scale >= 1:
+            raise ValueError(
+                f"input_guidance.scale = {self.scale!r} must be at least 1, where there is none"
+            )
+
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         told = x1.new_tensor([self.scale, *self.interval]).expand(len(x1), 3)
         return self.inner()(net, x1, {**(cond or {}), "guidance": told}, rng)

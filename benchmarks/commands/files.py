@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands, add_weights
+from benchmarks.commands.asked import Commands, add_bindings, add_weights
 
 
 def add_to(commands: Commands) -> None:
@@ -17,6 +17,7 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--layout", default="", help="of a public checkpoint: dit, sit, ...")
     export.add_argument("--num-heads", type=int, help="of a public checkpoint of unusual width")
     add_weights(export)
+    add_bindings(export, "latents.folder = '/new/place'")
     export.set_defaults(command=_export)
 
     ema = commands.add_parser("ema", help="an average of the weights whose width is chosen now")
@@ -93,7 +94,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from benchmarks.export import export_file, export_run
 
     if arguments.run.is_dir():
-        where = export_run(arguments.run, arguments.out, arguments.weights)
+        bindings = tuple(arguments.bindings)
+        where = export_run(arguments.run, arguments.out, arguments.weights, bindings)
+    elif arguments.bindings:
+        raise ValueError("--set binds what a run's gin file could; a public checkpoint has none")
     else:
         where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
     print(f"{where}: model.safetensors, config.json, README.md")

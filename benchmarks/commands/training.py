@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.commands.asked import Commands, add_request, add_weights, request_of
+from benchmarks.commands.asked import Commands, add_bindings, add_request, add_weights, request_of
 from benchmarks.slurm import take_place
 
 
@@ -45,6 +45,7 @@ def add_to(commands: Commands) -> None:
     sample.add_argument("--sampler", help="a registered sampler; default the run's own")
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
     add_weights(sample)
+    add_bindings(sample, "euler.shift = 2.0")
     sample.set_defaults(command=_sample)
 
 
@@ -118,5 +119,6 @@ def _sample(arguments: argparse.Namespace) -> None:
         sampler=arguments.sampler,
         out=arguments.out,
         weights=arguments.weights,
+        bindings=tuple(arguments.bindings),
     )
     print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")

@@ -4,6 +4,7 @@ cells.py, found.py       what was recorded, from folders or MLflow run ids
 comparable.py            which rows may stand side by side
 statistics.py tables.py  means, intervals, paired differences: every number, once
 curves.py figures.py     the same over evaluations, time and training, drawn for page and paper
+evaluated.py             what objective-zoo evaluate left beside the runs
 viewer.py provenance.py  samples side by side; where everything comes from
 page.py writing.py       report.html; report.md and table.csv
 """

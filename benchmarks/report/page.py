@@ -15,6 +15,7 @@ import jinja2
 
 from benchmarks.report import writing
 from benchmarks.report.curves import Figure
+from benchmarks.report.evaluated import evaluated, nfes
 from benchmarks.report.figures import plotly_panel
 from benchmarks.report.looks import Look
 from benchmarks.report.provenance import Origins
@@ -49,6 +50,8 @@ def to_page(
         viewers=viewers,
         looks=looks,
         writing=writing,
+        evaluated=(lines := evaluated(report.runs.cells)),
+        calls=nfes(lines),
         arms={group: i for i, group in enumerate(report.runs.groups)},
         data=_json(_data(figures, viewers, looks)),
         style=(ASSETS / "page.css").read_text(),

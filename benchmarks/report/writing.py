@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from benchmarks.report.evaluated import Evaluated, evaluated, nfes
 from benchmarks.report.provenance import Origins
 from benchmarks.report.statistics import Interval
 from benchmarks.report.tables import COSTS, Compared, Cost, Entry, Report, Table
@@ -22,6 +23,11 @@ CSV = (
     *("section", "row", "metric", "n", "mean", "low", "high"),
     *("baseline", "difference", "difference_low", "difference_high", "difference_n"),
     *("verdict", "best", "flag", "values_by_seed"),
+)
+EVALUATED = (
+    "By objective-zoo evaluate, after training: on other numbers of samples and other references "
+    "than above, so without intervals or comparisons. Real halves are one half of the reference "
+    "against the other."
 )
 SINGLE = "Rows with n = 1 have no interval, and nothing is marked for them."
 
@@ -76,11 +82,26 @@ def cost_heads(compared: Compared) -> list[str]:
     return [*COSTS.values(), f"time / {compared.against}", "parameters", "sampler", "NFE measured"]
 
 
+def evaluated_heads(lines: Sequence[Evaluated]) -> list[str]:
+    calls = [f"NFE {nfe}" for nfe in nfes(lines)]
+    return ["evaluation", "samples", "metric", *calls, "real halves", "reference"]
+
+
+def evaluated_cells(line: Evaluated, calls: Sequence[int]) -> list[str]:
+    values = [*map(line.by_nfe.get, calls), line.real]
+    shown = ["-" if value is None else number(value) for value in values]
+    return [line.name, f"{line.samples:,}", line.metric, *shown, line.reference]
+
+
 def to_markdown(report: Report, origins: Origins) -> str:
     """The tables, the costs, what did not finish, and the provenance."""
     parts = ["# Comparison", LEGEND]
     for compared in report.compared:
         parts += _section(compared)
+    if lines := evaluated(report.runs.cells):
+        rows = [[line.group, str(line.seed), *evaluated_cells(line, nfes(lines))] for line in lines]
+        parts += ["## Evaluated", EVALUATED]
+        parts += [_table(["row", "seed", *evaluated_heads(lines)], rows)]
     if unfinished := report.runs.unfinished:
         rows = [[c.name, c.state, c.reason or "-", str(c.steps)] for c in unfinished]
         parts += ["## Cells without a result", "None of them enters a number above."]

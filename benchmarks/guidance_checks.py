@@ -1,0 +1,48 @@
+"""Guidance that the network or the data cannot follow, refused before a run begins.
+
+Without these checks it would have no effect, or end the run where it is sampled first.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import registry
+from backbones.network import FlowNetwork
+from registry.protocols import Objective, Sampler
+from zoo.samplers import ClassifierFree, InputGuidance
+
+Part = TypeVar("Part", ClassifierFree, InputGuidance)
+
+
+def check_guidance(
+    name: str, objective: Objective, sampler: Sampler, net: FlowNetwork, num_classes: int
+) -> None:
+    """ValueError unless guidance in training and sampling is of labels, and told where it must."""
+    drawn = getattr(objective, "guidance", None) is not None
+    told = _inside(sampler, InputGuidance)
+    guided = [f"{name}.guidance"] if drawn else []
+    guided += [
+        f"{registry.samplers.name_of(part)}.scale = {part.scale:g}"
+        for part in (told, _inside(sampler, ClassifierFree))
+        if part is not None and part.scale != 1
+    ]
+    if guided and not num_classes:
+        raise ValueError(
+            f"{', '.join(guided)}: guidance needs a data set with labels, and this one has none. "
+            "Choose another data set, or leave guidance out"
+        )
+    if (drawn or told) and not getattr(net.trunk, "fields", {}).get("guidance_input"):
+        what = f"{name}.guidance draws a scale for each row" if drawn else "input_guidance has one"
+        raise ValueError(
+            f"{what}, which the network has to be told. Bind "
+            f"{registry.backbones.name_of(net.trunk)}.guidance_input = True, and train with it"
+            + ("" if drawn else "; @cfg() guides a network without it")
+        )
+
+
+def _inside(sampler: object, kind: type[Part]) -> Part | None:
+    """The sampler of this kind among those that wrap one another."""
+    while sampler is not None and not isinstance(sampler, kind):
+        sampler = getattr(sampler, "sampler", None)
+    return sampler
