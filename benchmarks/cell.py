@@ -11,12 +11,10 @@ on from its newest checkpoint, or only closes the record of one that was killed 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import benchmarks.parts  # noqa: F401  registers every part
 from benchmarks.distilling import load_teacher
 from benchmarks.experiment import Experiment, run
 from benchmarks.launchers import Ended
+from benchmarks.locks import alone
 from benchmarks.pruning import PRUNED, Pruned
 from benchmarks.record_file import read_record, read_start
 from benchmarks.results import RESULT
@@ -132,18 +131,6 @@ def texts_of(arm: str, config: str) -> Texts:
     prefix = f"{arm}/" if arm else ""
     params = {k.removeprefix(prefix): v for k, v in gin_setup.operative_values().items()}
     return Texts(config=config, operative=gin_setup.operative_text(), params=params)
-
-
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file at `path`, until the process ends at the latest, or raise ValueError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process runs {what} in {path.parent}") from error
-        yield
 
 
 def _outlived(folder: Path) -> dict[str, str]:

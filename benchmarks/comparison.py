@@ -21,9 +21,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.cell import CELL, Cell, alone
+from benchmarks.cell import CELL, Cell
 from benchmarks.grid import Declared
 from benchmarks.launchers import Job, close_lost
+from benchmarks.locks import alone
 from benchmarks.mlflow_store import open_hint
 from benchmarks.plan import Plan, Planned, plan
 from benchmarks.provenance import commit

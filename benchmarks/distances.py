@@ -10,6 +10,7 @@ samples give. fd is biased upwards at small N, kid is not; only values at the sa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ from torch import Tensor
 from registry import metrics
 from registry.protocols import Reference
 
+MANY = 4096  # dimensions above which a root takes minutes
+
 Values = Iterator[tuple[str, float]]
+
+log = logging.getLogger(__name__)
 
 
 class VectorMetric(Protocol):
@@ -56,6 +61,12 @@ class Frechet:
 
     def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]:
         """Against a mean [d] and covariance [d d] that were worked out before, in float64."""
+        if len(mean) > MANY:
+            log.warning(
+                "frechet of vectors of %d dimensions takes roots of matrices of that size: minutes "
+                "each, and %.1f GB. Bind features of fewer",
+                *(len(mean), 4 * 8e-9 * len(mean) ** 2),
+            )
         root = symmetric_root(covariance)
 
         def compare(samples: Tensor) -> Values:

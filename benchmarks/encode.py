@@ -46,6 +46,8 @@ from benchmarks.latent_shards import (
     write_json,
     write_shard,
 )
+from benchmarks.locks import alone
+from benchmarks.run_bindings import device_of
 from benchmarks.shard_workers import Tell, results
 from benchmarks.vaes import DiffusersVae
 
@@ -53,6 +55,8 @@ PREPROCESSING = (
     "upright by EXIF, on white where transparent, largest centred square, Pillow's antialiased "
     "bicubic filter, uint8, x / 127.5 - 1"
 )
+
+LOCK = ".lock"
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +106,22 @@ def encode(
         data, labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
     )
     check_pictures(found.files, encoder.resolution)
-    plan = _plan(data, found, encoder, shard_rows)
-    out.mkdir(parents=True, exist_ok=True)
+    plan, chosen = _plan(data, found, encoder, shard_rows), _devices(device)
+    with alone(out / LOCK, "an encoding"):
+        return _encode(plan, found, out, encoder, normalise, shard_rows, workers, chosen)
+
+
+def _encode(
+    plan: Mapping[str, Any],
+    found: Found,
+    out: Path,
+    encoder: Encoder,
+    normalise: str,
+    shard_rows: int,
+    workers: int,
+    devices: Sequence[str],
+) -> Manifest:
+    """What is missing or damaged."""
     _keep(plan, out)
     jobs = [
         _Job(out, number, found.files[start : start + shard_rows],
@@ -122,7 +140,7 @@ def encode(
     missing = [job for job in jobs if job.number not in shards]
     done = sum(shard.rows for shard in shards.values())
     with tqdm(total=len(found.files), initial=done, desc="encoding", unit="img") as bar:
-        shards |= _run(missing, min(workers, len(missing)), device, bar)
+        shards |= _run(missing, min(workers, len(missing)), devices, bar)
     manifest = _manifest(plan, [shards[job.number] for job in jobs], encoder, normalise)
     manifest.save(out)
     return manifest
@@ -170,7 +188,7 @@ def _keep(plan: Mapping[str, Any], out: Path) -> None:
     """Write the plan; ValueError where another one is under way."""
     path = out / PLAN
     if not path.is_file():
-        if any(out.iterdir()):
+        if any(file.name != LOCK for file in out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no latents; choose another --out")
         write_json(path, plan)
         return
@@ -218,11 +236,11 @@ class Unreadable(ValueError):
     """Pictures of a shard that cannot be read, one line each as its arguments."""
 
 
-def _run(jobs: Sequence[_Job], workers: int, device: str, bar: Any) -> dict[int, Shard]:
+def _run(jobs: Sequence[_Job], workers: int, devices: Sequence[str], bar: Any) -> dict[int, Shard]:
     """All jobs' shards by number; unreadable pictures are named when the others are done."""
     shards: dict[int, Shard] = {}
     broken: list[str] = []
-    for job, result in results(encode_shard, jobs, workers, _devices(device), bar.update):
+    for job, result in results(encode_shard, jobs, workers, devices, bar.update):
         try:
             shards[job.number] = result()
         except Unreadable as error:
@@ -237,7 +255,7 @@ def _run(jobs: Sequence[_Job], workers: int, device: str, bar: Any) -> dict[int,
 
 def _devices(name: str) -> list[str]:
     if name != "auto":
-        return [name]
+        return [str(device_of(name, "--device"))]
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 

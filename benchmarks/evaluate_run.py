@@ -15,7 +15,6 @@ scores against the other, at half their number.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from benchmarks.distances import VectorMetric
 from benchmarks.feature_blocks import FeatureSink, PngSink, Sink, fill
 from benchmarks.features import Extractor, best_available, file_sha256
 from benchmarks.images import to_uint8
+from benchmarks.latent_shards import write_json
 from benchmarks.metrics import named
 from benchmarks.provenance import provenance
 from benchmarks.real_images import Real, find_real
@@ -103,7 +103,7 @@ def evaluate_run(folder: Path, request: Request, out: Path | None = None) -> dic
             file = str(request.weights or finished_run(folder))
             about = {"run": str(folder), "weights_file": file, **evaluation.about()}
             about |= {"values": values, **notes}
-            (out / EVALUATION).write_text(json.dumps(about, indent=2) + "\n")
+            write_json(out / EVALUATION, about)
             (out / EVALUATION).with_suffix(".md").write_text(table(values))
         ranks.gathered(None)  # one that leaves early would be missed
         return values

@@ -28,7 +28,14 @@ from benchmarks.features import Pixels
 from benchmarks.guidance_checks import check_guidance
 from benchmarks.metrics import FeatureMetrics
 from benchmarks.pruning import Pruner, check_pruner
-from benchmarks.run_bindings import bound, check_counts, decays, one_budget, power_widths
+from benchmarks.run_bindings import (
+    bound,
+    check_counts,
+    decays,
+    device_of,
+    one_budget,
+    power_widths,
+)
 from registry.gin_errors import said
 from registry.protocols import (
     Batch,
@@ -282,7 +289,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         cuda = f"cuda:{ranks.local_number()}" if ranks.launched() else "cuda"
         return torch.device(cuda if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    return device_of(name, "run.device")
 
 
 def _probe(experiment: Experiment) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 import registry
 from trainers.budget import Budget
 from trainers.post_hoc_ema import exponent
@@ -29,6 +31,23 @@ def check_counts(nfe: Any, **counts: int) -> None:
     for name, count in counts.items():
         if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
             raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
+
+
+def device_of(name: str, option: str) -> torch.device:
+    """A device by torch's name; ValueError where there is none such here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{option} = {name!r} is no device; give 'auto', 'cpu', 'cuda' or 'cuda:1', say"
+        ) from error
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(
+            f"{option} = {name!r}, and PyTorch finds {found} CUDA devices here; 'auto' takes the "
+            "CPU where there is none"
+        )
+    return device
 
 
 def decays(given: float | Sequence[float]) -> tuple[float, ...]:

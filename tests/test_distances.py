@@ -273,3 +273,12 @@ def test_numpy_seed_is_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError), distances._numpy_seed(0):
         raise RuntimeError
     assert np.random.rand() == wanted
+
+
+def test_frechet_of_many_dimensions_says_that_it_takes_long(caplog, monkeypatch):
+    monkeypatch.setattr("benchmarks.distances.MANY", 3)
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    list(Frechet()(x[:, :3], x[:, :3]))
+    assert not caplog.text
+    list(Frechet()(x, x))
+    assert "frechet of vectors of 4 dimensions" in caplog.text

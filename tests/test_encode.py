@@ -389,3 +389,34 @@ def test_the_command_says_how_to_go_on(pictures, kl, tmp_path):
     assert "posterior_flipped" not in load_file(tmp_path / "out" / "shard_00000.safetensors")
     assert zoo(*words, "--dtype", "int8").status == 2
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_encoding_in_the_folder_waits_for_nobody(pictures, kl, tmp_path):
+    out = tmp_path / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / module.LOCK)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process runs an encoding"):
+            encode(pictures, out, encoder(kl), shard_rows=4)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert encode(pictures, out, encoder(kl), shard_rows=4).num > 0
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from benchmarks.locks import alone
+with alone(Path(sys.argv[1]), "an encoding"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(pictures, kl, tmp_path, device):
+    with pytest.raises(ValueError, match=f"--device = '{device}'"):
+        encode(pictures, tmp_path / "out", encoder(kl), device=device)

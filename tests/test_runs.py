@@ -212,3 +212,11 @@ def test_budget_in_seconds_counts_training_alone(tmp_path):
     assert 0.5 <= figures["seconds"] < 30
     assert figures["steps"] == len(losses(tmp_path / "out" / "flow_matching"))
     assert [e["status"] for e in entries(tmp_path / "out" / "flow_matching", "end")] == ["FINISHED"]
+
+
+def test_a_device_that_is_not_there_is_refused_when_a_run_is_built(tmp_path):
+    done = zoo("run", DIGITS, "--arm", "flow_matching", "--out", tmp_path / "out",
+               *sets(*FILE_ONLY, "run.device = 'gpu'"))  # fmt: skip
+    assert done.status != 0
+    assert "run.device = 'gpu' is no device" in done.err
+    assert "Traceback" not in done.err
