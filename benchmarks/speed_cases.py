@@ -87,10 +87,16 @@ def cases_of(
         case = replace(case, group=group)
         differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
         cases = groups.setdefault(group, [])
-        cases += [replace(case, derivative=d) for d in (derivatives if differs else [""])]
+        chosen_here = [_as_run(d, built.compile) for d in derivatives] if differs else [""]
+        cases += [replace(case, derivative=d) for d in dict.fromkeys(chosen_here)]
         if published and isinstance(built.objective, MeanFlow):
             cases.append(replace(case, published=True))
     return groups
+
+
+def _as_run(derivative: str, compiled: bool) -> str:
+    """The name of what a run takes for it."""
+    return "dual" if compiled and derivative == "one_pass" else derivative
 
 
 class Training:

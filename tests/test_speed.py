@@ -26,7 +26,7 @@ from benchmarks.speed_table import Cost, Speed, compare, speed_table
 from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
 from trainers.rng import generator
-from zoo.derivatives import FiniteDifference, Jvp
+from zoo.derivatives import Dual, FiniteDifference, Jvp
 from zoo.lifted import Tape
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
@@ -139,6 +139,16 @@ def test_cases_begin_with_flow_matching_and_vary_the_derivative_where_there_is_o
     assert exact.residual == Exact(derivative=Jvp())
     with pytest.raises(ValueError, match=r"no arm dumi; there are: flow_matching, mean_flow"):
         cases_of(REQUEST, objectives=["dumi"])
+
+
+def test_compiled_cases_are_named_after_the_derivative_that_they_take():
+    compiled = replace(REQUEST, bindings=(*REQUEST.bindings, "run.compile = True"))
+    ((group, cases),) = cases_of(
+        compiled, objectives=["mean_flow"], derivatives=["one_pass", "dual"]
+    ).items()
+    assert group == "dit/fp32/compiled"
+    assert [case.name for case in cases] == ["flow_matching", "mean_flow/dual"]
+    assert cases[1].build().objective.derivative == Dual()
 
 
 def test_the_derivative_that_was_asked_for_is_the_one_that_is_probed():
