@@ -292,6 +292,11 @@ FUNCTIONS = {
         a.reshape(1, 1, 4, 6), torch.ones(1, 1, 4, 6), b.reshape(1, 1, 4, 6)
     ),
     "multihead attention": lambda a, b: MULTIHEAD(a[None], b[None], a[None])[0],
+    "multihead attention without weights": lambda a, b: MULTIHEAD(
+        a[None], b[None], a[None], need_weights=False
+    )[0],
+    "complex numbers": lambda a, b: b + torch.fft.irfft(torch.fft.rfft(a) * (1 + 2j), n=6),
+    "rotation": lambda a, b: torch.view_as_real(torch.view_as_complex(a.view(4, 3, 2)) * 1j) * 2,
     "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
     "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
     "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, value_of
+from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, moves, value_of
 
 Outcome = tuple[Any, Push | None]
 Move = Callable[[Slot], Tensor]
@@ -43,7 +43,7 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
     given_args, given_kwargs = pytree.tree_unflatten(values, spec)
     out = func(*given_args, **given_kwargs)
-    if not any(_moves(part) for part in pytree.tree_leaves(out)):
+    if not any(moves(part) for part in pytree.tree_leaves(out)):
         return out, None
 
     def push(move: Move) -> Any:
@@ -54,7 +54,7 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
             ]
             again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
             again = pytree.tree_leaves(func(*again_args, **again_kwargs))
-            return [_tangent(part) if _moves(part) else None for part in again]
+            return [_tangent(part) if moves(part) else None for part in again]
 
     return out, push
 
@@ -150,7 +150,3 @@ def _slot(x: Any) -> Slot | None:
 def _tangent(dual: Tensor) -> Tensor:
     tangent = forward_ad.unpack_dual(dual).tangent
     return torch.zeros_like(dual) if tangent is None else tangent
-
-
-def _moves(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()

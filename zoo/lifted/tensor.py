@@ -160,6 +160,11 @@ def settled(x: Tensor) -> Tensor:
         return x.value
 
 
+def moves(x: Any) -> bool:
+    """Whether it is of a kind that may have a tangent: real and complex numbers."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def lifted_among(parts: Iterable[Any]) -> list[Lifted]:
     """Those among arguments, and in their lists."""
     found = []
@@ -188,7 +193,7 @@ def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
 def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
     parents = [one.slot for one in given]
     if isinstance(out, Tensor):
-        if not out.is_floating_point():
+        if not moves(out):
             return out
         return _with_slot(out, record.slots(push, parents, [out])[0], record)
     flat, spec = pytree.tree_flatten(out)
@@ -197,9 +202,8 @@ def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> An
     return pytree.tree_unflatten(moving, spec)
 
 
-def _with_slot(value: Tensor, slot: Slot, record: Record) -> Tensor:
-    moves = slot is not None and value.is_floating_point()
-    return Lifted(value, slot, record) if moves else value
+def _with_slot(value: Any, slot: Slot, record: Record) -> Any:
+    return Lifted(value, slot, record) if slot is not None and moves(value) else value
 
 
 def _listed(tangents: Any) -> Sequence[Any]:
