@@ -298,6 +298,7 @@ FUNCTIONS = {
     "complex numbers": lambda a, b: b + torch.fft.irfft(torch.fft.rfft(a) * (1 + 2j), n=6),
     "rotation": lambda a, b: torch.view_as_real(torch.view_as_complex(a.view(4, 3, 2)) * 1j) * 2,
     "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
+    "no dropout of channels": lambda a, b: F.dropout1d(a, training=False) + F.rrelu(b),
     "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
     "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),
     "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
@@ -368,6 +369,14 @@ REFUSED = {
     "dropout, which writes in place": lambda x: F.dropout(x, 0.5, inplace=True),
     "exp, which writes in place": lambda x: torch.exp(x, out=torch.empty(3, 4)),
     "alpha_dropout, which draws anew": lambda x: F.alpha_dropout(x, 0.5, training=True),
+    "dropout1d, which draws anew": lambda x: F.dropout1d(x[None], 0.5),
+    "dropout, which draws anew": lambda x: torch.dropout(x, 0.5, True),
+    "bernoulli, which draws anew": lambda x: torch.bernoulli(x.sigmoid()) * x,
+    "normal, which draws anew": lambda x: torch.normal(x, 1, generator=torch.Generator()),
+    "multi_head_attention_forward, which draws anew": lambda x: nn.MultiheadAttention(
+        4, 2, dropout=0.5
+    )(x, x, x)[0],
+    "gru, which draws anew": lambda x: nn.GRU(4, 4, num_layers=2, dropout=0.5)(x)[0],
     "dropout within attention": lambda x: F.scaled_dot_product_attention(
         x[None], x[None], x[None], dropout_p=0.5
     ),

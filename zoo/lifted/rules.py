@@ -12,39 +12,32 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, moves, value_of
+from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, moves, name_of, value_of
 
 Outcome = tuple[Any, Push | None]
 Move = Callable[[Slot], Tensor]
 
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-RANDOM = {
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.rrelu,
-}
 
 
 def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Any function with a forward-mode rule in torch, done again."""
-    if func in RANDOM:
-        name = func.__name__
-        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
     leaves, spec = pytree.tree_flatten((args, kwargs))
     values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
     given_args, given_kwargs = pytree.tree_unflatten(values, spec)
+    device = next(leaf.value.device for leaf in leaves if type(leaf) is Lifted)
+    before = _random_state(device)
     out = func(*given_args, **given_kwargs)
     if not any(moves(part) for part in pytree.tree_leaves(out)):
         return out, None
+    if kwargs.get("generator") is not None or not _random_state(device).equal(before):
+        name = name_of(func)
+        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
 
     def push(move: Move) -> Any:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -145,6 +138,13 @@ def any_lifted(parts: Iterable[Any]) -> bool:
 
 def _slot(x: Any) -> Slot | None:
     return x.slot if type(x) is Lifted else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def _tangent(dual: Tensor) -> Tensor:

@@ -160,6 +160,10 @@ def settled(x: Tensor) -> Tensor:
         return x.value
 
 
+def name_of(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
 def moves(x: Any) -> bool:
     """Whether it is of a kind that may have a tangent: real and complex numbers."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
@@ -184,7 +188,7 @@ def _check_followed(one: Lifted) -> None:
 
 
 def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
-    name = getattr(func, "__name__", str(func))
+    name = name_of(func)
     in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
         raise NotImplementedError(f"one_pass cannot follow {name}, which writes in place; {REMEDY}")
