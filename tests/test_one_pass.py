@@ -241,6 +241,7 @@ FUNCTIONS = {
     "conv1d": lambda a, b: F.conv1d(a[None], torch.ones(2, 4, 3)),
     "conv_transpose2d": lambda a, b: F.conv_transpose2d(a.reshape(1, 2, 3, 4), K, B[:2], stride=2),
     "reshape and permute": lambda a, b: a.reshape(2, 2, 6).permute(2, 0, 1).flatten(1),
+    "view of broadcast rows": lambda a, b: (a[:1] + C.expand(4, 6)).view(24).view_as(b),
     "chunk": lambda a, b: torch.stack(a.chunk(3, dim=1), 1),
     "split": lambda a, b: a.split([2, 4], dim=1)[1],
     "unbind": lambda a, b: torch.unbind(a, 1)[2],

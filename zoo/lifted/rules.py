@@ -65,8 +65,19 @@ def linear_in_first(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
     return func(x.value, *args, **kwargs), lambda move: func(move(slot), *args, **kwargs)
 
 
+def viewed(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
+    """Views by shape; a tangent may lie otherwise in memory than its value."""
+    if type(x) is not Lifted:
+        return func(x, *map(value_of, args)), None
+    out, slot = func(x.value, *map(value_of, args), **kwargs), x.slot
+    if out.dtype != x.value.dtype:
+        return by_dual_numbers(func, x, *args, **kwargs)
+    shape = out.shape
+    return out, lambda move: move(slot).reshape(shape)
+
+
 def as_other(func: Any, x: Any, other: Any) -> Outcome:
-    """Views and casts to the shape or the kind of another tensor."""
+    """Casts and reshapes to the kind or the shape of another tensor."""
     model = value_of(other).detach()
     if type(x) is not Lifted:
         return func(x, model), None
