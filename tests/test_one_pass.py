@@ -301,6 +301,9 @@ FUNCTIONS = {
     "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
     "no dropout of channels": lambda a, b: F.dropout1d(a, training=False) + F.rrelu(b),
     "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
+    "by name": lambda a, b: torch.mul(input=torch.add(input=a, other=b), other=a.sub(other=C)),
+    "by name, one": lambda a, b: torch.sum(input=a / torch.div(input=b, other=C), dim=1),
+    "zeros by name": lambda a, b: torch.zeros_like(input=a) + b,
     "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),
     "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
 }

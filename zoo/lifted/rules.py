@@ -54,15 +54,17 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
 
 def constant(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """What tells of a tensor no more than its shape and kind, or cuts it off."""
-    return func(*map(value_of, args), **kwargs), None
+    named = {name: value_of(arg) for name, arg in kwargs.items()}
+    return func(*map(value_of, args), **named), None
 
 
-def linear_in_first(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
+def linear_in_first(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Views, casts and the like."""
-    if type(x) is not Lifted or any_lifted((*args, *kwargs.values())):
-        return by_dual_numbers(func, x, *args, **kwargs)
+    x, rest = args[0] if args else None, args[1:]
+    if type(x) is not Lifted or any_lifted((*rest, *kwargs.values())):
+        return by_dual_numbers(func, *args, **kwargs)
     slot = x.slot
-    return func(x.value, *args, **kwargs), lambda move: func(move(slot), *args, **kwargs)
+    return func(x.value, *rest, **kwargs), lambda move: func(move(slot), *rest, **kwargs)
 
 
 def viewed(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
@@ -99,10 +101,11 @@ def joined(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Outc
     return func(values, *args, **kwargs), push
 
 
-def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+def summed(signs: tuple[int, int], func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """a + b and a - b; one that does not move drops out."""
-    if kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+    if len(args) != 2 or kwargs:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     out, i, j = func(value_of(a), value_of(b)), _slot(a), _slot(b)
     shape, dtype = out.shape, out.dtype
 
@@ -117,10 +120,11 @@ def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> 
     return out, push
 
 
-def product(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+def product(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Of any kind that is linear in each of two factors."""
-    if kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+    if len(args) != 2 or kwargs:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     (x, y), (i, j) = (value_of(a), value_of(b)), (_slot(a), _slot(b))
     out = func(x, y)
 
@@ -136,9 +140,10 @@ def product(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
     return out, push
 
 
-def quotient(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
-    if type(b) is Lifted or kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+def quotient(func: Any, *args: Any, **kwargs: Any) -> Outcome:
+    if len(args) != 2 or kwargs or type(args[1]) is Lifted:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     slot = a.slot
     return func(a.value, b), lambda move: func(move(slot), b)
 
