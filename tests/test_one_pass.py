@@ -367,6 +367,7 @@ REFUSED = {
     "add_": lambda x: x.add_(1),
     "mul_": lambda x: x.__imul__(2),
     "__setitem__": lambda x: x.__setitem__(0, 1.0),
+    "__set__": lambda x: setattr(x, "data", torch.zeros(3, 4)),
     "copy_": lambda x: torch.zeros(3, 4).copy_(x),
     "silu, which writes in place": lambda x: F.silu(x, inplace=True),
     "relu, which writes in place": lambda x: F.relu(x, inplace=True),
@@ -396,6 +397,24 @@ def test_what_it_cannot_follow_is_named_with_a_way_out(name, way):
     x = torch.ones(3, 4)
     with pytest.raises(NotImplementedError, match=f"one_pass cannot follow {name}.*@dual"):
         both(way, lambda x: {"u": REFUSED[name](x * weight)}, (x,), (x,))
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@each_way
+def test_a_gradient_that_would_be_lost_is_an_error(way):
+    x, weight = torch.randn(3, 4), torch.ones(3, 4, requires_grad=True)
+    out, _ = both(way, lambda x: {"u": x * Sign.apply(x * weight)}, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"an autograd.Function.*@dual"):
+        out["u"].sum().backward()
 
 
 @each_way

@@ -29,7 +29,7 @@ Rule = Callable[..., tuple[Any, Push | None]]  # None: nothing here moves
 
 IN_PLACE = {
     f"__{name}__"
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem")
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem", "set")
 }
 REMEDY = "choose @dual(), whose derivative takes a pass of its own"
 
@@ -42,6 +42,16 @@ class Record(Protocol):
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
         """A slot for each of `out`; None for what does not move."""
         ...
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        f"one_pass cannot follow an autograd.Function that gives a tensor without tangent; {REMEDY}"
+    )
+
+
+# What such a Function gives bears no mark, but its gradient would end here and not at the value.
+GUARD: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
 
 
 class Lifted(Tensor):
@@ -62,6 +72,8 @@ class Lifted(Tensor):
             device=value.device,
             requires_grad=value.requires_grad,
         )
+        if value.requires_grad:
+            lifted._backward_hooks = GUARD
         lifted.value, lifted.slot, lifted.record = value, slot, record
         return lifted
 
