@@ -151,6 +151,53 @@ def test_value_and_derivative_share_their_dropout_masks(backbone):
     assert error(found, (ahead - behind) / (2 * step)) < 1e-6
 
 
+def bits(fn, *values):
+    """fn by one_pass, its gradient and its derivative, and value and gradient by itself."""
+    weight = torch.ones_like(values[0]).requires_grad_()
+
+    def seeded(*at):
+        torch.manual_seed(4)
+        return fn(weight * at[0], *at[1:])
+
+    out, du = both("with_value", lambda *at: {"u": seeded(*at)}, values, values)
+    plain = seeded(*values)
+    ours, theirs = (torch.autograd.grad(v.float().sum(), weight)[0] for v in (out["u"], plain))
+    return (out["u"], ours), (plain, theirs), du
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.15, 0.3, 1.0])
+def test_dropout_is_that_of_an_ordinary_pass_to_the_bit(p, dtype):
+    ours, plain, du = bits(lambda x: F.dropout(x, p), torch.randn(64, 64, dtype=dtype))
+    assert all(a.equal(b) for a, b in zip(ours, plain, strict=True))
+    assert du.equal(ours[0])  # it is linear
+
+
+def test_channels_last_stay_last_through_group_norm():
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    ours, plain, _ = bits(lambda x: F.group_norm(x, 4, torch.linspace(0.5, 2, 8)), x)
+    assert all(a.equal(b) for a, b in zip(ours, plain, strict=True))
+    assert ours[0].stride() == plain[0].stride()
+
+
+def test_small_values_in_bfloat16_move_through_rms_norm():
+    x, along = 1e-2 * torch.randn(2, 64, 8)
+    _, exact = OnePass().with_value(lambda x: {"u": F.rms_norm(x, (8,))}, (x,), (along,), "u")
+    low = (x.bfloat16(),), (along.bfloat16(),)
+    _, found = OnePass().with_value(lambda x: {"u": F.rms_norm(x, (8,))}, *low, "u")
+    assert error(found, exact) < 0.03  # bits of bfloat16
+
+
+def test_derivative_is_of_the_kind_of_its_value_in_mixed_precision():
+    x, weight = torch.randn(2, 8, 6).bfloat16(), torch.ones(8)
+
+    def fn(x):
+        return {"u": F.group_norm(x, 4, weight, weight)}
+
+    out, du = OnePass().with_value(fn, (x,), (x,), "u")
+    assert du.dtype == out["u"].dtype == torch.bfloat16
+
+
 class Kernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -45,9 +45,12 @@ def dropout(
     """The same mask on the value and its tangent."""
     if not training or p == 0:
         return input, None
-    slot = input.slot
-    out, mask = torch.native_dropout(input.value, p, True)
-    return out, lambda move: move(slot) * mask / (1 - p)
+    value, slot = input.value, input.slot
+    if value.is_cuda and p < 1:
+        out, mask = torch.native_dropout(value, p, True)
+        return out, lambda move: move(slot) * mask / (1 - p)
+    noise = func(torch.ones_like(value), p)  # as the kernels of other devices do, to the bit
+    return value * noise, lambda move: move(slot) * noise
 
 
 def layer_norm(
@@ -80,7 +83,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Outcome:
-    if not _alike(input, weight, bias):
+    if not (_alike(input, weight, bias) and _contiguous_in_group_norm(input.value)):
         return by_dual_numbers(func, input, num_groups, weight, bias, eps)
     value, slot = input.value.contiguous(), input.slot
     sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
@@ -114,8 +117,8 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Outcome:
-    if not _alike(input, weight):
-        return by_dual_numbers(func, input, normalized_shape, weight, eps)
+    if not _alike(input, weight) or input.value.dtype in (torch.float16, torch.bfloat16):
+        return by_dual_numbers(func, input, normalized_shape, weight, eps)  # sums in float32
     value, slot = input.value, input.slot
     axes = tuple(range(-len(normalized_shape), 0))
     least = torch.finfo(value.dtype).eps if eps is None else eps
@@ -160,6 +163,11 @@ def attention(
         return moved @ v + weights @ dv
 
     return func(q, k, v, scale=scale), push
+
+
+def _contiguous_in_group_norm(value: Tensor) -> bool:
+    """CUDA's kernel copies what is not; others keep channels last, and round otherwise."""
+    return value.is_cuda or value.is_contiguous()
 
 
 def _alike(input: Any, *parameters: Any) -> bool:

@@ -165,4 +165,5 @@ def _random_state(device: torch.device) -> Tensor:
 
 def _tangent(dual: Tensor) -> Tensor:
     tangent = forward_ad.unpack_dual(dual).tangent
-    return torch.zeros_like(dual) if tangent is None else tangent
+    # Rules of torch for mixed precision give tangents of another kind than the value's.
+    return torch.zeros_like(dual) if tangent is None else tangent.to(dual.dtype)
