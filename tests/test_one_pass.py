@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.grid  # noqa: F401  registers Grid
@@ -247,6 +248,39 @@ def test_a_tape_lets_go_of_what_it_held():
     gc.collect()
     assert held[0]() is not None
     assert moved((torch.ones(3),)).equal(torch.full((3,), 8.0))
+    gc.collect()
+    assert held[0]() is None
+
+
+def test_a_derivative_is_given_once():
+    x = torch.ones(3)
+    _, moved = OnePass().linearized(lambda x: {"u": x * x}, (x,), "u")
+    moved((x,))
+    with pytest.raises(RuntimeError, match="once"):
+        moved((x,))
+
+
+@pytest.mark.parametrize("ends", ["unasked", "asked late", "in an error"])
+def test_a_tape_under_checkpointing_lets_go_of_what_it_held(ends):
+    held, layer, x = [], nn.Linear(3, 3), torch.ones(2, 3)
+
+    def fn(x):
+        inner = layer(x)
+        held.append(weakref.ref(inner.value))
+        out = checkpoint(lambda h: h.sin() * h, inner, use_reentrant=False)
+        return {} if ends == "in an error" else {"u": out}
+
+    def evaluated():
+        if ends == "in an error":
+            with pytest.raises(KeyError):
+                OnePass().linearized(fn, (x,), "u")
+            return
+        out, moved = OnePass().linearized(fn, (x,), "u")
+        if ends == "asked late":
+            out["u"].sum().backward()  # which computes the block again
+            moved((x,))
+
+    evaluated()
     gc.collect()
     assert held[0]() is None
 

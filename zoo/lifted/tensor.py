@@ -114,12 +114,16 @@ class Flowing:
 
 
 class Tape:
-    """The rules are kept, in the order of the operations, until the inputs' tangents are known."""
+    """The rules are kept, in the order of the operations, until the inputs' tangents are known.
+
+    They leave the tape of a pass when it ends: blocks under checkpointing hold their inputs, those
+    hold the tape of the pass, and rules hold values, whose graph holds the blocks.
+    """
 
     def __init__(self, rule_of: Callable[[Any], Rule]):
         self.rule_of = rule_of
         self._count = 0
-        self._rules: list[tuple[Push, Sequence[int], Sequence[int]]] = []
+        self._rules: list[tuple[Push, Sequence[int], Sequence[int]]] | None = []
 
     def slot(self) -> int:
         self._count += 1
@@ -127,12 +131,19 @@ class Tape:
 
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
         slots = [self.slot() for _ in out]
-        self._rules.append((push, parents, slots))
+        if self._rules is not None:  # else a block under checkpointing is computed again
+            self._rules.append((push, parents, slots))
         return slots
+
+    def taken(self) -> Tape:
+        """A tape with the rules so far; this one keeps no more of them."""
+        other = Tape(self.rule_of)
+        other._rules, self._rules = self._rules, None
+        return other
 
     def replay(self, tangents: Sequence[Tensor], wanted: int) -> Tensor:
         """The tangent of the slot `wanted`, by those of the slots that were taken first. Once."""
-        rules, self._rules = self._useful(wanted), []
+        rules, self._rules = self._useful(wanted), None
         uses = Counter(slot for _, parents, _ in rules for slot in parents)
         uses[wanted] += 1
         moved = dict(enumerate(tangents))
@@ -149,6 +160,8 @@ class Tape:
 
     def _useful(self, wanted: int) -> list[tuple[Push, Sequence[int], Sequence[int]]]:
         """The rules that `wanted` depends on, in their order."""
+        if self._rules is None:
+            raise RuntimeError("one_pass gives the derivative of a forward once, and has given it")
         needed, useful = {wanted}, []
         for rule in reversed(self._rules):
             _, parents, slots = rule
