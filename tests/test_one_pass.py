@@ -189,6 +189,21 @@ def test_small_values_in_bfloat16_move_through_rms_norm():
     assert error(found, exact) < 0.03  # bits of bfloat16
 
 
+@each_way
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_running_statistics_follow_the_values_once(kind, way):
+    x, along = torch.randn(2, 4, 3, 5, 5)
+    norm, plain = (kind(3, affine=True, track_running_stats=True) for _ in range(2))
+    out, found = both(way, lambda x: {"u": norm(x)}, (x,), (along,))
+    assert out["u"].equal(plain(x))
+    for ours, theirs in zip(norm.buffers(), plain.buffers(), strict=True):
+        assert ours.equal(theirs)
+    assert error(found, Dual()(plain, (x,), (along,))) < ROUNDING
+    plain.eval()
+    _, found = both(way, lambda x: {"u": plain(x)}, (x,), (along,))
+    assert error(found, Dual()(plain, (x,), (along,))) < ROUNDING
+
+
 def test_derivative_is_of_the_kind_of_its_value_in_mixed_precision():
     x, weight = torch.randn(2, 8, 6).bfloat16(), torch.ones(8)
 

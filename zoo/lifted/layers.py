@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.lifted.rules import Move, Outcome, any_lifted, by_dual_numbers
-from zoo.lifted.tensor import REMEDY, Lifted
+from zoo.lifted.tensor import REMEDY, Lifted, value_of
 
 aten = torch.ops.aten
 
@@ -108,6 +108,18 @@ def group_norm_tangent(
         tangent.contiguous(), value, mean, rstd, None, *sizes, (True, False, False)
     )[0]
     return moved if weight is None else weight.view(-1, *[1] * (value.ndim - 2)) * moved
+
+
+def batch_norm(
+    func: Any, input: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any
+) -> Outcome:
+    """Running statistics follow the values once: the derivative is taken without them."""
+    if not (named.get("training") or named.get("use_input_stats")):
+        return by_dual_numbers(func, input, running_mean, running_var, *rest, **named)
+    with torch.no_grad():
+        _, push = by_dual_numbers(func, input, None, None, *rest, **named)
+    values = {name: value_of(part) for name, part in named.items()}
+    return func(value_of(input), running_mean, running_var, *rest, **values), push
 
 
 def rms_norm(

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.lifted.layers import (
     activation,
     attention,
+    batch_norm,
     dropout,
     group_norm,
     layer,
@@ -83,6 +84,7 @@ RULES: dict[Any, Rule] = {
     F.dropout: dropout,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
+    **dict.fromkeys((F.batch_norm, F.instance_norm), batch_norm),
     F.rms_norm: rms_norm,
     F.scaled_dot_product_attention: attention,
 }
