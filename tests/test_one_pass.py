@@ -463,6 +463,8 @@ REFUSED = {
     "add_": lambda x: x.add_(1),
     "mul_": lambda x: x.__imul__(2),
     "__setitem__": lambda x: x.__setitem__(0, 1.0),
+    "aten.mul_.Tensor": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
+    "exp_": lambda x: torch.ops.aten.exp_(x),
     "__set__": lambda x: setattr(x, "data", torch.zeros(3, 4)),
     "copy_": lambda x: torch.zeros(3, 4).copy_(x),
     "silu, which writes in place": lambda x: F.silu(x, inplace=True),
@@ -511,6 +513,21 @@ def test_a_gradient_that_would_be_lost_is_an_error(way):
     out, _ = both(way, lambda x: {"u": x * Sign.apply(x * weight)}, (x,), (x,))
     with pytest.raises(NotImplementedError, match=r"an autograd.Function.*@dual"):
         out["u"].sum().backward()
+
+
+@torch.library.custom_op("zoo_tests::square", mutates_args=())
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+square.register_autograd(lambda ctx, gradient: gradient)
+
+
+@each_way
+def test_an_operation_that_loses_the_tangents_of_dual_numbers_is_an_error(way):
+    x = torch.ones(3)
+    with pytest.raises(NotImplementedError, match=r"zoo_tests.*tangents.*@finite_difference"):
+        both(way, lambda x: {"u": x + square(x)}, (x,), (x,))
 
 
 @each_way

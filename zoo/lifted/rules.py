@@ -47,7 +47,16 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
             ]
             again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
             again = pytree.tree_leaves(func(*again_args, **again_kwargs))
-            return [_tangent(part) if moves(part) else None for part in again]
+            tangents = [_tangent(part) for part in again]
+            if all(tangent is None for tangent in tangents):
+                raise NotImplementedError(
+                    f"one_pass cannot follow {name_of(func)}, which loses the tangents of dual "
+                    "numbers; choose @finite_difference()"
+                )
+            return [
+                torch.zeros_like(part) if tangent is None and moves(part) else tangent
+                for part, tangent in zip(again, tangents, strict=True)
+            ]
 
     return out, push
 
@@ -163,7 +172,7 @@ def _random_state(device: torch.device) -> Tensor:
     return state
 
 
-def _tangent(dual: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(dual).tangent
+def _tangent(dual: Any) -> Tensor | None:
+    tangent = forward_ad.unpack_dual(dual).tangent if moves(dual) else None
     # Rules of torch for mixed precision give tangents of another kind than the value's.
-    return torch.zeros_like(dual) if tangent is None else tangent.to(dual.dtype)
+    return None if tangent is None else tangent.to(dual.dtype)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 Slot = Any  # a tangent, or its number on a tape
@@ -186,7 +187,7 @@ def settled(x: Tensor) -> Tensor:
 
 
 def name_of(func: Any) -> str:
-    return getattr(func, "__name__", str(func))
+    return str(func) if isinstance(func, OpOverload) else getattr(func, "__name__", str(func))
 
 
 def moves(x: Any) -> bool:
@@ -215,6 +216,8 @@ def _check_followed(one: Lifted) -> None:
 def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
     name = name_of(func)
     in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if isinstance(func, OpOverload):
+        in_place = func._schema.is_mutable
     if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
         raise NotImplementedError(f"one_pass cannot follow {name}, which writes in place; {REMEDY}")
 
