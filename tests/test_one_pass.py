@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.grid  # noqa: F401  registers Grid
@@ -151,6 +152,68 @@ def test_value_and_derivative_share_their_dropout_masks(backbone):
     assert error(found, (ahead - behind) / (2 * step)) < 1e-6
 
 
+def bits(fn, *values):
+    """fn by one_pass, its gradient and its derivative, and value and gradient by itself."""
+    weight = torch.ones_like(values[0]).requires_grad_()
+
+    def seeded(*at):
+        torch.manual_seed(4)
+        return fn(weight * at[0], *at[1:])
+
+    out, du = both("with_value", lambda *at: {"u": seeded(*at)}, values, values)
+    plain = seeded(*values)
+    ours, theirs = (torch.autograd.grad(v.float().sum(), weight)[0] for v in (out["u"], plain))
+    return (out["u"], ours), (plain, theirs), du
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.15, 0.3, 1.0])
+def test_dropout_is_that_of_an_ordinary_pass_to_the_bit(p, dtype):
+    ours, plain, du = bits(lambda x: F.dropout(x, p), torch.randn(64, 64, dtype=dtype))
+    assert all(a.equal(b) for a, b in zip(ours, plain, strict=True))
+    assert du.equal(ours[0])  # it is linear
+
+
+def test_channels_last_stay_last_through_group_norm():
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    ours, plain, _ = bits(lambda x: F.group_norm(x, 4, torch.linspace(0.5, 2, 8)), x)
+    assert all(a.equal(b) for a, b in zip(ours, plain, strict=True))
+    assert ours[0].stride() == plain[0].stride()
+
+
+def test_small_values_in_bfloat16_move_through_rms_norm():
+    x, along = 1e-2 * torch.randn(2, 64, 8)
+    _, exact = OnePass().with_value(lambda x: {"u": F.rms_norm(x, (8,))}, (x,), (along,), "u")
+    low = (x.bfloat16(),), (along.bfloat16(),)
+    _, found = OnePass().with_value(lambda x: {"u": F.rms_norm(x, (8,))}, *low, "u")
+    assert error(found, exact) < 0.03  # bits of bfloat16
+
+
+@each_way
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_running_statistics_follow_the_values_once(kind, way):
+    x, along = torch.randn(2, 4, 3, 5, 5)
+    norm, plain = (kind(3, affine=True, track_running_stats=True) for _ in range(2))
+    out, found = both(way, lambda x: {"u": norm(x)}, (x,), (along,))
+    assert out["u"].equal(plain(x))
+    for ours, theirs in zip(norm.buffers(), plain.buffers(), strict=True):
+        assert ours.equal(theirs)
+    assert error(found, Dual()(plain, (x,), (along,))) < ROUNDING
+    plain.eval()
+    _, found = both(way, lambda x: {"u": plain(x)}, (x,), (along,))
+    assert error(found, Dual()(plain, (x,), (along,))) < ROUNDING
+
+
+def test_derivative_is_of_the_kind_of_its_value_in_mixed_precision():
+    x, weight = torch.randn(2, 8, 6).bfloat16(), torch.ones(8)
+
+    def fn(x):
+        return {"u": F.group_norm(x, 4, weight, weight)}
+
+    out, du = OnePass().with_value(fn, (x,), (x,), "u")
+    assert du.dtype == out["u"].dtype == torch.bfloat16
+
+
 class Kernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -204,6 +267,39 @@ def test_a_tape_lets_go_of_what_it_held():
     assert held[0]() is None
 
 
+def test_a_derivative_is_given_once():
+    x = torch.ones(3)
+    _, moved = OnePass().linearized(lambda x: {"u": x * x}, (x,), "u")
+    moved((x,))
+    with pytest.raises(RuntimeError, match="once"):
+        moved((x,))
+
+
+@pytest.mark.parametrize("ends", ["unasked", "asked late", "in an error"])
+def test_a_tape_under_checkpointing_lets_go_of_what_it_held(ends):
+    held, layer, x = [], nn.Linear(3, 3), torch.ones(2, 3)
+
+    def fn(x):
+        inner = layer(x)
+        held.append(weakref.ref(inner.value))
+        out = checkpoint(lambda h: h.sin() * h, inner, use_reentrant=False)
+        return {} if ends == "in an error" else {"u": out}
+
+    def evaluated():
+        if ends == "in an error":
+            with pytest.raises(KeyError):
+                OnePass().linearized(fn, (x,), "u")
+            return
+        out, moved = OnePass().linearized(fn, (x,), "u")
+        if ends == "asked late":
+            out["u"].sum().backward()  # which computes the block again
+            moved((x,))
+
+    evaluated()
+    gc.collect()
+    assert held[0]() is None
+
+
 # rules
 
 
@@ -241,6 +337,7 @@ FUNCTIONS = {
     "conv1d": lambda a, b: F.conv1d(a[None], torch.ones(2, 4, 3)),
     "conv_transpose2d": lambda a, b: F.conv_transpose2d(a.reshape(1, 2, 3, 4), K, B[:2], stride=2),
     "reshape and permute": lambda a, b: a.reshape(2, 2, 6).permute(2, 0, 1).flatten(1),
+    "view of broadcast rows": lambda a, b: (a[:1] + C.expand(4, 6)).view(24).view_as(b),
     "chunk": lambda a, b: torch.stack(a.chunk(3, dim=1), 1),
     "split": lambda a, b: a.split([2, 4], dim=1)[1],
     "unbind": lambda a, b: torch.unbind(a, 1)[2],
@@ -292,8 +389,17 @@ FUNCTIONS = {
         a.reshape(1, 1, 4, 6), torch.ones(1, 1, 4, 6), b.reshape(1, 1, 4, 6)
     ),
     "multihead attention": lambda a, b: MULTIHEAD(a[None], b[None], a[None])[0],
+    "multihead attention without weights": lambda a, b: MULTIHEAD(
+        a[None], b[None], a[None], need_weights=False
+    )[0],
+    "complex numbers": lambda a, b: b + torch.fft.irfft(torch.fft.rfft(a) * (1 + 2j), n=6),
+    "rotation": lambda a, b: torch.view_as_real(torch.view_as_complex(a.view(4, 3, 2)) * 1j) * 2,
     "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
+    "no dropout of channels": lambda a, b: F.dropout1d(a, training=False) + F.rrelu(b),
     "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
+    "by name": lambda a, b: torch.mul(input=torch.add(input=a, other=b), other=a.sub(other=C)),
+    "by name, one": lambda a, b: torch.sum(input=a / torch.div(input=b, other=C), dim=1),
+    "zeros by name": lambda a, b: torch.zeros_like(input=a) + b,
     "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),
     "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
 }
@@ -357,12 +463,23 @@ REFUSED = {
     "add_": lambda x: x.add_(1),
     "mul_": lambda x: x.__imul__(2),
     "__setitem__": lambda x: x.__setitem__(0, 1.0),
+    "aten.mul_.Tensor": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
+    "exp_": lambda x: torch.ops.aten.exp_(x),
+    "__set__": lambda x: setattr(x, "data", torch.zeros(3, 4)),
     "copy_": lambda x: torch.zeros(3, 4).copy_(x),
     "silu, which writes in place": lambda x: F.silu(x, inplace=True),
     "relu, which writes in place": lambda x: F.relu(x, inplace=True),
     "dropout, which writes in place": lambda x: F.dropout(x, 0.5, inplace=True),
     "exp, which writes in place": lambda x: torch.exp(x, out=torch.empty(3, 4)),
     "alpha_dropout, which draws anew": lambda x: F.alpha_dropout(x, 0.5, training=True),
+    "dropout1d, which draws anew": lambda x: F.dropout1d(x[None], 0.5),
+    "dropout, which draws anew": lambda x: torch.dropout(x, 0.5, True),
+    "bernoulli, which draws anew": lambda x: torch.bernoulli(x.sigmoid()) * x,
+    "normal, which draws anew": lambda x: torch.normal(x, 1, generator=torch.Generator()),
+    "multi_head_attention_forward, which draws anew": lambda x: nn.MultiheadAttention(
+        4, 2, dropout=0.5
+    )(x, x, x)[0],
+    "gru, which draws anew": lambda x: nn.GRU(4, 4, num_layers=2, dropout=0.5)(x)[0],
     "dropout within attention": lambda x: F.scaled_dot_product_attention(
         x[None], x[None], x[None], dropout_p=0.5
     ),
@@ -378,6 +495,39 @@ def test_what_it_cannot_follow_is_named_with_a_way_out(name, way):
     x = torch.ones(3, 4)
     with pytest.raises(NotImplementedError, match=f"one_pass cannot follow {name}.*@dual"):
         both(way, lambda x: {"u": REFUSED[name](x * weight)}, (x,), (x,))
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@each_way
+def test_a_gradient_that_would_be_lost_is_an_error(way):
+    x, weight = torch.randn(3, 4), torch.ones(3, 4, requires_grad=True)
+    out, _ = both(way, lambda x: {"u": x * Sign.apply(x * weight)}, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"an autograd.Function.*@dual"):
+        out["u"].sum().backward()
+
+
+@torch.library.custom_op("zoo_tests::square", mutates_args=())
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+square.register_autograd(lambda ctx, gradient: gradient)
+
+
+@each_way
+def test_an_operation_that_loses_the_tangents_of_dual_numbers_is_an_error(way):
+    x = torch.ones(3)
+    with pytest.raises(NotImplementedError, match=r"zoo_tests.*tangents.*@finite_difference"):
+        both(way, lambda x: {"u": x + square(x)}, (x,), (x,))
 
 
 @each_way

@@ -71,8 +71,12 @@ class OnePass:
         What the derivative needs of the forward is kept until then, even what checkpointing drops.
         """
         record = Tape(rule_of)
-        out, moving = self._run(fn, primals, [record.slot() for _ in primals], record, key)
-        return out, lambda tangents: record.replay([d.detach() for d in tangents], moving.slot)
+        try:
+            out, moving = self._run(fn, primals, [record.slot() for _ in primals], record, key)
+        finally:
+            tape = record.taken()
+        wanted = moving.slot
+        return out, lambda tangents: tape.replay([d.detach() for d in tangents], wanted)
 
     def _run(
         self,

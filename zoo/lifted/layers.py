@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.lifted.rules import Move, Outcome, any_lifted, by_dual_numbers
-from zoo.lifted.tensor import REMEDY, Lifted
+from zoo.lifted.tensor import REMEDY, Lifted, value_of
 
 aten = torch.ops.aten
 
@@ -45,9 +45,12 @@ def dropout(
     """The same mask on the value and its tangent."""
     if not training or p == 0:
         return input, None
-    slot = input.slot
-    out, mask = torch.native_dropout(input.value, p, True)
-    return out, lambda move: move(slot) * mask / (1 - p)
+    value, slot = input.value, input.slot
+    if value.is_cuda and p < 1:
+        out, mask = torch.native_dropout(value, p, True)
+        return out, lambda move: move(slot) * mask / (1 - p)
+    noise = func(torch.ones_like(value), p)  # as the kernels of other devices do, to the bit
+    return value * noise, lambda move: move(slot) * noise
 
 
 def layer_norm(
@@ -80,7 +83,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Outcome:
-    if not _alike(input, weight, bias):
+    if not (_alike(input, weight, bias) and _contiguous_in_group_norm(input.value)):
         return by_dual_numbers(func, input, num_groups, weight, bias, eps)
     value, slot = input.value.contiguous(), input.slot
     sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
@@ -107,6 +110,18 @@ def group_norm_tangent(
     return moved if weight is None else weight.view(-1, *[1] * (value.ndim - 2)) * moved
 
 
+def batch_norm(
+    func: Any, input: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any
+) -> Outcome:
+    """Running statistics follow the values once: the derivative is taken without them."""
+    if not (named.get("training") or named.get("use_input_stats")):
+        return by_dual_numbers(func, input, running_mean, running_var, *rest, **named)
+    with torch.no_grad():
+        _, push = by_dual_numbers(func, input, None, None, *rest, **named)
+    values = {name: value_of(part) for name, part in named.items()}
+    return func(value_of(input), running_mean, running_var, *rest, **values), push
+
+
 def rms_norm(
     func: Any,
     input: Any,
@@ -114,8 +129,8 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Outcome:
-    if not _alike(input, weight):
-        return by_dual_numbers(func, input, normalized_shape, weight, eps)
+    if not _alike(input, weight) or input.value.dtype in (torch.float16, torch.bfloat16):
+        return by_dual_numbers(func, input, normalized_shape, weight, eps)  # sums in float32
     value, slot = input.value, input.slot
     axes = tuple(range(-len(normalized_shape), 0))
     least = torch.finfo(value.dtype).eps if eps is None else eps
@@ -160,6 +175,11 @@ def attention(
         return moved @ v + weights @ dv
 
     return func(q, k, v, scale=scale), push
+
+
+def _contiguous_in_group_norm(value: Tensor) -> bool:
+    """CUDA's kernel copies what is not; others keep channels last, and round otherwise."""
+    return value.is_cuda or value.is_contiguous()
 
 
 def _alike(input: Any, *parameters: Any) -> bool:

@@ -12,39 +12,32 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, value_of
+from zoo.lifted.tensor import REMEDY, Lifted, Push, Slot, lifted_among, moves, name_of, value_of
 
 Outcome = tuple[Any, Push | None]
 Move = Callable[[Slot], Tensor]
 
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-RANDOM = {
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.rrelu,
-}
 
 
 def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Any function with a forward-mode rule in torch, done again."""
-    if func in RANDOM:
-        name = func.__name__
-        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
     leaves, spec = pytree.tree_flatten((args, kwargs))
     values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
     given_args, given_kwargs = pytree.tree_unflatten(values, spec)
+    device = next(leaf.value.device for leaf in leaves if type(leaf) is Lifted)
+    before = _random_state(device)
     out = func(*given_args, **given_kwargs)
-    if not any(_moves(part) for part in pytree.tree_leaves(out)):
+    if not any(moves(part) for part in pytree.tree_leaves(out)):
         return out, None
+    if kwargs.get("generator") is not None or not _random_state(device).equal(before):
+        name = name_of(func)
+        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
 
     def push(move: Move) -> Any:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -54,26 +47,48 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
             ]
             again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
             again = pytree.tree_leaves(func(*again_args, **again_kwargs))
-            return [_tangent(part) if _moves(part) else None for part in again]
+            tangents = [_tangent(part) for part in again]
+            if all(tangent is None for tangent in tangents):
+                raise NotImplementedError(
+                    f"one_pass cannot follow {name_of(func)}, which loses the tangents of dual "
+                    "numbers; choose @finite_difference()"
+                )
+            return [
+                torch.zeros_like(part) if tangent is None and moves(part) else tangent
+                for part, tangent in zip(again, tangents, strict=True)
+            ]
 
     return out, push
 
 
 def constant(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """What tells of a tensor no more than its shape and kind, or cuts it off."""
-    return func(*map(value_of, args), **kwargs), None
+    named = {name: value_of(arg) for name, arg in kwargs.items()}
+    return func(*map(value_of, args), **named), None
 
 
-def linear_in_first(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
+def linear_in_first(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Views, casts and the like."""
-    if type(x) is not Lifted or any_lifted((*args, *kwargs.values())):
-        return by_dual_numbers(func, x, *args, **kwargs)
+    x, rest = args[0] if args else None, args[1:]
+    if type(x) is not Lifted or any_lifted((*rest, *kwargs.values())):
+        return by_dual_numbers(func, *args, **kwargs)
     slot = x.slot
-    return func(x.value, *args, **kwargs), lambda move: func(move(slot), *args, **kwargs)
+    return func(x.value, *rest, **kwargs), lambda move: func(move(slot), *rest, **kwargs)
+
+
+def viewed(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
+    """Views by shape; a tangent may lie otherwise in memory than its value."""
+    if type(x) is not Lifted:
+        return func(x, *map(value_of, args)), None
+    out, slot = func(x.value, *map(value_of, args), **kwargs), x.slot
+    if out.dtype != x.value.dtype:
+        return by_dual_numbers(func, x, *args, **kwargs)
+    shape = out.shape
+    return out, lambda move: move(slot).reshape(shape)
 
 
 def as_other(func: Any, x: Any, other: Any) -> Outcome:
-    """Views and casts to the shape or the kind of another tensor."""
+    """Casts and reshapes to the kind or the shape of another tensor."""
     model = value_of(other).detach()
     if type(x) is not Lifted:
         return func(x, model), None
@@ -95,10 +110,11 @@ def joined(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Outc
     return func(values, *args, **kwargs), push
 
 
-def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+def summed(signs: tuple[int, int], func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """a + b and a - b; one that does not move drops out."""
-    if kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+    if len(args) != 2 or kwargs:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     out, i, j = func(value_of(a), value_of(b)), _slot(a), _slot(b)
     shape, dtype = out.shape, out.dtype
 
@@ -113,10 +129,11 @@ def summed(signs: tuple[int, int], func: Any, a: Any, b: Any, **kwargs: Any) -> 
     return out, push
 
 
-def product(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
+def product(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     """Of any kind that is linear in each of two factors."""
-    if kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+    if len(args) != 2 or kwargs:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     (x, y), (i, j) = (value_of(a), value_of(b)), (_slot(a), _slot(b))
     out = func(x, y)
 
@@ -132,9 +149,10 @@ def product(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
     return out, push
 
 
-def quotient(func: Any, a: Any, b: Any, **kwargs: Any) -> Outcome:
-    if type(b) is Lifted or kwargs:
-        return by_dual_numbers(func, a, b, **kwargs)
+def quotient(func: Any, *args: Any, **kwargs: Any) -> Outcome:
+    if len(args) != 2 or kwargs or type(args[1]) is Lifted:
+        return by_dual_numbers(func, *args, **kwargs)
+    a, b = args
     slot = a.slot
     return func(a.value, b), lambda move: func(move(slot), b)
 
@@ -147,10 +165,14 @@ def _slot(x: Any) -> Slot | None:
     return x.slot if type(x) is Lifted else None
 
 
-def _tangent(dual: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(dual).tangent
-    return torch.zeros_like(dual) if tangent is None else tangent
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
-def _moves(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _tangent(dual: Any) -> Tensor | None:
+    tangent = forward_ad.unpack_dual(dual).tangent if moves(dual) else None
+    # Rules of torch for mixed precision give tangents of another kind than the value's.
+    return None if tangent is None else tangent.to(dual.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.lifted.layers import (
     activation,
     attention,
+    batch_norm,
     dropout,
     group_norm,
     layer,
@@ -28,6 +29,7 @@ from zoo.lifted.rules import (
     product,
     quotient,
     summed,
+    viewed,
 )
 from zoo.lifted.tensor import Rule
 
@@ -53,7 +55,7 @@ CONSTANTS = (
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 )
 VIEWS = (
-    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze"),
+    *("reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze"),
     *("squeeze", "chunk", "split", "unbind", "expand", "contiguous", "clone", "to", "float"),
     *("movedim", "swapaxes", "narrow", "select", "mean", "sum", "neg", "roll", "flip"),
 )
@@ -65,7 +67,8 @@ RULES: dict[Any, Rule] = {
     **{getattr(Tensor, name).__get__: constant for name in READ},
     **dict.fromkeys((*CONSTANT, *_methods(*CONSTANTS)), constant),
     **dict.fromkeys(_methods(*VIEWS, "__getitem__", "__neg__"), linear_in_first),
-    **dict.fromkeys(_methods("type_as", "view_as", "expand_as", "reshape_as"), as_other),
+    **dict.fromkeys(_methods("view", "view_as"), viewed),
+    **dict.fromkeys(_methods("type_as", "expand_as", "reshape_as"), as_other),
     **{getattr(torch, n): linear_in_first for n in VIEWS if callable(getattr(torch, n, None))},
     **dict.fromkeys((F.interpolate, F.avg_pool2d, F.pixel_shuffle), linear_in_first),
     **dict.fromkeys(LAYERS, layer),
@@ -81,6 +84,7 @@ RULES: dict[Any, Rule] = {
     F.dropout: dropout,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
+    **dict.fromkeys((F.batch_norm, F.instance_norm), batch_norm),
     F.rms_norm: rms_norm,
     F.scaled_dot_product_attention: attention,
 }

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 Slot = Any  # a tangent, or its number on a tape
@@ -29,7 +30,7 @@ Rule = Callable[..., tuple[Any, Push | None]]  # None: nothing here moves
 
 IN_PLACE = {
     f"__{name}__"
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem")
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem", "set")
 }
 REMEDY = "choose @dual(), whose derivative takes a pass of its own"
 
@@ -42,6 +43,16 @@ class Record(Protocol):
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
         """A slot for each of `out`; None for what does not move."""
         ...
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        f"one_pass cannot follow an autograd.Function that gives a tensor without tangent; {REMEDY}"
+    )
+
+
+# What such a Function gives bears no mark, but its gradient would end here and not at the value.
+GUARD: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
 
 
 class Lifted(Tensor):
@@ -62,6 +73,8 @@ class Lifted(Tensor):
             device=value.device,
             requires_grad=value.requires_grad,
         )
+        if value.requires_grad:
+            lifted._backward_hooks = GUARD
         lifted.value, lifted.slot, lifted.record = value, slot, record
         return lifted
 
@@ -102,12 +115,16 @@ class Flowing:
 
 
 class Tape:
-    """The rules are kept, in the order of the operations, until the inputs' tangents are known."""
+    """The rules are kept, in the order of the operations, until the inputs' tangents are known.
+
+    They leave the tape of a pass when it ends: blocks under checkpointing hold their inputs, those
+    hold the tape of the pass, and rules hold values, whose graph holds the blocks.
+    """
 
     def __init__(self, rule_of: Callable[[Any], Rule]):
         self.rule_of = rule_of
         self._count = 0
-        self._rules: list[tuple[Push, Sequence[int], Sequence[int]]] = []
+        self._rules: list[tuple[Push, Sequence[int], Sequence[int]]] | None = []
 
     def slot(self) -> int:
         self._count += 1
@@ -115,12 +132,19 @@ class Tape:
 
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
         slots = [self.slot() for _ in out]
-        self._rules.append((push, parents, slots))
+        if self._rules is not None:  # else a block under checkpointing is computed again
+            self._rules.append((push, parents, slots))
         return slots
+
+    def taken(self) -> Tape:
+        """A tape with the rules so far; this one keeps no more of them."""
+        other = Tape(self.rule_of)
+        other._rules, self._rules = self._rules, None
+        return other
 
     def replay(self, tangents: Sequence[Tensor], wanted: int) -> Tensor:
         """The tangent of the slot `wanted`, by those of the slots that were taken first. Once."""
-        rules, self._rules = self._useful(wanted), []
+        rules, self._rules = self._useful(wanted), None
         uses = Counter(slot for _, parents, _ in rules for slot in parents)
         uses[wanted] += 1
         moved = dict(enumerate(tangents))
@@ -137,6 +161,8 @@ class Tape:
 
     def _useful(self, wanted: int) -> list[tuple[Push, Sequence[int], Sequence[int]]]:
         """The rules that `wanted` depends on, in their order."""
+        if self._rules is None:
+            raise RuntimeError("one_pass gives the derivative of a forward once, and has given it")
         needed, useful = {wanted}, []
         for rule in reversed(self._rules):
             _, parents, slots = rule
@@ -160,6 +186,15 @@ def settled(x: Tensor) -> Tensor:
         return x.value
 
 
+def name_of(func: Any) -> str:
+    return str(func) if isinstance(func, OpOverload) else getattr(func, "__name__", str(func))
+
+
+def moves(x: Any) -> bool:
+    """Whether it is of a kind that may have a tangent: real and complex numbers."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def lifted_among(parts: Iterable[Any]) -> list[Lifted]:
     """Those among arguments, and in their lists."""
     found = []
@@ -179,8 +214,10 @@ def _check_followed(one: Lifted) -> None:
 
 
 def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
-    name = getattr(func, "__name__", str(func))
+    name = name_of(func)
     in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if isinstance(func, OpOverload):
+        in_place = func._schema.is_mutable
     if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
         raise NotImplementedError(f"one_pass cannot follow {name}, which writes in place; {REMEDY}")
 
@@ -188,7 +225,7 @@ def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
 def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
     parents = [one.slot for one in given]
     if isinstance(out, Tensor):
-        if not out.is_floating_point():
+        if not moves(out):
             return out
         return _with_slot(out, record.slots(push, parents, [out])[0], record)
     flat, spec = pytree.tree_flatten(out)
@@ -197,9 +234,8 @@ def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> An
     return pytree.tree_unflatten(moving, spec)
 
 
-def _with_slot(value: Tensor, slot: Slot, record: Record) -> Tensor:
-    moves = slot is not None and value.is_floating_point()
-    return Lifted(value, slot, record) if moves else value
+def _with_slot(value: Any, slot: Slot, record: Record) -> Any:
+    return Lifted(value, slot, record) if slot is not None and moves(value) else value
 
 
 def _listed(tangents: Any) -> Sequence[Any]:
