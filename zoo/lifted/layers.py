@@ -9,6 +9,7 @@ their backward passes give their tangents. Attention o = P v, P = softmax(s), mo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,16 +62,23 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Outcome:
-    if not _alike(input, weight, bias):
+    if not _moves_alone(input, weight, bias):
         return by_dual_numbers(func, input, normalized_shape, weight, bias, eps)
     value, slot, shape = input.value, input.slot, list(normalized_shape)
-    out, mean, rstd = torch.native_layer_norm(value, shape, weight, bias, eps)
+    statistics: Sequence[Tensor] = ()
+    if _fused(value, weight, bias):
+        out, *statistics = torch.native_layer_norm(value, shape, weight, bias, eps)
+    else:
+        out = func(value, shape, weight, bias, eps)
+    dtype = out.dtype
 
     def push(move: Move) -> Tensor:
+        wide = _wide(value)
+        mean, rstd = statistics or torch.native_layer_norm(wide, shape, None, None, eps)[1:]
         moved: Tensor = aten.native_layer_norm_backward(
-            move(slot), value, shape, mean, rstd, None, None, (True, False, False)
+            _wide(move(slot)), wide, shape, mean, rstd, None, None, (True, False, False)
         )[0]
-        return moved if weight is None else moved * weight
+        return (moved if weight is None else moved * weight).to(dtype)
 
     return out, push
 
@@ -83,14 +91,23 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Outcome:
-    if not (_alike(input, weight, bias) and _contiguous_in_group_norm(input.value)):
+    if not _moves_alone(input, weight, bias):
         return by_dual_numbers(func, input, num_groups, weight, bias, eps)
-    value, slot = input.value.contiguous(), input.slot
+    value, slot = input.value, input.slot
     sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
-    out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
+    statistics: Sequence[Tensor] = ()
+    if _fused(value, weight, bias) and (value.is_cuda or value.is_contiguous()):
+        value = value.contiguous()  # as CUDA's kernel does; others keep channels last
+        out, *statistics = torch.native_group_norm(value, weight, bias, *sizes, eps)
+    else:
+        out = func(value, num_groups, weight, bias, eps)
+    dtype = out.dtype
 
     def push(move: Move) -> Tensor:
-        return group_norm_tangent(move(slot), value, mean, rstd, weight, sizes)
+        wide = _wide(value).contiguous()
+        mean, rstd = statistics or torch.native_group_norm(wide, None, None, *sizes, eps)[1:]
+        moved = group_norm_tangent(_wide(move(slot)), wide, mean, rstd, weight, sizes)
+        return moved.to(dtype)
 
     return out, push
 
@@ -129,20 +146,22 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Outcome:
-    if not _alike(input, weight) or input.value.dtype in (torch.float16, torch.bfloat16):
-        return by_dual_numbers(func, input, normalized_shape, weight, eps)  # sums in float32
+    if not _moves_alone(input, weight):
+        return by_dual_numbers(func, input, normalized_shape, weight, eps)
     value, slot = input.value, input.slot
     axes = tuple(range(-len(normalized_shape), 0))
-    least = torch.finfo(value.dtype).eps if eps is None else eps
+    out = func(value, normalized_shape, weight, eps)
+    dtype = out.dtype
 
     def push(move: Move) -> Tensor:
-        tangent = move(slot)
-        scale = (value.square().mean(axes, keepdim=True) + least).rsqrt()
-        along = (value * tangent).mean(axes, keepdim=True) * scale.square()
-        moved = scale * torch.addcmul(tangent, value, along, value=-1)
-        return moved if weight is None else moved * weight
+        wide, tangent = _wide(value), _wide(move(slot))
+        least = torch.finfo(wide.dtype).eps if eps is None else eps
+        scale = (wide.square().mean(axes, keepdim=True) + least).rsqrt()
+        along = (wide * tangent).mean(axes, keepdim=True) * scale.square()
+        moved = scale * torch.addcmul(tangent, wide, along, value=-1)
+        return (moved if weight is None else moved * weight).to(dtype)
 
-    return func(value, normalized_shape, weight, eps), push
+    return out, push
 
 
 def attention(
@@ -177,16 +196,17 @@ def attention(
     return func(q, k, v, scale=scale), push
 
 
-def _contiguous_in_group_norm(value: Tensor) -> bool:
-    """CUDA's kernel copies what is not; others keep channels last, and round otherwise."""
-    return value.is_cuda or value.is_contiguous()
+def _moves_alone(input: Any, *parameters: Any) -> bool:
+    return type(input) is Lifted and not any_lifted(parameters)
 
 
-def _alike(input: Any, *parameters: Any) -> bool:
-    """Whether a fused kernel may take these: parameters that stand still, no casts of autocast."""
-    return (
-        type(input) is Lifted
-        and not any_lifted(parameters)
-        and all(p is None or p.dtype == input.value.dtype for p in parameters)
-        and not torch.is_autocast_enabled(input.value.device.type)
+def _fused(value: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether one kernel takes these as they are, without the casts of autocast."""
+    return all(p is None or p.dtype == value.dtype for p in parameters) and not (
+        torch.is_autocast_enabled(value.device.type)
     )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the precision in which sums are taken."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

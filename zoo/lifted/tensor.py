@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -214,12 +215,18 @@ def _check_followed(one: Lifted) -> None:
 
 
 def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
-    name = name_of(func)
-    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if _writes(func) or kwargs.get("inplace") or kwargs.get("out") is not None:
+        raise NotImplementedError(
+            f"one_pass cannot follow {name_of(func)}, which writes in place; {REMEDY}"
+        )
+
+
+@cache
+def _writes(func: Any) -> bool:
     if isinstance(func, OpOverload):
-        in_place = func._schema.is_mutable
-    if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
-        raise NotImplementedError(f"one_pass cannot follow {name}, which writes in place; {REMEDY}")
+        return bool(func._schema.is_mutable)
+    name = name_of(func)
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
