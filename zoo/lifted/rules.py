@@ -30,12 +30,12 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
     given_args, given_kwargs = pytree.tree_unflatten(values, spec)
-    device = next(leaf.value.device for leaf in leaves if type(leaf) is Lifted)
-    before = _random_state(device)
+    beside = next(leaf.value for leaf in leaves if type(leaf) is Lifted)
+    before = _random_state(beside)
     out = func(*given_args, **given_kwargs)
     if not any(moves(part) for part in pytree.tree_leaves(out)):
         return out, None
-    if kwargs.get("generator") is not None or not _random_state(device).equal(before):
+    if kwargs.get("generator") is not None or _random_state(beside) != before:
         name = name_of(func)
         raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
 
@@ -165,11 +165,16 @@ def _slot(x: Any) -> Slot | None:
     return x.slot if type(x) is Lifted else None
 
 
-def _random_state(device: torch.device) -> Tensor:
+def _random_state(beside: Tensor) -> bytes:
+    """Of the global generator there; none beside tensors without data, which draw nothing."""
+    if type(beside) is not Tensor:
+        return b""
+    device = beside.device
     if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+        state = torch.get_rng_state()
+    else:
+        state = torch.get_device_module(device).get_rng_state(device)
+    return state.numpy().tobytes()
 
 
 def _tangent(dual: Any) -> Tensor | None:
