@@ -112,6 +112,26 @@ def test_checkpointed_blocks_have_the_same_value_gradient_and_derivative(backbon
 
 
 @each_way
+def test_blocks_that_are_computed_again_do_without_tangents(way):
+    net, cond, point, tangents = case("dit", checkpointing=True)
+    plain = case("dit")[0]
+
+    def flops_of_backward(net):
+        out, _ = both(way, lambda *at: net(*at, cond), point, tangents)
+        with FlopCounterMode(display=False) as counter:
+            gradients(net, out)
+        return counter.get_total_flops()
+
+    def flops_of_forward():
+        with FlopCounterMode(display=False) as counter:
+            plain(*point, cond)
+        return counter.get_total_flops()
+
+    again = flops_of_backward(net) - flops_of_backward(plain)
+    assert 0 < again <= flops_of_forward()
+
+
+@each_way
 @each_backbone
 def test_autocast_rounds_the_value_as_ever_and_the_derivative_alike(backbone, way):
     net, cond, point, tangents = case(backbone)

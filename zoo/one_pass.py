@@ -60,7 +60,10 @@ class OnePass:
         """The outputs of fn with their graph, and the derivative of one of them without."""
         record = Flowing(rule_of)
         slots = [tangent.detach() for tangent in tangents]
-        out, moving = self._run(fn, primals, slots, record, key)
+        try:
+            out, moving = self._run(fn, primals, slots, record, key)
+        finally:
+            record.ended = True
         return out, moving.slot
 
     def linearized(

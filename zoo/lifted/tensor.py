@@ -105,12 +105,18 @@ class Lifted(Tensor):
 
 
 class Flowing:
-    """The tangents of the inputs are known, and every operation moves its outputs at once."""
+    """The tangents of the inputs are known, and every operation moves its outputs at once.
+
+    Until the pass has `ended`: blocks that checkpointing computes again do without tangents.
+    """
 
     def __init__(self, rule_of: Callable[[Any], Rule]):
         self.rule_of = rule_of
+        self.ended = False
 
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
+        if self.ended:
+            return [None] * len(out)
         with torch.no_grad():
             return _listed(push(_itself))
 
@@ -132,9 +138,10 @@ class Tape:
         return self._count - 1
 
     def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
+        if self._rules is None:  # a block under checkpointing is computed again
+            return [None] * len(out)
         slots = [self.slot() for _ in out]
-        if self._rules is not None:  # else a block under checkpointing is computed again
-            self._rules.append((push, parents, slots))
+        self._rules.append((push, parents, slots))
         return slots
 
     def taken(self) -> Tape:
