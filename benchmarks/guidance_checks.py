@@ -5,6 +5,7 @@ Without these checks it would have no effect, or end the run where it is sampled
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import registry
@@ -14,11 +15,16 @@ from zoo.samplers import ClassifierFree, InputGuidance
 
 Part = TypeVar("Part", ClassifierFree, InputGuidance)
 
+log = logging.getLogger(__name__)
+
 
 def check_guidance(
     name: str, objective: Objective, sampler: Sampler, net: FlowNetwork, num_classes: int
 ) -> None:
-    """ValueError unless guidance in training and sampling is of labels, and told where it must."""
+    """ValueError unless guidance in training and sampling is of labels, and told where it must.
+
+    A warning where it is against an output that was never trained.
+    """
     drawn = getattr(objective, "guidance", None) is not None
     told = _inside(sampler, InputGuidance)
     guided = [f"{name}.guidance"] if drawn else []
@@ -38,6 +44,12 @@ def check_guidance(
             f"{what}, which the network has to be told. Bind "
             f"{registry.backbones.name_of(net.trunk)}.guidance_input = True, and train with it"
             + ("" if drawn else "; @cfg() guides a network without it")
+        )
+    if guided and _inside(sampler, ClassifierFree) and getattr(objective, "label_dropout", 1) == 0:
+        log.warning(
+            "cfg compares with the network's output without a label, which %s.label_dropout = 0 "
+            "never trains",
+            name,
         )
 
 

@@ -12,6 +12,7 @@ from tiny_vaes import photos
 
 import registry
 from benchmarks.conformance.subject import MIXTURE, law_batch
+from benchmarks.guidance_checks import check_guidance
 from registry.protocols import NULL_LABEL
 from zoo.guidance import (
     LogUniformGuidance,
@@ -20,6 +21,7 @@ from zoo.guidance import (
     with_guidance,
 )
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like, normal_like
 from zoo.samplers import ClassifierFree, Euler, FlowMap, InputGuidance, check_sampler
@@ -304,6 +306,13 @@ def test_sampler_whose_guidance_would_do_nothing_is_refused_before_training(
     done = zoo("run", DIGITS, "--arm", "mean_flow", "--out", tmp_path / "out", *sets(*bound))
     assert done.status == 2
     assert said in done.err
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_guidance_against_a_label_that_is_never_dropped_is_warned_of(dropout, caplog):
+    objective, sampler = FlowMatching(label_dropout=dropout), ClassifierFree(scale=2.0)
+    check_guidance("flow_matching", objective, sampler, small("dit", ("v",)), 4)
+    assert ("flow_matching.label_dropout = 0 never trains" in caplog.text) == (dropout == 0)
 
 
 def test_told_scale_below_one_is_refused():
