@@ -10,21 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_cases import awake, inputs, small
+from one_pass_cases import both, each_way, error
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.grid  # noqa: F401  registers Grid
 import registry
-from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.experiment import run
 from registry import gin_setup
 from registry.protocols import Batch, parts
 from zoo.derivatives import Dual, FiniteDifference, Jvp, with_derivatives
-from zoo.lifted import Lifted
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
@@ -35,18 +32,9 @@ from zoo.teachers import Online
 from zoo.times import LogitNormalPair
 
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
-each_way = pytest.mark.parametrize("way", ["with_value", "linearized"])
 
 # Relative errors of a derivative against `dual`, measured: 7e-7 in float32.
 ROUNDING = 1e-5
-
-
-def both(way, fn, primals, tangents, key="u"):
-    """Outputs and the derivative of one of them, by either way of asking."""
-    if way == "with_value":
-        return OnePass().with_value(fn, primals, tangents, key)
-    out, moved = OnePass().linearized(fn, primals, key)
-    return out, moved(tangents)
 
 
 def case(backbone, **fields):
@@ -60,10 +48,6 @@ def case(backbone, **fields):
 def gradients(net, outputs):
     loss = sum(value.double().square().sum() for value in outputs.values())
     return torch.autograd.grad(loss, list(net.parameters()))
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 # networks
@@ -318,261 +302,6 @@ def test_a_tape_under_checkpointing_lets_go_of_what_it_held(ends):
     evaluated()
     gc.collect()
     assert held[0]() is None
-
-
-# rules
-
-
-W, B = torch.linspace(-1, 1, 18).reshape(3, 6), torch.linspace(0, 1, 3)
-C = torch.linspace(0.5, 1.5, 6)
-K = torch.linspace(-1, 1, 2 * 2 * 9).reshape(2, 2, 3, 3)
-M = torch.tensor([[True, False, True, True]] * 4)
-
-FUNCTIONS = {
-    "add": lambda a, b: a + b,
-    "add a constant of a larger shape": lambda a, b: a[0] + C.expand(2, 6),
-    "add a number": lambda a, b: 1 + a,
-    "add with alpha": lambda a, b: torch.add(a, b, alpha=3),
-    "subtract": lambda a, b: a - b,
-    "subtract from a constant": lambda a, b: C - b,
-    "subtract a constant": lambda a, b: b - C,
-    "subtract from a number": lambda a, b: 2 - a,
-    "multiply": lambda a, b: a * b,
-    "multiply rows": lambda a, b: a * b[:, :1],
-    "multiply by a constant": lambda a, b: C * a,
-    "multiply with itself": lambda a, b: a * a,
-    "divide": lambda a, b: a / (2 + b**2),
-    "divide by a constant": lambda a, b: a / C,
-    "divide a number": lambda a, b: 1 / (2 + b**2),
-    "power": lambda a, b: (a**2 + 1) ** 1.5,
-    "matmul": lambda a, b: a @ b.mT,
-    "matmul a constant": lambda a, b: W @ a.T,
-    "bmm": lambda a, b: torch.bmm(a[None], b.mT[None]),
-    "einsum": lambda a, b: torch.einsum("ij,kj->ik", a, b),
-    "linear": lambda a, b: F.linear(a, W, B),
-    "linear without bias": lambda a, b: F.linear(a, W),
-    "linear of two": lambda a, b: F.linear(a, b),
-    "conv2d": lambda a, b: F.conv2d(a.reshape(1, 2, 3, 4), K, C[:2], padding=1),
-    "conv2d of two": lambda a, b: F.conv2d(a.reshape(1, 2, 3, 4), b.reshape(2, 2, 2, 3)),
-    "conv1d": lambda a, b: F.conv1d(a[None], torch.ones(2, 4, 3)),
-    "conv_transpose2d": lambda a, b: F.conv_transpose2d(a.reshape(1, 2, 3, 4), K, B[:2], stride=2),
-    "reshape and permute": lambda a, b: a.reshape(2, 2, 6).permute(2, 0, 1).flatten(1),
-    "view of broadcast rows": lambda a, b: (a[:1] + C.expand(4, 6)).view(24).view_as(b),
-    "chunk": lambda a, b: torch.stack(a.chunk(3, dim=1), 1),
-    "split": lambda a, b: a.split([2, 4], dim=1)[1],
-    "unbind": lambda a, b: torch.unbind(a, 1)[2],
-    "index": lambda a, b: a[1:, [0, 3]],
-    "ellipsis": lambda a, b: a[..., ::2],
-    "cat with a constant": lambda a, b: torch.cat([a, W, b], dim=0),
-    "stack": lambda a, b: torch.stack([a, b, torch.ones(4, 6)]),
-    "expand": lambda a, b: a[:1].expand(4, 6) + b,
-    "mean": lambda a, b: a.mean(1, keepdim=True) + b.sum(0),
-    "as another": lambda a, b: a.type_as(b).reshape_as(b),
-    "cast": lambda a, b: a.double().to(torch.float32),
-    "roll": lambda a, b: torch.roll(a, 1, 0),
-    "interpolate": lambda a, b: F.interpolate(a.reshape(1, 2, 3, 4), scale_factor=2),
-    "pad with a number": lambda a, b: F.pad(a, (1, 1), value=2.0),
-    "gelu": lambda a, b: F.gelu(a),
-    "gelu by tanh": lambda a, b: F.gelu(a, approximate="tanh"),
-    "silu": lambda a, b: F.silu(a),
-    "silu by module": lambda a, b: nn.SiLU()(a),
-    "relu": lambda a, b: F.relu(a),
-    "tanh": lambda a, b: a.tanh() * torch.sigmoid(b),
-    "softmax": lambda a, b: a.softmax(-1) @ b.T,
-    "sines": lambda a, b: torch.cat([a.sin(), torch.cos(b)], 1),
-    "where": lambda a, b: torch.where(a > 0, a * b, b),
-    "maximum": lambda a, b: torch.maximum(a, b) + a.max(1).values[:, None],
-    "clamp": lambda a, b: a.clamp(-0.5, 0.5),
-    "norm": lambda a, b: a / a.norm(dim=1, keepdim=True),
-    "layer_norm": lambda a, b: F.layer_norm(a, (6,), eps=1e-6),
-    "layer_norm with weights": lambda a, b: F.layer_norm(a, (6,), C, C, 1e-5),
-    "layer_norm over two axes": lambda a, b: F.layer_norm(a, (4, 6)),
-    "layer_norm of moving weights": lambda a, b: F.layer_norm(a, (6,), b[0]),
-    "group_norm": lambda a, b: F.group_norm(a.reshape(2, 4, 3), 2),
-    "group_norm with weights": lambda a, b: F.group_norm(a.reshape(2, 4, 3), 2, C[:4], C[:4]),
-    "group_norm not contiguous": lambda a, b: F.group_norm(a.reshape(2, 3, 4).mT, 2),
-    "rms_norm": lambda a, b: F.rms_norm(a, (6,)),
-    "rms_norm with weights": lambda a, b: F.rms_norm(a, (6,), C, 1e-6),
-    "attention": lambda a, b: F.scaled_dot_product_attention(
-        a.reshape(1, 1, 4, 6), b.reshape(1, 1, 4, 6), (a * b).reshape(1, 1, 4, 6)
-    ),
-    "attention of a scale": lambda a, b: F.scaled_dot_product_attention(
-        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), scale=0.7
-    ),
-    "attention with a mask": lambda a, b: F.scaled_dot_product_attention(
-        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), attn_mask=M
-    ),
-    "causal attention": lambda a, b: F.scaled_dot_product_attention(
-        *(x.reshape(1, 1, 4, 6) for x in (a, b, a)), is_causal=True
-    ),
-    "attention of constant keys": lambda a, b: F.scaled_dot_product_attention(
-        a.reshape(1, 1, 4, 6), torch.ones(1, 1, 4, 6), b.reshape(1, 1, 4, 6)
-    ),
-    "multihead attention": lambda a, b: MULTIHEAD(a[None], b[None], a[None])[0],
-    "multihead attention without weights": lambda a, b: MULTIHEAD(
-        a[None], b[None], a[None], need_weights=False
-    )[0],
-    "complex numbers": lambda a, b: b + torch.fft.irfft(torch.fft.rfft(a) * (1 + 2j), n=6),
-    "rotation": lambda a, b: torch.view_as_real(torch.view_as_complex(a.view(4, 3, 2)) * 1j) * 2,
-    "no dropout": lambda a, b: F.dropout(a, 0.0) + F.dropout(b, 0.5, training=False),
-    "no dropout of channels": lambda a, b: F.dropout1d(a, training=False) + F.rrelu(b),
-    "zeros beside": lambda a, b: torch.cat([a, torch.zeros_like(b), b.new_ones(4, 6)]),
-    "by name": lambda a, b: torch.mul(input=torch.add(input=a, other=b), other=a.sub(other=C)),
-    "by name, one": lambda a, b: torch.sum(input=a / torch.div(input=b, other=C), dim=1),
-    "zeros by name": lambda a, b: torch.zeros_like(input=a) + b,
-    "whole numbers": lambda a, b: a * b.long() + (10 * a).to(torch.int32).float() + a.argmax(),
-    "shape and kind": lambda a, b: a.view(a.shape[0], a.size(1)).to(b.dtype) * a.ndim,
-}
-torch.manual_seed(0)
-MULTIHEAD = nn.MultiheadAttention(6, 2, batch_first=True)
-
-
-@each_way
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_rule_moves_a_function_and_leaves_its_value_and_gradient(name, way):
-    fn = FUNCTIONS[name]
-    torch.manual_seed(1)
-    weight = torch.randn(4, 6, requires_grad=True)
-    a, b, da, db = torch.randn(4, 4, 6)
-    used = []
-
-    def fed(a, b):  # both depend on a weight, so that values have a graph
-        used.append(type(a))
-        return fn(a * weight, b + weight)
-
-    out, found = both(way, lambda a, b: {"u": fed(a, b)}, (a, b), (da, db))
-    assert used == [Lifted]
-    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        duals = forward_ad.make_dual(a, da), forward_ad.make_dual(b, db)
-        expected = forward_ad.unpack_dual(fed(*duals)).tangent.detach()
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
-    assert expected.abs().max() > 1e-3
-    assert found.grad_fn is None
-    plain = fed(a, b)
-    assert out["u"].equal(plain)
-    (ours,) = torch.autograd.grad(out["u"].square().sum(), weight)
-    (theirs,) = torch.autograd.grad(plain.square().sum(), weight)
-    assert ours.equal(theirs)
-
-
-# what it cannot follow
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient * ctx.saved_tensors[0]
-
-
-class Itself(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-REFUSED = {
-    "add_": lambda x: x.add_(1),
-    "mul_": lambda x: x.__imul__(2),
-    "__setitem__": lambda x: x.__setitem__(0, 1.0),
-    "aten.mul_.Tensor": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
-    "exp_": lambda x: torch.ops.aten.exp_(x),
-    "__set__": lambda x: setattr(x, "data", torch.zeros(3, 4)),
-    "copy_": lambda x: torch.zeros(3, 4).copy_(x),
-    "silu, which writes in place": lambda x: F.silu(x, inplace=True),
-    "relu, which writes in place": lambda x: F.relu(x, inplace=True),
-    "dropout, which writes in place": lambda x: F.dropout(x, 0.5, inplace=True),
-    "exp, which writes in place": lambda x: torch.exp(x, out=torch.empty(3, 4)),
-    "alpha_dropout, which draws anew": lambda x: F.alpha_dropout(x, 0.5, training=True),
-    "dropout1d, which draws anew": lambda x: F.dropout1d(x[None], 0.5),
-    "dropout, which draws anew": lambda x: torch.dropout(x, 0.5, True),
-    "bernoulli, which draws anew": lambda x: torch.bernoulli(x.sigmoid()) * x,
-    "normal, which draws anew": lambda x: torch.normal(x, 1, generator=torch.Generator()),
-    "multi_head_attention_forward, which draws anew": lambda x: nn.MultiheadAttention(
-        4, 2, dropout=0.5
-    )(x, x, x)[0],
-    "gru, which draws anew": lambda x: nn.GRU(4, 4, num_layers=2, dropout=0.5)(x)[0],
-    "dropout within attention": lambda x: F.scaled_dot_product_attention(
-        x[None], x[None], x[None], dropout_p=0.5
-    ),
-    "SquareBackward": lambda x: Square.apply(x) + 1,
-    "ItselfBackward": lambda x: Itself.apply(x),
-}
-
-
-@each_way
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_it_cannot_follow_is_named_with_a_way_out(name, way):
-    weight = torch.ones(3, 4, requires_grad=True)
-    x = torch.ones(3, 4)
-    with pytest.raises(NotImplementedError, match=f"one_pass cannot follow {name}.*@dual"):
-        both(way, lambda x: {"u": REFUSED[name](x * weight)}, (x,), (x,))
-
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return (x > 0).float()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-@each_way
-def test_a_gradient_that_would_be_lost_is_an_error(way):
-    x, weight = torch.randn(3, 4), torch.ones(3, 4, requires_grad=True)
-    out, _ = both(way, lambda x: {"u": x * Sign.apply(x * weight)}, (x,), (x,))
-    with pytest.raises(NotImplementedError, match=r"an autograd.Function.*@dual"):
-        out["u"].sum().backward()
-
-
-@torch.library.custom_op("zoo_tests::square", mutates_args=())
-def square(x: Tensor) -> Tensor:
-    return x * x
-
-
-square.register_autograd(lambda ctx, gradient: gradient)
-
-
-@each_way
-def test_an_operation_that_loses_the_tangents_of_dual_numbers_is_an_error(way):
-    x = torch.ones(3)
-    with pytest.raises(NotImplementedError, match=r"zoo_tests.*tangents.*@finite_difference"):
-        both(way, lambda x: {"u": x + square(x)}, (x,), (x,))
-
-
-@each_way
-def test_a_cut_is_an_error(way):
-    x = torch.ones(3)
-    with pytest.raises(RuntimeError, match="carries no tangent"):
-        both(way, lambda x: {"u": x.detach() * 2}, (x,), (x,))
-
-
-def test_the_probe_refuses_a_network_with_a_cut_and_one_that_writes_in_place():
-    class Bad(nn.Module):
-        def __init__(self, change):
-            super().__init__()
-            self.layer, self.change = nn.Linear(4, 2), change
-
-        def forward(self, x, t, r, cond=None):
-            h = torch.cat([x, t[:, None], r[:, None]], 1)
-            return {"u": self.layer(self.change(h)), "v": x}
-
-    x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match="along . its relative error"):
-        probe_derivatives(MeanFlow(), Bad(lambda h: h + h.detach() * 2), x)
-    with pytest.raises(ValueError, match=r"one_pass.*cannot pass this network: .*mul_.*@dual"):
-        probe_derivatives(MeanFlow(), Bad(lambda h: h.mul_(2)), x)
-    probe_derivatives(MeanFlow(derivative=Dual()), Bad(lambda h: h.clone().mul_(2)), x)
 
 
 # objectives

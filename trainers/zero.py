@@ -154,7 +154,7 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
-        if self.stage == 3:  # weights are released behind each layer, before they could be moved by
+        if self.stage == 3:  # which puts autograd.Functions round every layer
             module.objective = apart(module.objective)
         if self._deepspeed is not None:
             self._deepspeed.destroy()
