@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.cell import CELL, Cell
+from benchmarks.cell import CELL, Cell, run_cell
 from benchmarks.grid import Declared
 from benchmarks.launchers import Job, close_lost
 from benchmarks.locks import alone
@@ -132,7 +132,7 @@ def _launch(planned: Plan, jobs: Sequence[Job], parent: Any, again: str) -> dict
     """Run the jobs; why each failed that did."""
     failed = {}
     try:
-        for number, ended in enumerate(planned.launcher(jobs) if jobs else (), 1):
+        for number, ended in enumerate(planned.launcher(jobs, run_cell) if jobs else (), 1):
             why = f": {ended.reason}" if ended.reason else ""
             _say(f"{ended.name} {ended.status}, {number} of {len(jobs)}{why}")
             if ended.status == "failed":

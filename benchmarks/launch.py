@@ -47,7 +47,7 @@ def start(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", module, *words],
+                [sys.executable, "-P", "-m", module, *words],
                 env={**os.environ, **shared, **own},
                 start_new_session=True,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
@@ -65,8 +65,8 @@ def start(
             signal.signal(number, handler)
 
 
-def joined(lead: Callable[[], object], words: Sequence[str]) -> None:
-    """In a process of several: lead, or follow the one that does."""
+def joined(lead: Callable[[], object], follow: Callable[[], object], words: Sequence[str]) -> None:
+    """In one process of several, which were started with `words`: lead, or follow the leader."""
     ranks.join()
     everyones = ranks.gathered(list(words))
     if other := [i for i, theirs in enumerate(everyones) if theirs != everyones[0]]:
@@ -75,11 +75,10 @@ def joined(lead: Callable[[], object], words: Sequence[str]) -> None:
             f"  {' '.join(everyones[other[0]])}\n  {' '.join(everyones[0])}"
         )
     if not ranks.leads():
-        from benchmarks.cell import follow
-
         logging.getLogger().setLevel(logging.CRITICAL)
         sys.stderr = open(os.devnull, "w")  # progress and the like; how it fails is still told
-        return follow()
+        follow()
+        return
     try:
         lead()
     finally:

@@ -4,7 +4,8 @@
     subprocesses    several at a time on this machine (benchmarks/subprocesses.py)
     ray_cluster     wherever Ray finds room (benchmarks/ray_cluster.py)
 
-A launcher is configuration; called with jobs it runs each and yields how each ended, as they end.
+A launcher is configuration. It is called with jobs and with the function that runs one of them; it
+runs each and yields how each ended, as they end.
 After SIGINT or SIGTERM it starts no more of them, yields those that ran, most as "stopped" with a
 checkpoint saved, and raises KeyboardInterrupt. A second signal acts at once.
 """
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,13 @@ class Ended:
     reason: str = ""
 
 
-class Launcher(Protocol):
-    """Runs the jobs; yields how each ended, as they end."""
+RunCell = Callable[[Path], Ended]  # runs the cell that was prepared in a folder
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]: ...
+
+class Launcher(Protocol):
+    """Runs the jobs by `run_cell`, a function of a module; yields how each ended, as they end."""
+
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]: ...
 
 
 @launchers.register("in_process")
@@ -57,9 +61,7 @@ class Launcher(Protocol):
 class InProcess:
     """Runs the cells one after the other in this process."""
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
-        from benchmarks.cell import run_cell
-
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
         for job in jobs:
             ended = run_cell(job.folder)
             yield ended

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launchers import OUTPUT, Ended, Job, Progress, interruptible
+from benchmarks.launchers import OUTPUT, Ended, Job, Progress, RunCell, interruptible
 from benchmarks.mlflow_copy import reason
 from benchmarks.provenance import version_of
 from benchmarks.subprocesses import Worker
@@ -55,19 +55,21 @@ class RayCluster:
         if not (isinstance(self.retries, int) and self.retries >= 0):
             raise ValueError(f"ray_cluster.retries = {self.retries!r} must be 0 or more")
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
         ray = _import_ray(self.retries)
         try:
             _connect(ray, self.address)
             self._check_machines(ray, [jobs[0].folder.resolve(), Path.cwd()])
             with interruptible() as interrupted:
-                yield from self._run(ray, jobs, interrupted)
+                yield from self._run(ray, jobs, run_cell, interrupted)
         finally:
             ray.shutdown()
         if interrupted:
             raise KeyboardInterrupt
 
-    def _run(self, ray: Any, jobs: Sequence[Job], interrupted: list[str]) -> Iterator[Ended]:
+    def _run(
+        self, ray: Any, jobs: Sequence[Job], run_cell: RunCell, interrupted: list[str]
+    ) -> Iterator[Ended]:
         task = ray.remote(_run_cell).options(
             num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries
         )
@@ -75,9 +77,8 @@ class RayCluster:
         if not self.num_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         where = Path.cwd()
-        running = {
-            task.remote(job.folder.resolve(), where, environment, self.ranks): job for job in jobs
-        }
+        how = (run_cell, where, environment, self.ranks)
+        running = {task.remote(job.folder.resolve(), *how): job for job in jobs}
         progress, cancelled = Progress(), False
         while running:
             if interrupted and not cancelled:
@@ -174,23 +175,23 @@ def _trouble(paths: Sequence[Path], version: str) -> str:
     return "" if here == version else f"has {PACKAGE} {here}, not {version}"
 
 
-def _run_cell(folder: Path, directory: Path, environment: Mapping[str, str], ranks: int) -> Ended:
+def _run_cell(
+    folder: Path, run_cell: RunCell, directory: Path, environment: Mapping[str, str], ranks: int
+) -> Ended:
     """On a machine of the cluster: run the cell as if from the directory it was asked for in."""
     if not (folder.exists() and directory.exists()):  # a machine that came later
         raise FileNotFoundError(f"{os.uname().nodename} does not see {folder} and {directory}")
     os.chdir(directory)
     os.environ.update(environment)
     if ranks > 1:
-        return _run_in_ranks(Job(folder.name, folder), ranks)
+        return _run_in_ranks(Job(folder.name, folder), run_cell, ranks)
     with open(folder / OUTPUT, "a") as output, redirect_stdout(output), redirect_stderr(output):
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-        from benchmarks.cell import run_cell
-
         return run_cell(folder)
 
 
-def _run_in_ranks(job: Job, ranks: int) -> Ended:
-    worker = Worker(job, (), ranks, os.environ)
+def _run_in_ranks(job: Job, run_cell: RunCell, ranks: int) -> Ended:
+    worker = Worker(job, run_cell, (), ranks, os.environ)
     try:
         while worker.process.poll() is None:
             time.sleep(0.1)  # Ray's cancellation reaches Python code alone

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from benchmarks.launchers import OUTPUT, Ended, Job, Progress, interruptible
+from benchmarks.launchers import OUTPUT, Ended, Job, Progress, RunCell, interruptible
 from registry import launchers
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -45,7 +45,7 @@ class Subprocesses:
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"subprocesses.{name} = {value!r} must be 1 or more")
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
         waiting, running = deque(jobs), dict[int, Worker]()
         progress = Progress()
         with interruptible() as interrupted:
@@ -56,7 +56,7 @@ class Subprocesses:
                             worker.stop()
                     else:
                         for place in sorted({*range(self.workers)} - {*running})[: len(waiting)]:
-                            running[place] = self._worker(waiting.popleft(), place)
+                            running[place] = self._worker(waiting.popleft(), run_cell, place)
                     time.sleep(0.1)
                     for place, worker in list(running.items()):
                         if worker.process.poll() is not None:
@@ -68,20 +68,28 @@ class Subprocesses:
         if interrupted:
             raise KeyboardInterrupt
 
-    def _worker(self, job: Job, place: int) -> Worker:
+    def _worker(self, job: Job, run_cell: RunCell, place: int) -> Worker:
         cores = _share(_cores(), place, self.workers)
         pinned = cores if hasattr(os, "sched_setaffinity") else ()
         threads = max(1, len(cores) // self.ranks)
-        return Worker(job, pinned, self.ranks, _environment(threads, place, self.workers))
+        environment = _environment(threads, place, self.workers)
+        return Worker(job, run_cell, pinned, self.ranks, environment)
 
 
 class Worker:
     """A process that runs one cell, or starts the processes that do."""
 
-    def __init__(self, job: Job, cores: Sequence[int], ranks: int, environment: Mapping[str, str]):
+    def __init__(
+        self,
+        job: Job,
+        run_cell: RunCell,
+        cores: Sequence[int],
+        ranks: int,
+        environment: Mapping[str, str],
+    ):
         self.job = job
         self._stopping = False
-        words = [str(job.folder), ",".join(map(str, cores)), str(ranks)]
+        words = [str(job.folder), ",".join(map(str, cores)), str(ranks), address_of(run_cell)]
         with open(job.folder / OUTPUT, "ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "benchmarks.worker", *words],
@@ -112,6 +120,16 @@ class Worker:
             return Ended(self.job.name, "stopped", "outside its training; nothing to save")
         died = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
         return Ended(self.job.name, "failed", f"{died}; see {self.job.folder / OUTPUT}")
+
+
+def address_of(function: Callable[..., object]) -> str:
+    """MODULE:NAME, by which another process finds the function; ValueError for an inner one."""
+    if "<" in function.__qualname__ or function.__module__ == "__main__":
+        raise ValueError(
+            f"{function.__qualname__} of {function.__module__} cannot be found by another process; "
+            "define it at the top level of a module that can be imported"
+        )
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _share(items: Sequence[T], place: int, places: int) -> Sequence[T]:

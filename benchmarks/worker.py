@@ -1,6 +1,9 @@
 """One cell in a process of its own, or in several; a launcher starts it, people use `run`.
 
-    python -m benchmarks.worker FOLDER CORES RANKS      CORES such as 0,1, or '' for all
+    python -P -m benchmarks.worker FOLDER CORES RANKS MODULE:FUNCTION
+
+CORES are numbers such as 0,1, or '' for all; the function runs the cell in FOLDER and says how it
+ended. -P keeps a folder `benchmarks` of the current directory from being taken for this package.
 
 Standard input is a pipe that nobody writes to: when it closes, the process that started this one is
 gone, however it died, and this one goes too, with every process that it started. Standard output
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -20,7 +24,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    folder, cores, processes = sys.argv[1:]
+    folder, cores, processes, address = sys.argv[1:]
     if cores:
         os.sched_setaffinity(0, map(int, cores.split(",")))
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -33,16 +37,17 @@ def main() -> None:
     # Outside training, where nothing can be saved; training takes both signals itself.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    from benchmarks.cell import run_cell
+    run_cell = pkgutil.resolve_name(address)
 
     def lead() -> None:
         os.write(answer, json.dumps(asdict(run_cell(Path(folder)))).encode())
 
     if "RANK" not in os.environ:
         return lead()
+    from benchmarks.cell import follow
     from benchmarks.launch import joined
 
-    joined(lead, [folder])
+    joined(lead, follow, [folder])
     os._exit(0)  # DeepSpeed's threads may abort an ordinary end
 
 

@@ -1,7 +1,7 @@
 """Where cells run: which start when, how they end, and that none is left behind.
 
-Most cells here are scripts that stand in for a training, run by `run_cell` of a stub that a worker
-finds before ours; they print nothing but what they are told to.
+Most cells here are scripts that stand in for a training (cell_scripts.py); they print nothing but
+what they are told to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 import textwrap
 import threading
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cell_scripts import run_cell
 from tiny_runs import entries
 
 from benchmarks import launchers, subprocesses
@@ -29,24 +29,6 @@ from benchmarks.results import Result
 from benchmarks.subprocesses import Subprocesses
 from benchmarks.tracking import Jsonl
 
-STUB = """
-import dataclasses, pathlib, sys, types
-
-@dataclasses.dataclass
-class Ended:
-    name: str
-    status: str
-    reason: str = ""
-
-def run_cell(folder):
-    scope = {"folder": folder, "Ended": Ended, "name": folder.name}
-    exec((folder / "script.py").read_text(), scope)
-    return scope.get("ended", Ended(folder.name, "finished"))
-
-cell = types.ModuleType("benchmarks.cell")
-cell.run_cell = run_cell
-sys.modules["benchmarks.cell"] = cell
-"""
 WAITS = """
 import time
 (folder / "started").touch()
@@ -67,10 +49,7 @@ time.sleep(0.5)
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
     """Makes a job of each script, in folders a, b, c, ..."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "sitecustomize.py").write_text(STUB)
-    monkeypatch.setenv("PYTHONPATH", str(stub))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find `run_cell`
     monkeypatch.setattr(subprocesses, "_gpus", list)  # asking torch takes seconds
 
     def make(*scripts: str) -> list[Job]:
@@ -99,20 +78,16 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_cells_run_in_order_and_end_with_the_first_that_is_stopped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_cells_run_in_order_and_end_with_the_first_that_is_stopped() -> None:
     ran = []
 
-    def run_cell(folder: Path) -> Ended:
+    def run(folder: Path) -> Ended:
         ran.append(folder.name)
         return Ended(folder.name, {"a": "failed", "b": "stopped"}[folder.name])
 
-    stub = types.SimpleNamespace(run_cell=run_cell)
-    monkeypatch.setitem(sys.modules, "benchmarks.cell", stub)
     seen: list[Ended] = []
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(InProcess()([Job(name, Path(name)) for name in "abc"]))
+        seen.extend(InProcess()([Job(name, Path(name)) for name in "abc"], run))
     assert ran == ["a", "b"]
     assert seen == [Ended("a", "failed"), Ended("b", "stopped")]
 
@@ -124,7 +99,8 @@ def test_workers_answer_how_their_cells_ended(jobs: Callable[..., list[Job]]) ->
                 "print('printed')",
                 "ended = Ended(name, 'failed', 'loss is not finite')",
                 "ended = Ended(name, 'pruned', 'at step 3')",
-            )
+            ),
+            run_cell,
         )
     )
     assert sorted(told, key=lambda ended: ended.name) == [
@@ -138,7 +114,7 @@ def test_output_of_a_cell_is_kept_in_its_folder(jobs: Callable[..., list[Job]]) 
     script = "import os, sys; print('out'); print('err', file=sys.stderr); os.system('echo child')"
     (job,) = jobs(script)
     (job.folder / OUTPUT).write_text("before\n")
-    assert list(Subprocesses(workers=1)([job])) == [Ended("a", "finished")]
+    assert list(Subprocesses(workers=1)([job], run_cell)) == [Ended("a", "finished")]
     lines = (job.folder / OUTPUT).read_text().split()
     assert lines[0] == "before"
     assert sorted(lines[1:]) == ["child", "err", "out"]
@@ -146,7 +122,7 @@ def test_output_of_a_cell_is_kept_in_its_folder(jobs: Callable[..., list[Job]]) 
 
 def test_no_more_cells_run_at_once_than_there_are_workers(jobs: Callable[..., list[Job]]) -> None:
     started = jobs(*[NOTES_TIME] * 5)
-    list(Subprocesses(workers=2)(started))
+    list(Subprocesses(workers=2)(started, run_cell))
     spans = [[float((j.folder / f).read_text()) for f in ("began", "done")] for j in started]
     at_once = [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans]
     assert max(at_once) == 2
@@ -164,7 +140,7 @@ def test_workers_divide_the_cores_between_them(
         time.sleep(1)  # both at once
     """
     started = jobs(script, script)
-    list(Subprocesses(workers=2)(started))
+    list(Subprocesses(workers=2)(started, run_cell))
     cores = subprocesses._cores()
     half = len(cores) // 2
     threads = [str(half)] * 3
@@ -200,6 +176,13 @@ def test_fewer_threads_asked_for_in_the_environment_are_kept(
     assert made["CUDA_VISIBLE_DEVICES"] == "5"
 
 
+def test_function_that_no_other_process_can_find_is_refused(
+    jobs: Callable[..., list[Job]],
+) -> None:
+    with pytest.raises(ValueError, match="top level of a module"):
+        list(Subprocesses(workers=1)(jobs(""), lambda folder: Ended(folder.name, "finished")))
+
+
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2"])
 def test_number_of_workers_is_checked_at_construction(workers: Any) -> None:
     with pytest.raises(ValueError, match=r"subprocesses\.workers"):
@@ -210,7 +193,7 @@ def test_killed_worker_fails_with_the_signal_named_and_the_others_go_on(
     jobs: Callable[..., list[Job]],
 ) -> None:
     started = jobs("import os; os.kill(os.getpid(), 9)", "raise SystemExit(7)", "")
-    told = {ended.name: ended for ended in Subprocesses(workers=1)(started)}
+    told = {ended.name: ended for ended in Subprocesses(workers=1)(started, run_cell)}
     assert {name: ended.status for name, ended in told.items()} == {
         "a": "failed",
         "b": "failed",
@@ -237,7 +220,7 @@ def test_signal_lets_running_cells_save_and_starts_no_more(
     thread.start()
     seen: list[Ended] = []
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(Subprocesses(workers=2)(started))
+        seen.extend(Subprocesses(workers=2)(started, run_cell))
     thread.join()
     assert sorted(ended.name for ended in seen) == ["a", "b"]
     assert {ended.status for ended in seen} == {"stopped"}
@@ -266,14 +249,12 @@ import sys
 from pathlib import Path
 from benchmarks import subprocesses
 from benchmarks.launchers import Job
+from cell_scripts import run_cell
 subprocesses._gpus = list
-list(subprocesses.Subprocesses(workers=1)([Job("a", Path(sys.argv[1]))]))
+list(subprocesses.Subprocesses(workers=1)([Job("a", Path(sys.argv[1]))], run_cell))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    # The stub is for the worker alone, and so are those that the worker starts.
-    code = f"import os; os.environ['PYTHONPATH'] = {os.environ['PYTHONPATH']!r}\n{code}"
     words = [sys.executable, "-c", code, str(job.folder)]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as parent:
         wait_for((job.folder / "started").exists)
         assert not any(map(gone, pids_of(job)))
         parent.kill()
@@ -282,7 +263,7 @@ list(subprocesses.Subprocesses(workers=1)([Job("a", Path(sys.argv[1]))]))
 
 def test_leaving_early_kills_what_runs(jobs: Callable[..., list[Job]]) -> None:
     started = jobs("", LEAVES_A_CHILD + "time.sleep(60)")
-    run = Subprocesses(workers=2)(started)
+    run = Subprocesses(workers=2)(started, run_cell)
     assert next(run).name == "a"
     wait_for((started[1].folder / "started").exists)
     run.close()
@@ -291,7 +272,7 @@ def test_leaving_early_kills_what_runs(jobs: Callable[..., list[Job]]) -> None:
 
 def test_child_that_a_cell_leaves_behind_is_killed(jobs: Callable[..., list[Job]]) -> None:
     (job,) = jobs(LEAVES_A_CHILD)
-    assert list(Subprocesses(workers=1)([job])) == [Ended("a", "finished")]
+    assert list(Subprocesses(workers=1)([job], run_cell)) == [Ended("a", "finished")]
     wait_for(lambda: all(map(gone, pids_of(job))), 5)
 
 

@@ -15,23 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cell_scripts import run_cell
 
 from benchmarks.launchers import OUTPUT, Ended, Job
 from benchmarks.ray_cluster import RayCluster
 
-STUB = """
-import sys, types
-
-def run_cell(folder):
-    from benchmarks.launchers import Ended
-    scope = {"folder": folder, "Ended": Ended, "name": folder.name}
-    exec((folder / "script.py").read_text(), scope)
-    return scope.get("ended", Ended(folder.name, "finished"))
-
-cell = types.ModuleType("benchmarks.cell")
-cell.run_cell = run_cell
-sys.modules["benchmarks.cell"] = cell
-"""
 DIES_ONCE = """
 import os
 tries = folder / "tries"
@@ -63,8 +51,7 @@ except KeyboardInterrupt:
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
     """Makes a job of each script, in folders a, b, c, ...; skips where Ray is not installed."""
     pytest.importorskip("ray", reason="Ray is an extra: pip install objective-zoo[cluster]")
-    (tmp_path / "sitecustomize.py").write_text(STUB)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find `run_cell`
 
     def make(*scripts: str) -> list[Job]:
         made = []
@@ -121,7 +108,7 @@ def test_cell_of_a_killed_worker_runs_again_and_fails_only_when_that_does_not_he
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5")
     started = jobs(DIES_ONCE, DIES, LOOKS_ABOUT, "ended = Ended(name, 'failed', 'out of luck')")
     before = signal.getsignal(signal.SIGTERM)
-    told = {ended.name: ended for ended in RayCluster(retries=1)(started)}
+    told = {ended.name: ended for ended in RayCluster(retries=1)(started, run_cell)}
     assert signal.getsignal(signal.SIGTERM) is before
     assert {name: ended.status for name, ended in told.items()} == {
         "a": "finished",
@@ -150,7 +137,7 @@ def test_signal_lets_running_cells_save_and_starts_no_more(jobs: Callable[..., l
     seen: list[Ended] = []
     whole = len(os.sched_getaffinity(0))
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(RayCluster(num_cpus=whole)(started))
+        seen.extend(RayCluster(num_cpus=whole)(started, run_cell))
     thread.join()
     assert seen == [Ended("a", "stopped", "by a signal")]
     assert (started[0].folder / "saved").exists()
@@ -162,11 +149,11 @@ def test_cluster_that_is_there_is_used_and_what_it_lacks_is_told_first(
     head: str, jobs: Callable[..., list[Job]], tmp_path: Path
 ) -> None:
     (job,) = jobs(LOOKS_ABOUT)
-    assert list(RayCluster(address=head)([job])) == [Ended("a", "finished")]
+    assert list(RayCluster(address=head)([job], run_cell)) == [Ended("a", "finished")]
     with pytest.raises(ValueError, match=f"does not see {tmp_path / 'nowhere'}"):
-        list(RayCluster(address=head)([Job("b", tmp_path / "nowhere")]))
+        list(RayCluster(address=head)([Job("b", tmp_path / "nowhere")], run_cell))
     with pytest.raises(ValueError, match="no machine of the Ray cluster has 1 CPUs and 64 GPUs"):
-        list(RayCluster(address=head, num_gpus=64)([job]))
+        list(RayCluster(address=head, num_gpus=64)([job], run_cell))
 
 
 @pytest.mark.parametrize(
@@ -181,4 +168,4 @@ def test_resources_are_checked_at_construction(settings: dict) -> None:
 def test_missing_ray_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"objective-zoo\[cluster\]"):
-        list(RayCluster()([Job("a", Path("a"))]))
+        list(RayCluster()([Job("a", Path("a"))], run_cell))

@@ -73,9 +73,10 @@ def _run(arguments: argparse.Namespace) -> None:
     again = shlex.join([*words, *([] if arguments.resume else ["--resume"])])
     lead = partial(compare, request, out, again=again, resume=arguments.resume)
     if ranks.launched():
+        from benchmarks.cell import follow
         from benchmarks.launch import joined
 
-        return joined(lead, arguments.words)
+        return joined(lead, follow, arguments.words)
     lead()
     if arguments.smoke:
         from benchmarks.report import write_report
