@@ -25,11 +25,12 @@ from benchmarks.distilling import load_teacher
 from benchmarks.experiment import Experiment, run
 from benchmarks.launchers import Ended
 from benchmarks.locks import alone
-from benchmarks.pruning import PRUNED, Pruned
+from benchmarks.pruning import PRUNED, Pruned, check_pruner
 from benchmarks.record_file import read_record, read_start
 from benchmarks.results import RESULT
 from benchmarks.runner import Texts, execute
 from benchmarks.tracking import NullRun
+from benchmarks.training import measured_names
 from registry import gin_setup, recorders
 from registry.gin_errors import said
 from registry.protocols import Recorder
@@ -123,6 +124,10 @@ def build(arm: str) -> Experiment:
     with gin_setup.arm(arm):
         experiment = run()
     load_teacher(experiment)
+    if pruner := experiment.pruner:
+        every, budget = experiment.evaluate_every, experiment.budget
+        measured = measured_names(experiment, pruner.metric)
+        check_pruner(pruner, experiment.recorder, every, budget, measured)
     return experiment
 
 

@@ -27,7 +27,7 @@ from benchmarks.derivative_probe import probe_derivatives
 from benchmarks.features import Pixels
 from benchmarks.guidance_checks import check_guidance
 from benchmarks.metrics import FeatureMetrics
-from benchmarks.pruning import Pruner, check_pruner
+from benchmarks.pruning import Pruner
 from benchmarks.run_bindings import (
     bound,
     check_counts,
@@ -63,7 +63,6 @@ from zoo.samplers import check_sampler, valid_samplers
 from zoo.teachers import Frozen
 
 PROBE_ROWS = 4
-PROBE_SAMPLES = 16
 
 log = logging.getLogger(__name__)
 
@@ -235,9 +234,6 @@ def run(
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if compile:
         _check_compile(experiment)
-    if pruner is not None:
-        measured = _measured(experiment, pruner.metric)
-        check_pruner(pruner, experiment.recorder, evaluate_every, experiment.budget, measured)
     return experiment
 
 
@@ -310,14 +306,6 @@ def _probe(experiment: Experiment) -> dict[str, float]:
             "per_sample has one number a row, [b]"
         )
     return derivative_error
-
-
-def _measured(experiment: Experiment, wanted: str) -> tuple[str, ...]:
-    """The names of what an evaluation gives, from a small one, at the wanted name's NFE if any."""
-    from benchmarks.training import measure  # which imports this module
-
-    nfe = tuple(n for n in experiment.nfe if wanted.startswith(f"nfe{n}/")) or experiment.nfe
-    return tuple(measure(replace(experiment, nfe=nfe, num_samples=PROBE_SAMPLES), experiment.net))
 
 
 def _derivative_error(experiment: Experiment, x0: Tensor, cond: Cond | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trainers.callbacks import (
 from trainers.ema_snapshots import EmaSnapshots
 from trainers.loop import fit
 from trainers.state import TrainState
+
+PROBE_SAMPLES = 16
 
 
 class Stopped(KeyboardInterrupt):
@@ -95,6 +98,12 @@ def fit_experiment(
         cost["cost/peak_memory_mib"] = peak.mib
     log(cost, state.step)
     return state
+
+
+def measured_names(experiment: Experiment, wanted: str) -> tuple[str, ...]:
+    """The names of what an evaluation gives, from a small one, at the wanted name's NFE if any."""
+    nfe = tuple(n for n in experiment.nfe if wanted.startswith(f"nfe{n}/")) or experiment.nfe
+    return tuple(measure(replace(experiment, nfe=nfe, num_samples=PROBE_SAMPLES), experiment.net))
 
 
 def measure(experiment: Experiment, net: Callable[..., Any]) -> Mapping[str, float]:
