@@ -1,1 +1,4 @@
-"""Everything that measures: experiments, data sets, metrics, records and the command line."""
+"""Everything that measures: data, metrics, experiments, grids, records, reports, commands.
+
+Nothing else in the project may import from here.
+"""

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from benchmarks.commands import files, measuring, training
+from benchmarks.commands import evaluate, run, weights
 
 EXPECTED = (ValueError, KeyError, OSError, ImportError)
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (training, measuring, files):
+    for module in (run, evaluate, weights):
         module.add_to(commands)
     return parser
 

@@ -29,7 +29,7 @@ def main() -> None:
         os.sched_setaffinity(0, map(int, cores.split(",")))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if int(processes) > 1 and "RANK" not in os.environ:
-        from benchmarks.launch import start
+        from benchmarks.launchers.ranks import start
 
         sys.exit(start(sys.argv[1:], int(processes), "benchmarks.worker"))
     answer = os.dup(sys.stdout.fileno())
@@ -44,8 +44,8 @@ def main() -> None:
 
     if "RANK" not in os.environ:
         return lead()
-    from benchmarks.cell import follow
-    from benchmarks.launch import joined
+    from benchmarks.grids.cell import follow
+    from benchmarks.launchers.ranks import joined
 
     joined(lead, follow, [folder])
     os._exit(0)  # DeepSpeed's threads may abort an ordinary end

@@ -1,4 +1,4 @@
-"""Parts that live outside the repository: in an installed package, or in one Python file.
+"""Where parts come from: installed packages, this project's among them, and single Python files.
 
 A package declares its modules in its pyproject.toml; importing them registers their parts:
 
@@ -16,12 +16,23 @@ from pathlib import Path
 from types import ModuleType
 
 GROUP = "objective_zoo.plugins"
+BUILT_IN = "objective_zoo"  # the name of our own entry point in that group
 
 
 def load_plugins() -> tuple[str, ...]:
-    """Import every plug-in that is installed; returns their names."""
+    """Import the built-in parts and every plug-in that is installed; returns the plug-ins' names.
+
+    The built-in parts come first, so that a name that is taken is told of the plug-in.
+    """
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name != BUILT_IN)
+    if not (found and found[0].name == BUILT_IN):
+        raise ImportError(
+            "the built-in parts are not installed: this installation of objective-zoo is older "
+            "than its code. Install it again: pip install -e . in a checkout, or "
+            "pip install --force-reinstall objective-zoo"
+        )
     names = []
-    for entry in entry_points(group=GROUP):
+    for entry in found:
         try:
             entry.load()
         except Exception as error:
@@ -31,7 +42,7 @@ def load_plugins() -> tuple[str, ...]:
                 f"loaded: {type(error).__name__}: {error}\nRepair it, or: pip uninstall {owner}"
             ) from error
         names.append(entry.name)
-    return tuple(names)
+    return tuple(names[1:])
 
 
 def import_file(path: str | Path) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.launchers import Ended
+from benchmarks.launchers.launcher import Ended
 
 
 def run_cell(folder: Path) -> Ended:

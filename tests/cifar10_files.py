@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cifar10 import FILES, FOLDER
+from benchmarks.data.cifar10 import FILES, FOLDER
 
 
 def write_cifar10(root: Path) -> Path:

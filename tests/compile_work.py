@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from zero_work import found, main, train
 
-from trainers.zero import ZeroEngine
+from trainers.zero.engine import ZeroEngine
 
 COMPILED_STAGES = (0, 1, 2)
 EACH = ("mean_flow", "shortcut")

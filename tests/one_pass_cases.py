@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from zoo.one_pass import OnePass
+from zoo.derivatives.one_pass import OnePass
 
 each_way = pytest.mark.parametrize("way", ["with_value", "linearized"])
 

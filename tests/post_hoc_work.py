@@ -10,11 +10,12 @@ import zero_work
 from trainer_toys import StopAt
 from zero_work import SMALL, Sgd, train
 
-from trainers import Budget, CheckpointCallback, TrainState, ema_snapshots, ranks
-from trainers.ema_snapshots import EmaSnapshots
-from trainers.weights import save_tensors
-from trainers.zero import ZeroEngine
-from trainers.zero_shards import gathered_state, is_sharded, shape_of
+from backbones.pretrained.tensors import save_tensors
+from trainers import Budget, CheckpointCallback, TrainState, ranks
+from trainers.ema import snapshots
+from trainers.ema.snapshots import EmaSnapshots
+from trainers.sharding import gathered_state, is_sharded, shape_of
+from trainers.zero.engine import ZeroEngine
 
 WIDTHS = (0.05, 0.1)
 
@@ -46,7 +47,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     stopped = folder / "resumed"
     go(ZeroEngine(stage=3, **SMALL), stopped, StopAt(3))
     told["resumed"] = go(ZeroEngine(stage=3, **SMALL), stopped, resume=True)
-    ema_snapshots.save_tensors = _full_at_step_3  # type: ignore[assignment]
+    snapshots.save_tensors = _full_at_step_3  # type: ignore[assignment]
     told["full"] = go(ZeroEngine(stage=3, **SMALL), folder / "full")
     return told
 

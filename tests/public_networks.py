@@ -1,6 +1,6 @@
 """The public codes' forward passes, over state dicts in their layouts with random weights.
 
-Their times and signs are theirs: see backbones/imports.py for what each predicts.
+Their times and signs are theirs: see backbones/pretrained/imports.py for what each predicts.
 """
 
 from __future__ import annotations

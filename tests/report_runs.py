@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.results import Result
-from benchmarks.tracking import Jsonl
+from benchmarks.records.recorders import Jsonl
+from benchmarks.runs.result import Result
 
 NFES = (1, 2)
 MEASURED = {

@@ -41,9 +41,9 @@ from trainers import (
     TorchEngine,
     TrainState,
 )
-from trainers.checkpoint import Saving, checkpoints, latest
-from trainers.folders import BrokenCheckpoint, verify
-from trainers.weights import load_module, save_module
+from trainers.checkpoints.checkpoint import Saving, checkpoints, latest
+from trainers.checkpoints.weights import load_module, save_module
+from trainers.checkpoints.whole_folders import BrokenCheckpoint, verify
 from zoo.teachers import Frozen
 
 
@@ -395,7 +395,7 @@ def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.M
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr("trainers.saving.time", clock)
+    monkeypatch.setattr("trainers.checkpoints.callback.time", clock)
     saving = CheckpointCallback(every_seconds=90.0, keep=100)
     run(folder=tmp_path, callbacks=[clock, saving], budget=Budget(steps=8))
     assert [int(p.name[-2:]) for p in checkpoints(tmp_path / "checkpoints")] == [3, 6, 8]

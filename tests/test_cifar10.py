@@ -11,7 +11,7 @@ import pytest
 import torch
 from cifar10_files import write, write_cifar10
 
-from benchmarks.cifar10 import FILES, FOLDER, Cifar10
+from benchmarks.data.cifar10 import FILES, FOLDER, Cifar10
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_kept_gin_text_runs_the_same_again(folder, tmp_path):
 def test_kept_gin_text_of_the_comparison_asks_for_every_arm(folder):
     text = (folder / "config.gin").read_text()
     assert text.startswith(f"# Made by: objective-zoo run {DIGITS} --set 'run.steps = 4'")
-    from benchmarks.request import Request
+    from benchmarks.grids.request import Request
 
     request = Request(file=folder / "config.gin")
     assert request.arms() == ARMS
@@ -161,8 +161,8 @@ def test_kept_gin_text_of_the_comparison_asks_for_every_arm(folder):
 
 
 def test_arms_start_from_the_same_shared_weights():
-    from benchmarks.cell import build
-    from benchmarks.request import Request
+    from benchmarks.grids.cell import build
+    from benchmarks.grids.request import Request
 
     request = Request(file=Path(DIGITS), bindings=FILE_ONLY)
     experiments = {}

@@ -13,12 +13,12 @@ from backbone_cases import awake, inputs, small
 from compile_work import Compiler
 from tiny_runs import SIZES, losses, sets, zoo
 
-from benchmarks.experiment import run
+from benchmarks.experiments.build import run
 from registry import gin_setup
 from registry.protocols import Batch
 from trainers.engines import TorchEngine, TrainStep
 from trainers.rng import generator
-from zoo.derivatives import Dual, FiniteDifference, Jvp, derivative_of_u
+from zoo.derivatives.methods import Dual, FiniteDifference, Jvp, derivative_of_u
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.shortcut import Shortcut
 

@@ -11,9 +11,10 @@ from backbone_cases import SMALL
 
 import registry
 from backbones.network import build_network
-from benchmarks import evaluate
-from benchmarks.datasets import Digits, Gaussian
-from benchmarks.experiment import run
+from benchmarks.data.digits import Digits
+from benchmarks.data.mixtures import Gaussian
+from benchmarks.experiments.build import run
+from benchmarks.metrics import evaluate
 from registry import gin_setup
 from registry.protocols import required_heads
 from trainers.budget import Budget

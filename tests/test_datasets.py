@@ -14,12 +14,15 @@ from cifar10_files import write_cifar10
 from PIL import Image
 from tiny_vaes import save_tiny
 
-import benchmarks.parts  # noqa: F401  registers every data set
-from benchmarks.datasets import Digits, FashionMnist, Gaussian, ImageFolder, Mixture
-from benchmarks.encode import Encoder, encode
-from benchmarks.images import to_uint8
-from benchmarks.streams import StoredSet
-from benchmarks.vaes import find_vae
+import benchmarks.builtin_parts  # noqa: F401  registers every data set
+from benchmarks.data.digits import Digits
+from benchmarks.data.fashion_mnist import FashionMnist
+from benchmarks.data.image_folder import ImageFolder
+from benchmarks.data.mixtures import Gaussian, Mixture
+from benchmarks.data.pictures import to_uint8
+from benchmarks.data.streams import StoredSet
+from benchmarks.latents.autoencoders import find_vae
+from benchmarks.latents.encode import Encoder, encode
 from registry import datasets
 
 STORED = [name for name in datasets.names() if issubclass(datasets.get(name), StoredSet)]

@@ -13,16 +13,16 @@ import torch
 from backbone_cases import SMALL, small
 from torch import nn
 
-import benchmarks.experiment as experiments
 import registry
 from backbones.mlp import MLP
-from benchmarks.datasets import Gaussian
-from benchmarks.derivative_probe import perturbed, probe_derivatives
-from benchmarks.runner import Texts, execute
-from benchmarks.tracking import Jsonl, Null
+from benchmarks.data.mixtures import Gaussian
+from benchmarks.experiments import build
+from benchmarks.records.recorders import Jsonl, Null
+from benchmarks.runs.execute import Texts, execute
 from registry.protocols import Derivative, parts, required_heads
+from trainers.derivative_probe import perturbed, probe_derivatives
 from trainers.engines import TorchEngine
-from zoo.derivatives import Dual, FiniteDifference, Jvp
+from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
@@ -458,7 +458,7 @@ def run(**changes):
         "log_every": 1,
         "device": "cpu",
     }
-    return experiments.run(**{**arguments, **changes})
+    return build.run(**{**arguments, **changes})
 
 
 def recorded(experiment, folder) -> list[dict]:
@@ -475,7 +475,7 @@ def test_run_records_the_figure_and_trains_as_without_the_probe(tmp_path, monkey
     assert probed[0]["step"] == 0
     assert probed[0]["values"] == dict(experiment.derivative_error)
 
-    monkeypatch.setattr(experiments, "probe_derivatives", lambda *_: {})
+    monkeypatch.setattr(build, "probe_derivatives", lambda *_: {})
     experiment = run()
     assert experiment.derivative_error == {}
     plain = recorded(experiment, tmp_path / "plain")

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import registry
 from backbones.heads import AverageVelocity, Velocity
-from benchmarks.derivative_probe import probe_derivatives
-from benchmarks.experiment import run
+from benchmarks.experiments.build import run
 from registry import gin_setup
 from registry.protocols import Derivative
-from zoo.derivatives import Dual, FiniteDifference, Jvp
+from trainers.derivative_probe import probe_derivatives
+from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
+from zoo.derivatives.one_pass import OnePass
 from zoo.objectives.mean_flow import MeanFlow
-from zoo.one_pass import OnePass
 from zoo.ops import like
 from zoo.teachers import without_gradient
 
@@ -381,7 +381,7 @@ def test_only_the_forward_mode_pass_takes_the_math_kernel(backbone, backend, tra
 @each_exact
 def test_fused_attention_has_no_forward_mode_rule_without_the_math_kernel(backend, monkeypatch):
     # What the math kernel is for; where torch gains a rule, derivatives.py may lose a line.
-    monkeypatch.setattr("zoo.derivatives.sdpa_kernel", lambda _: nullcontext())
+    monkeypatch.setattr("zoo.derivatives.methods.sdpa_kernel", lambda _: nullcontext())
     primals, tangents, cond = along("dit")
     with pytest.raises(NotImplementedError, match="flash_attention"):
         registry.derivatives.build(backend)(output(awake(small("dit")), cond), primals, tangents)
@@ -406,7 +406,7 @@ def flash(monkeypatch, **given) -> Flash:
     module = SimpleNamespace(JVPAttn=kernel)
     monkeypatch.setitem(sys.modules, "jvp_flash_attention", SimpleNamespace(jvp_attention=module))
     monkeypatch.setitem(sys.modules, "jvp_flash_attention.jvp_attention", module)
-    monkeypatch.setattr("zoo.flash_jvp.DEVICES", ("cpu",))
+    monkeypatch.setattr("zoo.derivatives.flash_attention.DEVICES", ("cpu",))
     return kernel
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from benchmarks import distances
-from benchmarks.distances import (
+from benchmarks.metrics import distances
+from benchmarks.metrics.distances import (
     Frechet,
     Kid,
     Mmd,
@@ -21,7 +21,7 @@ from benchmarks.distances import (
     moments,
     symmetric_root,
 )
-from benchmarks.neighbours import PrecisionRecall
+from benchmarks.metrics.precision_recall import PrecisionRecall
 
 
 def normal(n: int, d: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_numpy_seed_is_restored_after_an_error() -> None:
 
 
 def test_frechet_of_many_dimensions_says_that_it_takes_long(caplog, monkeypatch):
-    monkeypatch.setattr("benchmarks.distances.MANY", 3)
+    monkeypatch.setattr("benchmarks.metrics.distances.MANY", 3)
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     list(Frechet()(x[:, :3], x[:, :3]))
     assert not caplog.text

@@ -9,7 +9,7 @@ from trainer_toys import StopAt, ToyNet, run, same
 
 from registry.protocols import LossOutput
 from trainers import Budget, Callback, CheckpointCallback, TrainState
-from trainers.ema import Ema
+from trainers.ema.averages import Ema
 
 
 def test_ema_follows_its_formula() -> None:

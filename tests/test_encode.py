@@ -19,11 +19,11 @@ from tiny_vaes import photos, save_dc, save_kl, save_tiny
 
 pytest.importorskip("diffusers")
 
-from benchmarks import encode as module
-from benchmarks.encode import Encoder, encode
-from benchmarks.image_files import find_pictures, read_picture
-from benchmarks.latent_shards import Manifest
-from benchmarks.vaes import find_vae
+from benchmarks.data.image_files import find_pictures, read_picture
+from benchmarks.latents import encode as module
+from benchmarks.latents.autoencoders import find_vae
+from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.shards import Manifest
 from registry import vaes
 
 
@@ -409,7 +409,7 @@ def test_a_second_encoding_in_the_folder_waits_for_nobody(pictures, kl, tmp_path
 HOLD = """
 import sys, time
 from pathlib import Path
-from benchmarks.locks import alone
+from benchmarks.files import alone
 with alone(Path(sys.argv[1]), "an encoding"):
     print("held", flush=True)
     time.sleep(60)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks.distances import Frechet
-from benchmarks.evaluate import (
+from benchmarks.metrics.distances import Frechet
+from benchmarks.metrics.evaluate import (
     BLOCK,
     draw,
     evaluate,
@@ -22,8 +22,8 @@ from benchmarks.evaluate import (
     provenance,
     samplers_for,
 )
-from benchmarks.features import Pixels
-from benchmarks.metrics import FeatureMetrics
+from benchmarks.metrics.feature_metrics import FeatureMetrics
+from benchmarks.metrics.features import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)

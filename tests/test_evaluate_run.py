@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
-from benchmarks import evaluate_run as module
-from benchmarks.distances import Frechet, moments
-from benchmarks.evaluate_run import Request, evaluate_run
-from benchmarks.feature_blocks import FeatureSink
-from benchmarks.features import Pixels
-from benchmarks.real_images import find_real
+from benchmarks.evaluation import protocol as module
+from benchmarks.evaluation.feature_cache import FeatureSink
+from benchmarks.evaluation.protocol import Request, evaluate_run
+from benchmarks.evaluation.reference import find_real
+from benchmarks.metrics.distances import Frechet, moments
+from benchmarks.metrics.features import Pixels
 
 NUM = 600  # two blocks of 256 and a part of one
 
@@ -69,7 +69,7 @@ def test_values_are_those_of_the_features_that_are_kept(whole) -> None:
     (one,) = (features for sampler, features in kept.items() if "nfe=1" in sampler)
     assert one.shape == (NUM, 64)
     assert torch.equal(one, one.round())
-    from benchmarks.datasets import Digits
+    from benchmarks.data.digits import Digits
 
     digits = Digits()
     pixels = (127.5 * (digits.rows(torch.arange(digits.size)) + 1)).round().flatten(1)
@@ -350,7 +350,7 @@ def test_statistics_of_another_resize_are_warned_of(caplog) -> None:
 
 
 def find_real_of(**parts):
-    from benchmarks.real_images import Real
+    from benchmarks.evaluation.reference import Real
 
     return Real(about="toy", covariance=torch.eye(4), **parts)
 
@@ -413,8 +413,8 @@ def test_distances_agree_with_torch_fidelity_on_the_same_features() -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from benchmarks.distances import Kid
-    from benchmarks.neighbours import PrecisionRecall
+    from benchmarks.metrics.distances import Kid
+    from benchmarks.metrics.precision_recall import PrecisionRecall
 
     rng = torch.Generator().manual_seed(0)
     basis = torch.randn(48, 48, generator=rng, dtype=torch.float64)

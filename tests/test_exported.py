@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import METRIC, SIZES, sets, zoo
 
 import registry
-from benchmarks.exported import load_exported, save_exported
-from benchmarks.pretrained import load_pretrained
+from backbones.pretrained.exported import load_exported, save_exported
+from benchmarks.runs.initial_weights import load_pretrained
 
 
 @pytest.mark.parametrize("backbone", registry.backbones.names())
@@ -90,7 +90,9 @@ def test_config_that_is_no_json_or_of_another_version_is_named(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"config.json is no JSON"):
         load_exported(out)
     (out / "config.json").write_text(text.replace('"dim"', '"width"'))
-    monkeypatch.setattr("benchmarks.exported._digest", lambda config: config["defined_by"])
+    monkeypatch.setattr(
+        "backbones.pretrained.exported._digest", lambda config: config["defined_by"]
+    )
     with pytest.raises(ValueError, match="another version of this package.*width"):
         load_exported(out)
 

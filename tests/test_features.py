@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import features
-from benchmarks.features import (
+from benchmarks.metrics import features
+from benchmarks.metrics.features import (
     INCEPTION_FILE,
     INCEPTION_URL,
     WEIGHTS_VARIABLE,
@@ -26,7 +26,7 @@ from benchmarks.features import (
     efficientnet_lite0,
     resize,
 )
-from benchmarks.timm_features import TimmFeatures
+from benchmarks.metrics.timm_features import TimmFeatures
 from registry import extractors
 
 

@@ -12,12 +12,12 @@ import torch
 from tiny_vaes import save_tiny
 
 from backbones.network import build_network
-from benchmarks.encode import Encoder, encode
-from benchmarks.experiment import run
-from benchmarks.grid import bindings
-from benchmarks.plan import plan
-from benchmarks.request import Request
-from benchmarks.vaes import find_vae
+from benchmarks.experiments.build import run
+from benchmarks.grids.axes import bindings
+from benchmarks.grids.cells import plan
+from benchmarks.grids.request import Request
+from benchmarks.latents.autoencoders import find_vae
+from benchmarks.latents.encode import Encoder, encode
 from registry import gin_setup
 
 ROOT = Path(__file__).parents[1] / "gin"

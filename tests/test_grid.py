@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import benchmarks.cell  # noqa: F401  registers every part
-from benchmarks import grid
-from benchmarks.grid import Declared, vary
+import benchmarks.builtin_parts  # noqa: F401  registers every part
+from benchmarks.grids import axes
+from benchmarks.grids.axes import Declared, vary
 from registry import gin_setup
 
 VALUES = st.lists(st.integers().map(str), min_size=1, max_size=4, unique=True)
@@ -20,34 +20,34 @@ AXES = st.dictionaries(KEYS, VALUES, max_size=3)
 
 
 @given(AXES)
-def test_product_has_every_combination_once(axes):
-    found = list(vary(axes, "product"))
-    assert len(found) == len(set(found)) == math.prod(map(len, axes.values()))
-    assert all(tuple(key for key, _ in setting) == tuple(axes) for setting in found)
-    assert {pair for setting in found for pair in setting} == pairs(axes)
+def test_product_has_every_combination_once(varied):
+    found = list(vary(varied, "product"))
+    assert len(found) == len(set(found)) == math.prod(map(len, varied.values()))
+    assert all(tuple(key for key, _ in setting) == tuple(varied) for setting in found)
+    assert {pair for setting in found for pair in setting} == pairs(varied)
 
 
 @given(AXES)
-def test_one_at_a_time_is_the_base_and_each_value_alone(axes):
-    found = list(vary(axes, "one_at_a_time"))
+def test_one_at_a_time_is_the_base_and_each_value_alone(varied):
+    found = list(vary(varied, "one_at_a_time"))
     assert found[0] == ()
     assert all(len(setting) == 1 for setting in found[1:])
-    assert len(found) == len(set(found)) == 1 + sum(map(len, axes.values()))
-    assert {pair for setting in found for pair in setting} == pairs(axes)
+    assert len(found) == len(set(found)) == 1 + sum(map(len, varied.values()))
+    assert {pair for setting in found for pair in setting} == pairs(varied)
 
 
 @given(st.integers(1, 4), st.lists(KEYS, min_size=1, unique=True))
 def test_zip_moves_all_axes_together(length, keys):
-    axes = {key: [f"{key}{i}" for i in range(length)] for key in keys}
-    found = list(vary(axes, "zip"))
+    varied = {key: [f"{key}{i}" for i in range(length)] for key in keys}
+    found = list(vary(varied, "zip"))
     assert found == [tuple((key, f"{key}{i}") for key in keys) for i in range(length)]
 
 
 @given(AXES, AXES, st.lists(st.sampled_from("abcd"), min_size=1, unique=True))
-def test_every_arm_runs_in_every_setting_one_repetition_after_the_other(axes, repeat, arms):
+def test_every_arm_runs_in_every_setting_one_repetition_after_the_other(varied, repeat, arms):
     for mode in ("product", "one_at_a_time"):
-        cells = Declared(axes=axes, mode=mode, repeat=repeat).cells(arms)
-        settings_ = list(vary(axes, mode))
+        cells = Declared(axes=varied, mode=mode, repeat=repeat).cells(arms)
+        settings_ = list(vary(varied, mode))
         again = list(vary(repeat, "product"))
         whole = [(arm, setting) for arm in arms for setting in settings_]
         assert len(cells) == len(whole) * len(again)
@@ -56,13 +56,13 @@ def test_every_arm_runs_in_every_setting_one_repetition_after_the_other(axes, re
             assert part == [(arm, setting + one) for arm, setting in whole]
 
 
-def pairs(axes):
-    return {(key, value) for key, values in axes.items() for value in values}
+def pairs(varied):
+    return {(key, value) for key, values in varied.items() for value in values}
 
 
 def declared(text: str) -> Declared:
     gin_setup.parse([], [text])
-    return grid.declared(Path.cwd())
+    return axes.declared(Path.cwd())
 
 
 def test_values_keep_their_gin_text():
@@ -85,31 +85,31 @@ def test_a_setting_is_bound_in_the_scope_of_its_arm():
         ("STEPS", "10"),
         ("include", "'a.gin'"),
     )
-    assert grid.bindings("dumo", setting) == (
+    assert axes.bindings("dumo", setting) == (
         "dumo/run.seed = 1", "teacher/adamw.lr = 0.1", "STEPS = 10", "include 'a.gin'",
     )  # fmt: skip
-    assert grid.bindings("", setting[:1]) == ("run.seed = 1",)
+    assert axes.bindings("", setting[:1]) == ("run.seed = 1",)
 
 
 def test_files_of_an_axis_are_seen_from_the_folder_of_the_grid(tmp_path):
     (tmp_path / "mine.gin").write_text("run.seed = 3\n")
     gin_setup.parse([], ["Grid.axes = {'include': ['mine.gin', 'objective/dumo.gin']}"])
-    mine, ours = grid.declared(tmp_path).axes["include"]
+    mine, ours = axes.declared(tmp_path).axes["include"]
     assert mine == repr(str(tmp_path / "mine.gin"))
     assert ours.endswith("gin/objective/dumo.gin'")
     gin_setup.parse([], ["Grid.axes = {'include': ['gone.gin']}"])
     with pytest.raises(FileNotFoundError, match=r"gone.gin"):
-        grid.declared(tmp_path)
+        axes.declared(tmp_path)
 
 
 def test_labels_are_short_but_tell_keys_apart():
     setting = (("dumo.derivative", "@jvp()"), ("ema.decay", "0.9"), ("run.name", "'a b'"))
-    assert grid.label("dumo", setting) == "dumo derivative=jvp decay=0.9 name=a b"
+    assert axes.label("dumo", setting) == "dumo derivative=jvp decay=0.9 name=a b"
     same = (("dumo.weight", "1"), ("decm.weight", "2"))
-    assert grid.label("", same) == "dumo.weight=1 decm.weight=2"
+    assert axes.label("", same) == "dumo.weight=1 decm.weight=2"
     files = (("include", "'/home/me/big.gin'"),)
-    assert grid.label("a", files) == "a include=big"
-    assert grid.slug("mean_flow nfe=(1, 2) file=a/b") == "mean_flow_nfe=_1_2_file=a_b"
+    assert axes.label("a", files) == "a include=big"
+    assert axes.slug("mean_flow nfe=(1, 2) file=a/b") == "mean_flow_nfe=_1_2_file=a_b"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import entries, losses, zoo
 
-from benchmarks.record_file import read_record
+from benchmarks.records.jsonl import read_record
 from registry import objectives, pruners
 from zoo.objectives.flow_matching import FlowMatching
 

@@ -12,7 +12,7 @@ from tiny_vaes import photos
 
 import registry
 from benchmarks.conformance.subject import MIXTURE, law_batch
-from benchmarks.guidance_checks import check_guidance
+from benchmarks.experiments.guidance_checks import check_guidance
 from registry.protocols import NULL_LABEL
 from zoo.guidance import (
     LogUniformGuidance,

@@ -11,7 +11,7 @@ from PIL import Image
 
 hf = pytest.importorskip("datasets")
 
-from benchmarks.hf_images import HfImages  # noqa: E402  after the optional library
+from benchmarks.data.hf_images import HfImages  # noqa: E402  after the optional library
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from registry import derivatives
-from zoo import identities
-from zoo.derivatives import Dual, FiniteDifference
+from zoo.derivatives.methods import Dual, FiniteDifference
 from zoo.ops import like
-from zoo.oracles import GaussianOracle, MixtureOracle, Perturbed
+from zoo.oracles import GaussianOracle, MixtureOracle, Perturbed, identities
 
 F64 = torch.float64
 

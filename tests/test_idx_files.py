@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from benchmarks.idx_files import find_idx, read_idx
+from benchmarks.data.fashion_mnist import find_idx, read_idx
 
 HEADER = struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 4)
 WHOLE = HEADER + bytes(range(24))

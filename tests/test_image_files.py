@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import image_files
-from benchmarks.image_files import (
+from benchmarks.data import image_files
+from benchmarks.data.image_files import (
     PictureFiles,
     check_pictures,
     find_pictures,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.images import save_grid, save_scatter, to_uint8
+from benchmarks.data.pictures import save_grid, save_scatter, to_uint8
 
 
 def test_to_uint8_inverts_the_normalisation_of_every_level():

@@ -21,8 +21,8 @@ from public_networks import (
 
 from backbones import build_network, warm_start
 from backbones.dit import DiT
-from backbones.imports import import_weights
 from backbones.noise import vp_step
+from backbones.pretrained.imports import import_weights
 from registry.protocols import NULL_LABEL
 
 PIXELS = SIDE * PATCH

@@ -13,11 +13,11 @@ from tiny_vaes import photos, save_kl, save_tiny
 
 pytest.importorskip("diffusers")
 
-from benchmarks import evaluate
-from benchmarks.encode import Encoder, encode
-from benchmarks.images import to_uint8
-from benchmarks.latents import Latents
-from benchmarks.vaes import AutoencoderKl, find_vae
+from benchmarks.data.pictures import to_uint8
+from benchmarks.latents.autoencoders import AutoencoderKl, find_vae
+from benchmarks.latents.dataset import Latents
+from benchmarks.latents.encode import Encoder, encode
+from benchmarks.metrics import evaluate
 from registry.protocols import Coded
 
 CONFIG = {"scaling_factor": 2.0, "shift_factor": 0.25}

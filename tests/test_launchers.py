@@ -22,12 +22,12 @@ import pytest
 from cell_scripts import run_cell
 from tiny_runs import entries
 
-from benchmarks import launchers, subprocesses
-from benchmarks.launchers import OUTPUT, Ended, InProcess, Job, close_lost
-from benchmarks.record_file import read_record
-from benchmarks.results import Result
-from benchmarks.subprocesses import Subprocesses
-from benchmarks.tracking import Jsonl
+from benchmarks.launchers import launcher, subprocesses
+from benchmarks.launchers.launcher import OUTPUT, Ended, InProcess, Job, close_lost
+from benchmarks.launchers.subprocesses import Subprocesses
+from benchmarks.records.jsonl import read_record
+from benchmarks.records.recorders import Jsonl
+from benchmarks.runs.result import Result
 
 WAITS = """
 import time
@@ -247,8 +247,8 @@ def test_killed_parent_takes_its_workers_and_theirs_along(jobs: Callable[..., li
     code = """
 import sys
 from pathlib import Path
-from benchmarks import subprocesses
-from benchmarks.launchers import Job
+from benchmarks.launchers import subprocesses
+from benchmarks.launchers.launcher import Job
 from cell_scripts import run_cell
 subprocesses._gpus = list
 list(subprocesses.Subprocesses(workers=1)([Job("a", Path(sys.argv[1]))], run_cell))
@@ -280,11 +280,11 @@ def test_progress_tells_where_the_output_is_and_then_its_last_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("a", tmp_path)
-    progress = launchers.Progress()
+    progress = launcher.Progress()
     progress.tell([job])
     progress.tell([job])
     assert capsys.readouterr().err == f"  a runs; its output is in {tmp_path / OUTPUT}\n"
-    monkeypatch.setattr(launchers, "TELL_SECONDS", -1.0)
+    monkeypatch.setattr(launcher, "TELL_SECONDS", -1.0)
     (tmp_path / OUTPUT).write_text("")
     progress.tell([job])
     (tmp_path / OUTPUT).write_text("x\n" * 2000 + "  a  40% step 4\n")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from benchmarks.encode import Encoder, encode
-from benchmarks.latents import Latents
-from benchmarks.vaes import find_vae
+from benchmarks.latents.autoencoders import find_vae
+from benchmarks.latents.dataset import Latents
+from benchmarks.latents.encode import Encoder, encode
 
 WIDTHS, BLOCKS, LATENT = (32, 64, 64), 2, 3  # three levels, attention in the lowest as in VA-VAE
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import benchmarks.grid  # noqa: F401  registers Grid
-from benchmarks.derivative_probe import probe_derivatives
-from zoo.derivatives import Dual
-from zoo.lifted import Lifted
+import benchmarks.grids.axes  # noqa: F401  registers Grid
+from trainers.derivative_probe import probe_derivatives
+from zoo.derivatives.dual_tensors import Lifted
+from zoo.derivatives.methods import Dual
 from zoo.objectives.mean_flow import MeanFlow
 
 # rules

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny_vaes import photos, save_kl
 
-from benchmarks.loading import SHAPE, Work, measure, open_folder, write_noise
+from benchmarks.speed.loading import SHAPE, Work, measure, open_folder, write_noise
 from registry.protocols import Share, Shareable
 
 
@@ -24,12 +24,12 @@ def test_latents_of_noise_are_read_like_encoded_ones(tmp_path):
 @pytest.mark.slow  # two processes start
 def test_the_command_reads_encoded_latents(tmp_path):
     pytest.importorskip("diffusers")
-    from benchmarks.encode import Encoder, encode
-    from benchmarks.vaes import find_vae
+    from benchmarks.latents.autoencoders import find_vae
+    from benchmarks.latents.encode import Encoder, encode
 
     vae = find_vae(str(save_kl(tmp_path / "vae")))
     encode(photos(tmp_path / "p"), tmp_path / "out", Encoder(vae=vae, resolution=16))
-    command = [sys.executable, "-m", "benchmarks.loading"]
+    command = [sys.executable, "-m", "benchmarks.speed.loading"]
     words = ["--ranks", "1", "--batch", "8", "--steps", "2"]
     done = subprocess.run([*command, tmp_path / "out", *words], capture_output=True, text=True)
     assert "images/s" in done.stdout, done.stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.datasets import Gaussian, Mixture
-from benchmarks.map_error import map_error
+from benchmarks.data.mixtures import Gaussian, Mixture
+from benchmarks.metrics.flow_map_error import map_error
 from zoo.oracles import MixtureOracle
 
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks.distances import Frechet, Kid, Mmd
-from benchmarks.features import EfficientNetLite0, Pixels
-from benchmarks.metrics import FeatureMetrics
-from benchmarks.neighbours import PrecisionRecall
+from benchmarks.metrics.distances import Frechet, Kid, Mmd
+from benchmarks.metrics.feature_metrics import FeatureMetrics
+from benchmarks.metrics.features import EfficientNetLite0, Pixels
+from benchmarks.metrics.precision_recall import PrecisionRecall
 from registry import metrics
 
 

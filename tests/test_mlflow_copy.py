@@ -24,10 +24,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.mlflow_copy import ID_TAG, SENT, Copy, Follower, send
-from benchmarks.mlflow_store import Store, _import_mlflow, open_hint
-from benchmarks.record_file import RECORD, read_record
-from benchmarks.tracking import Jsonl, Mlflow, Run
+from benchmarks.records.jsonl import RECORD, read_record
+from benchmarks.records.mlflow_store import Store, _import_mlflow, open_hint
+from benchmarks.records.mlflow_sync import ID_TAG, SENT, Copy, Follower, send
+from benchmarks.records.recorders import Jsonl, Mlflow, Run
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from benchmarks.conformance import fixed_point
 from benchmarks.conformance.networks import Exact, Tapped, Toy
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import NULL_LABEL
-from zoo import identities
-from zoo.derivatives import Dual
+from zoo.derivatives.methods import Dual
 from zoo.objectives.decm import DECM
 from zoo.ops import like
+from zoo.oracles import identities
 from zoo.teachers import EmaTeacher, Frozen
 from zoo.times import LogitNormal, Stratified
 

@@ -12,11 +12,11 @@ from benchmarks.conformance import fixed_point
 from benchmarks.conformance.networks import Tapped, Toy
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch
 from registry.protocols import NULL_LABEL
-from zoo import identities
-from zoo.derivatives import Dual, Jvp
+from zoo.derivatives.methods import Dual, Jvp
+from zoo.derivatives.one_pass import outputs_then_derivative
 from zoo.objectives.dumo import DuMo
-from zoo.one_pass import outputs_then_derivative
 from zoo.ops import like
+from zoo.oracles import identities
 from zoo.oracles.solver import integrate
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher, Online

@@ -13,7 +13,7 @@ from benchmarks.conformance.mutations import Turned
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import NULL_LABEL
-from zoo.derivatives import Dual
+from zoo.derivatives.methods import Dual
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.ops import like

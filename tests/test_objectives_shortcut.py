@@ -12,9 +12,9 @@ from benchmarks.conformance import fixed_point
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch
 from registry.protocols import NULL_LABEL
-from zoo import identities
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.shortcut import Shortcut
+from zoo.oracles import identities
 from zoo.teachers import EmaTeacher, Online
 from zoo.weighting import LearnedLogvar
 

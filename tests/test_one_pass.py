@@ -16,17 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks.grid  # noqa: F401  registers Grid
+import benchmarks.grids.axes  # noqa: F401  registers Grid
 import registry
-from benchmarks.experiment import run
+from benchmarks.experiments.build import run
 from registry import gin_setup
 from registry.protocols import Batch, parts
-from zoo.derivatives import Dual, FiniteDifference, Jvp, with_derivatives
+from zoo.derivatives.methods import Dual, FiniteDifference, Jvp, with_derivatives
+from zoo.derivatives.one_pass import OnePass, apart, outputs_and_derivative, outputs_then_derivative
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
-from zoo.one_pass import OnePass, apart, outputs_and_derivative, outputs_then_derivative
 from zoo.residuals import Exact
 from zoo.teachers import Online
 from zoo.times import LogitNormalPair

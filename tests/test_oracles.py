@@ -15,7 +15,7 @@ from scipy.integrate import solve_ivp
 from torch import distributions
 
 from registry.protocols import NULL_LABEL
-from zoo.derivatives import Dual, Jvp
+from zoo.derivatives.methods import Dual, Jvp
 from zoo.ops import like
 from zoo.oracles import GaussianOracle, MixtureOracle, Perturbed, WithBias
 from zoo.oracles.solver import integrate

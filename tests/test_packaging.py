@@ -59,8 +59,12 @@ def test_wheel_holds_every_gin_file_as_shared_data(contents):
 
 
 def test_wheel_holds_what_the_reports_page_is_made_of(contents):
-    assets = {name for name in contents if name.startswith("benchmarks/report/assets/")}
-    assert assets == files("benchmarks/report/assets", "") - {"benchmarks/report/assets"} != set()
+    folder = "benchmarks/report/rendering/assets"
+    assert (
+        {name for name in contents if name.startswith(f"{folder}/")}
+        == files(folder, "") - {folder}
+        != set()
+    )
 
 
 def test_wheel_carries_its_license(contents):

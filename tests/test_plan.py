@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan import Plan, plan
-from benchmarks.request import Request
+from benchmarks.grids.cells import Plan, plan
+from benchmarks.grids.request import Request
 
 BASE = """
 include 'experiments/mixture.gin'
@@ -188,7 +188,7 @@ def test_id_depends_on_the_version_and_on_imported_code_but_not_on_its_comments(
     assert ids(planned(text)) == before
     code.write_text("scale = 2.0\n")
     changed = ids(planned(text))
-    monkeypatch.setattr("benchmarks.plan.version_of", lambda name: "9.9")
+    monkeypatch.setattr("benchmarks.grids.cells.version_of", lambda name: "9.9")
     assert len({*before, *changed, *ids(planned(text))}) == 3
 
 

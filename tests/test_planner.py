@@ -17,14 +17,14 @@ from tiny_runs import ARMS, DIGITS, NETWORK, TINY, sets, zoo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.planner import Machine, predict, read_memory
-from benchmarks.planner_outline import outline
-from benchmarks.planner_simulation import Activity, Simulation, Update, mean_over_steps
-from benchmarks.planner_stages import Setting, Sizes, largest
-from benchmarks.request import Request
+from benchmarks.grids.request import Request
+from benchmarks.planning.outline import outline
+from benchmarks.planning.predict import Machine, predict, read_memory
+from benchmarks.planning.simulation import Activity, Simulation, Update, mean_over_steps
+from benchmarks.planning.zero_memory import Setting, Sizes, largest
 from registry.protocols import Batch, Share
 from trainers.rng import generator
-from trainers.zero import ZeroEngine
+from trainers.zero.engine import ZeroEngine
 
 RECIPES = sorted(f.stem for f in (Path(__file__).parents[1] / "gin" / "recipes").glob("*.gin"))
 QUICK = ("mean_flow_b4", "flow_matching_xl2")
@@ -361,7 +361,7 @@ def test_prediction_agrees_with_the_peak_of_two_processes():
     words = ["--objectives", "mean_flow", "--stages", "2", "--checkpointing", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "benchmarks.planner_check", *words, "--dim", "256", "--bound", "0.15"],
+         "-m", "benchmarks.planning.check", *words, "--dim", "256", "--bound", "0.15"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

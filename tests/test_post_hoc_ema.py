@@ -23,13 +23,14 @@ from tiny_runs import FILE_ONLY, sets, zoo
 from torch import Tensor, nn
 from trainer_toys import StopAt, ToyNet, run, same
 
-import trainers.ema
 import trainers.state
-from trainers import Budget, CheckpointCallback, TorchEngine, ema_snapshots
-from trainers.ema import PowerEma
-from trainers.ema_reconstruction import reconstruct
-from trainers.ema_snapshots import FOLDER, EmaSnapshots
-from trainers.post_hoc_ema import WIDEST, Mixture, Profile, exponent, mixture
+from trainers import Budget, CheckpointCallback, TorchEngine
+from trainers.ema import averages
+from trainers.ema import snapshots as snapshots_module
+from trainers.ema.averages import PowerEma
+from trainers.ema.power_function import WIDEST, Mixture, Profile, exponent, mixture
+from trainers.ema.reconstruction import reconstruct
+from trainers.ema.snapshots import FOLDER, EmaSnapshots
 
 WIDTHS = (0.05, 0.1)
 widths = st.floats(0.02, 0.28)
@@ -271,7 +272,7 @@ def test_average_that_was_kept_wrongly_is_seen(
     direct: dict[str, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: snapshots of another exponent than their name's."""
-    monkeypatch.setattr(trainers.ema, "exponent", lambda width: exponent(width) + 1)
+    monkeypatch.setattr(averages, "exponent", lambda width: exponent(width) + 1)
     state, _ = run(folder=tmp_path, **snapshots())
     theirs = direct["power_0.07"]
     moved = largest_difference(state.net.state_dict() | {"calls": theirs["calls"]}, theirs)
@@ -395,14 +396,14 @@ def test_disk_that_is_full_costs_a_snapshot_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    written = ema_snapshots.save_tensors
+    written = snapshots_module.save_tensors
 
     def full(path: Path, tensors: Any) -> None:
         written(path, tensors)
         if "step_00000020" in str(path) and "0.1" in path.name:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ema_snapshots, "save_tensors", full)
+    monkeypatch.setattr(snapshots_module, "save_tensors", full)
     state, losses = run(folder=tmp_path, **snapshots())
     assert "NO SNAPSHOT" in caplog.text
     assert "step 20: [Errno 28]" in caplog.text

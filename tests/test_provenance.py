@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.provenance import checkout, provenance
+from benchmarks.records.provenance import checkout, provenance
 
 
 @pytest.fixture

@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import entries, zoo
 
-from benchmarks.pruning import PRUNED, Report, SuccessiveHalving, check_pruner, why_pruned
-from benchmarks.record_file import RECORD, read_record
-from benchmarks.results import RESULT
-from benchmarks.tracking import Jsonl, Null, Run
+from benchmarks.experiments.pruning import (
+    PRUNED,
+    Report,
+    SuccessiveHalving,
+    check_pruner,
+    why_pruned,
+)
+from benchmarks.records.jsonl import RECORD, read_record
+from benchmarks.records.recorders import Jsonl, Null, Run
+from benchmarks.runs.result import RESULT
 from trainers.budget import Budget
 
 METRIC = "nfe1/fd"

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from cell_scripts import run_cell
 
-from benchmarks.launchers import OUTPUT, Ended, Job
-from benchmarks.ray_cluster import RayCluster
+from benchmarks.launchers.launcher import OUTPUT, Ended, Job
+from benchmarks.launchers.ray_cluster import RayCluster
 
 DIES_ONCE = """
 import os

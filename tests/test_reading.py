@@ -13,11 +13,13 @@ from test_shares import OBJECTIVES
 from tiny_vaes import photos
 from trainer_toys import ToyData, ToyNet
 
-from benchmarks import image_files
-from benchmarks.augment import EdmAugment
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.subject import random_batch
-from benchmarks.datasets import Digits, ImageFolder, Mixture
+from benchmarks.data import image_files
+from benchmarks.data.digits import Digits
+from benchmarks.data.edm_augment import EdmAugment
+from benchmarks.data.image_folder import ImageFolder
+from benchmarks.data.mixtures import Mixture
 from registry.protocols import (
     Batch,
     LossOutput,

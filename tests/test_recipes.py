@@ -12,13 +12,13 @@ from tiny_runs import entries, zoo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks.parts  # noqa: F401  registers every part
+import benchmarks.builtin_parts  # noqa: F401  registers every part
 from backbones.network import build_network
-from benchmarks.augment import _draws, augmented, labels
-from benchmarks.comparison import compare
-from benchmarks.planner_outline import outline
-from benchmarks.request import Request
-from benchmarks.smoke import shrunken
+from benchmarks.commands.smoke import shrunken
+from benchmarks.data.edm_augment import _draws, augmented, labels
+from benchmarks.grids.comparison import compare
+from benchmarks.grids.request import Request
+from benchmarks.planning.outline import outline
 from registry import gin_setup, samplers
 from zoo.teachers import warmed_up
 
@@ -336,8 +336,8 @@ def test_augmentation_is_drawn_as_often_as_asked_and_told():
 
 
 def test_augmented_batches_depend_on_seed_and_place_alone():
-    from benchmarks.augment import EdmAugment
-    from benchmarks.datasets import Digits
+    from benchmarks.data.digits import Digits
+    from benchmarks.data.edm_augment import EdmAugment
 
     data = EdmAugment(data=Digits(), labelled=False, probability=0.5)
     whole, cond = data.batch(0, 8, 3)

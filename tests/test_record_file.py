@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.record_file import RECORD, RecordWriter, numbers, read_lines, read_record
+from benchmarks.records.jsonl import RECORD, RecordWriter, numbers, read_lines, read_record
 
 START = {"id": "7", "name": "a", "time": 1, "parent": None, "store": None}
 values = st.dictionaries(st.text(min_size=1), st.floats(), max_size=4)
@@ -102,7 +102,7 @@ def test_lines_are_read_from_an_offset_on(tmp_path: Path) -> None:
 def test_sigkill_loses_at_most_the_line_being_written(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from benchmarks.tracking import Jsonl
+from benchmarks.records.recorders import Jsonl
 run = Jsonl().start("a", Path({str(tmp_path)!r}))
 step = 0
 while True:

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from report_runs import cell, comparison, prepared, unfinished, values
 
-from benchmarks.record_file import read_record
+from benchmarks.records.jsonl import read_record
 from benchmarks.report import write_report
-from benchmarks.report.cells import read_runs
-from benchmarks.report.comparable import sections
-from benchmarks.report.looks import looks_of
-from benchmarks.report.page import to_page
-from benchmarks.report.provenance import origins_of
-from benchmarks.report.statistics import interval
+from benchmarks.report.intervals import interval
+from benchmarks.report.reading.comparability import sections
+from benchmarks.report.reading.origins import origins_of
+from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.html import to_page
+from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import build_report
-from benchmarks.report.writing import to_csv, to_markdown
 
 ROWS = {
     # mean_flow is ahead by 10 in every seed at NFE 1; at NFE 2 it is ahead once, behind twice.

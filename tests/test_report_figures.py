@@ -13,15 +13,15 @@ from PIL import Image
 from report_runs import comparison, keep, values
 from safetensors.torch import load_file, save_file
 
-from benchmarks.images import to_uint8
-from benchmarks.record_file import RecordWriter, read_record
-from benchmarks.report.cells import read_runs
+from benchmarks.data.pictures import to_uint8
+from benchmarks.records.jsonl import RecordWriter, read_record
 from benchmarks.report.curves import MAX_POINTS, Curve, Figure, Panel, figures_of
-from benchmarks.report.figures import plotly_panel, save_figure
-from benchmarks.report.looks import COLOURS, looks_of
-from benchmarks.report.statistics import interval
+from benchmarks.report.intervals import interval
+from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.figures import plotly_panel, save_figure
+from benchmarks.report.rendering.sample_viewer import GAP, MAX_STEPS, NUM_COLUMNS, viewer_of
+from benchmarks.report.rendering.styles import COLOURS, looks_of
 from benchmarks.report.tables import build_report
-from benchmarks.report.viewer import GAP, MAX_STEPS, NUM_COLUMNS, viewer_of
 
 ROWS = {
     "flow_matching": {0: values(100.0, 50.0), 1: values(200.0, 60.0)},

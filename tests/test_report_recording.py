@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, SIZES, sets, zoo
 
-from benchmarks.datasets import Digits
-from benchmarks.images import to_uint8
-from benchmarks.memory import PeakMemory
-from benchmarks.record_file import read_record
-from benchmarks.shown import _nearest
+from benchmarks.data.digits import Digits
+from benchmarks.data.pictures import to_uint8
+from benchmarks.records.jsonl import read_record
+from benchmarks.runs.peak_memory import PeakMemory
+from benchmarks.runs.samples import _nearest
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.report.statistics import Interval, interval, paired
+from benchmarks.report.intervals import Interval, interval, paired
 
 # t(0.975, n - 1) of printed tables.
 T = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, zoo
 
-from benchmarks.record_file import read_record
+from benchmarks.records.jsonl import read_record
 from registry import objectives
 from zoo.objectives.decm import DECM
 from zoo.teachers import Frozen
@@ -145,7 +145,7 @@ class StoppedStudent(DECM):
 
 @pytest.mark.parametrize("when", ["teacher", "student"])
 def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
-    from benchmarks import training
+    from benchmarks.runs import training
 
     fit = training.fit
 

@@ -17,12 +17,12 @@ from benchmarks.conformance.networks import Tapped, Toy
 from benchmarks.conformance.subject import random_batch
 from registry.protocols import Share, required_heads
 from zoo.couplings import MinibatchOT
+from zoo.derivatives.one_pass import apart
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
-from zoo.one_pass import apart
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Stratified
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.slurm import first_host, take_place
+from benchmarks.launchers.slurm import first_host, take_place
 
 
 def srun(**changes: str) -> dict[str, str]:

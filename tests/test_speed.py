@@ -15,25 +15,25 @@ from torch import Tensor, nn
 
 from backbones.mlp import MLP
 from backbones.network import build_network
-from benchmarks.memory import PeakMemory
-from benchmarks.overheads import Overheads, bare_loop, sampling_pair
-from benchmarks.passes import count_passes, passes_per_step
-from benchmarks.published import PublishedMeanFlow
-from benchmarks.request import Request
-from benchmarks.speed import by_turns, outside_share
-from benchmarks.speed_cases import Case, Training, cases_of
-from benchmarks.speed_table import Cost, Speed, compare, speed_table
+from benchmarks.grids.request import Request
+from benchmarks.runs.passes import count_passes, passes_per_step
+from benchmarks.runs.peak_memory import PeakMemory
+from benchmarks.speed.bench import by_turns, outside_share
+from benchmarks.speed.cases import Case, Training, cases_of
+from benchmarks.speed.overheads import Overheads, bare_loop, sampling_pair
+from benchmarks.speed.published_mean_flow import PublishedMeanFlow
+from benchmarks.speed.table import Cost, Speed, compare, speed_table
 from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
 from trainers.rng import generator
-from zoo.derivatives import Dual, FiniteDifference, Jvp
-from zoo.lifted import Tape
+from zoo.derivatives.dual_tensors import Tape
+from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
+from zoo.derivatives.one_pass import apart
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
-from zoo.one_pass import apart
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import Frozen
 

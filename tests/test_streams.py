@@ -10,8 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.datasets import Mixture
-from benchmarks.streams import Pictures, StoredSet, apportion, cut, interleave, read_ahead, seeded
+from benchmarks.data.mixtures import Mixture
+from benchmarks.data.streams import (
+    Pictures,
+    StoredSet,
+    apportion,
+    cut,
+    interleave,
+    read_ahead,
+    seeded,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

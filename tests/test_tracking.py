@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record_file import RECORD, read_record
-from benchmarks.tracking import Jsonl, Mlflow, Null
+from benchmarks.records.jsonl import RECORD, read_record
+from benchmarks.records.recorders import Jsonl, Mlflow, Null
 from registry import recorders
 
 
@@ -163,5 +163,5 @@ def test_store_defaults_to_the_environment_and_then_to_runs(
 
 
 def test_importing_the_recorders_does_not_import_mlflow() -> None:
-    code = "import benchmarks.tracking, sys; sys.exit('mlflow' in sys.modules)"
+    code = "import benchmarks.records.recorders, sys; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,12 +19,12 @@ from torch import Tensor
 from zero_work import OPTIONS, SAVED, STAGES, found, names, train
 
 from trainers import Budget, TorchEngine
-from trainers.checkpoint import latest
-from trainers.folders import BrokenCheckpoint
-from trainers.zero import LossScale, ZeroEngine
-from trainers.zero_checkpoint import Pieces, consolidate
-from trainers.zero_shards import Piece
-from zoo.derivatives import FiniteDifference
+from trainers.checkpoints.checkpoint import latest
+from trainers.checkpoints.whole_folders import BrokenCheckpoint
+from trainers.sharding import Piece
+from trainers.zero.checkpoint import Pieces, consolidate
+from trainers.zero.engine import LossScale, ZeroEngine
+from zoo.derivatives.methods import FiniteDifference
 
 # --- what DeepSpeed is given
 

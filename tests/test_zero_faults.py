@@ -16,8 +16,8 @@ import pytest
 from tiny_runs import NETWORK, entries, losses, sets, zoo
 from zero_runs import BOUND, GIN, PATIENCE, Run, wait_for
 
-from benchmarks.launch import free_port, start
-from trainers.checkpoint import checkpoints
+from benchmarks.launchers.ranks import free_port, start
+from trainers.checkpoints.checkpoint import checkpoints
 
 pytestmark = pytest.mark.deepspeed
 

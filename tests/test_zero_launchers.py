@@ -19,7 +19,7 @@ import pytest
 from tiny_runs import NETWORK, losses, sets
 from zero_runs import GIN, PATIENCE
 
-from benchmarks.launch import free_port
+from benchmarks.launchers.ranks import free_port
 
 pytestmark = pytest.mark.deepspeed
 BIN = Path(sys.executable).parent

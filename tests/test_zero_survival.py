@@ -13,9 +13,9 @@ import pytest
 from tiny_runs import entries, losses, zoo
 from zero_runs import BOUND, PATIENCE, Run, wait_for
 
-from benchmarks.launch import free_port
-from benchmarks.pruning import PRUNED
-from benchmarks.record_file import read_record
+from benchmarks.experiments.pruning import PRUNED
+from benchmarks.launchers.ranks import free_port
+from benchmarks.records.jsonl import read_record
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.faults]
 

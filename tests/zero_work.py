@@ -36,11 +36,11 @@ from trainers import (
     fit,
     ranks,
 )
-from trainers import zero as zero_module
-from trainers.checkpoint import checkpoints
+from trainers.checkpoints.checkpoint import checkpoints
 from trainers.finite import POLICIES, NonFiniteLoss, StopOnNonFinite
-from trainers.zero import ZeroEngine
-from trainers.zero_shards import gathered_state, is_sharded, whole
+from trainers.sharding import gathered_state, is_sharded, whole
+from trainers.zero import engine as zero_module
+from trainers.zero.engine import ZeroEngine
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.residuals import Exact
 from zoo.teachers import Frozen

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from registry.protocols import LossOutput
 from trainers import ranks
+from trainers.checkpoints.callback import CheckpointCallback
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
-from trainers.saving import CheckpointCallback
 from trainers.state import Callback, TrainState
 
 __all__ = [

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.pretrained.tensors import save_tensors
 from registry import engines
 from registry.protocols import (
     Batch,
@@ -34,15 +35,8 @@ from registry.protocols import (
     parts,
 )
 from trainers import ranks
-from trainers.ema import Ema, PowerEma, frozen_copy
-from trainers.weights import (
-    copied,
-    copied_state,
-    load_module,
-    read_state,
-    save_state,
-    save_tensors,
-)
+from trainers.checkpoints.weights import copied, copied_state, load_module, read_state, save_state
+from trainers.ema.averages import Ema, PowerEma, frozen_copy
 
 log = logging.getLogger(__name__)
 

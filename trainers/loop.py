@@ -27,8 +27,9 @@ from registry.protocols import (
     Share,
     read_share,
 )
-from trainers import checkpoint, ranks
+from trainers import ranks
 from trainers.budget import Budget
+from trainers.checkpoints import checkpoint
 from trainers.engines import TorchEngine, TrainStep
 from trainers.finite import StopOnNonFinite
 from trainers.optim import AdamW, ConstantLr

@@ -5,9 +5,8 @@ Importing it registers them all.
 
 from zoo import (
     couplings,
-    derivatives,
+    guidance,
     objectives,
-    one_pass,
     paths,
     residuals,
     samplers,
@@ -15,10 +14,12 @@ from zoo import (
     times,
     weighting,
 )
+from zoo.derivatives import methods, one_pass
 
 __all__ = [
     "couplings",
-    "derivatives",
+    "guidance",
+    "methods",
     "objectives",
     "one_pass",
     "paths",

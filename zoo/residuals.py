@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registry import residuals
 from registry.protocols import Cond, Derivative, Network, Reference
-from zoo.one_pass import Moved, OnePass
+from zoo.derivatives.one_pass import Moved, OnePass
 from zoo.ops import like
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from registry import teachers
 from registry.protocols import Cond, Network
-from zoo.derivatives import no_gradient
+from zoo.derivatives.methods import no_gradient
 
 
 def without_gradient(net: Network) -> Network:

@@ -1,1 +1,4 @@
-"""The subcommands of the command line; each module adds its own to the parser."""
+"""The command line, about one module for each command: the only code that prints and exits.
+
+Nothing may import from here but the command line itself.
+"""

@@ -18,8 +18,8 @@ from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.results import Claim, run_claim
 from benchmarks.conformance.subject import STEPS, Subject, gradients, is_derivative, random_batch
 from registry.protocols import Cond, Network, Teacher, parts
-from zoo.derivatives import Dual
-from zoo.one_pass import Moved
+from zoo.derivatives.methods import Dual
+from zoo.derivatives.one_pass import Moved
 from zoo.ops import like
 from zoo.residuals import Rcgm
 from zoo.samplers import Restart, jump, valid_samplers

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import registry
-from benchmarks import parts  # noqa: F401  registers
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report.cells import read_runs
 from benchmarks.report.curves import figures_of
-from benchmarks.report.figures import save_figure
-from benchmarks.report.looks import looks_of
-from benchmarks.report.page import to_page
-from benchmarks.report.provenance import origins_of
+from benchmarks.report.reading.origins import origins_of
+from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.figures import save_figure
+from benchmarks.report.rendering.html import to_page
+from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.sample_viewer import viewer_of
+from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import Report, build_report
-from benchmarks.report.viewer import viewer_of
-from benchmarks.report.writing import to_csv, to_markdown
 
 
 def write_report(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.record_file import History
-from benchmarks.report.cells import Cell
-from benchmarks.report.statistics import interval
+from benchmarks.records.jsonl import History
+from benchmarks.report.intervals import interval
+from benchmarks.report.reading.recorded_runs import Cell
 from benchmarks.report.tables import Compared, Table
 
 MAX_POINTS = 200

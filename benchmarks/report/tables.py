@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.cells import Cell, Runs
-from benchmarks.report.comparable import Section, sections
-from benchmarks.report.statistics import Interval, interval, paired
+from benchmarks.report.intervals import Interval, interval, paired
+from benchmarks.report.reading.comparability import Section, sections
+from benchmarks.report.reading.recorded_runs import Cell, Runs
 
 BASELINE = "flow_matching"
 BETTER = {"floor": "lower", "ceiling": "higher"}  # by what real data's score is called

@@ -49,8 +49,8 @@ from registry.protocols import (
     Teacher,
     TimeLaw,
 )
+from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import drop_labels, guided_target, guided_velocity
-from zoo.one_pass import OnePass, outputs_and_derivative
 from zoo.ops import like, mean_flat, normal_like
 from zoo.paths import Linear
 from zoo.teachers import Online

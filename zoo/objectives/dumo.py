@@ -39,6 +39,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
+from zoo.derivatives.one_pass import outputs_then_derivative
 from zoo.guidance import (
     check_interval,
     drop_labels,
@@ -47,7 +48,6 @@ from zoo.guidance import (
     inside,
     with_guidance,
 )
-from zoo.one_pass import outputs_then_derivative
 from zoo.ops import clipped, mean_flat, normal_like, rms
 from zoo.paths import Linear
 from zoo.residuals import Exact, Rcgm

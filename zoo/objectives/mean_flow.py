@@ -40,6 +40,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
+from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import (
     check_interval,
     drop_labels,
@@ -49,7 +50,6 @@ from zoo.guidance import (
     unlabelled,
     with_guidance,
 )
-from zoo.one_pass import OnePass, outputs_and_derivative
 from zoo.ops import like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient

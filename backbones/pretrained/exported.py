@@ -1,0 +1,150 @@
+"""A network as a folder that needs neither gin nor the run that made it.
+
+    model.safetensors   the weights
+    config.json         the architecture: backbone and fields, heads, shape, conventions
+    README.md           a model card, as the Hugging Face hub wants one
+
+`load_exported(folder)` gives the network back. `huggingface_hub.upload_folder(folder_path=folder,
+repo_id=...)` publishes it; nothing here talks to a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import registry
+from backbones.network import FlowNetwork
+from backbones.noise import NoiseNetwork
+from backbones.pretrained.tensors import load_into, save_tensors
+from backbones.trunk import Trunk
+from registry.plugins import load_plugins
+
+CONFIG, MODEL = "config.json", "model.safetensors"
+DEFINING = ("network", "backbone", "fields", "heads")  # what the weights are weights of
+HIDDEN = ("fields", "format", "defined_by")  # from the model card
+CONVENTIONS = (
+    "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
+    "(t - r)}; label -1 is none"
+)
+
+
+def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
+    """Write a network into an empty folder; `about` are more lines for its config.json."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another --out")
+    config = {**_architecture(net), **about, "conventions": CONVENTIONS}
+    text = json.dumps(config, indent=2)
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(out / MODEL, net.state_dict())
+    (out / CONFIG).write_text(text + "\n")
+    (out / "README.md").write_text(_card(config))
+    return out
+
+
+def load_exported(folder: Path | str) -> FlowNetwork:
+    """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    load_plugins()
+    kinds = {"flow": FlowNetwork, "noise": NoiseNetwork}
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["fields"].items()
+    }
+    try:
+        trunk = registry.backbones.get(config["backbone"])(**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / CONFIG} is of another version of this package: {error}"
+        ) from None
+    heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
+    net = kinds[config["network"]](trunk, heads)
+    load_into(folder / MODEL, net)
+    return net.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says; ValueError unless it is as `save_exported` wrote it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG}; `objective-zoo export RUN` writes such folders"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    form = config.get("format") if isinstance(config, dict) else None
+    if form != 1:
+        raise ValueError(f"{path} is of format {form!r}; 1 can be read")
+    if config.get("defined_by") != _digest(config):
+        raise ValueError(
+            f"{path} is not as it was exported: the weights belong to other values of "
+            f"{', '.join(DEFINING)}. Restore it, or export the network again"
+        )
+    return config
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    defining = json.dumps([config.get(name) for name in DEFINING], sort_keys=True)
+    return f"sha256 {hashlib.sha256(defining.encode()).hexdigest()}"
+
+
+def _architecture(net: FlowNetwork) -> dict[str, Any]:
+    backbone = registry.backbones.name_of(net.trunk)
+    if not isinstance(net.trunk, Trunk):
+        raise ValueError(
+            f"the backbone {backbone!r} does not say what it was made with; "
+            "make its class inherit from backbones.trunk.Trunk instead of nn.Module"
+        )
+    for name, value in net.trunk.fields.items():
+        if not _is_plain(value):
+            raise ValueError(f"{backbone}.{name} = {value!r} cannot be written as JSON")
+    for name, head in net.heads.items():
+        if more := list(inspect.signature(type(head)).parameters)[1:]:
+            raise ValueError(
+                f"the head {name!r} takes {', '.join(more)} beside the trunk; only heads that are "
+                "made from their trunk alone can be exported"
+            )
+    config = {
+        "format": 1,
+        "network": "noise" if isinstance(net, NoiseNetwork) else "flow",
+        "backbone": backbone,
+        "fields": net.trunk.fields,
+        "heads": list(net.heads),
+        "outputs": list(net.keys),
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+    return {**config, "defined_by": _digest(config)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {config[name]}" for name in config if name not in HIDDEN]
+    return "\n".join(
+        [
+            "---",
+            "library_name: objective-zoo",
+            "tags: [flow-matching, few-step]",
+            "---",
+            f"# {config['backbone']} {config.get('objective', '')}".rstrip(),
+            "",
+            *lines,
+            "",
+            "```python",
+            "from backbones.pretrained.exported import load_exported",
+            'net = load_exported("FOLDER")',
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,147 @@
+"""Weights of public codes as networks of this package: names, times, signs and channels converted.
+
+    layout         code                       what it predicts                   becomes
+    dit            facebookresearch/DiT       noise, 1000 steps of a VP process  dit, NoiseNetwork
+    sit            willisma/SiT               data - noise, t = 1 is data        dit, v
+    lightning_dit  hustvl/LightningDiT        data - noise, t = 1 is data        lightning_dit, v
+    mean_flow_sit  zhuyu-cs/MeanFlow          u(x, t, h = t - r), our times      dit, u
+    mf_dit         haidog-yaqub/MeanFlow      u and v(x, t, r, w), our times     dit, u and v
+    py_mean_flow   Gsunshine/py-meanflow      u(x, t, h = t - r), our times      ddpmpp, u
+
+The result computes what the public code computes, to rounding, and needs no flags for it: v(x, t) =
+-F(x, 1 - t) is a final layer of the other sign, and features of 1 - t are a rotation of those of t,
+hence of the embedding's first matrix. MFDiT's embedding of the guidance scale w is taken at w = 1,
+without guidance, and added to that of t; its own largest scale, which is in no tensor, is taken to
+be 4, the code's default. Learned variances are dropped. Every tensor of the file is
+used, or listed in `unused` with its reason; what remains is an error.
+
+DiT and SiT have the same names; a file of theirs needs its layout said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import registry
+from backbones.network import FlowNetwork, build_network
+from backbones.noise import NoiseNetwork
+from backbones.pretrained.layouts import CONVERTERS, Source
+from backbones.pretrained.public_files import read_state
+from registry.core import did_you_mean
+
+_WRAPPERS = ("ema", "model", "state_dict", "net_ema")
+_PREFIXES = ("module.", "_orig_mod.", "net_ema.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A network's architecture and weights, and what of the file was not needed."""
+
+    layout: str
+    backbone: str
+    shape: tuple[int, ...]
+    num_classes: int
+    fields: Mapping[str, Any]
+    keys: tuple[str, ...]  # of "v" and "u"
+    weights: Mapping[str, Tensor]
+    unused: Mapping[str, str]
+
+    def network(self) -> FlowNetwork:
+        """The network, its weights loaded strictly."""
+        cls = registry.backbones.get(self.backbone)
+
+        def backbone(**given: Any) -> torch.nn.Module:
+            return cls(**self.fields, **given)
+
+        kind = NoiseNetwork if self.layout == "dit" else FlowNetwork
+        built = build_network(backbone, self.shape, self.num_classes, self.keys)
+        net = kind(built.trunk, list(built.heads.values()))
+        ours = net.state_dict()
+        wrong = [f"{name} is missing" for name in ours.keys() - self.weights.keys()]
+        wrong += [f"{name} is unknown here" for name in self.weights.keys() - ours.keys()]
+        wrong += [
+            f"{name} has shape {tuple(value.shape)}, here {tuple(ours[name].shape)}"
+            for name, value in self.weights.items()
+            if name in ours and value.shape != ours[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"layout {self.layout!r}: {'; '.join(sorted(wrong)[:5])}")
+        net.load_state_dict(dict(self.weights))
+        return net
+
+
+def layouts() -> tuple[str, ...]:
+    """The layouts that can be read."""
+    return tuple(CONVERTERS)
+
+
+def import_weights(
+    state: Mapping[str, Any], layout: str = "", num_heads: int | None = None
+) -> Imported:
+    """Convert a public checkpoint; ValueError naming every tensor that is missing or left over.
+
+    Without a layout it is told from the names. `num_heads` is needed for sizes that no paper has.
+    """
+    tensors, unused = _unwrapped(state)
+    layout = layout or _detect(tensors)
+    if layout not in CONVERTERS:
+        raise ValueError(
+            f"no checkpoint layout {layout!r}.{did_you_mean(layout, layouts())} "
+            f"There are: {', '.join(layouts())}"
+        )
+    source = Source(tensors, layout)
+    imported = CONVERTERS[layout](source, num_heads)
+    source.check_empty()
+    return Imported(**imported, layout=layout, unused=unused | source.unused)
+
+
+def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The averaged weights, else the trained ones, without prefixes; the rest is listed."""
+    unused = {}
+    inside = [name for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
+    if inside:
+        unused = {name: "not the weights" for name in state if name != inside[0]}
+        state = state[inside[0]]
+    if any(name.startswith("net_ema.") for name in state):
+        others = [name for name in state if not name.startswith("net_ema.")]
+        unused |= dict.fromkeys(others, "not the averaged weights")
+        state = {name: value for name, value in state.items() if name not in unused}
+    found = {}
+    for name, value in state.items():
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        found[name] = value
+    return found, unused
+
+
+def _detect(names: Mapping[str, Tensor]) -> str:
+    if "map_layer0.weight" in names:
+        return "py_mean_flow"
+    if "blocks.0.mlp.w12.weight" in names:
+        return "lightning_dit"
+    if "final_layer_u.linear.weight" in names:
+        return "mf_dit"
+    if "r_embedder.mlp.0.weight" in names:
+        return "mean_flow_sit"
+    if "t_embedder.mlp.0.weight" in names:
+        raise ValueError(
+            "the checkpoint may be a DiT's or a SiT's; say which: layout 'dit' or 'sit'"
+        )
+    raise ValueError(
+        f"the checkpoint has none of the layouts {', '.join(layouts())}; its first names are "
+        f"{', '.join(sorted(names)[:5])}"
+    )
+
+
+def import_file(path: Path, layout: str = "", num_heads: int | None = None) -> Imported:
+    """A public checkpoint, converted; ValueError that names the file and what is wrong."""
+    try:
+        return import_weights(read_state(path), layout, num_heads)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

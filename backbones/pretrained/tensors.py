@@ -1,0 +1,71 @@
+"""Tensors as safetensors files, and whether they fit a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class UnreadableTensors(ValueError):
+    """A file that is no safetensors file."""
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """As safetensors; OSError if they cannot be written."""
+    unshared: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.contiguous()
+        if value.data_ptr() in seen:  # safetensors has no shared storage
+            value = value.clone()
+        seen.add(value.data_ptr())
+        unshared[name] = value
+    try:
+        save_file(unshared, path, metadata)
+    except SafetensorError as problem:
+        raise OSError(f"{path} cannot be written: {problem}") from problem
+
+
+def load_into(path: Path, module: nn.Module) -> None:
+    """Load weights that fit the module exactly; ValueError that names what differs or is missing.
+
+    A file that is no safetensors file raises UnreadableTensors, which is a ValueError too.
+    """
+    if not path.is_file():
+        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
+        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as problem:
+        raise UnreadableTensors(f"{path} is no safetensors file: {problem}") from problem
+    check_fit(
+        path,
+        {name: tuple(value.shape) for name, value in tensors.items()},
+        {name: tuple(value.shape) for name, value in module.state_dict().items()},
+    )
+    module.load_state_dict(tensors)
+
+
+def check_fit(
+    path: Path, there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]
+) -> None:
+    """ValueError unless the shapes of saved weights are those of the network."""
+    differences = [f"{name} is missing" for name in here.keys() - there.keys()]
+    differences += [f"{name} is unknown here" for name in there.keys() - here.keys()]
+    differences += [
+        f"{name} has shape {there[name]}, here {shape}"
+        for name, shape in here.items()
+        if name in there and there[name] != shape
+    ]
+    if differences:
+        shown = "; ".join(sorted(differences)[:5]) + ("; ..." if len(differences) > 5 else "")
+        raise ValueError(
+            f"{path} does not fit this network in {len(differences)} of {len(here)} tensors: "
+            f"{shown}. Use the backbone, heads and data shape that it was made with"
+        )

@@ -1,0 +1,119 @@
+"""EDM's augmentation of training pictures, without vertical flips and rotation, as MeanFlow trains.
+
+    mirrored with probability 1/2;  each of the rest with `probability`, w ~ N(0, 1):
+    scaled by 2^(0.2 w);  stretched by 2^(0.2 w) along a direction, horizontal in half of the cases;
+    moved by 0.125 w of the side in x and in y
+
+The network is told in cond["augment"] [b 6]: mirrored, w of the scale, w cos and w sin of the
+stretch, w_x, w_y. Zero is a picture as it is, and so is every sample: samplers tell nothing.
+
+Karras et al., arXiv 2206.00364, appendix F.2. Our reading: bilinear interpolation with reflected
+borders, in place of wavelet filters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.data.streams import DRAWN_AT_ONCE, cut, seeded
+from registry import datasets
+from registry.protocols import Cond, Dataset, Share, read_share
+
+
+@datasets.register("edm_augment")
+@dataclass(frozen=True, kw_only=True)
+class EdmAugment:
+    """Another data set's pictures, augmented in training; its labels only if `labelled`."""
+
+    data: Dataset
+    probability: float = 0.12
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"edm_augment.probability = {self.probability!r} must lie in [0, 1]")
+        if len(self.shape) != 3:
+            raise ValueError(f"edm_augment takes pictures; {self.name} has shape {self.shape}")
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.data.num_classes if self.labelled else 0
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    def identity(self) -> str:
+        return self.data.identity()
+
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        return self.batch_share(step, n, seed, Share())
+
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        x0, cond = read_share(self.data, step, n, seed, share)
+        draws = cut(DRAWN_AT_ONCE, step * n, n, lambda block: _draws(self.probability, seed, block))
+        cond = {**(self._kept(cond) or {}), "augment": labels(draws)}
+        return augmented(x0, *share.rows(draws)), cond
+
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        x0, cond = self.data.reference(n, seed)
+        return x0, self._kept(cond)
+
+    def sample_labels(self, n: int) -> Cond | None:
+        return self._kept(self.data.sample_labels(n))
+
+    def _kept(self, cond: Cond | None) -> Cond | None:
+        return cond if self.labelled else None
+
+
+def augmented(x: Tensor, draws: Tensor) -> Tensor:
+    """Pictures [b c h w] by draws [b 6]: mirrored, w of scale and stretch, its angle, w_x, w_y."""
+    mirrored, scale, stretch, angle, *shift = draws.double().unbind(1)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+
+    def matrix(*rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torch.stack([torch.stack(row, dim=1) for row in (*rows, (zero, zero, one))], dim=1)
+
+    def turn(by: Tensor) -> Tensor:
+        return matrix((by.cos(), -by.sin(), zero), (by.sin(), by.cos(), zero))
+
+    # From the place of a pixel to where it comes from; in the grid's units a side is 2 long.
+    small, thin = 2 ** (-0.2 * scale), 2 ** (-0.2 * stretch)
+    back = matrix(((1 - 2 * mirrored) * small, zero, zero), (zero, small, zero))
+    back = back @ turn(-angle) @ matrix((thin, zero, zero), (zero, 1 / thin, zero)) @ turn(angle)
+    back = back @ matrix((one, zero, -0.25 * shift[0]), (zero, one, -0.25 * shift[1]))
+    grid = F.affine_grid(back[:, :2].to(x.dtype), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def labels(draws: Tensor) -> Tensor:
+    """What the network is told [b 6]."""
+    mirrored, scale, stretch, angle, *shift = draws.unbind(1)
+    told = [mirrored, scale, stretch * angle.cos(), stretch * angle.sin(), *shift]
+    return torch.stack(told, dim=1)
+
+
+@lru_cache(maxsize=4)
+def _draws(probability: float, seed: int, block: int) -> Tensor:
+    rng, n = seeded("augment", seed, block), DRAWN_AT_ONCE
+    mirrored = torch.rand(n, generator=rng) < 0.5
+    scale, stretch, move = (torch.rand(3, n, generator=rng) < probability).float()
+    turned = torch.rand(n, generator=rng) < 0.5
+    angle = math.pi * (2 * torch.rand(n, generator=rng) - 1) * turned
+    w = torch.randn(4, n, generator=rng)
+    rows = [mirrored.float(), scale * w[0], stretch * w[1], angle, move * w[2], move * w[3]]
+    return torch.stack(rows, dim=1)

@@ -1,0 +1,157 @@
+"""Pictures in data sets of the Hugging Face hub, by name or from local files.
+
+A local folder is what `Dataset.save_to_disk` wrote, or data files (parquet, arrow, a picture
+folder) that `datasets.load_dataset` understands; a local file is one of these. Pictures go through
+the rules of benchmarks/data/image_files.py, as those of a plain folder do.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.data.image_files import as_pixels, check_memory, judge_pictures
+from benchmarks.data.streams import Pictures, StoredSet
+from registry import datasets
+from registry.core import did_you_mean
+
+FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+log = logging.getLogger(__name__)
+
+
+@datasets.register("hf_images")
+@dataclass(frozen=True, kw_only=True)
+class HfImages(StoredSet):
+    """A split of a data set with a column of pictures and perhaps one of class labels."""
+
+    name: ClassVar = "hf_images"
+
+    path: str  # a name on the hub, or a local folder
+    config: str | None = None
+    split: str = "train"
+    image: str = ""  # the column of pictures; "": the only one
+    label: str = ""  # the column of class labels; "": the only one, or none
+    resolution: int = 32
+    channels: int = 3  # 3 RGB, 1 grey
+    flip: bool = False  # mirror half of the training samples left to right
+
+    def load(self) -> Pictures:
+        if self.channels not in (1, 3) or self.resolution < 1:
+            raise ValueError(
+                f"hf_images.channels is {self.channels} and must be 1 or 3, hf_images.resolution "
+                f"is {self.resolution} and must be positive"
+            )
+        table = _table(self.path, self.config, self.split)
+        if not len(table):
+            raise ValueError(f"the split {self.split!r} of {self.path} is empty")
+        image = _column(table, "Image", self.image, "image")
+        label = _column(table, "ClassLabel", self.label, "label")
+        if not image:
+            raise ValueError(f"{self.path} has no column of pictures; it has {_described(table)}")
+        if not label and (others := [name for name in table.features if name != image]):
+            log.warning(
+                "%s has no ClassLabel column, so there are no labels; the other columns are %s. "
+                "Bind hf_images.label to train with one",
+                *(self.path, ", ".join(others)),
+            )
+        labels, classes = _labels(table, label, self.path) if label else (None, ())
+        return Pictures(_pixels(table, image, self.resolution, self.channels), labels, classes)
+
+
+def _table(path: str, config: str | None, split: str) -> Any:
+    try:
+        import datasets as hf  # seconds, and optional
+    except ImportError as error:
+        raise ImportError("hf_images needs datasets: pip install 'objective-zoo[hf]'") from error
+    folder = Path(path).expanduser()
+    saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
+    try:
+        if folder.is_file() and folder.suffix in FILES:
+            files = {split.partition("[")[0]: str(folder)}
+            return hf.load_dataset(FILES[folder.suffix], data_files=files, split=split)
+        if not saved:
+            return hf.load_dataset(str(folder) if folder.exists() else path, config, split=split)
+        found = hf.load_from_disk(str(folder))
+    except Exception as error:  # the library's own kinds and those of its file systems
+        raise ValueError(
+            f"hf_images cannot load split {split!r} of {path!r}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(found, hf.DatasetDict) and split not in found:
+        raise ValueError(f"{path} has the splits {', '.join(found)}, and no {split!r}")
+    if isinstance(found, hf.DatasetDict):
+        return found[split]
+    own = str(found.split or split).partition("[")[0]
+    if own != split:
+        raise ValueError(
+            f"{path} is one saved split{f', {own!r}' if found.split else ''}, and cannot give "
+            f"{split!r}. Bind hf_images.split = {own!r}"
+        )
+    return found
+
+
+def _column(table: Any, kind: str, wanted: str, field: str) -> str:
+    """The column that is asked for, or the only one of its kind; '' without any."""
+    if wanted:
+        if wanted not in table.features:
+            raise ValueError(
+                f"hf_images.{field} = {wanted!r} is no column."
+                f"{did_you_mean(wanted, table.features)} There are {_described(table)}"
+            )
+        return wanted
+    found = [name for name, what in table.features.items() if type(what).__name__ == kind]
+    if len(found) > 1:
+        raise ValueError(f"which column? Bind hf_images.{field} to one of {', '.join(found)}")
+    return found[0] if found else ""
+
+
+def _described(table: Any) -> str:
+    return ", ".join(f"{name} ({type(what).__name__})" for name, what in table.features.items())
+
+
+def _labels(table: Any, column: str, path: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Class indices and names; texts are classes in sorted order."""
+    values, names = list(table[column]), getattr(table.features[column], "names", None)
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        values = [names.index(value) for value in values]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        odd = next(value for value in values if not (isinstance(value, int) and value >= 0))
+        raise ValueError(
+            f"the labels {column!r} of {path} are no classes: {odd!r} among them. A split without "
+            "labels has -1"
+        )
+    return torch.tensor(values), tuple(map(str, names or range(max(values) + 1)))
+
+
+def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
+    """uint8 [n c h w]; ValueError that names the rows that cannot be read."""
+    rows = range(len(table))
+    instead = "Choose a smaller hf_images.resolution, or save them as files for image_folder"
+    check_memory(len(rows), (channels, resolution, resolution), instead)
+    pixels = torch.empty(len(rows), channels, resolution, resolution, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        read = partial(_read, table.select_columns([column]), column, pixels)
+        reports = tqdm(
+            pool.map(read, rows), "reading pictures", len(rows), disable=len(rows) < 2000
+        )
+        judge_pictures(list(reports), resolution)
+    return pixels
+
+
+def _read(table: Any, column: str, pixels: Tensor, row: int) -> int | str:
+    """The shorter side of a picture, or what is wrong with it."""
+    try:
+        picture = table[row][column]
+        pixels[row] = as_pixels(picture, pixels.shape[2], pixels.shape[1])
+    except Exception as error:  # decoders raise anything; all of it is reported
+        return f"row {row} ({type(error).__name__}: {error})"
+    return min(picture.size)

@@ -1,0 +1,73 @@
+"""What `run` is given, each argument by itself: checked, and told by its name in gin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import registry
+from trainers.budget import Budget
+from trainers.ema.power_function import exponent
+
+
+def bound(name: str, part: Any, kind: registry.Registry) -> Any:
+    """The part; ValueError if there is none, or something else that gin can write."""
+    if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
+        return part
+    given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
+    raise ValueError(
+        f"run.{name} {given}. Bind it in the gin file or by --set, for example "
+        f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
+        f"registered: {', '.join(kind.names())}"
+    )
+
+
+def check_counts(nfe: Any, **counts: int) -> None:
+    """ValueError unless nfe is a tuple and the others are positive whole numbers."""
+    if isinstance(nfe, int):
+        raise ValueError(f"run.nfe = {nfe} must be a tuple, such as run.nfe = ({nfe},)")
+    for name, count in counts.items():
+        if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
+            raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
+
+
+def decays(given: float | Sequence[float]) -> tuple[float, ...]:
+    """Of run.ema_decay; ValueError for one outside [0, 1) or given twice."""
+    found = tuple(given) if isinstance(given, Sequence) else (given,)
+    if not found or len(set(found)) < len(found) or not all(0 <= d < 1 for d in found):
+        raise ValueError(
+            f"run.ema_decay = {given!r} must be a number in [0, 1), or several different ones"
+        )
+    return found
+
+
+def power_widths(widths: Any, snapshots: int) -> tuple[float, ...]:
+    """Of run.power_emas, where snapshots are bound too; ValueError for one without the other."""
+    given = tuple(widths) if isinstance(widths, Sequence) else (widths,)
+    for width in given:
+        try:
+            exponent(width)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"run.power_emas = {widths!r}: {error}") from None
+    if len(set(given)) < len(given):
+        raise ValueError(f"run.power_emas = {widths!r} must be different widths")
+    if not isinstance(snapshots, int) or snapshots < 0 or bool(given) != bool(snapshots):
+        raise ValueError(
+            f"run.power_emas = {given!r} and run.ema_snapshots = {snapshots!r} need each other: "
+            "bind both, such as (0.05, 0.1) and 32, or neither"
+        )
+    return given
+
+
+def one_budget(**amounts: Any) -> Budget:
+    """Of steps, images and seconds; ValueError unless one of them is given."""
+    given = {name: amount for name, amount in amounts.items() if amount is not None}
+    if len(given) > 1:
+        raise ValueError(
+            f"the budget is one of steps, images and seconds; bound are "
+            f"{', '.join(f'run.{name} = {amount}' for name, amount in given.items())}. "
+            f"Unbind what you do not mean, such as run.{next(iter(given))} = None"
+        )
+    if not given:
+        raise ValueError("no budget is bound; bind one of run.steps, run.images and run.seconds")
+    return Budget(**given)

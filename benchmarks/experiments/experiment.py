@@ -1,0 +1,76 @@
+"""One run, as data: everything that it needs, built and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import registry
+from backbones.network import FlowNetwork
+from benchmarks.experiments.pruning import Pruner
+from registry.protocols import Dataset, Engine, Metric, Objective, Optimizer, Sampler, Schedule
+from trainers.budget import Budget
+from trainers.sharding import shape_of
+from zoo.teachers import Frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, built and checked; benchmarks/runs/execute.py runs it."""
+
+    objective: Objective
+    dataset: Dataset
+    net: FlowNetwork
+    teacher: Frozen | None  # a frozen teacher, its network attached but not yet trained or loaded
+    sampler: Sampler
+    engine: Engine
+    optimizer: Optimizer
+    teacher_optimizer: Optimizer
+    schedule: Schedule
+    metric: Metric
+    recorder: Any
+    budget: Budget
+    batch_size: int
+    seed: int
+    ema_decay: tuple[float, ...]
+    power_emas: tuple[float, ...]
+    ema_snapshots: int
+    nfe: tuple[int, ...]
+    num_samples: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_seconds: float
+    non_finite: str
+    pruner: Pruner | None
+    device: torch.device
+    compile: bool = False
+    start_from: str = ""
+    start_layout: str = ""
+    derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
+
+    @property
+    def distilled(self) -> tuple[Frozen, FlowNetwork] | None:
+        """The frozen teacher and its network."""
+        if self.teacher is None or not isinstance(self.teacher.network, FlowNetwork):
+            return None
+        return self.teacher, self.teacher.network
+
+    @property
+    def objective_name(self) -> str:
+        return registry.objectives.name_of(self.objective)
+
+    @property
+    def backbone_name(self) -> str:
+        return registry.backbones.name_of(self.net.trunk)
+
+    @property
+    def sampler_name(self) -> str:
+        return registry.samplers.name_of(self.sampler)
+
+    @property
+    def num_params(self) -> int:
+        return sum(math.prod(shape_of(p)) for p in self.net.parameters())

@@ -1,0 +1,173 @@
+"""Weak cells of a grid are stopped early: successive halving, asked at each periodic evaluation.
+
+    run.pruner = @successive_halving()
+    successive_halving.metric = 'nfe1/fd_efficientnetlite0'
+    successive_halving.min_steps = 200
+    run.evaluate_every = 200
+
+No process decides for the others. A cell that has just been evaluated reads what the cells beside
+it recorded, and asks. It competes with the cells of its own seed alone, which see the same data,
+noise and initial weights; and where one seed of an arm is pruned, so are those that still run,
+since the mean over the seeds that survived would be too good. A pruned cell keeps a checkpoint and
+no result.json, its record ends as KILLED with the tag `pruned`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from benchmarks.records.jsonl import RECORD, Record, read_record
+from benchmarks.records.recorders import Null
+from registry import pruners
+from registry.core import did_you_mean
+from trainers import ranks
+from trainers.budget import Budget
+from trainers.callbacks import Callback
+from trainers.state import TrainState
+
+SEED, GROUP, PRUNED = "run.seed", "group", "pruned"  # a param and two tags of a cell's record
+
+
+class Pruned(Exception):
+    """A cell was stopped early, for being weak."""
+
+
+@dataclass(frozen=True, order=True)
+class Report:
+    """What an evaluation of a cell found."""
+
+    time: int  # ms since 1970
+    cell: str
+    step: int
+    value: float
+
+
+class Pruner(Protocol):
+    """Whether the cell of the last report, being one of those that compete, is to stop there."""
+
+    metric: str
+    min_steps: int
+
+    def __call__(self, reports: Sequence[Report]) -> bool: ...
+
+
+@pruners.register("successive_halving")
+@dataclass(frozen=True, kw_only=True)
+class SuccessiveHalving:
+    """At min_steps x reduction^k, for k = 0, 1 ..., the best 1/reduction of those there go on.
+
+    The asynchronous kind: nobody waits, a cell is compared with those that came there before it,
+    and the best so far always goes on. Li et al., arXiv 1810.05934, as in Optuna.
+    """
+
+    metric: str = ""
+    better: str = "lower"
+    min_steps: int = 0
+    reduction: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.metric:
+            raise ValueError("successive_halving.metric is not bound; 'nfe1/fd_pixels' is one, say")
+        if self.better not in ("lower", "higher"):
+            raise ValueError(f"successive_halving.better = {self.better!r}: 'lower' or 'higher'")
+        for name, least in (("min_steps", 1), ("reduction", 2)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"successive_halving.{name} = {value!r} must be {least} or more")
+
+    def __call__(self, reports: Sequence[Report]) -> bool:
+        """Replays the reports to Optuna, which keeps what it needs in a study of its own."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=self.min_steps, reduction_factor=self.reduction
+        )
+        direction: Literal["minimize", "maximize"]
+        direction = "minimize" if self.better == "lower" else "maximize"
+        study = optuna.create_study(pruner=pruner, direction=direction)
+        trials = {cell: study.ask() for cell in dict.fromkeys(r.cell for r in reports)}
+        verdict = False
+        for report in reports:
+            trials[report.cell].report(report.value, report.step)
+            verdict = trials[report.cell].should_prune()
+        return verdict
+
+
+@dataclass(kw_only=True, eq=False)
+class Pruning(Callback):
+    """Asks the pruner after each evaluation; `reason` says why the run was stopped, if it was."""
+
+    pruner: Pruner | None
+    folder: Path  # of the cell
+    reason: str = field(default="", init=False)
+
+    def on_evaluate(self, state: TrainState, values: Mapping[str, float]) -> None:
+        if self.pruner is None or state.progress >= 1 or not ranks.leads():
+            return
+        if reason := why_pruned(self.pruner, self.folder):
+            self.reason = f"at step {state.step}: {reason}"
+            state.asked = "its pruner"
+
+
+def why_pruned(pruner: Pruner, folder: Path) -> str:
+    """Why the cell whose folder this is should stop after its last evaluation; "" if it should not.
+
+    Its rivals are the other cells of the grid with the same seed, in the folders beside it.
+    """
+    own = read_record(folder)
+    beside = [read_record(path.parent) for path in sorted(folder.parent.glob(f"*/{RECORD}"))]
+    cells = [record for record in beside if record.parent == own.parent]
+    for cell in cells:
+        if cell.tags.get(PRUNED) and cell.tags.get(GROUP, cell.name) == own.tags.get(GROUP):
+            return f"{cell.name}, the same with another seed, was pruned"
+    reports = sorted(
+        report
+        for cell in cells
+        if cell.params.get(SEED) == own.params.get(SEED)
+        for report in _reports(cell, pruner.metric)
+    )
+    last = max(_reports(own, pruner.metric), key=lambda report: report.step)
+    reports = reports[: reports.index(last) + 1]
+    if not pruner(reports):
+        return ""
+    num = len({report.cell for report in reports})
+    return f"{pruner.metric} = {last.value:.4g} is not among the best of {num} cells"
+
+
+def check_pruner(
+    pruner: Pruner, recorder: object, every: int, budget: Budget, measured: Sequence[str]
+) -> None:
+    """ValueError if the pruner could not act in a run that measures this, as often as this."""
+    name = pruners.name_of(pruner)
+    if isinstance(recorder, Null):
+        raise ValueError(
+            f"run.pruner = @{name}() reads what the other cells recorded, and run.recorder = "
+            "@null() keeps nothing; take @jsonl() or @mlflow()"
+        )
+    if not every:
+        raise ValueError(
+            f"run.pruner = @{name}() decides at the periodic evaluations, and there are none. "
+            f"Bind run.evaluate_every, such as run.evaluate_every = {pruner.min_steps}"
+        )
+    if pruner.metric not in measured:
+        raise ValueError(
+            f"{name}.metric = {pruner.metric!r} is not measured in this run."
+            f"{did_you_mean(pruner.metric, measured)} Measured: {', '.join(measured)}"
+        )
+    if budget.unit == "steps" and pruner.min_steps >= budget.amount:
+        raise ValueError(
+            f"{name}.min_steps = {pruner.min_steps} is not below run.steps = {budget.amount:g}, "
+            "so nothing would ever be pruned; lower it, or leave run.pruner unbound"
+        )
+
+
+def _reports(cell: Record, metric: str) -> list[Report]:
+    history = cell.metrics.get(metric)
+    if history is None:
+        return []
+    points = zip(history.times, history.steps, history.values, strict=True)
+    return [Report(int(time), cell.name, int(step), float(value)) for time, step, value in points]

@@ -1,0 +1,168 @@
+"""The data set `latents`: what objective-zoo encode wrote, sampled from its posteriors.
+
+A network sees (latent - shift) scale with the manifest's constants; `decode` undoes it. The sample
+of a posterior, like the choice of the mirrored copy, depends on the seed and the place in the
+endless sequence of benchmarks/data/streams.py alone: on (seed, step), and neither on how many
+processes share a batch nor on what was read before. Rows are copied straight out of the page
+cache, and a process reads and draws those of its share alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.data.streams import (
+    apportion,
+    flipped,
+    interleave,
+    places,
+    read_ahead,
+    seeded,
+    subset,
+)
+from benchmarks.latents.shards import LOGVAR_RANGE, Manifest, open_shards
+from registry import datasets, vaes
+from registry.protocols import Cond, Share, Vae
+
+
+@datasets.register("latents")
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """A folder of latents, decoded to pixels where people or metrics look."""
+
+    name: ClassVar = "latents"
+
+    folder: str
+    flip: bool = True  # half of the training samples from the mirrored copy
+    sample: bool = True  # from the posterior; False takes its mean
+    vae: Vae | None = None  # None: where the manifest says
+    decode_batch: int = 8
+    verify: bool = False  # read and hash every shard first
+    manifest: Manifest = field(init=False, repr=False, compare=False)
+    _rows: dict[str, list[np.ndarray]] = field(init=False, repr=False, compare=False)
+    _labels: Tensor | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        folder = Path(self.folder).expanduser()
+        object.__setattr__(self, "manifest", Manifest.load(folder))
+        if self.flip and not self.manifest.plan["flips"]:
+            raise ValueError(
+                f"{folder} was encoded without mirrored copies; bind latents.flip = False"
+            )
+        shards = open_shards(folder, self.manifest, content=self.verify)
+        rows = {
+            name: [shard[name].numpy() for shard in shards]
+            for name in ("posterior", *(["posterior_flipped"] if self.flip else []))
+        }
+        labels = torch.cat([shard["label"] for shard in shards]) if self.num_classes else None
+        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "_labels", labels)
+        self._check_vae()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.manifest.shape
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.plan["classes"])
+
+    @property
+    def size(self) -> int:
+        return self.manifest.num
+
+    def identity(self) -> str:
+        how = "posterior samples" if self.sample else "posterior means"
+        return f"latents: {self.size} x {self.shape}, {how}, sha256 {self.manifest.identity()}"
+
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        return self.batch_share(step, n, seed, Share())
+
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        return read_ahead(self._read, step, n, seed, share)
+
+    def _read(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        rows = places(self.size, step, n, seed)
+        mirrored = flipped(self.size, step, n, seed) if self.flip else torch.zeros(n).bool()
+        mean, logvar = self._posterior(*share.rows(rows, mirrored))
+        if self.sample and logvar is not None:
+            noise = torch.empty_like(mean)
+            (drawn,) = share.rows(range(step * n, (step + 1) * n))
+            for i, place in enumerate(drawn):
+                noise[i].normal_(generator=seeded("posterior", seed, place))
+            mean.addcmul_(logvar.clamp_(*LOGVAR_RANGE).mul_(0.5).exp_(), noise)
+        return mean.sub_(self._shift).mul_(self._scale), self._cond(rows)
+
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
+        """The means of a random subset without repetition, not mirrored."""
+        rows = subset(self.size, n, seed)
+        mean, _ = self._posterior(rows, torch.zeros(len(rows)).bool())
+        return (mean - self._shift) * self._scale, self._cond(rows)
+
+    def sample_labels(self, n: int) -> Cond | None:
+        """n labels with the frequencies of the data, evenly interleaved; None without labels."""
+        if self._labels is None:
+            return None
+        counts = torch.bincount(self._labels, minlength=self.num_classes)
+        return {"label": interleave(apportion(n, counts))}
+
+    def decode(self, codes: Tensor) -> Tensor:
+        device = torch.device("cuda") if torch.cuda.is_available() else codes.device
+        latents = (codes.to(device) / self._scale.to(device)) + self._shift.to(device)
+        vae = self._vae
+        pixels = [vae.decode(part) for part in latents.split(self.decode_batch)]
+        return torch.cat(pixels).to(codes.device)
+
+    def _posterior(self, rows: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None]:
+        first = self._rows["posterior"][0]
+        found = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        length = self.manifest.shards[0].rows
+        for i, (row, flip) in enumerate(zip(rows.tolist(), mirrored.tolist(), strict=True)):
+            shards = self._rows["posterior_flipped" if flip else "posterior"]
+            found[i] = shards[row // length][row % length]
+        values = torch.from_numpy(found).float()
+        if not self.manifest.plan["logvar"]:
+            return values, None
+        mean, logvar = values.chunk(2, 1)
+        return mean.contiguous(), logvar.contiguous()
+
+    def _cond(self, rows: Tensor) -> Cond | None:
+        return None if self._labels is None else {"label": self._labels[rows]}
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        return torch.tensor(self.manifest.scale)[:, None, None]
+
+    @cached_property
+    def _shift(self) -> Tensor:
+        return torch.tensor(self.manifest.shift)[:, None, None]
+
+    @cached_property
+    def _vae(self) -> Vae:
+        if self.vae is not None:
+            return self.vae
+        about = self.manifest.plan["vae"]
+        return vaes.get(about["kind"])(path=about["path"], subfolder=about["subfolder"])
+
+    def _check_vae(self) -> None:
+        """The VAE is there, and the one that made these latents."""
+        about = self.manifest.plan["vae"]
+        try:
+            found = self._vae.provenance()["sha256"]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{error}\nIt made the latents in {self.folder} and is needed to decode. If it "
+                f"moved: latents.vae = @{about['kind']}() and {about['kind']}.path = 'FOLDER'"
+            ) from error
+        if found != about["sha256"]:
+            raise ValueError(
+                f"the latents in {self.folder} were made by a VAE with other weights (SHA-256 "
+                f"{about['sha256'][:16]}, here {found[:16]}); give the one from {about['path']}"
+            )

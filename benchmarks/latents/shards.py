@@ -1,0 +1,233 @@
+"""Latents on disk: safetensors shards that are read through the page cache, and their manifest.
+
+    plan.json                what is encoded, and how; a folder is continued with the same plan only
+    shard_00000.safetensors  posterior [n 2k h w] (mean, then log-variance) or [n k h w] where the
+                             encoder is deterministic; posterior_flipped of the mirrored pictures,
+                             label int64 [n]
+    shard_00000.json         its rows, size, SHA-256, the pictures' hashes, the channels' sums
+    manifest.json            the plan, all shards, the normalisation; last, when all are there
+
+A row is one read. Safetensors need no library to be mapped or checked, see
+docs/decisions/005-latent-shards.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.files import file_digest, write_json
+
+PLAN, MANIFEST = "plan.json", "manifest.json"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+LOGVAR_RANGE = (-30.0, 20.0)  # as the autoencoders clamp it
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of latents; `sums` and `squares` [k] are over all its sampled latents."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    source_sha256: str
+    count: int  # of values for each channel
+    sums: list[float]
+    squares: list[float]
+    sizes_sha256: str = ""  # of the pictures; not in every folder
+
+    def save(self, folder: Path) -> None:
+        write_json((folder / self.file).with_suffix(".json"), asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of latents holds; a network sees (latent - shift) scale, for each channel."""
+
+    plan: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    @property
+    def num(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.plan["latent_shape"])
+
+    def identity(self) -> str:
+        facts = [self.scale, self.shift, [shard.sha256 for shard in self.shards]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        source = "\n".join(shard.source_sha256 for shard in self.shards)
+        content = {
+            **self.plan,
+            "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+            "scale": self.scale,
+            "shift": self.shift,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_json(folder / MANIFEST, content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """ValueError for a folder that is none, or not finished."""
+        if not (folder / MANIFEST).is_file():
+            begun = (folder / PLAN).is_file()
+            raise ValueError(
+                f"{folder} holds no finished latents (no {MANIFEST}). "
+                + ("Run the encode command again: it continues" if begun else _HOW)
+            )
+        found = json.loads((folder / MANIFEST).read_text())
+        return cls(
+            shards=tuple(Shard(**shard) for shard in found.pop("shards")),
+            scale=tuple(found.pop("scale")),
+            shift=tuple(found.pop("shift")),
+            plan=found,
+        )
+
+
+_HOW = "Make them: objective-zoo encode --data FOLDER --vae NAME --out DIR"
+
+
+def shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    moments: Moments,
+    sizes: str = "",
+) -> Shard:
+    """Write one shard whole, and what is known about it beside it."""
+    path = folder / shard_name(number)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(dict(tensors), partial)
+    shard = Shard(
+        file=path.name,
+        rows=len(tensors["posterior"]),
+        bytes=partial.stat().st_size,
+        sha256=file_digest(partial),
+        source_sha256=source,
+        count=moments.count,
+        sums=moments.sums.tolist(),
+        squares=moments.squares.tolist(),
+        sizes_sha256=sizes,
+    )
+    partial.replace(path)
+    shard.save(folder)
+    return shard
+
+
+class Moments:
+    """Sums over latents as they are sampled from their posteriors, for each channel."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, mean: Tensor, logvar: Tensor | None) -> None:
+        """Of posteriors [n k h w]."""
+        values = mean.double().cpu()
+        spread = 0.0 if logvar is None else logvar.clamp(*LOGVAR_RANGE).double().exp().cpu()
+        self.count += values.numel() // values.shape[1]
+        self.sums = self.sums + values.sum((0, 2, 3))
+        self.squares = self.squares + (values.square() + spread).sum((0, 2, 3))
+
+
+def channel_statistics(shards: Sequence[Shard]) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation of each channel over all shards."""
+    count = sum(shard.count for shard in shards)
+    mean = torch.tensor([shard.sums for shard in shards], dtype=torch.float64).sum(0) / count
+    square = torch.tensor([shard.squares for shard in shards], dtype=torch.float64).sum(0) / count
+    return mean.tolist(), (square - mean.square()).sqrt().tolist()
+
+
+def finished_shards(folder: Path, sizes: Sequence[str]) -> tuple[dict[int, Shard], list[str]]:
+    """The whole shards by number, checked byte by byte, and a line for each that is not.
+
+    `sizes` are the hashes of the sizes that the pictures of each shard have now.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(partial(_finished, folder), range(len(sizes)), sizes))
+    whole = {n: shard for n, shard in enumerate(found) if isinstance(shard, Shard)}
+    return whole, [problem for problem in found if isinstance(problem, str)]
+
+
+def _finished(folder: Path, number: int, sizes: str) -> Shard | str | None:
+    path = folder / shard_name(number)
+    about = path.with_suffix(".json")
+    if not about.is_file():
+        return f"{path} has lost its {about.name}" if path.is_file() else None
+    try:
+        shard = Shard(**json.loads(about.read_text()))
+    except (ValueError, TypeError):
+        return f"{about} cannot be read"
+    if shard.sizes_sha256 not in ("", sizes):
+        return f"pictures of {path} have changed"
+    return damage(folder, shard, content=True) or shard
+
+
+def damage(folder: Path, shard: Shard, *, content: bool) -> str:
+    """What is wrong with a shard, by its size alone or by its content; '' for a whole one."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"{path} has {size} bytes instead of {shard.bytes}"
+    if content and file_digest(path) != shard.sha256:
+        return f"{path} was changed after it was written (SHA-256 differs)"
+    return ""
+
+
+def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict[str, Tensor]]:
+    """All shards, mapped and not read; ValueError that names those which are damaged."""
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(lambda s: damage(folder, s, content=content), manifest.shards))
+    opened = []
+    for i, shard in enumerate(manifest.shards):
+        if problems[i]:
+            continue
+        try:
+            with safe_open(folder / shard.file, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            if _misfit(shapes, shard.rows, manifest):
+                problems[i] = f"{folder / shard.file} holds {shapes}"
+            opened.append(load_file(folder / shard.file))
+        except SafetensorError as error:
+            problems[i] = f"{folder / shard.file} cannot be read: {error}"
+    if broken := [problem for problem in problems if problem]:
+        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError(
+            "\n".join(broken[:SHOWN])
+            + more
+            + "\nRun the encode command again: only these are redone"
+        )
+    return opened
+
+
+def _misfit(shapes: Mapping[str, list[int]], rows: int, manifest: Manifest) -> bool:
+    wanted = ["posterior"] + ["posterior_flipped"] * manifest.plan["flips"]
+    channels = manifest.shape[0] * (2 if manifest.plan["logvar"] else 1)
+    sizes = {name: [rows, channels, *manifest.shape[1:]] for name in wanted}
+    return shapes != (sizes | {"label": [rows]} if manifest.plan["classes"] else sizes)

@@ -1,0 +1,135 @@
+"""Where cells run: in this process, in several processes of this machine, or on a Ray cluster.
+
+    in_process      one after the other
+    subprocesses    several at a time on this machine (benchmarks/launchers/subprocesses.py)
+    ray_cluster     wherever Ray finds room (benchmarks/launchers/ray_cluster.py)
+
+A launcher is configuration. It is called with jobs and with the function that runs one of them; it
+runs each and yields how each ended, as they end.
+After SIGINT or SIGTERM it starts no more of them, yields those that ran, most as "stopped" with a
+checkpoint saved, and raises KeyboardInterrupt. A second signal acts at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+from benchmarks.records.jsonl import read_record, read_start
+from registry import launchers
+
+OUTPUT = "output.log"  # what a cell in a process of its own printed
+TELL_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell: its name, and the folder that the grid prepared for it."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one cell ended; `reason` is empty for a finished one."""
+
+    name: str
+    status: Literal["finished", "failed", "stopped", "pruned"]
+    reason: str = ""
+
+
+RunCell = Callable[[Path], Ended]  # runs the cell that was prepared in a folder
+
+
+class Launcher(Protocol):
+    """Runs the jobs by `run_cell`, a function of a module; yields how each ended, as they end."""
+
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]: ...
+
+
+@launchers.register("in_process")
+@dataclass(frozen=True, kw_only=True)
+class InProcess:
+    """Runs the cells one after the other in this process."""
+
+    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
+        for job in jobs:
+            ended = run_cell(job.folder)
+            yield ended
+            if ended.status == "stopped":
+                raise KeyboardInterrupt
+
+
+class Progress:
+    """Tells on stderr which cells run in other processes, and now and then how far they are."""
+
+    def __init__(self) -> None:
+        self._known = set[str]()
+        self._told = time.monotonic()
+
+    def tell(self, running: Iterable[Job]) -> None:
+        due = time.monotonic() - self._told > TELL_SECONDS
+        if due:
+            self._told = time.monotonic()
+        for job in running:
+            if job.name not in self._known:
+                self._known.add(job.name)
+                _say(f"  {job.name} runs; its output is in {job.folder / OUTPUT}")
+            elif due:
+                _say(f"  {job.name}: {_last_line(job.folder / OUTPUT)}")
+
+
+@contextmanager
+def interruptible() -> Iterator[list[str]]:
+    """A list that the first SIGINT or SIGTERM puts its name into; the second acts as before."""
+    caught: list[str] = []
+    handlers: dict[int, Any] = {}
+
+    def restore() -> None:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number).name)
+        restore()
+        _say(f"{caught[0]}: no more cells start; those that run save a checkpoint and stop")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def close_lost(job: Job, reason: str, parent: Any) -> None:
+    """Close the record of a cell whose process died without doing so, as FAILED for this reason.
+
+    `parent` is the open record of the grid.
+    """
+    if read_start(job.folder) is None or read_record(job.folder).status != "RUNNING":
+        return
+    record = parent.child(job.name, job.folder)
+    record.tags({"error": reason})
+    record.close("FAILED")
+
+
+def _last_line(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "has printed nothing yet"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

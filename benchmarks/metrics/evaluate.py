@@ -1,0 +1,196 @@
+"""Sampling for measurement: the same noise and labels in every arm, at every NFE and batch size.
+
+Row i of the noise depends on the seed and i alone, so that samples of two methods start from the
+same points, and the first rows of a large set are those of a small one. Labels are the reference's
+own, row by row, so both sides have the same classes. A sampler always runs on a block of 256 rows,
+and what it draws comes from a generator of that block's own: how many rows the network sees at a
+time, or how blocks are shared out over processes, changes no draw.
+
+Where the data are codes, such as a VAE's latents, a metric sees what they decode to, as uint8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.data.pictures import to_uint8
+from registry.protocols import Coded, Cond, Dataset, Metric, Network, Sampler
+
+BLOCK = 256  # rows whose noise is from one generator; part of what a seed means
+DECODED = 64  # codes whose pixels are held in float32 at a time
+_NOISE, _SAMPLER = 0, 1
+
+
+@runtime_checkable
+class Referenced(Protocol):
+    """A metric that knows its value on real data, and what its values depend on."""
+
+    def floor(self, reference: Tensor, num: int) -> Iterator[tuple[str, float]]: ...
+    def provenance(self, reference: Tensor, num: int) -> dict[str, str]: ...
+
+
+def evaluate(
+    net: Network,
+    sampler: Sampler,
+    nfe_list: Sequence[int],
+    metric: Metric,
+    dataset: Dataset,
+    num: int,
+    seed: int,
+    batch_size: int = BLOCK,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, float]]:
+    """("nfe{n}/{name}", value) for `num` samples at each NFE, then the metric's floors by name."""
+    runs = samplers_for(sampler, nfe_list)
+    reference, cond = reference_of(dataset, num, seed)
+    x1 = noise(dataset.shape, num, seed).to(device)
+    labels = None if cond is None else _cyclic(cond, num, device)
+    for nfe, run in runs.items():
+        samples = seen(dataset, draw(net, run, x1, labels, seed, batch_size))
+        for name, value in metric(samples, reference):
+            yield f"nfe{nfe}/{name}", value
+    if isinstance(metric, Referenced):
+        yield from metric.floor(reference, num)
+
+
+def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[str, str]:
+    """What `evaluate`'s values depend on beside the network; also warms and checks the metric."""
+    about = {"data": dataset.identity(), "samples": str(num), "seed": str(seed)}
+    if isinstance(metric, Referenced):
+        about |= metric.provenance(reference_of(dataset, num, seed)[0], num)
+    return about
+
+
+def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler]:
+    """The sampler at each NFE; ValueError for those that it cannot have, all at once."""
+    if not nfe_list or len(set(nfe_list)) != len(nfe_list):
+        raise ValueError(f"the NFEs to evaluate are {list(nfe_list)}; give each one once, 1, 2 say")
+    if not dataclasses.is_dataclass(type(sampler)):
+        raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
+    replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
+    runs, refused = {}, []
+    for nfe in nfe_list:
+        try:
+            runs[nfe] = replace(sampler, nfe=nfe)
+        except ValueError as error:
+            refused.append(f"nfe {nfe}: {error}")
+    if refused:
+        lines = "\n  ".join(refused)
+        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
+    return runs
+
+
+def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
+    """Data enough for a reference of `num` and a disjoint set of `num` to tell its floor from."""
+    if isinstance(dataset, Coded):
+        return _decoded_reference(dataset, num, seed)
+    return dataset.reference(2 * num, seed)
+
+
+@lru_cache(maxsize=1)  # every evaluation of a run asks for it, and decoding is slow
+def _decoded_reference(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
+    codes, cond = dataset.reference(2 * num, seed)
+    return seen(dataset, codes), cond
+
+
+def seen(dataset: Dataset, samples: Tensor) -> Tensor:
+    """What people and metrics see of samples [n *d]: decoded codes as uint8, or the samples."""
+    if not isinstance(dataset, Coded):
+        return samples
+    return torch.cat([to_uint8(dataset.decode(part)) for part in samples.split(DECODED)])
+
+
+def draw(
+    net: Network,
+    sampler: Sampler,
+    x1: Tensor,
+    cond: Cond | None = None,
+    seed: int = 0,
+    batch_size: int = BLOCK,
+    first: int = 0,
+) -> Tensor:
+    """Samples [n *d] from noise x1 [n *d], on its device, the network in evaluation mode.
+
+    x1 is the noise of the seed's rows `first`, `first` + 1, ...; `first` is where a block starts.
+    """
+    assert first % BLOCK == 0, f"no block starts at row {first}"
+    blocks = []
+    with evaluation_mode(net), torch.no_grad():
+        for start in range(0, len(x1), BLOCK):
+            rows = slice(start, start + BLOCK)
+            rng = _generator(seed, _SAMPLER, first + start, x1.device)
+            part = None if cond is None else {name: c[rows] for name, c in cond.items()}
+            blocks.append(sampler(_in_batches(net, batch_size), x1[rows], part, rng))
+    samples = torch.cat(blocks)
+    broken = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()
+    if len(broken):
+        raise FloatingPointError(
+            f"{type(sampler).__name__} at nfe {sampler.nfe} gave {len(broken)} of {len(samples)} "
+            f"samples that are not finite, the first at row {first + int(broken[0])}; the network "
+            "diverged or was loaded wrongly"
+        )
+    return samples
+
+
+def _in_batches(net: Network, size: int) -> Network:
+    """The same network, given `size` rows at a time."""
+
+    def batched(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
+        if len(x) <= size:
+            return net(x, t, r, cond)
+        parts = []
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = None if cond is None else {name: c[rows] for name, c in cond.items()}
+            parts.append(net(x[rows], t[rows], r[rows], part))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return batched
+
+
+def noise(shape: Sequence[int], n: int, seed: int, first: int = 0) -> Tensor:
+    """Standard normal noise [n *shape] on the CPU, row i depending on seed and i alone.
+
+    The rows are `first`, `first` + 1, ...; `first` is where a block starts.
+    """
+    assert first % BLOCK == 0, f"no block starts at row {first}"
+    blocks = [
+        torch.randn(BLOCK, *shape, generator=_generator(seed, _NOISE, first + start))
+        for start in range(0, n, BLOCK)
+    ]
+    return torch.cat(blocks)[:n]
+
+
+@contextmanager
+def evaluation_mode(net: Network) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards; plain functions have none."""
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _cyclic(cond: Cond, n: int, device: torch.device | str) -> Cond:
+    """The first n rows, from the start again where there are fewer."""
+    return {name: c[torch.arange(n) % len(c)].to(device) for name, c in cond.items()}
+
+
+def _generator(
+    seed: int, purpose: int, start: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A stream for this seed, purpose and row, unrelated to those of neighbouring seeds."""
+    words = np.random.SeedSequence((seed, purpose, start)).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)

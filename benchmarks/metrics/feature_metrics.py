@@ -1,0 +1,125 @@
+"""Metrics of samples against data: features once, several distances, and what real data score.
+
+Every value is named after its features and comes with the number that real data score against
+real data at the same count, since a distance of few samples is mostly bias: "fd_efficientnetlite0"
+beside "fd_efficientnetlite0_floor". It is called "fid" over InceptionV3 features alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from torch import Tensor
+
+from benchmarks.metrics.distances import Frechet, Kid, Values, VectorMetric
+from benchmarks.metrics.features import Extractor, best_available
+from benchmarks.metrics.precision_recall import PrecisionRecall
+from registry import metrics
+
+
+@metrics.register("feature_metrics")
+@dataclass(frozen=True, kw_only=True)
+class FeatureMetrics:
+    """Metrics over the features of one extractor, with their real-versus-real floor.
+
+    With N samples, the reference is the first N rows that are given (all, if fewer). The floor is
+    the next N rows against it, N being the same on both sides. Given fewer than 2N rows, it is one
+    half of the reference against the other, at about N/2; the provenance says so, since that
+    overstates the floor of a biased distance.
+    """
+
+    extractor: Extractor | None = None  # None: best_available for the samples' shape
+    metrics: tuple[VectorMetric, ...] = (Frechet(), Kid(), PrecisionRecall())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        if not self.metrics:
+            raise ValueError("feature_metrics.metrics is empty; give at least one, @frechet() say")
+        try:
+            hash(self)  # results are remembered by what computed them
+        except TypeError as error:
+            raise ValueError(
+                f"feature_metrics needs an extractor and metrics that are frozen dataclasses of "
+                f"plain values: {error}"
+            ) from None
+
+    def __call__(self, samples: Tensor, reference: Tensor) -> Values:
+        real = self._real(reference, len(samples))
+        features = real.extractor(samples)
+        for compare in real.comparisons:
+            for name, value in compare(features):
+                yield named(name, real.extractor), value
+
+    def floor(self, reference: Tensor, num: int) -> Values:
+        """What real data score: "<name>_floor", or "<name>_ceiling" where higher is better."""
+        yield from self._real(reference, num).floor
+
+    def provenance(self, reference: Tensor, num: int) -> dict[str, str]:
+        """What the values for `num` samples depend on, by name."""
+        real = self._real(reference, num)
+        return {
+            "samples": str(num),
+            "reference": f"{real.num} rows, sha256 {real.digest[:16]}",
+            "floor": real.floor_rule,
+            "metrics": ", ".join(repr(metric) for metric in self.metrics),
+            **real.extractor.provenance(),
+        }
+
+    def _real(self, reference: Tensor, num: int) -> _Real:
+        return _prepare(self, _Rows(_digest(reference), reference), num)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor that is equal to another by its content."""
+
+    digest: str
+    data: Tensor = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class _Real:
+    """What is worked out once for a reference and a number of samples."""
+
+    extractor: Extractor
+    comparisons: tuple[Callable[[Tensor], Values], ...]
+    num: int
+    digest: str
+    floor: tuple[tuple[str, float], ...]
+    floor_rule: str
+
+
+@lru_cache(maxsize=4)  # the arms of a comparison share it, and every evaluation of a run
+def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
+    extractor = wanted.extractor or best_available(tuple(rows.data.shape[1:]))
+    features = extractor(rows.data[: 2 * num])
+    target = features[:num]
+    comparisons = tuple(metric.against(target) for metric in wanted.metrics)
+    if len(features) >= 2 * num:
+        other, judges = features[num:], comparisons
+        rule = f"the next {num} rows against the reference"
+    else:
+        half = len(features) // 2
+        other = features[half : 2 * half]
+        judges = tuple(metric.against(features[:half]) for metric in wanted.metrics)
+        rule = f"halves of the {len(features)} rows, {half} each: fewer than 2 x {num} were given"
+    floor = tuple(
+        (f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}", value)
+        for metric, compare in zip(wanted.metrics, judges, strict=True)
+        for name, value in compare(other)
+    )
+    return _Real(extractor, comparisons, len(target), rows.digest, floor, rule)
+
+
+def named(name: str, extractor: Extractor) -> str:
+    """What a metric's value is called over these features."""
+    return extractor.canonical.get(name, f"{name}_{extractor.label.lower()}")
+
+
+def _digest(x: Tensor) -> str:
+    content = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    content.update(x.detach().cpu().contiguous().numpy().data)
+    return content.hexdigest()

@@ -1,0 +1,95 @@
+"""How two sets of vectors [n d] cover each other, by the balls to their k-th nearest neighbours.
+
+precision, recall     share inside the other set's k-NN balls     Kynkaanniemi, arXiv 1904.06991
+density, coverage     their forms robust to outliers              Naeem, arXiv 2002.09797
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.metrics.distances import Values, vectors
+from registry import metrics
+from registry.protocols import Reference
+
+BAR_FROM = 10_000  # rows from which on a bar shows
+
+
+@metrics.register("precision_recall")
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecall:
+    """Fidelity (precision, density) and diversity (recall, coverage) by k-nearest neighbours.
+
+    The work grows with the square of the rows, so of more than `max_rows` on a side, a whole
+    ImageNet say, as many are taken, evenly spaced. Published values are over at most 50,000.
+    """
+
+    reference: ClassVar = Reference(
+        title="Improved Precision and Recall Metric for Assessing Generative Models",
+        authors="Kynkaanniemi et al.",
+        year=2019,
+        arxiv="1904.06991",
+    )
+    better: ClassVar = "higher"
+
+    k: int = 3
+    block: int = 1000  # rows of the distance matrix at a time
+    max_rows: int = 50_000
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.block < 1 or self.max_rows <= self.k:
+            raise ValueError(
+                f"precision_recall.k = {self.k}, precision_recall.block = {self.block}, "
+                f"precision_recall.max_rows = {self.max_rows}; k and block are at least 1, "
+                "max_rows more than k"
+            )
+
+    def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
+        target = vectors(self._spaced(reference))
+        target_radii = self._radii(target)
+
+        def compare(samples: Tensor) -> Values:
+            found = vectors(self._spaced(samples))
+            inside = torch.zeros(len(found), dtype=target.dtype)  # reference balls around each
+            recalled = torch.zeros(len(target), dtype=torch.bool)
+            nearest = torch.full((len(target),), torch.inf, dtype=target.dtype)
+            radii = self._radii(found)
+            for rows in self._blocks(torch.arange(len(found)), "nearest pictures"):
+                distance = torch.cdist(found[rows], target)  # [rows m]
+                inside[rows] = (distance <= target_radii).sum(1).double()
+                recalled |= (distance <= radii[rows, None]).any(0)
+                nearest = torch.minimum(nearest, distance.amin(0))
+            yield "precision", float((inside > 0).double().mean())
+            yield "recall", float(recalled.double().mean())
+            yield "density", float(inside.mean() / self.k)
+            yield "coverage", float((nearest <= target_radii).double().mean())
+
+        return compare
+
+    def __call__(self, samples: Tensor, reference: Tensor) -> Values:
+        return self.against(reference)(samples)
+
+    def _radii(self, x: Tensor) -> Tensor:
+        """The distance from each row to its k-th nearest other row."""
+        if len(x) <= self.k:
+            raise ValueError(
+                f"precision_recall.k = {self.k} needs more than {self.k} samples, not {len(x)}"
+            )
+        distances = (torch.cdist(part, x) for part in self._blocks(x, "nearest neighbours"))
+        return torch.cat([distance.kthvalue(self.k + 1, dim=1).values for distance in distances])
+
+    def _spaced(self, x: Tensor) -> Tensor:
+        if len(x) <= self.max_rows:
+            return x
+        return x[torch.arange(self.max_rows) * len(x) // self.max_rows]
+
+    def _blocks(self, x: Tensor, label: str) -> Iterable[Tensor]:
+        parts = x.split(self.block)
+        bar: Iterable[Tensor] = tqdm(parts, label, leave=False, disable=len(x) < BAR_FROM)
+        return bar

@@ -1,0 +1,280 @@
+"""What a training step holds in memory and computes, found by running it on tensors without data.
+
+The objective's own loss and its backward run on fake tensors, which have shapes and no contents, so
+a network of any size takes no memory and a few seconds. A dispatch mode sees every tensor come and,
+by weak references to storages, go: passes without graph, recomputed blocks, dual numbers and
+attention matrices of forward-mode derivatives are counted because they happen. Workspaces inside a
+kernel are not seen. Attention is the fused kernel where training takes it.
+
+A loss that looks at values (a coupling, a mask) cannot run on fake tensors; two small shares of it
+are measured on real ones instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.planning.outline import Outline
+from benchmarks.runs.passes import COUNTED_ROWS, COUNTED_STEPS, LATE, count_passes
+from registry.protocols import Batch, Cond, Objective, Share, parts, required_heads
+from trainers.engines import TrainStep
+from trainers.rng import generator
+from zoo.teachers import Frozen
+
+CPU = torch.device("cpu")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """Bytes of one share's loss and backward beside weights, and its floating-point operations.
+
+    `kept` waits for the backward pass. `moments` are the peaks between one gradient of a weight and
+    the next, without these gradients, each with the bytes of gradients that were made by then.
+    """
+
+    kept: float
+    moments: tuple[tuple[float, float], ...]
+    flops: float
+
+    @property
+    def peak(self) -> float:
+        return max(peak for peak, _ in self.moments)
+
+    def towards(self, other: Activity, share: float) -> Activity:
+        """Between the two, this one at 0 and the other at 1."""
+
+        def mean(a: float, b: float) -> float:
+            return a + share * (b - a)
+
+        return Activity(
+            kept=mean(self.kept, other.kept),
+            moments=tuple(
+                (mean(a, b), made)
+                for (a, made), (b, _) in zip(self.moments, other.moments, strict=True)
+            ),
+            flops=mean(self.flops, other.flops),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Bytes of the optimizer's state, and those that an update takes beside it."""
+
+    state: float
+    workspace: float
+
+
+class Simulation:
+    """The steps of one run without its data; `activity` and `update` say what they take."""
+
+    def __init__(self, outline: Outline):
+        self._outline = outline
+        self._fake: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
+        self._found: dict[int, Activity] = {}
+        outline.step.autocast = partial(outline.engine.autocast, CPU)
+        with self._fake:
+            _remake(outline.step, lambda t: torch.empty(t.shape, dtype=t.dtype))
+
+    def activity(self, rows: int, most: int) -> Activity:
+        """Of a share of `rows` rows, at most `most`: exact at 1 and `most`, a line between them.
+
+        Peaks are the largest of sums that are linear in the rows, but for quotas of whole rows.
+        """
+        low, high = self._ends(most)
+        if rows in (low, high):
+            return self._at(rows)
+        return self._at(low).towards(self._at(high), (rows - low) / (high - low))
+
+    def update(self) -> Update:
+        """Of one update of all weights."""
+        net = self._outline.step.net
+        with self._fake or nullcontext(), _Live(self._fake) as live:
+            params = [nn.Parameter(torch.empty(p.shape)) for p in net.parameters()]
+            for p in params:
+                p.grad = torch.empty_like(p)
+            before = live.bytes
+            optimizer = self._outline.optimizer.build(params)
+            optimizer.step()
+            live.close()
+            state = live.bytes - before
+            optimizer.step()
+        return Update(state=state, workspace=live.moment[0] - before - state)
+
+    def _ends(self, most: int) -> tuple[int, int]:
+        if self._fake is not None:
+            try:
+                self._at(most)
+                return 1, most
+            except RuntimeError as error:  # what is wrong without this reason is wrong again below
+                log.warning(
+                    "the loss of %s looks at values, and is measured on few real rows: %s",
+                    self._outline.objective,
+                    str(error).splitlines()[0],
+                )
+                self._materialise()
+        return 1, min(2, most)
+
+    def _at(self, rows: int) -> Activity:
+        if rows not in self._found:
+            with self._fake or nullcontext():
+                self._found[rows] = self._measure(rows)
+        return self._found[rows]
+
+    def _measure(self, rows: int) -> Activity:
+        out, step = self._outline, self._outline.step
+        with _Live(self._fake, step) as live, live.gradients_of(step.net):
+            x0 = torch.zeros(out.batch_size, *out.shape)
+            label = torch.zeros(out.batch_size, dtype=torch.int64)
+            cond = {"label": label} if out.num_classes else None
+            share = Share(0, out.batch_size // rows)
+            batch = Batch(x0, cond, LATE, 1.0, share)
+            loss = step(batch, generator(0, 0, LATE)).per_sample.mean()
+            kept = live.bytes
+            loss.backward()
+        return Activity(kept=kept, moments=(*live.moments, live.moment), flops=live.flops)
+
+    def _materialise(self) -> None:
+        self._fake, step = None, self._outline.step
+        for module in (step.net, step.teachers):
+            _remake(module, lambda t: torch.randn(t.shape).mul_(0.02).to(t.dtype))
+
+
+_ATTENTION = {  # torch counts the fused attention of GPUs, by these formulas
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that are alive and belong to none of the modules; operations done."""
+
+    def __init__(self, fake: FakeTensorMode | None, *known: nn.Module):
+        super().__init__()
+        self._fake = fake
+        self._sizes: dict[int, float] = {}
+        self._refs: dict[int, Any] = {}
+        for module in known:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._sizes[tensor.untyped_storage()._cdata] = 0.0
+        self.moments: list[tuple[float, float]] = []
+        self.bytes = self._peak = self._made = 0.0
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = self._call(func, args, kwargs)
+        packet = _ATTENTION.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return out
+
+    @property
+    def moment(self) -> tuple[float, float]:
+        """The peak since the last one, and what was taken out before."""
+        return self._peak, self._made
+
+    def close(self, taken: float = 0.0) -> None:
+        """End a moment."""
+        self.moments.append(self.moment)
+        self._peak, self._made = self.bytes, self._made + taken
+
+    @contextmanager
+    def gradients_of(self, net: nn.Module) -> Iterator[None]:
+        """Gradients of weights leave as they are made, and are summed up apart."""
+
+        def taken(param: Tensor) -> None:
+            param.grad = None
+            self.close(param.numel() * param.element_size())
+
+        handles = [p.register_post_accumulate_grad_hook(taken) for p in net.parameters()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # Its result has the size of a storage that is not in the key of fake tensors' cache.
+        whole = torch.ops.aten._new_zeros_with_same_feature_meta.default
+        if self._fake is None or func is not whole:
+            return func(*args, **kwargs)
+        self._fake.cache_enabled = False
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._fake.cache_enabled = True
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._refs[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self.bytes += self._sizes[key]
+        self._peak = max(self._peak, self.bytes)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+        del self._refs[key]
+
+
+def _remake(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(make(p), requires_grad=p.requires_grad))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, make(buffer))
+
+
+def mean_over_steps(objective: Objective, shape: Sequence[int], labelled: bool) -> float:
+    """Network passes of a mean step over those of step `LATE`, where all that recurs takes part.
+
+    Counted on a network of one weight; `objective` must have no teacher's network yet.
+    """
+    alone = _OneWeight(required_heads(objective))
+    for _, part in parts(objective):
+        if isinstance(part, Frozen):
+            part.attach(_OneWeight(("v",)))
+    step = TrainStep(alone, objective).train()
+    rows = torch.zeros(COUNTED_ROWS, *shape)
+    cond = {"label": torch.zeros(COUNTED_ROWS, dtype=torch.int64)} if labelled else None
+    batches = [Batch(rows, cond, LATE + i, 1.0) for i in range(COUNTED_STEPS)]
+    first = count_passes(step, batches[:1], 0).total
+    return count_passes(step, batches, 0).total / first
+
+
+class _OneWeight(nn.Module):
+    """A network that makes the outputs and is nothing else."""
+
+    def __init__(self, keys: Sequence[str]):
+        super().__init__()
+        self._keys = keys
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
+        return {key: self.weight * (t if key == "logvar" else x) for key in self._keys}

@@ -1,0 +1,121 @@
+"""MLflow stores: which one, how it is opened, and how its page is.
+
+Local stores are sqlite files with the artifacts beside them; servers are addresses. mlflow is
+imported when a store is opened, not before: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from benchmarks.files import locked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An MLflow tracking store and the experiment in it; made by `Store.of`."""
+
+    uri: str
+    experiment: str
+
+    @classmethod
+    def of(cls, uri: str, experiment: str) -> Store:
+        """Checks the uri and makes a sqlite path absolute."""
+        if not uri.startswith("sqlite:"):
+            if urlsplit(uri).scheme in ("", "file"):
+                raise ValueError(
+                    f"tracking_uri {uri!r} is not an MLflow store; "
+                    "give 'sqlite:///FOLDER/mlflow.db' or a server such as 'http://localhost:5000'"
+                )
+            return cls(uri, experiment)
+        path = uri.removeprefix("sqlite:///")
+        if path == uri or not path or any(c in path for c in "%?#"):
+            raise ValueError(
+                f"tracking_uri {uri!r} must be 'sqlite:///' and the path of a file, without '%?#'"
+            )
+        return cls(f"sqlite:///{Path(path).absolute()}", experiment)
+
+    @property
+    def name(self) -> str:
+        """The uri without a password; this is what gets written and printed."""
+        parts = urlsplit(self.uri)
+        return self.uri.replace(f":{parts.password}@", "@") if parts.password else self.uri
+
+    @property
+    def file(self) -> Path | None:
+        """The database of a sqlite store."""
+        path = self.uri.removeprefix("sqlite:///")
+        return None if path == self.uri else Path(path)
+
+    def client(self) -> MlflowClient:
+        """A client; the tables of a sqlite store are made by one process at a time."""
+        if self.file is None:
+            return _import_mlflow().MlflowClient(self.uri)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.file.with_name(self.file.name + ".lock")):
+            if not self.file.exists():
+                _make_tables(self.file)
+            # An unusable file fails at once here; MLflow would try for minutes.
+            with closing(sqlite3.connect(self.file)) as connection:
+                connection.execute("pragma schema_version")
+            return _import_mlflow().MlflowClient(self.uri)
+
+    def experiment_id(self, client: MlflowClient) -> str:
+        """The experiment, made if need be; with sqlite its artifacts lie beside the database."""
+        from mlflow.exceptions import MlflowException
+
+        if found := client.get_experiment_by_name(self.experiment):
+            return found.experiment_id
+        location = (self.file.parent / "mlartifacts").as_uri() if self.file else None
+        try:
+            return client.create_experiment(self.experiment, artifact_location=location)
+        except MlflowException as error:
+            found = client.get_experiment_by_name(self.experiment)
+            if found is None:
+                raise
+            _log.debug("another process made the experiment first: %s", error)
+            return found.experiment_id
+
+
+def open_hint(tracking_uri: str) -> str:
+    """The command that opens the store's page in a browser, or the page's address."""
+    store = Store.of(tracking_uri, "")
+    if store.file is None:
+        return store.name
+    beside = Path(sys.executable).with_name("mlflow")
+    return shlex.join([str(beside), "ui", "--backend-store-uri", store.uri])
+
+
+def _make_tables(file: Path) -> None:
+    """A new store, whole or not there: MLflow never recovers from one that was killed half-made."""
+    new = file.with_name(f".{file.name}.new")
+    new.unlink(missing_ok=True)
+    _import_mlflow().MlflowClient(f"sqlite:///{new}")
+    os.replace(new, file)
+
+
+def _import_mlflow() -> Any:
+    """mlflow without telemetry, chatter or retries of its own; importing it takes seconds."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    import mlflow
+
+    # It prints a traceback for every error of the database, which is also raised.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return mlflow

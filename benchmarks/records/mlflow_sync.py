@@ -1,0 +1,280 @@
+"""Copies a run's record to an MLflow store; the record in the run's folder is the truth.
+
+Sending goes by lines: `record.sent.json` beside the record notes, for each store, the MLflow run
+and how many bytes were sent. Killed between sending and noting, the same lines are sent again,
+which changes nothing: MLflow keeps a metric point of equal key, step, time and value once, refuses
+nothing that is equal (params, tags), and the run itself is found by the tag `objective_zoo.run`.
+
+MLflow stores NaN as such, and an infinity as the largest float of its sign.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from benchmarks.files import locked
+from benchmarks.records.jsonl import RECORD, read_lines, read_start
+from benchmarks.records.mlflow_store import Store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ID_TAG = "objective_zoo.run"
+SENT = "record.sent.json"
+LOCK = "record.lock"
+MAX_PARAM_LENGTH = 6000
+MAX_TAG_LENGTH = 8000
+METRICS_PER_REQUEST = 1000  # MLflow takes no more
+TEXTS_PER_REQUEST = 10  # MLflow takes 100, but also no request above 1 MB
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Copy:
+    """The copy of one run's record in one store."""
+
+    def __init__(self, folder: Path, store: Store):
+        self.folder = folder
+        self.store = store
+        self._client: MlflowClient | None = None
+
+    def send_some(self) -> bool:
+        """Send the next lines; False if there were none. Raises whatever keeps the store away."""
+        client, self._client = self._client, None  # a failure leaves None: look afresh next time
+        with locked(self.folder / LOCK):
+            if client is None:
+                client = self.store.client()
+                _ensure_run(client, self.store, self.folder)
+            run_id, offset = _read_sent(self.folder)[self.store.name]
+            entries, end = _next_entries(self.folder / RECORD, offset)
+            if entries:
+                _send(client, run_id, self.folder, entries)
+            if end > offset:
+                _note_sent(self.folder, self.store, run_id, end)
+        self._client = client
+        return end > offset
+
+
+class Follower:
+    """A background thread that keeps the copy up to date; it waits longer for a store away."""
+
+    def __init__(self, copy: Copy, seconds: float, max_wait: float = 60.0):
+        self._copy = copy
+        self._seconds = seconds
+        self._max_wait = max_wait
+        self._closing = threading.Event()
+        self._moved = time.monotonic()
+        self._warned = False
+        self._trouble: str | None = "not sent yet"
+        self._thread = threading.Thread(target=self._follow, name="mlflow-copy", daemon=True)
+        self._thread.start()
+
+    def close(self, patience: float) -> str | None:
+        """Send what is left, in one attempt; if that fails or stands still, the reason."""
+        self._moved = time.monotonic()
+        self._closing.set()
+        while self._thread.is_alive():
+            if time.monotonic() - self._moved > patience:
+                return f"no answer for {patience:g} s"
+            self._thread.join(0.05)
+        return self._trouble
+
+    def _follow(self) -> None:
+        wait = self._seconds
+        while True:
+            last = self._closing.is_set()  # before sending: everything was written by then
+            try:
+                while self._copy.send_some():
+                    self._moved = time.monotonic()
+                self._reached()
+                wait = self._seconds
+            except Exception as error:  # training goes on, whatever the store does
+                self._away(error)
+                wait = min(2 * wait, self._max_wait)
+            if last:
+                return
+            self._closing.wait(wait)
+
+    def _reached(self) -> None:
+        if self._warned and self._trouble:
+            _log.info("the MLflow store %s is back", self._copy.store.name)
+        self._trouble = None
+
+    def _away(self, error: Exception) -> None:
+        self._trouble = reason(error)
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "cannot send to the MLflow store %s (%s). The run goes on, and is recorded in %s; "
+                "sending is tried again.",
+                *(self._copy.store.name, self._trouble, self._copy.folder / RECORD),
+            )
+
+
+def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path, str]]:
+    """Send every record at or under a folder; returns the run folders and their MLflow run ids.
+
+    The store is the one that a record names, unless another is given. Sending again sends nothing.
+    """
+    folder = Path(folder)
+    records = sorted(folder.rglob(RECORD), key=lambda path: (len(path.parts), path))
+    if not records:
+        raise ValueError(f"no {RECORD} in {folder}; give a run's folder, or one that holds runs")
+    sent = []
+    for run_folder in (path.parent for path in records):
+        start = read_start(run_folder)
+        if start is None:
+            _log.warning("%s has no readable start line; left out", run_folder / RECORD)
+            continue
+        store = _store_of(run_folder, start, tracking_uri)
+        try:
+            copy = Copy(run_folder, store)
+            while copy.send_some():
+                pass
+        except Exception as error:  # whatever MLflow and its transports raise
+            raise ConnectionError(
+                f"could not send {run_folder} to {store.name} ({reason(error)}). Nothing is lost: "
+                "send again when the store is there; what has arrived is not sent twice."
+            ) from error
+        sent.append((run_folder, _read_sent(run_folder)[store.name][0]))
+    return sent
+
+
+def reason(error: Exception) -> str:
+    """One line of at most 300 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def _ensure_run(client: MlflowClient, store: Store, folder: Path) -> str:
+    """The MLflow run of the record, noted as such: the known one, or found, or made."""
+    from mlflow.exceptions import MlflowException
+
+    if known := _read_sent(folder).get(store.name):
+        try:
+            return client.get_run(known[0]).info.run_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise  # otherwise the store was emptied: start afresh
+    start = read_start(folder)
+    if start is None:
+        raise ValueError(f"{folder / RECORD} is missing or has no start line")
+    experiment = store.experiment_id(client)
+    found = client.search_runs([experiment], f"tags.`{ID_TAG}` = '{start['id']}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+    else:
+        run_id = _create_run(client, store, folder, start, experiment)
+    _note_sent(folder, store, run_id, 0)
+    return run_id
+
+
+def _create_run(
+    client: MlflowClient, store: Store, folder: Path, start: dict[str, Any], experiment: str
+) -> str:
+    tags = {ID_TAG: start["id"]}
+    if start["parent"]:
+        parent = Path(os.path.normpath(folder / start["parent"]["folder"]))
+        with locked(parent / LOCK):
+            tags["mlflow.parentRunId"] = _ensure_run(client, store, parent)
+    run = client.create_run(experiment, start_time=start["time"], tags=tags, run_name=start["name"])
+    return run.info.run_id
+
+
+def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The next lines, about one request's worth, and the offset behind them."""
+    entries: list[dict[str, Any]] = []
+    size = 0
+    for entry, end in read_lines(path, offset):
+        offset = end
+        if entry is None:
+            _log.warning("%s: the line that ends at byte %d is torn; left out", path, end)
+            continue
+        entries.append(entry)
+        size += len(entry.get("values", ()))
+        if size >= METRICS_PER_REQUEST:
+            break
+    return entries, offset
+
+
+def _send(client: MlflowClient, run_id: str, folder: Path, entries: list[dict[str, Any]]) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    metrics: list[Metric] = []
+    for entry in entries:
+        match entry["kind"]:
+            case "params":
+                params.update(entry["values"])
+            case "tags":
+                tags.update(entry["values"])
+            case "metrics":
+                for name, value in entry["values"].items():
+                    metrics.append(Metric(name, float(value), entry["time"], entry["step"]))
+    cut_params = [Param(k, _cut(v, MAX_PARAM_LENGTH, "params")) for k, v in params.items()]
+    cut_tags = [RunTag(k, _cut(v, MAX_TAG_LENGTH, "tags")) for k, v in tags.items()]
+    for some_params in _chunks(cut_params, TEXTS_PER_REQUEST):
+        client.log_batch(run_id, params=some_params, synchronous=True)
+    for some_tags in _chunks(cut_tags, TEXTS_PER_REQUEST):
+        client.log_batch(run_id, tags=some_tags, synchronous=True)
+    for some_metrics in _chunks(metrics, METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=some_metrics, synchronous=True)
+    for entry in entries:
+        _send_event(client, run_id, folder, entry)
+
+
+def _send_event(client: MlflowClient, run_id: str, folder: Path, entry: dict[str, Any]) -> None:
+    match entry["kind"]:
+        case "artifact":
+            path = folder / entry["path"]
+            inside = not Path(entry["path"]).is_absolute()
+            where = Path(entry["path"]).parent.as_posix() if inside else "."
+            if path.exists():
+                client.log_artifact(run_id, str(path), None if where == "." else where)
+            else:
+                _log.warning("artifact %s is gone; left out of MLflow", path)
+        case "end":
+            client.set_terminated(run_id, entry["status"], end_time=entry["time"])
+        case "resume":
+            client.update_run(run_id, status="RUNNING")
+
+
+def _store_of(folder: Path, start: dict[str, Any], tracking_uri: str | None) -> Store:
+    recorded = start["store"] or {"uri": None, "experiment": "objective-zoo"}
+    uri = tracking_uri or recorded["uri"]
+    if uri is None:
+        raise ValueError(f"the record in {folder} names no MLflow store; give a tracking uri")
+    return Store.of(uri, recorded["experiment"])
+
+
+def _cut(text: str, limit: int, kind: str) -> str:
+    if len(text) <= limit:
+        return text
+    note = f" ... [cut; all {len(text)} characters are in the artifact {kind}.json]"
+    return text[: limit - len(note)] + note
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _read_sent(folder: Path) -> dict[str, tuple[str, int]]:
+    path = folder / SENT
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _note_sent(folder: Path, store: Store, run_id: str, offset: int) -> None:
+    sent = _read_sent(folder) | {store.name: (run_id, offset)}
+    path = folder / SENT
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(sent))
+    os.replace(new, path)  # whole or not at all

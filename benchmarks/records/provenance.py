@@ -1,0 +1,86 @@
+"""Where a number comes from: the commit of this code, the versions under it, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "objective-zoo",
+    "torch",
+    "torchvision",
+    "timm",
+    "einops",
+    "gin-config",
+    "numpy",
+    "scipy",
+    "mlflow",
+    "clean-fid",
+    "deepspeed",
+)
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("registry", "zoo", "backbones", "trainers", "benchmarks", "gin")
+
+
+def provenance() -> dict[str, str]:
+    """Tags of a run: "commit" and "dirty", "version.NAME", "platform", "cpus" and "gpus".
+
+    "dirty" tells whether the code or the gin files differ from the commit, new files included.
+    """
+    facts = checkout(ROOT)
+    facts["version.python"] = platform.python_version()
+    facts |= {f"version.{name}": version_of(name) for name in PACKAGES}
+    facts["platform"] = platform.platform()
+    facts["cpus"] = str(_num_cpus())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts["gpus"] = ", ".join(gpus) or "none"
+    return facts
+
+
+def commit() -> str:
+    """The commit of this code, or why it is not known."""
+    return checkout(ROOT)["commit"]
+
+
+def checkout(root: Path) -> dict[str, str]:
+    """The commit and the dirty flag of `root`, which must be the top of a git checkout itself.
+
+    A checkout further up does not count: it is somebody else's, around an installed copy.
+    """
+    try:
+        top = _git(root, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != root.resolve():
+            return {"commit": "not a checkout", "dirty": "unknown"}
+        folders = [name for name in CODE if (root / name).exists()]
+        changes = _git(root, "status", "--porcelain", "--", *folders)
+        return {
+            "commit": _git(root, "rev-parse", "HEAD"),
+            "dirty": "true" if changes else "false",
+        }
+    except subprocess.CalledProcessError:
+        return {"commit": "not a checkout", "dirty": "unknown"}
+    except FileNotFoundError:
+        return {"commit": "unknown: git is not installed", "dirty": "unknown"}
+
+
+def _num_cpus() -> int | None:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,161 @@
+"""What rows must share to stand side by side, and what is done where they do not.
+
+A number depends on the data, on what measured it (features with their weights, resize, rounding,
+count, reference), on the guidance of the samples, and on the budget and the schedule that was
+laid out over it. Rows that differ in one of these are refused, with two exceptions. What the axes
+of one grid vary is its question: such rows get sections of their own, and no difference is taken
+across sections; so do the arms of one file that have other budgets. And what is forced is shown,
+and flagged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.report.reading.recorded_runs import Cell
+
+UNSTATED = "not recorded"
+
+# What each fact is bound by, its parts included: where an axis of a grid binds one of these, the
+# fact is the grid's question.
+BOUND_BY = {
+    "data": ("run.dataset",),
+    "features": ("run.metric", "feature_metrics.extractor"),
+    "resize": ("run.metric", "feature_metrics.extractor"),
+    "rounding": ("run.metric", "feature_metrics.extractor"),
+    "metrics": ("run.metric", "feature_metrics.metrics"),
+    "samples": ("run.num_samples",),
+    "reference": ("run.dataset", "run.metric", "feature_metrics.extractor", "run.num_samples"),
+    "guidance": (
+        *("omega", "kappa", "guidance_scale", "guidance_interval"),
+        *("cfg.scale", "cfg.interval", "input_guidance.scale", "input_guidance.interval"),
+        "run.sampler",
+    ),
+    "budget": ("run.steps", "run.images", "run.seconds", "run.batch_size"),
+    "schedule": ("run.schedule",),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """Cells that may stand side by side; `title` says what sets them apart from other sections.
+
+    `flags` says of a group how it differs from the first, where that was forced.
+    """
+
+    title: str
+    cells: tuple[Cell, ...]
+    flags: Mapping[str, str]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.group for cell in self.cells))
+
+    def of(self, group: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.group == group]
+
+
+def facts(cell: Cell) -> dict[str, str]:
+    """What the cell's figures depend on beside its method, by name."""
+    tags, bound = cell.record.tags, cell.bindings
+
+    def tag(*names: str) -> str:
+        return "; ".join(tags[n] for n in names if n in tags) or UNSTATED
+
+    return {
+        "data": tag("data"),
+        "features": tag("measured.features", "measured.protocol", "measured.weights"),
+        "resize": tag("measured.resize"),
+        "rounding": tag("measured.rounding"),
+        "metrics": tag("measured.metrics"),
+        "samples": tag("measured.samples"),
+        "reference": tag("measured.reference", "measured.floor"),
+        "guidance": tag("guidance"),
+        "budget": _budget(bound),
+        "schedule": _schedule(bound),
+    }
+
+
+def sections(cells: Sequence[Cell], *, force: bool = False) -> list[Section]:
+    """The cells in sections of equal facts; ValueError for a difference that nobody declared."""
+    split = _declared(cells)
+    found: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        known = facts(cell)
+        found.setdefault(tuple(known[name] for name in split), []).append(cell)
+    made = []
+    for key, members in found.items():
+        title = "; ".join(f"{n} {v}" for n, v in zip(split, key, strict=True) if n != "reference")
+        differing = _differing(members)
+        if differing and not force:
+            raise ValueError(
+                "these rows cannot stand side by side:\n  "
+                + "\n  ".join(differing.values())
+                + "\nReport them apart, or add --force to show them with this flag"
+            )
+        made.append(Section(title, tuple(members), differing))
+    return made
+
+
+def _declared(cells: Sequence[Cell]) -> list[str]:
+    """The facts that differ because a grid's axes, or for the budget its arms, say so."""
+    grids = {cell.record.parent for cell in cells}
+    axes = frozenset().union(*(cell.axes for cell in cells))
+    return [
+        name
+        for name, keys in BOUND_BY.items()
+        if len({facts(cell)[name] for cell in cells if cell.seed == cells[0].seed}) > 1
+        if any(_binds(axis, keys, cells) for axis in axes)
+        or (name == "budget" and len(grids) == 1 and None not in grids)
+    ]
+
+
+def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
+    """Whether the axis is one of these keys, a field of their parts, or a macro that they read."""
+    written = [cell.written for cell in cells]
+    parts = {
+        name for w in written for key in keys for name in re.findall(r"@(\w+)", w.get(key, ""))
+    }
+    part, _, name = axis.partition(".")
+    if axis == "include" or part in parts or axis in keys or name in keys:
+        return True
+    read = re.compile(rf"%{re.escape(axis)}\b")
+    concerned = (v for w in written for k, v in w.items() if k in keys or k.split(".")[0] in parts)
+    return any(map(read.search, concerned))
+
+
+def _differing(cells: Sequence[Cell]) -> dict[str, str]:
+    """By group, how its facts differ from those of the first group; seeds against equal seeds."""
+    first = cells[0].group
+    mine = {cell.seed: facts(cell) for cell in cells if cell.group == first}
+    found: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        theirs = mine.get(cell.seed, facts(cells[0]))
+        for name, value in facts(cell).items():
+            if name == "reference" and cell.seed not in mine:
+                continue  # other seeds draw another reference
+            if value != theirs[name]:
+                found.setdefault(cell.group, {})[name] = f"{name}: {value} (there: {theirs[name]})"
+    return {
+        group: f"{group} differs from {first} in {'; '.join(named.values())}"
+        for group, named in found.items()
+    }
+
+
+def _budget(bound: Mapping[str, str]) -> str:
+    for unit in ("steps", "images", "seconds"):
+        amount = bound.get(f"run.{unit}", "None")
+        if amount != "None":
+            return f"{amount} {unit} at batch {bound.get('run.batch_size', UNSTATED)}"
+    return UNSTATED
+
+
+def _schedule(bound: Mapping[str, str]) -> str:
+    """The schedule and its settings; it is laid out over the budget."""
+    name = re.sub(r"[@()]", "", bound.get("run.schedule", UNSTATED))
+    if name == "None":
+        name = "cosine"  # the default of run.schedule
+    given = [f"{k.split('.')[-1]} = {v}" for k, v in bound.items() if k.startswith(f"{name}.")]
+    return f"{name}({', '.join(given)})"

@@ -1,0 +1,143 @@
+"""What one run does: train its teacher if it has one, train, sample, measure, record.
+
+The run's folder holds
+
+    config.gin  operative.gin  objective.txt     what it was
+    record.jsonl                                 what happened, step by step (see tracking.py)
+    checkpoints/  teacher/checkpoints/           to continue it
+    ema_snapshots/                               for averages of any width (trainers/ema_snapshots)
+    model.safetensors  teacher/model.safetensors the averaged weights that were measured
+    samples.safetensors  samples.png             drawn from the same noise in every run of a seed
+    samples/  real.safetensors                   for a report: samples while it trained, real data
+    result.json                                  the figures; a run that has one is finished
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data.pictures import is_points, picture
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.metrics import evaluate
+from benchmarks.records.provenance import provenance
+from benchmarks.runs.measure import measure
+from benchmarks.runs.passes import passes_per_step
+from benchmarks.runs.result import MODEL, RESULT, Result
+from benchmarks.runs.samples import final_samples, keep_all
+from benchmarks.runs.teacher import prepare_teacher, rest
+from benchmarks.runs.training import fit_experiment
+from registry.protocols import parts
+from trainers import ranks
+from trainers.checkpoints.weights import save_module
+from trainers.zero.engine import ZeroEngine
+from zoo.guidance import Guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The gin text that made the run, and the part of it that took effect."""
+
+    config: str
+    operative: str
+    params: Mapping[str, str]
+
+
+def execute(
+    experiment: Experiment, texts: Texts, record: Any, folder: Path, *, resume: bool = False
+) -> Result:
+    """Run it in `folder`, or continue what is there; returns and saves the result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _describe(experiment, texts, record)
+    # By reference: a store of records is no place for gigabytes.
+    where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
+    record.tags({name: str(path.resolve()) for name, path in where.items()})
+    teacher = prepare_teacher(experiment, record, folder / "teacher", resume)
+    budget = experiment.budget
+    if teacher.steps and experiment.teacher:
+        budget = rest(budget, experiment.teacher.pretrain)
+
+    record.metrics({"cost/passes_per_step": passes_per_step(experiment).total}, 0)
+    state = fit_experiment(experiment, record, folder, resume, budget=budget)
+    net = state.ema_net
+    save_module(folder / MODEL, net)
+    values = dict(measure(experiment, net))
+    record.metrics(values, state.step)
+    _keep_samples(experiment, net, state.images, record, folder)
+    result = Result(
+        name=record.name,
+        objective=experiment.objective_name,
+        backbone=experiment.backbone_name,
+        sampler=experiment.sampler_name,
+        seed=experiment.seed,
+        values=values,
+        num_params=experiment.num_params,
+        steps=state.step + teacher.steps,
+        images=state.images + teacher.images,
+        seconds=state.seconds + teacher.seconds,
+        teacher_steps=teacher.steps,
+        teacher_seconds=teacher.seconds,
+    )
+    totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
+    record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)
+    if ranks.leads():
+        result.save(folder)
+        record.artifact(folder / RESULT)
+    return result
+
+
+def _keep_samples(
+    experiment: Experiment, net: Callable[..., Any], images_seen: int, record: Any, folder: Path
+) -> None:
+    points = is_points(experiment.dataset.shape)
+    samples = final_samples(experiment, net)
+    if not ranks.leads():
+        return
+    keep_all(experiment, samples, images_seen, folder)
+    rows = {f"NFE {n}": x if points else x[:20] for n, x in samples.items()}
+    num = experiment.num_samples
+    reference = experiment.dataset.reference(num, experiment.seed)[0] if points else None
+    if path := picture(rows, folder / "samples.png", reference):
+        record.artifact(path)
+
+
+def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
+    record.tags(
+        {
+            "objective": experiment.objective_name,
+            "backbone": experiment.backbone_name,
+            "sampler": experiment.sampler_name,
+            "data": experiment.dataset.identity(),
+            "guidance": _guidance(experiment),
+            **provenance(),
+        }
+    )
+    measuring = evaluate.provenance(
+        experiment.metric, experiment.dataset, experiment.num_samples, experiment.seed
+    )
+    record.tags({f"measured.{name}": value for name, value in measuring.items()})
+    record.params({**texts.params, "parameters": experiment.num_params})
+    if experiment.derivative_error:
+        record.metrics(experiment.derivative_error, step=0)
+    if isinstance(experiment.engine, ZeroEngine):
+        config = experiment.engine.deepspeed_config(experiment.batch_size, ranks.count())
+        record.text(json.dumps(config, indent=2) + "\n", "deepspeed.json")
+    record.text(texts.config, "config.gin")
+    record.text(texts.operative, "operative.gin")
+    record.text(f"{experiment.objective!r}\n", "objective.txt")
+
+
+def _guidance(experiment: Experiment) -> str:
+    """The guidance of the samples, from training and from the sampler."""
+    found = [
+        f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
+        for part, interval, name in (
+            (experiment.objective, "guidance_interval", "training"),
+            (experiment.sampler, "interval", "sampling"),
+        )
+        if isinstance(part, Guided) and part.guidance_scale != 1
+    ]
+    return "; ".join(found) or "none"

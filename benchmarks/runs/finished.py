@@ -1,0 +1,101 @@
+"""Samples from a finished run, by the configuration that the run kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import registry
+from backbones.network import FlowNetwork
+from backbones.pretrained.exported import save_exported
+from backbones.pretrained.imports import import_file
+from benchmarks.data.pictures import picture
+from benchmarks.experiments.build import run
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.grids import comparison  # noqa: F401  registers Grid
+from benchmarks.runs.result import finished_run
+from benchmarks.runs.samples import draw_samples
+from registry import gin_setup
+from trainers.checkpoints.weights import load_module
+
+
+def open_run(
+    folder: Path,
+    bindings: tuple[str, ...] = (),
+    sampler: str | None = None,
+    weights: Path | None = None,
+) -> tuple[Experiment, FlowNetwork]:
+    """The finished run in `folder` with the weights that were measured, on its device.
+
+    `bindings`, a registered `sampler` and a file of `weights` go before those of the run.
+    """
+    measured = finished_run(folder)
+    if sampler:
+        registry.samplers.get(sampler)  # says which there are
+        gin_setup.parse([folder / "config.gin"])
+        arm = arm_of_run()
+        bindings = (
+            *bindings,
+            f"{arm}/run.sampler = @{sampler}()" if arm else f"run.sampler = @{sampler}()",
+        )
+    gin_setup.parse([folder / "config.gin"], bindings)
+    with gin_setup.arm(arm_of_run()):
+        experiment = run()
+    load_module(weights or measured, experiment.net)
+    return experiment, experiment.net.to(experiment.device).eval()
+
+
+def arm_of_run() -> str:
+    """The arm of the run whose configuration was parsed last; '' for one outside every arm."""
+    return gin_setup.query("Grid.only") or ""
+
+
+def sample_run(
+    folder: Path,
+    *,
+    nfe: tuple[int, ...],
+    num: int,
+    seed: int,
+    sampler: str | None,
+    out: Path,
+    weights: Path | None = None,
+    bindings: tuple[str, ...] = (),
+) -> Path:
+    """Draw `num` samples at each NFE from the run in `folder`; the picture's path.
+
+    Raises ValueError for a folder without a finished run, an NFE that the sampler cannot have, a
+    sampler that the objective is not valid for, and data that cannot be drawn.
+    """
+    if num < 1:
+        raise ValueError(f"the number of samples is {num}; give 1 or more")
+    experiment, net = open_run(folder, bindings, sampler=sampler, weights=weights)
+    rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
+    path = picture(rows, out)
+    if path is None:
+        raise ValueError(f"samples of shape {experiment.dataset.shape} are no picture")
+    return path
+
+
+def export_run(
+    run: Path, out: Path, weights: Path | None = None, bindings: tuple[str, ...] = ()
+) -> Path:
+    """Write the weights of a finished run, and what they belong to, into `out`.
+
+    They are those that were measured, unless a file of others is given.
+    """
+    experiment, net = open_run(run, bindings, weights=weights)
+    return save_exported(
+        net,
+        out,
+        objective=experiment.objective_name,
+        sampler=experiment.sampler_name,
+        data=experiment.dataset.identity(),
+    )
+
+
+def export_file(file: Path, out: Path, layout: str = "", num_heads: int | None = None) -> Path:
+    """Convert a public checkpoint; says which of its tensors were not needed."""
+    imported = import_file(file, layout, num_heads)
+    save_exported(imported.network(), out, layout=imported.layout, source=file.name)
+    for name, reason in imported.unused.items():
+        print(f"not needed: {name} ({reason})")
+    return out

@@ -1,0 +1,115 @@
+"""Networks that were trained before: by a run, exported, or by a public code.
+
+folder with result.json    a finished run of ours
+folder with config.json    an exported network (exported.py)
+.safetensors, .pt, ...     a public checkpoint, read without executing it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from backbones.network import FlowNetwork, warm_start
+from backbones.noise import NoiseNetwork
+from backbones.pretrained.exported import CONFIG, load_exported
+from backbones.pretrained.imports import import_file
+from backbones.pretrained.layouts import NUM_HEADS
+from backbones.pretrained.public_files import SUFFIXES
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.runs.result import RESULT, finished_run
+from registry import gin_setup
+from trainers.checkpoints.weights import load_module
+from zoo.teachers import Frozen
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is one of our runs, or a folder that may have been meant as one."""
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return False
+    return (path / RESULT).exists() or not (path / CONFIG).exists()
+
+
+def load_pretrained(path: Path, layout: str = "", num_heads: int | None = None) -> FlowNetwork:
+    """The network of an exported folder or of a public checkpoint."""
+    if path.is_dir():
+        return load_exported(path)
+    return import_file(path, layout, num_heads).network()
+
+
+def load_teacher(experiment: Experiment) -> None:
+    """Give the run's networks the weights, of its teacher and its own, that were made before."""
+    if experiment.start_from:
+        with _naming("run.start_from", experiment.start_from):
+            source = _pretrained(experiment, experiment.start_from, experiment.start_layout)
+            _start_from(experiment, source)
+    if experiment.distilled is None or not experiment.distilled[0].checkpoint:
+        return
+    teacher, network = experiment.distilled
+    folder = Path(teacher.checkpoint)
+    with _naming("frozen.checkpoint", teacher.checkpoint):
+        if is_run(folder):
+            load_module(finished_run(folder), network)
+            _check_backbone(experiment, folder)
+        else:
+            network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
+        _attach(experiment, teacher, network)
+
+
+@contextmanager
+def _naming(key: str, value: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key} = {value!r}: {error}") from None
+
+
+def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
+    """An exported network or a public code's, for data of the run's shape."""
+    fields = getattr(experiment.net.trunk, "fields", {})
+    num_heads = None if fields.get("dim") in NUM_HEADS else fields.get("num_heads")
+    network = load_pretrained(Path(path), layout, num_heads)
+    made_for = getattr(network.trunk, "fields", {})
+    dataset = experiment.dataset
+    for what, theirs, ours in (
+        ("shape", tuple(made_for["shape"]), tuple(dataset.shape)),
+        ("number of classes", made_for["num_classes"], dataset.num_classes),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"the {what} of its data is {theirs}; that of {dataset.name} is {ours}"
+            )
+    return network
+
+
+def _check_backbone(experiment: Experiment, folder: Path) -> None:
+    """Shapes alone do not tell everything that a backbone is built with, its heads for one."""
+    name = f"{experiment.backbone_name}."
+    was, now = (
+        {
+            key.split("/")[-1]: value
+            for key, value in gin_setup.bindings_of(text).items()
+            if key.split("/")[-1].startswith(name)
+        }
+        for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
+    )
+    if differing := [k for k in was | now if was.get(k) != now.get(k)]:
+        shown = [f"{k} = {was.get(k)} there, {now.get(k)} here" for k in differing]
+        raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
+
+
+def _attach(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+    """The teacher, and the student that starts from it unless it starts from other weights."""
+    teacher.attach(network.to(experiment.device))
+    if not experiment.start_from:
+        _start_from(experiment, network)
+
+
+def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
+    if isinstance(network, NoiseNetwork):
+        raise ValueError(
+            "it predicts noise, so a network of velocities cannot start as its equal; as a teacher "
+            "it needs run.start_from, other weights for the student"
+        )
+    warm_start(experiment.net, network)

@@ -1,0 +1,120 @@
+"""What a step costs in passes of the network, counted on real steps by hooks.
+
+The unit is one forward of the whole batch. A backward costs two (the gradients of activations and
+of weights), a forward-mode tangent one beside the forward that it rides on. So flow matching takes
+1 + 2 = 3, and a method's cost over it is a ratio that no machine and no implementation can beat
+while it makes the same calls. A teacher's calls count like the network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from benchmarks.experiments.experiment import Experiment
+from registry.protocols import Batch
+from trainers.engines import TrainStep
+from trainers.rng import generator
+from zoo.derivatives.dual_tensors import Lifted, settled
+
+COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
+LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
+COUNTED_ROWS = 64  # at most: quotas are rounded to rows, and a large batch would take long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Passes of the network per step, in forwards of the whole batch."""
+
+    forward: float
+    tangent: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.tangent + 2 * self.backward
+
+
+def passes_per_step(experiment: Experiment) -> Passes:
+    """The mean over steps late in a run."""
+    dataset, device = experiment.dataset, experiment.device
+    step = TrainStep(experiment.net, experiment.objective).to(device).train()
+    rows = min(experiment.batch_size, COUNTED_ROWS)
+
+    def batch(number: int) -> Batch:
+        x0, cond = dataset.batch(number, rows, experiment.seed)
+        cond = cond and {name: value.to(device) for name, value in cond.items()}
+        return Batch(x0.to(device), cond, LATE + number, 1.0)
+
+    with experiment.engine.autocast(device):
+        return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
+
+
+def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes:
+    """The mean over batches of what the loss of each asks of the network and its teachers.
+
+    Whether a call is differentiated shows in the gradient of the loss by the call's outputs, which
+    takes no backward through the network.
+    """
+    forward, tangent, backward, total = 0, 0, 0, 0
+    for batch in batches:
+        with _Calls(step.net, *step.teachers.values()) as calls:
+            per_sample = step(batch, generator(seed, 0, batch.step, batch.x0.device)).per_sample
+        for call in calls.made:
+            forward += call.rows
+            tangent += call.rows if call.has_tangent else 0
+            if _reached(per_sample.mean(), call.outputs):
+                backward += call.rows * (2 if call.tangent_has_graph else 1)
+        total += len(per_sample)
+    return Passes(forward=forward / total, tangent=tangent / total, backward=backward / total)
+
+
+@dataclass(frozen=True)
+class _Call:
+    rows: int
+    has_tangent: bool
+    tangent_has_graph: bool
+    outputs: tuple[Tensor, ...]  # those with a gradient
+
+
+class _Calls:
+    """The calls of these networks inside the `with` block."""
+
+    def __init__(self, *networks: nn.Module):
+        self.networks = networks
+        self.made: list[_Call] = []
+
+    def __enter__(self) -> _Calls:
+        self._handles = [
+            net.register_forward_hook(self._note, with_kwargs=True) for net in self.networks
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(
+        self,
+        net: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+    ) -> None:
+        inputs = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+        lifted = any(isinstance(part, Lifted) for part in inputs)
+        dual = not lifted and any(forward_ad.unpack_dual(p).tangent is not None for p in inputs)
+        outputs = tuple(settled(value) for value in out.values() if value.requires_grad)
+        self.made.append(_Call(len(inputs[0]), lifted or dual, dual, outputs))
+
+
+def _reached(loss: Tensor, outputs: tuple[Tensor, ...]) -> bool:
+    if not outputs:
+        return False
+    gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)

@@ -1,0 +1,129 @@
+"""What a run keeps for people to look at, so that a report needs neither network nor data.
+
+    samples.safetensors                nfe1, nfe2, ...: samples at the end, float32
+    samples/step_00000400.safetensors  the first of the same samples at an evaluation
+    real.safetensors                   what real data are beside them; for pictures label [k],
+                                       nearest_nfe1 [k c h w], distance_nfe1 [k], ... and
+                                       real_distance [m], for points real [n 2]
+
+Pictures are uint8 in the last two. Noise and labels are the same at every step and NFE, and in
+every run of a seed. The nearest training picture is the one at the smallest Euclidean distance over
+pixels in [-1, 1], among the first 20,000 that the run was trained on; `real_distance` is that
+distance between training pictures themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.data.pictures import is_picture, is_points, to_uint8
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.metrics import evaluate
+from benchmarks.runs.result import REAL, SAMPLES
+from registry.protocols import Coded, Dataset
+from trainers import ranks
+
+NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
+NUM_KEPT = 16  # of them at each evaluation, and with their nearest pictures
+NUM_POINTS = 500
+MAX_SEARCHED = 20_000
+_CHUNK = 500
+
+
+def draw_samples(
+    experiment: Experiment, net: Callable[..., Any], nfe: tuple[int, ...], num: int, seed: int
+) -> dict[int, Tensor]:
+    """`num` samples at each NFE from the same noise and labels."""
+    x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
+    cond = experiment.dataset.sample_labels(num)
+    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
+    return {
+        n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
+        for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
+    }
+
+
+def final_samples(experiment: Experiment, net: Callable[..., Any]) -> dict[int, Tensor]:
+    """The samples that a run shows: by NFE, from the noise and labels of its seed."""
+    return draw_samples(experiment, net, experiment.nfe, _num(experiment), experiment.seed)
+
+
+def keep_samples(experiment: Experiment, net: Callable[..., Any], folder: Path, step: int) -> None:
+    """The first of the run's samples as they are at this step."""
+    samples = _first(final_samples(experiment, net))
+    if ranks.leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(samples, folder / f"step_{step:08d}.safetensors")
+
+
+def keep_all(
+    experiment: Experiment, samples: Mapping[int, Tensor], images_seen: int, folder: Path
+) -> None:
+    """The run's samples, and the real data to hold beside them."""
+    save_file({f"nfe{n}": x.contiguous() for n, x in samples.items()}, folder / SAMPLES)
+    dataset, real = experiment.dataset, {}
+    if is_points(dataset.shape):
+        real["real"] = dataset.reference(_num(experiment), experiment.seed)[0][:NUM_POINTS]
+    elif is_picture(dataset.shape) and dataset.size and not isinstance(dataset, Coded):
+        num = min(dataset.size, images_seen, MAX_SEARCHED)
+        real = _nearest_pictures(dataset, samples, num, experiment.seed)
+        if labels := dataset.sample_labels(_num(experiment)):
+            real |= {name: value[:NUM_KEPT] for name, value in labels.items()}
+    if real:
+        save_file({name: x.contiguous() for name, x in real.items()}, folder / REAL)
+
+
+def _num(experiment: Experiment) -> int:
+    wanted = experiment.num_samples
+    return wanted if is_points(experiment.dataset.shape) else min(NUM_SAMPLES, wanted)
+
+
+def _first(samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    shape = tuple(next(iter(samples.values())).shape[1:])
+    count = NUM_POINTS if is_points(shape) else NUM_KEPT
+    rows = {f"nfe{n}": x[:count].contiguous() for n, x in samples.items()}
+    return {name: to_uint8(x) for name, x in rows.items()} if is_picture(shape) else rows
+
+
+def _nearest_pictures(
+    dataset: Dataset, samples: Mapping[int, Tensor], num: int, seed: int
+) -> dict[str, Tensor]:
+    """Nearest training pictures of the first samples, and those of training pictures."""
+    shown = {n: x[:NUM_KEPT] for n, x in samples.items()}
+    itself, _ = dataset.batch(0, min(num, _CHUNK), seed)
+    found, distance = _nearest(torch.cat(list(shown.values())), dataset, num, seed)
+    counts = [len(x) for x in shown.values()]
+    kept: dict[str, Tensor] = {}
+    for n, pictures, far in zip(shown, found.split(counts), distance.split(counts), strict=True):
+        kept |= {f"nearest_nfe{n}": to_uint8(pictures), f"distance_nfe{n}": far}
+    if num > 1:
+        own = range(len(itself))
+        kept["real_distance"] = _nearest(itself, dataset, num, seed, leave_out=own)[1]
+    return kept
+
+
+def _nearest(
+    queries: Tensor, dataset: Dataset, num: int, seed: int, leave_out: range = range(0)
+) -> tuple[Tensor, Tensor]:
+    """The nearest of the first `num` training pictures, and how far; query i skips leave_out[i]."""
+    best = torch.full((len(queries),), torch.inf)
+    found = queries.clone()
+    for start in range(0, num, _CHUNK):
+        rows = dataset.batch(start // _CHUNK, _CHUNK, seed)[0][: num - start]
+        distance = torch.cdist(
+            queries.flatten(1), rows.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        for i, own in enumerate(leave_out):
+            if start <= own < start + len(rows):
+                distance[i, own - start] = torch.inf
+        value, place = distance.min(1)
+        nearer = value < best
+        best = torch.where(nearer, value, best)
+        found[nearer] = rows[place[nearer]]
+    return found, best

@@ -1,0 +1,95 @@
+"""The training of one experiment, with its records, averages, checkpoints and evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.pruning import PRUNED, Pruned, Pruning
+from benchmarks.runs.measure import measure
+from benchmarks.runs.peak_memory import PeakMemory
+from benchmarks.runs.samples import keep_samples
+from trainers.budget import Budget
+from trainers.callbacks import (
+    Callback,
+    CheckpointCallback,
+    MetricsLog,
+    PeriodicEvaluation,
+    ProgressBar,
+    StopOnNonFinite,
+)
+from trainers.ema.snapshots import EmaSnapshots
+from trainers.loop import fit
+from trainers.state import TrainState
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; its checkpoint continues it."""
+
+
+def fit_experiment(
+    experiment: Experiment,
+    record: Any,
+    folder: Path,
+    resume: bool,
+    *,
+    budget: Budget,
+    prefix: str = "",
+) -> TrainState:
+    """Train what `experiment` says for this budget; Stopped if a signal ended it, or Pruned."""
+    peak = PeakMemory(experiment.device)
+
+    def log(values: dict[str, float], step: int) -> None:
+        record.metrics({prefix + name: value for name, value in values.items()}, step)
+
+    def evaluation(state: TrainState) -> dict[str, float]:
+        with peak.paused():
+            keep_samples(experiment, state.ema_net, folder / "samples", state.step)
+            values = dict(measure(experiment, state.ema_net))
+        return values | {"images": float(state.images), "seconds": state.seconds}
+
+    callbacks: list[Callback] = [
+        StopOnNonFinite(policy=experiment.non_finite),
+        MetricsLog(record=log, every=experiment.log_every),
+        ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
+    ]
+    if not prefix:
+        callbacks.append(
+            PeriodicEvaluation(fn=evaluation, every=experiment.evaluate_every, at_end=False)
+        )
+    power_emas = () if prefix else experiment.power_emas
+    if power_emas:
+        callbacks.append(EmaSnapshots(widths=power_emas, count=experiment.ema_snapshots))
+    pruning = Pruning(pruner=experiment.pruner, folder=folder)
+    callbacks.append(pruning)
+    callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
+    state = fit(
+        net=experiment.net,
+        objective=experiment.objective,
+        dataset=experiment.dataset,
+        batch_size=experiment.batch_size,
+        budget=budget,
+        engine=experiment.engine,
+        optimizer=experiment.optimizer,
+        schedule=experiment.schedule,
+        ema_decays=experiment.ema_decay,
+        power_emas=power_emas,
+        compile=experiment.compile,
+        seed=experiment.seed,
+        device=experiment.device,
+        callbacks=callbacks,
+        folder=folder,
+        resume=resume,
+    )
+    if pruning.reason:
+        record.tags({PRUNED: pruning.reason})
+        record.close("KILLED")
+        raise Pruned(pruning.reason)
+    if state.stop:
+        raise Stopped(f"stopped by {state.stop} at step {state.step}")
+    cost = {"cost/seconds_per_step": state.seconds / state.step}
+    if peak.mib is not None:
+        cost["cost/peak_memory_mib"] = peak.mib
+    log(cost, state.step)
+    return state

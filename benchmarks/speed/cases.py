@@ -1,0 +1,125 @@
+"""What a benchmark measures: cases, and each of them as a training that goes a step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import registry
+from benchmarks.experiments.build import run
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.grids.request import Request
+from benchmarks.speed.published_mean_flow import PublishedMeanFlow
+from registry import gin_setup
+from registry.protocols import Derivative, LossOutput, parts
+from trainers.callbacks import MetricsLog
+from trainers.engines import TrainStep
+from trainers.loop import prepared, updates
+from zoo.derivatives.methods import with_derivatives
+from zoo.objectives.mean_flow import MeanFlow
+
+BASELINE = "flow_matching"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training run to measure; everything that another process needs to build it."""
+
+    request: Request
+    bindings: tuple[str, ...]
+    group: str = ""  # backbone/precision: what is compared with one baseline
+    arm: str
+    derivative: str = ""  # where the objective has none
+    published: bool = False  # trained by the paper's algorithm
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.arm, "published" * self.published or self.derivative)))
+
+    def build(self) -> Experiment:
+        """With its derivative chosen before it is probed."""
+        self.request.parse([*self.bindings, "run.recorder = @null()"])
+        with gin_setup.arm(self.arm):
+            if not self.derivative:
+                return run()
+            objective = gin_setup.build("run.objective", self.arm)
+            chosen = registry.derivatives.build(self.derivative)
+            return run(objective=with_derivatives(objective, lambda _: chosen))
+
+    def training(self, experiment: Experiment | None = None) -> Training:
+        """Of the experiment that `build` gave."""
+        experiment = self.build() if experiment is None else experiment
+        if self.published:
+            ours = experiment.objective
+            assert isinstance(ours, MeanFlow)
+            experiment = replace(experiment, objective=PublishedMeanFlow.of(ours))
+        return Training(experiment)
+
+
+def cases_of(
+    request: Request,
+    *,
+    objectives: Sequence[str] = (),
+    backbones: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    derivatives: Sequence[str] = ("one_pass",),
+    published: bool = False,
+) -> dict[str, list[Case]]:
+    """By group, the baseline first; objectives without a derivative come once.
+
+    `objectives` are arms of the file, by default all of them; the backbone is the file's own too.
+    `published` adds MeanFlow by its paper's algorithm.
+    """
+    known = request.arms()
+    if unknown := sorted({*objectives, BASELINE} - set(known)):
+        raise ValueError(
+            f"{request.file} has no arm {', '.join(unknown)}; there are: {', '.join(known)}"
+        )
+    chosen = dict.fromkeys([BASELINE, *(objectives or known)])
+    groups: dict[str, list[Case]] = {}
+    for backbone, precision, arm in product(backbones or [""], precisions, chosen):
+        bindings = [f"run.backbone = @{backbone}"] if backbone else []
+        bindings += [f"torch_engine.precision = {precision!r}"]
+        case = Case(request=request, bindings=tuple(bindings), arm=arm)
+        built = case.build()
+        group = f"{built.backbone_name}/{precision}{'/compiled' if built.compile else ''}"
+        case = replace(case, group=group)
+        differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
+        cases = groups.setdefault(group, [])
+        chosen_here = [_as_run(d, built.compile) for d in derivatives] if differs else [""]
+        cases += [replace(case, derivative=d) for d in dict.fromkeys(chosen_here)]
+        if published and isinstance(built.objective, MeanFlow):
+            cases.append(replace(case, published=True))
+    return groups
+
+
+def _as_run(derivative: str, compiled: bool) -> str:
+    """The name of what a run takes for it."""
+    return "dual" if compiled and derivative == "one_pass" else derivative
+
+
+class Training:
+    """A run that trains a step at a time, with the callbacks that every run has."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        averages = experiment.ema_decay, experiment.power_emas
+        step = TrainStep(experiment.net, experiment.objective, *averages)
+        self.networks = [step.net, *step.teachers.values()]
+        self.state = prepared(
+            step,
+            batch_size=experiment.batch_size,
+            budget=experiment.budget,
+            engine=experiment.engine,
+            optimizer=experiment.optimizer,
+            compile=experiment.compile,
+            seed=experiment.seed,
+            device=experiment.device,
+            callbacks=[MetricsLog(record=lambda values, step: None, every=experiment.log_every)],
+        )
+        lr, schedule = experiment.optimizer.lr, experiment.schedule
+        self._updates = updates(self.state, experiment.dataset, lr, schedule)
+
+    def step(self) -> LossOutput:
+        return next(self._updates)

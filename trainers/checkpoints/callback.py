@@ -1,0 +1,120 @@
+"""When checkpoints are made: at intervals, at the end, and when the run is asked to end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+
+from registry.protocols import LossOutput
+from trainers import ranks
+from trainers.checkpoints import checkpoint
+from trainers.finite import NonFiniteLoss
+from trainers.sharding import local
+from trainers.state import Callback, TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class CheckpointCallback(Callback):
+    """Saves each `every` steps and `every_seconds` (0 is off), at the end, on SIGTERM and SIGINT.
+
+    Files are written beside the steps that follow; the next save, and the end, wait for them. A
+    first signal ends the run after its step, with a checkpoint and without an error; a second one
+    acts at once. A save that fails for the disk's sake is a warning: training goes on.
+    """
+
+    every: int = 0
+    every_seconds: float = 600.0
+    keep: int = 2
+
+    _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
+    _saving: checkpoint.Saving | None = field(default=None, init=False, repr=False)
+    _handlers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"CheckpointCallback(keep={self.keep!r}) must be 1 or more")
+
+    def on_start(self, state: TrainState) -> None:
+        present = checkpoint.checkpoints(checkpoint.folder_of(state))
+        if present and not state.resumed:
+            raise ValueError(
+                f"{state.folder} holds checkpoints of an earlier run (newest: {present[-1].name}). "
+                "Resume it, or choose another folder"
+            )
+        self._last = (state.step if state.resumed else -1, time.monotonic())
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._stopper(state))
+
+    def on_step(self, state: TrainState, out: LossOutput) -> None:
+        due = bool(self.every) and state.step % self.every == 0
+        late = 0 < self.every_seconds <= time.monotonic() - self._last[1]
+        writing = self._saving is not None and not self._saving.written
+        wanted, writing = map(bool, ranks.largest(due or late, writing))
+        if wanted or not writing:
+            self._finish(state)
+        if wanted:
+            self._save(state)
+
+    def on_end(self, state: TrainState) -> None:
+        try:
+            if state.finished or ranks.count() == 1:
+                self._finish(state)
+            if state.finished and self._last[0] != state.step:
+                self._save(state)
+                self._finish(state)
+        finally:
+            if self._saving is not None:
+                self._saving.drop()
+            self._restore_handlers()
+
+    def _save(self, state: TrainState) -> None:
+        with state.paused():
+            norm = torch.nn.utils.get_total_norm([local(p) for p in state.net.parameters()])
+            if any(ranks.largest(not norm.isfinite())):
+                raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
+            try:
+                self._saving = checkpoint.Saving(state)
+            except OSError as problem:
+                _warn(state.step, problem)
+            self._last = (state.step, time.monotonic())
+
+    def _finish(self, state: TrainState) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        with state.paused():
+            try:
+                saving.finish(self.keep)
+            except OSError as problem:
+                _warn(saving.step, problem)
+
+    def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            state.asked = signal.Signals(number).name
+            log.warning("%s: the run ends after this step, with a checkpoint", state.asked)
+            self._restore_handlers()
+
+        return stop
+
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+def _warn(step: int, problem: OSError) -> None:
+    log.warning(
+        "NO CHECKPOINT at step %d: %s. Training goes on; older checkpoints are intact",
+        step,
+        problem,
+    )

@@ -1,0 +1,219 @@
+"""The start-up probe: the objective's derivative against differences, on the real network.
+
+A network that cuts a derivative (a stray .detach(), a number taken out of a tensor) gives a wrong
+one without an error, and `dual` and `jvp` agree on it. So every Derivative of an objective is
+compared with a method that cannot share its failure: central differences of a float64 copy. Both
+see the same copy of the network, in training mode unless it draws random numbers, its weights
+perturbed so that layers which start at zero take part. x (along its path), t and r are moved one at
+a time, so that no direction hides a cut in another:
+
+    error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import registry
+from registry.protocols import Cond, Derivative, Objective, parts
+from trainers.rng import generator
+from zoo.derivatives.methods import FiniteDifference, no_gradient, replay_rng
+from zoo.ops import first_rows, like, normal_like, repeat_rows, rms
+
+# Exact derivatives of our backbones are right to 4e-6 in float32 (TF32 rounds at 5e-4) and to 1-6 %
+# in bfloat16; cutting one branch of one block in twelve costs 15 % and more.
+EXACT, REDUCED = 1e-2, 1e-1
+APPROXIMATE = 1e-1  # differences at the default step are right to 1e-3
+FLOAT32_REFERENCE = 5e-2  # differences in float32 are themselves right to about 1 %
+
+TIMES = ((0.4, 0.0), (0.8, 0.3))  # (t, r), one row each
+DIRECTIONS = ("x", "t", "r")
+STEPS = {torch.float64: (1e-3, 1e-4, 1e-5), torch.float32: (1e-2, 1e-3, 1e-4)}
+
+
+def probe_derivatives(
+    objective: Objective,
+    net: nn.Module,
+    x0: Tensor,
+    cond: Cond | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, float]:
+    """{"derivative_error": the largest error}, or {} if the objective takes no derivative.
+
+    x0 are two rows of data or more, on the device of the run. The output is u, or the first head
+    of an objective without u. ValueError for an error above the bound and for a network that the
+    derivative cannot pass at all. The figure of a network that cannot run in float64 is
+    "derivative_error_float32". `net` and all generators stay as they are.
+    """
+    found = [(path, part) for path, part in parts(objective) if isinstance(part, Derivative)]
+    if not found:
+        return {}
+    with replay_rng(), no_gradient(), autocast or nullcontext():
+        point = _point(x0, cond, "u" if "u" in objective.heads else objective.heads[0])
+        real = perturbed(net, x0.device).train()
+        repeatable = _settle(real, point)
+        expected = _expected(real, point)
+        errors = []
+        for path, part in found:
+            subject = f"its {path}, {_described(part)},"
+            if not (repeatable or part.needs_forward_ad):
+                raise ValueError(f"{subject} {UNREPEATABLE}")
+            errors.append(_error(part, real, point, expected, subject))
+    return {f"derivative_error{expected.suffix}": max(errors)}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the output `key` is differentiated: the rows of TIMES for each of DIRECTIONS."""
+
+    primals: tuple[Tensor, ...]
+    tangents: tuple[Tensor, ...]
+    cond: Cond | None
+    key: str
+
+    def derivative(self, by: Derivative, net: nn.Module, dtype: torch.dtype) -> Tensor:
+        primals, tangents = ([v.to(dtype) for v in vs] for vs in (self.primals, self.tangents))
+        return by(lambda x, t, r: net(x, t, r, self.cond)[self.key], primals, tangents)
+
+    def output(self, net: nn.Module) -> Tensor:
+        return net(*self.primals, self.cond)[self.key]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The derivative by differences, and the sizes [rows] that its errors are relative to."""
+
+    value: Tensor
+    size: Tensor
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.value.dtype == torch.float64 else "_float32"
+
+
+@torch.no_grad()
+def perturbed(net: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, with noise on its trainable weights: 1 / sqrt(fan-in); vectors, 0.1."""
+    net = copy.deepcopy(net).to(device)
+    rng = generator(0, 0, 0, device)
+    for p in net.parameters():
+        if p.requires_grad and p.numel():
+            scale = (len(p) / p.numel()) ** 0.5 if p.ndim > 1 else 0.1
+            noise = torch.randn(p.shape, generator=rng, dtype=p.dtype, device=device)
+            p.add_(scale * noise)
+    return net
+
+
+def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
+    """On the straight path from data to noise."""
+    k, n = len(TIMES), len(DIRECTIONS)
+    x0, (t, r) = x0[:k], torch.tensor(TIMES, device=x0.device).T
+    x1 = normal_like(x0, generator(0, 0, 1, x0.device))
+    primals = (x0 + like(t, x0) * (x1 - x0), t, r)
+    moves = (x1 - x0, torch.ones_like(t), torch.ones_like(r))
+    tangents = [
+        torch.cat([move if i == j else torch.zeros_like(move) for j in range(n)])
+        for i, move in enumerate(moves)
+    ]
+    repeated = tuple(torch.cat([p] * n) for p in primals)
+    return Point(repeated, tuple(tangents), repeat_rows(first_rows(cond, k), n), key)
+
+
+def _settle(net: nn.Module, point: Point) -> bool:
+    """Leave a network that draws random numbers in eval mode; whether a seed repeats its draws."""
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return point.output(net)
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return bool((rms(one - other) <= 1e-2 * rms(one)).all())
+
+    first, again, other = draw(0), draw(0), draw(1)
+    if not same(first, other):
+        net.eval()
+    return same(first, again)
+
+
+def _expected(net: nn.Module, point: Point) -> Expected:
+    try:
+        value = _differences(copy.deepcopy(net).double(), point, torch.float64)
+    except (RuntimeError, TypeError):  # a device without float64, a cast inside the network
+        value = _differences(copy.deepcopy(net).float(), point, torch.float32)
+    return Expected(value, rms(value).maximum(rms(point.output(net)) / 100))
+
+
+def _differences(net: nn.Module, point: Point, dtype: torch.dtype) -> Tensor:
+    """In each row the finer of the two successive steps that agree best."""
+    by_step = [point.derivative(FiniteDifference(step=s), net, dtype) for s in STEPS[dtype]]
+    gaps = torch.stack([rms(fine - coarse) for coarse, fine in pairwise(by_step)])
+    best = 1 + gaps.argmin(0)
+    return torch.stack(by_step)[best, torch.arange(len(best), device=best.device)]
+
+
+def _error(
+    part: Derivative, net: nn.Module, point: Point, expected: Expected, subject: str
+) -> float:
+    """The largest error over the directions; ValueError above the bound."""
+    try:
+        value = point.derivative(part, net, torch.float32)
+    except RuntimeError as error:  # and NotImplementedError, which is one
+        raise ValueError(
+            f"{subject} cannot pass this network: {str(error).splitlines()[0]}\n{NO_RULE}"
+        ) from error
+    misses = rms(value - expected.value).square().unflatten(0, (len(DIRECTIONS), -1)).mean(1)
+    sizes = expected.size.square().unflatten(0, (len(DIRECTIONS), -1)).mean(1)
+    errors = (misses / sizes).sqrt()
+    worst, direction = errors.max(0)
+    bound = _bound(part, net, expected)
+    if not worst <= bound:
+        raise ValueError(
+            f"{subject} is wrong on this network: along {DIRECTIONS[int(direction)]} its relative "
+            f"error is {float(worst):.2g}, more than {bound:g}, against central differences in "
+            f"{str(expected.value.dtype).removeprefix('torch.')}.\n"
+            f"{WRONG if part.needs_forward_ad else COARSE}"
+        )
+    return float(worst)
+
+
+def _bound(part: Derivative, net: nn.Module, expected: Expected) -> float:
+    weights = {p.dtype for p in net.parameters()}
+    device = expected.value.device.type
+    reduced = torch.is_autocast_enabled(device) or weights & {torch.bfloat16, torch.float16}
+    bound = (REDUCED if reduced else EXACT) if part.needs_forward_ad else APPROXIMATE
+    return max(bound, FLOAT32_REFERENCE) if expected.suffix else bound
+
+
+def _described(part: Derivative) -> str:
+    """As in gin: finite_difference(step=0.001)."""
+    return repr(part).replace(type(part).__name__, registry.derivatives.name_of(part), 1)
+
+
+WRONG = (
+    "Something in the network hides a dependence on x, t or r from forward mode: .detach() or "
+    ".data, .item() or float() or numpy, torch.no_grad, an autograd.Function with a wrong jvp. "
+    "Mend it, or choose @finite_difference()."
+)
+COARSE = (
+    "The step is too coarse for a network that scales its times (by 1000, say) and too fine for "
+    "weights in bfloat16. Feed the network unscaled times, keep its weights in float32, change "
+    "finite_difference.step, or choose @dual()."
+)
+NO_RULE = (
+    "An operation in it has no forward-mode rule, such as fused attention that is not torch's "
+    "scaled_dot_product_attention, an autograd.Function without jvp, or reentrant checkpointing. "
+    "Take its plain form (attention: the math kernel), give it a rule, or choose "
+    "@finite_difference()."
+)
+UNREPEATABLE = (
+    "takes the difference of two evaluations, but this network draws random numbers that torch's "
+    "global generator does not govern, so the two see different ones. Draw them (dropout, say) "
+    "from the global generator, switch them off, or choose @dual()."
+)

@@ -1,0 +1,215 @@
+"""ZeRO checkpoints: every process writes what it holds, any number of them reads it, at any stage.
+
+    zero.json                  shapes by name, numbers of optimizer and engine, who wrote it
+    rank_00000.safetensors     pieces of weights, averages, teachers and optimizer state
+
+A piece is a range of a flattened tensor, "weight/NAME" or "KEY/NAME" for the optimizer's KEY; the
+file's metadata says where each starts. What every process holds whole is cut into equal pieces, so
+that nothing is written twice and nothing is gathered. Reading fills each process's own pieces from
+whatever files overlap them: the number of processes and the stage may have changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from backbones.pretrained.tensors import check_fit, save_tensors
+from trainers import ranks
+from trainers.checkpoints.weights import copied
+from trainers.checkpoints.whole_folders import BrokenCheckpoint, verify
+from trainers.sharding import (
+    Piece,
+    refresh_masters,
+    shape_of,
+    state_pieces,
+    torch_optimizer,
+    weight_pieces,
+)
+
+INDEX = "zero.json"
+
+
+def save(
+    module: nn.Module, optimizer: Any, engine: Mapping[str, Any], folder: Path
+) -> Callable[[], list[Path]]:
+    """Copy this process's pieces; the result writes them, and gives the files.
+
+    `engine` is what the engine keeps there of itself. OSError if they cannot be written.
+    """
+    tensors, starts = {}, {}
+    for piece in _mine([*_weights(module), *_states(module, optimizer)]):
+        tensors[piece.name] = copied(piece.view)
+        starts[piece.name] = piece.start
+    path = folder / f"rank_{ranks.number():05d}.safetensors"
+    index = folder / INDEX
+    about = {
+        **engine,
+        "processes": ranks.count(),
+        "shapes": shapes(module),
+        "numbers": _numbers(optimizer),
+    }
+
+    def write() -> list[Path]:
+        save_tensors(path, tensors, {"starts": json.dumps(starts)})
+        if not ranks.leads():
+            return [path]
+        index.write_text(json.dumps(about, indent=2) + "\n")
+        return [path, index]
+
+    return write
+
+
+def load(module: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
+    """Fill this process's pieces; what the index says. ValueError if it does not fit."""
+    if not (folder / INDEX).exists():
+        raise ValueError(
+            f"{folder} was not made by zero_engine: go on with the engine that made it, or start "
+            "anew in another folder"
+        )
+    about = json.loads((folder / INDEX).read_text())
+    there = {name: tuple(shape) for name, shape in about["shapes"].items()}
+    check_fit(folder, there, shapes(module))
+    with Pieces(folder) as pieces, torch.no_grad():
+        for piece in _weights(module):
+            pieces.fill(piece)
+        refresh_masters(module, optimizer)
+        if keys := pieces.kinds() - {"weight", "buffer"}:
+            _make_state(module, optimizer, keys, about["numbers"])
+        for piece in _states(module, optimizer):
+            pieces.fill(piece)
+    return about
+
+
+def consolidate(folder: Path, out: Path, decay: str = "") -> None:
+    """Write the whole network of a checkpoint, or its average at `decay`, as one safetensors file.
+
+    Needs no other process. ValueError for a checkpoint that is not whole or has no such average.
+    """
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder} is no checkpoint of zero_engine: it has no {INDEX}")
+    verify(folder)
+    shapes = json.loads((folder / INDEX).read_text())["shapes"]
+    prefix = f"averages.{decay.replace('.', '-')}." if decay else "net."
+    tensors = {
+        name: torch.empty(shape) for name, shape in shapes.items() if name.startswith(prefix)
+    }
+    if not tensors:
+        kept = {name.split(".")[1].replace("-", ".") for name in shapes if name[:9] == "averages."}
+        raise ValueError(
+            f"{folder} has no average at decay {decay}; it has {', '.join(sorted(kept)) or 'none'}"
+        )
+    with Pieces(folder) as pieces:
+        for name, tensor in tensors.items():
+            kind = "weight" if f"weight/{name}" in pieces else "buffer"
+            pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, out)
+
+
+class Pieces:
+    """All pieces in a checkpoint's files, which are read only where they are wanted."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files = ExitStack()
+        self._found: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+
+    def __enter__(self) -> Pieces:
+        for path in sorted(self._folder.glob("rank_*.safetensors")):
+            try:
+                file = self._files.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as problem:
+                raise BrokenCheckpoint(f"{path} is no safetensors file: {problem}") from problem
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                self._found[name].append((start, file.get_slice(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def kinds(self) -> set[str]:
+        return {name.split("/")[0] for name in self._found}
+
+    def fill(self, piece: Piece) -> None:
+        """BrokenCheckpoint if the files do not hold every element once."""
+        first, last = piece.start, piece.start + len(piece.view)
+        filled = 0
+        for start, saved in self._found.get(piece.name, ()):
+            a, b = max(first, start), min(last, start + saved.get_shape()[0])
+            if a < b:
+                piece.view[a - first : b - first].copy_(saved[a - start : b - start])
+                filled += b - a
+        if filled != last - first:
+            raise BrokenCheckpoint(
+                f"{self._folder} has {filled} of {last - first} elements of {piece.name}"
+            )
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all parameters and buffers that are kept."""
+    found = {name: shape_of(param) for name, param in module.named_parameters()}
+    return found | {name: tuple(buffer.shape) for name, buffer in _buffers(module)}
+
+
+def _weights(module: nn.Module) -> Iterator[Piece]:
+    for piece in weight_pieces(module):
+        yield replace(piece, name=f"weight/{piece.name}")
+    for name, buffer in _buffers(module):
+        yield Piece(f"buffer/{name}", 0, buffer.view(-1), everywhere=True)
+
+
+def _states(module: nn.Module, optimizer: Any) -> Iterator[Piece]:
+    state = torch_optimizer(optimizer).state
+    for place in state_pieces(module, optimizer):
+        for key, value in state.get(place.flat, {}).items():
+            if getattr(value, "ndim", 0):
+                piece = place.of(value)
+                yield replace(piece, name=f"{key}/{piece.name}")
+
+
+def _mine(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """What this process has to write: its own pieces, and its part of what all hold whole."""
+    for piece in pieces:
+        n = len(piece.view)
+        first, last = 0, n
+        if piece.everywhere:
+            first, last = (n * (ranks.number() + i) // ranks.count() for i in (0, 1))
+        if first < last:
+            yield replace(piece, start=piece.start + first, view=piece.view[first:last])
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = module.state_dict(keep_vars=True).keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
+def _numbers(optimizer: Any) -> dict[str, float]:
+    """What the optimizer counts, the same for all weights, such as its steps."""
+    states = torch_optimizer(optimizer).state.values()
+    scalars = [(k, v) for state in states for k, v in state.items() if not getattr(v, "ndim", 0)]
+    return {key: max(float(v) for k, v in scalars if k == key) for key, _ in scalars}
+
+
+def _make_state(
+    module: nn.Module, optimizer: Any, keys: Iterable[str], numbers: Mapping[str, float]
+) -> None:
+    """The optimizer's state, which it makes itself at its first step alone."""
+    inner = torch_optimizer(optimizer)
+    fused = any(group.get("fused") for group in inner.param_groups)
+    for flat in {place.flat for place in state_pieces(module, optimizer)}:
+        device = flat.device if fused else "cpu"
+        counted = {key: torch.tensor(number, device=device) for key, number in numbers.items()}
+        inner.state[flat] = {**counted, **{key: torch.zeros_like(flat) for key in keys}}

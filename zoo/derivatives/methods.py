@@ -1,0 +1,241 @@
+"""Directional derivatives of a network along (x, t, r): d/ds fn(primals + s tangents) at s=0.
+
+`dual` and `jvp` are exact (forward mode); `finite_difference` has an error of O(step^2) plus
+rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in
+a pass of their own, since every objective here uses the derivative inside a target: one code path
+for sharded engines, for non-reentrant activation checkpointing and for compilation. The default,
+`one_pass` (zoo/derivatives/one_pass.py), needs no pass of its own and serves most of these.
+
+Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
+passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution takes three
+products, one of them with a weight tangent of zeros; `dual` takes the two that are needed. torch's
+rule of a group norm makes a dozen passes over memory; since the Jacobian of a normalisation is
+symmetric, `dual` has the tangent from the fused kernel of the backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from registry import derivatives
+from registry.protocols import Cond, Derivative, Network
+from zoo.derivatives.dual_tensors.layers import group_norm_tangent
+from zoo.derivatives.flash_attention import flash_attention
+
+Attention = Literal["math", "jvp_flash"]
+
+NO_TANGENT = (
+    "the network's output carries no tangent of (x, t, r): something in it cuts the forward-mode "
+    "derivative, such as .detach(), .data, numpy or a float() of an input"
+)
+
+
+@contextmanager
+def replay_rng() -> Iterator[None]:
+    """Leave the global generators as they were: the next forward draws the same dropout masks."""
+    with torch.random.fork_rng(devices=_cuda_devices()):
+        yield
+
+
+@contextmanager
+def no_gradient() -> Iterator[None]:
+    """No gradient, and no weights cached by autocast without one for the passes that follow."""
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@derivatives.register("dual")
+@dataclass(frozen=True, kw_only=True)
+class Dual:
+    """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine.
+
+    `attention` is the kernel of its pass: torch's math kernel, or the one of
+    flash_attention.py on CUDA.
+    """
+
+    needs_forward_ad: ClassVar = True
+
+    attention: Attention = "math"
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            allowed = ", ".join(get_args(Attention))
+            raise ValueError(f"dual.attention = {self.attention!r}; allowed: {allowed}")
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        rules = RULES | FLASH if self.attention == "jvp_flash" else RULES
+        with _forward_mode(), forward_ad.dual_level(), _Rules(rules):
+            duals = [
+                forward_ad.make_dual(p.detach(), d.detach())
+                for p, d in zip(primals, tangents, strict=True)
+            ]
+            tangent = forward_ad.unpack_dual(fn(*duals)).tangent
+        if tangent is None:
+            raise RuntimeError(NO_TANGENT)
+        return tangent
+
+
+@derivatives.register("jvp")
+@dataclass(frozen=True, kw_only=True)
+class Jvp:
+    """Exact, by torch.func.jvp; the second opinion to `dual`, not for sharded engines."""
+
+    needs_forward_ad: ClassVar = True
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        with _forward_mode():
+            detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
+            return torch.func.jvp(fn, *detached)[1]
+
+
+@derivatives.register("finite_difference")
+@dataclass(frozen=True, kw_only=True)
+class FiniteDifference:
+    """Approximate, by a central difference of two forwards in the weights' own precision."""
+
+    needs_forward_ad: ClassVar = False
+
+    step: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < 1:
+            raise ValueError(f"finite_difference.step = {self.step!r} must lie in (0, 1)")
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
+        def at(s: float) -> Tensor:
+            with replay_rng():
+                return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
+
+        device = primals[0].device.type
+        with no_gradient(), eager(), torch.autocast(device, enabled=False):
+            return (at(self.step) - at(-self.step)) / (2 * self.step)
+
+
+def derivative_of_u(
+    derivative: Derivative,
+    net: Network,
+    cond: Cond | None,
+    point: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The derivative of the network's u(x, t, r) at a point along tangents of (x, t, r)."""
+
+    def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return net(x, t, r, cond)["u"]
+
+    return derivative(u, point, tangents)
+
+
+def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> Any:
+    """The same dataclass with choose(d) in place of every derivative d in its fields."""
+    if isinstance(part, Derivative) and not isinstance(part, type):
+        return choose(part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    changed = {
+        f.name: new
+        for f in fields(part)
+        if f.init and (new := with_derivatives(old := getattr(part, f.name), choose)) is not old
+    }
+    return replace(part, **changed) if changed else part
+
+
+class _Rules(TorchFunctionMode):
+    """These functions in place of torch's."""
+
+    def __init__(self, rules: Mapping[Any, Callable[..., Any]]):
+        super().__init__()
+        self._rules = rules
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return self._rules.get(func, func)(*args, **(kwargs or {}))
+
+
+def _linear_in_first(
+    layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    """Layers linear in their input map its value and its tangent, once each."""
+    value, tangent = forward_ad.unpack_dual(input)
+    if tangent is None or not _fixed(weight, bias):
+        return layer(input, weight, bias, *rest, **named)
+    return forward_ad.make_dual(
+        layer(value, weight, bias, *rest, **named), layer(tangent, weight, None, *rest, **named)
+    )
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(input)
+    same = all(p.dtype == value.dtype for p in (weight, bias) if p is not None)
+    if tangent is None or not same or not _fixed(weight, bias):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    value = value.contiguous()
+    sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
+    out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
+    moved = group_norm_tangent(tangent, value, mean, rstd, weight, sizes)
+    return forward_ad.make_dual(out, moved)
+
+
+def _fixed(*parameters: Tensor | None) -> bool:
+    return all(p is None or forward_ad.unpack_dual(p).tangent is None for p in parameters)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    layer: partial(_linear_in_first, layer)
+    for layer in (
+        *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    )
+} | {F.group_norm: _group_norm}
+FLASH = {F.scaled_dot_product_attention: flash_attention}
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager():
+        yield
+
+
+def eager() -> AbstractContextManager[object]:
+    """Compiled networks as they were when the derivative was probed.
+
+    torch has dropped the tangents of compiled dual numbers, and a difference is of rounding's size.
+    """
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
