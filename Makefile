@@ -44,7 +44,7 @@ test-faults: $(dev)
 	OMP_NUM_THREADS=1 $(py) -m pytest -m faults
 
 soak: $(dev)
-	for stage in 2 3; do OMP_NUM_THREADS=1 $(py) tests/soak.py $$stage || exit 1; done
+	for stage in 2 3; do OMP_NUM_THREADS=1 $(py) tests/support/soak.py $$stage || exit 1; done
 
 test-all: $(dev)
 	$(py) -m pytest

@@ -1,4 +1,4 @@
-"""The import directions, and where gin may be used: what keeps the five packages apart."""
+"""The architecture: import directions between folders, no circle, and where gin may be used."""
 
 from __future__ import annotations
 
@@ -12,13 +12,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
+BELOW = {  # each package, and those that it may import
     "registry": set(),
     "zoo": {"registry"},
     "backbones": {"registry"},
     "trainers": {"registry", "zoo", "backbones"},
     "benchmarks": {"registry", "zoo", "backbones", "trainers"},
+    "objective_zoo": {"registry", "zoo", "backbones", "trainers", "benchmarks"},
 }
+LEAVES = {"files", "markdown"}  # modules of benchmarks that any of its folders may use
+INSIDE = {  # the folders of benchmarks, and those that each may import
+    "data": set(),
+    "records": set(),
+    "metrics": {"data"},
+    "latents": {"data"},
+    "launchers": {"records"},
+    "experiments": {"metrics", "records"},
+    "conformance": set(),
+    "runs": {"experiments", "data", "metrics", "records"},
+    "grids": {"runs", "experiments", "launchers", "data", "records"},
+    "evaluation": {"runs", "data", "metrics", "records"},
+    "report": {"grids", "runs", "data", "records"},
+    "planning": {"grids", "runs", "experiments"},
+    "speed": {"grids", "runs", "experiments", "data", "latents", "metrics", "records"},
+}
+ENTRIES = {"cli", "worker", "builtin_parts", "exported", "commands"}  # may import every folder
+MOST_MODULES = 12  # of a folder
 
 
 def sources(package: str) -> list[tuple[Path, ast.Module]]:
@@ -26,7 +45,17 @@ def sources(package: str) -> list[tuple[Path, ast.Module]]:
     return [(file.relative_to(ROOT), ast.parse(file.read_text())) for file in files]
 
 
+def trees() -> dict[str, ast.Module]:
+    """Every module of the project by its dotted name."""
+    return {_module(file): tree for package in BELOW for file, tree in sources(package)}
+
+
+def _module(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
 def imported(tree: ast.Module) -> Iterator[str]:
+    """Packages at the top level that a module imports, in functions too; '.' for a relative one."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -34,12 +63,105 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield node.module.split(".")[0] if node.module and not node.level else "."
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
+def needed(tree: ast.Module, known: Container[str]) -> Iterator[str]:
+    """The modules among the known ones that a module imports, inside functions too.
+
+    An import for annotations alone, under TYPE_CHECKING, counts as well.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name in known else node.module for name in inner]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in found if name in known)
+
+
+@pytest.mark.parametrize("package", BELOW)
 def test_package_imports_only_what_lies_below(package):
-    forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package} | {"tests", "."}
+    forbidden = set(BELOW) - BELOW[package] - {package} | {"tests", "."}
     found = [(str(f), name) for f, tree in sources(package) for name in imported(tree)]
     assert found, f"{package} is empty: the walk looks in the wrong place"
     assert [(file, name) for file, name in found if name in forbidden] == []
+
+
+def test_folder_of_benchmarks_imports_only_what_lies_below():
+    known = trees()
+    wrong, used = [], set()
+    for name, tree in known.items():
+        if not name.startswith("benchmarks.") or name.split(".")[1] in ENTRIES | LEAVES:
+            continue
+        folder = name.split(".")[1]
+        for target in needed(tree, known):
+            if not target.startswith("benchmarks."):
+                continue
+            place = target.split(".")[1]
+            used.add((folder, place))
+            if place not in INSIDE[folder] | LEAVES | {folder}:
+                wrong.append((name, target))
+    assert wrong == []
+    allowed = {(folder, place) for folder, below in INSIDE.items() for place in below}
+    assert allowed <= used, "a direction that nothing uses is taken out of the list"
+
+
+def test_folders_of_benchmarks_have_an_order():
+    order = list(graphlib.TopologicalSorter(INSIDE).static_order())
+    assert order.index("launchers") < order.index("grids")
+
+
+def test_leaves_of_benchmarks_import_nothing_of_it():
+    known = trees()
+    found = {name: set(needed(known[f"benchmarks.{name}"], known)) for name in LEAVES}
+    assert {n for names in found.values() for n in names if n.startswith("benchmarks")} == set()
+
+
+def test_no_module_imports_itself_by_a_circle():
+    """Late imports, inside functions, count: they hide a circle and do not open it."""
+    known = trees()
+    graph = {name: set(needed(tree, known)) - {name} for name, tree in known.items()}
+    # A package that re-exports its modules is not entered by them: they name each other directly.
+    graphlib.TopologicalSorter(graph).prepare()
+    assert sum(map(len, graph.values())) > 3 * len(known)
+
+
+def test_a_circle_of_late_imports_is_seen():
+    known = {
+        "a": ast.parse("import b"),
+        "b": ast.parse("def f():\n    from c import g"),
+        "c": ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a"),
+    }
+    graph = {name: set(needed(tree, known)) for name, tree in known.items()}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_folder_holds_more_modules_than_one_can_look_over():
+    folders = {}
+    for package in BELOW:
+        for file, _ in sources(package):
+            if file.name != "__init__.py":
+                folders.setdefault(str(file.parent), []).append(file.name)
+    assert {f: len(names) for f, names in folders.items() if len(names) > MOST_MODULES} == {}
+
+
+def test_every_folder_says_what_lives_there():
+    documented = {
+        str(file.parent): ast.get_docstring(tree)
+        for package in BELOW
+        for file, tree in sources(package)
+        if file.name == "__init__.py"
+    }
+    folders = {str(file.parent) for package in BELOW for file, _ in sources(package)}
+    assert [folder for folder in sorted(folders) if not documented.get(folder)] == []
+
+
+def test_tests_mirror_the_folders():
+    code = {str(file.parent) for package in BELOW for file, _ in sources(package)}
+    root = ROOT / "tests"
+    tests = {str(file.parent.relative_to(root)) for file in root.rglob("test_*.py")}
+    assert sorted(tests - code) == ["."]  # tests of the whole
 
 
 def test_imports_inside_functions_and_relative_ones_are_seen():
@@ -52,7 +174,7 @@ def test_imports_inside_functions_and_relative_ones_are_seen():
 def test_run_is_the_only_configurable():
     found = [
         (str(file), ast.unparse(node))
-        for package in MAY_IMPORT
+        for package in BELOW
         for file, tree in sources(package)
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute | ast.Name)
@@ -64,7 +186,7 @@ def test_run_is_the_only_configurable():
 def test_only_the_registry_reaches_into_gin():
     private = [
         str(file)
-        for package in MAY_IMPORT
+        for package in BELOW
         for file, tree in sources(package)
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
@@ -85,29 +207,3 @@ def test_import_is_light(module):
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-def test_no_module_needs_itself_to_be_imported():
-    """A cycle works or not by which of its modules is imported first."""
-    trees = {_module(file): tree for package in MAY_IMPORT for file, tree in sources(package)}
-    needed = {name: set(_needed(tree, trees)) - {name} for name, tree in trees.items()}
-    sorter = graphlib.TopologicalSorter(needed)
-    sorter.prepare()
-    assert sum(map(len, needed.values())) > len(trees)
-
-
-def _module(file: Path) -> str:
-    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
-
-
-def _needed(tree: ast.Module, known: Container[str]) -> Iterator[str]:
-    """The modules among the known ones that are imported while this one is."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            found = [name if name in known else node.module for name in inner]
-        elif isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from (name for name in found if name in known)

@@ -11,7 +11,6 @@ from backbones.pretrained.imports import import_file
 from benchmarks.data.pictures import picture
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.grids import comparison  # noqa: F401  registers Grid
 from benchmarks.runs.result import finished_run
 from benchmarks.runs.samples import draw_samples
 from registry import gin_setup

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_zero.py do: `python zero_work.py NAME FOLDER`, from `spawn`.
+"""What the processes of test_zero.py do: `python zero_work.py NAME FOLDER`, from `spawn`.
 
 The leading process saves what it found to FOLDER/found.pt.
 """

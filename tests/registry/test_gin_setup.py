@@ -174,7 +174,7 @@ def test_parsing_logs_nothing(shipped, write, caplog):
 def test_roots_are_folders_of_gin_files_and_never_gin_config():
     for root in gin_files.roots():
         assert not list(root.rglob("*.py"))
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     assert gin_files.roots() == (checkout / "gin",)  # no stale copy of an installation beside it
 
 
@@ -527,7 +527,7 @@ def test_import_file_registers_what_it_holds(write, forget):
 
 
 def test_import_file_gives_a_module_of_a_package_its_full_name():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     assert import_file(root / "registry" / "plugins.py").__name__ == "registry.plugins"
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_shares import OBJECTIVES
 from tiny_vaes import photos
 from trainer_toys import ToyData, ToyNet
+from varied_objectives import OBJECTIVES
 
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.subject import random_batch

@@ -18,7 +18,7 @@ from tiny_runs import ARMS, DIGITS, FILE_ONLY, TINY, entries, losses, sets, zoo
 from registry import objectives
 from zoo.objectives.flow_matching import FlowMatching
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 MEAN_FLOW = ["run", DIGITS, "--arm", "mean_flow"]
 
 

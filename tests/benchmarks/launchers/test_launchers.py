@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cell_scripts
 import pytest
 from cell_scripts import run_cell
 from tiny_runs import entries
@@ -49,7 +50,8 @@ time.sleep(0.5)
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
     """Makes a job of each script, in folders a, b, c, ..."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find `run_cell`
+    where = str(Path(cell_scripts.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", where, prepend=os.pathsep)  # where workers find `run_cell`
     monkeypatch.setattr(subprocesses, "_gpus", list)  # asking torch takes seconds
 
     def make(*scripts: str) -> list[Job]:
@@ -249,6 +251,7 @@ import sys
 from pathlib import Path
 from benchmarks.launchers import subprocesses
 from benchmarks.launchers.launcher import Job
+import cell_scripts
 from cell_scripts import run_cell
 subprocesses._gpus = list
 list(subprocesses.Subprocesses(workers=1)([Job("a", Path(sys.argv[1]))], run_cell))

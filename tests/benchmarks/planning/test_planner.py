@@ -26,7 +26,7 @@ from registry.protocols import Batch, Share
 from trainers.rng import generator
 from trainers.zero.engine import ZeroEngine
 
-RECIPES = sorted(f.stem for f in (Path(__file__).parents[1] / "gin" / "recipes").glob("*.gin"))
+RECIPES = sorted(f.stem for f in (Path(__file__).parents[3] / "gin" / "recipes").glob("*.gin"))
 QUICK = ("mean_flow_b4", "flow_matching_xl2")
 GPUS = Machine(gpus=2, memory=80e9)
 GB = 1e9

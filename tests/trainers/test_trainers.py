@@ -38,7 +38,7 @@ from trainers.rng import generator, seed_dropout, stream
 from zoo.ops import mean_flat
 from zoo.teachers import EmaTeacher, Frozen
 
-GIN = Path(__file__).parents[1] / "gin"
+GIN = Path(__file__).parents[2] / "gin"
 CPU = torch.device("cpu")
 
 

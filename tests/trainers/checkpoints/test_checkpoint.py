@@ -519,7 +519,8 @@ def test_killed_process_resumes_bit_equal(tmp_path: Path) -> None:
         f"run(folder=Path({str(tmp_path)!r}), budget=Budget(steps=10**7),"
         "callbacks=[CheckpointCallback(every=1, keep=3)])"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    root = Path(__file__).parents[3]
+    paths = [str(root / "tests" / "support"), str(root)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     folder = tmp_path / "checkpoints"

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_post_hoc_ema.py do; see zero_work.py."""
+"""What the processes of tests/trainers/ema/test_post_hoc_ema.py do; see zero_work.py."""
 
 from __future__ import annotations
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from varied_objectives import OBJECTIVES
 
 import registry
 from benchmarks.conformance.networks import Tapped, Toy
 from benchmarks.conformance.subject import random_batch
 from registry.protocols import Share, required_heads
-from zoo.couplings import MinibatchOT
 from zoo.derivatives.one_pass import apart
-from zoo.objectives.decm import DECM
-from zoo.objectives.dumo import DuMo
-from zoo.objectives.flow_matching import FlowMatching
-from zoo.objectives.mean_flow import MeanFlow
-from zoo.objectives.shortcut import Shortcut
-from zoo.residuals import Exact
-from zoo.times import LogitNormalPair, Stratified
-
-OBJECTIVES: Mapping[str, Any] = {
-    "flow_matching": FlowMatching(times=Stratified()),
-    "optimal_transport": FlowMatching(coupling=MinibatchOT()),
-    "mean_flow": MeanFlow(omega=0.5, kappa=0.3),
-    "one_row_of_quota": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.05)),
-    "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
-    "dumo": DuMo(omega=0.4),
-    "dumo_exact": DuMo(residual=Exact()),
-    "decm": DECM(guidance_scale=1.5),
-}
 
 
 @given(n=st.integers(0, 40), count=st.integers(1, 9), quota=st.integers(0, 40))

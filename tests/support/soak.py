@@ -1,6 +1,6 @@
 """A long run of two processes must grow neither in memory nor in open files: `make soak`.
 
-    python tests/soak.py [STAGE [STEPS]]
+    python tests/support/soak.py [STAGE [STEPS]]
 
 Tiny steps, an evaluation every 100th, a checkpoint every second (two are kept), a record with its
 copy in MLflow. Each process is looked at twice a second. What it holds in the last sixth of the

@@ -1,4 +1,4 @@
-"""A compiler to count with, and what the processes of tests/test_compile.py do with it."""
+"""A compiler to count with, and what the processes of tests/trainers/test_compile.py do with it."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cell_scripts
 import pytest
 from cell_scripts import run_cell
 
@@ -51,7 +52,8 @@ except KeyboardInterrupt:
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
     """Makes a job of each script, in folders a, b, c, ...; skips where Ray is not installed."""
     pytest.importorskip("ray", reason="Ray is an extra: pip install objective-zoo[cluster]")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find `run_cell`
+    where = str(Path(cell_scripts.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", where, prepend=os.pathsep)  # where workers find `run_cell`
 
     def make(*scripts: str) -> list[Job]:
         made = []

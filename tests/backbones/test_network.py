@@ -17,7 +17,7 @@ from backbones import build_network, default_heads, warm_start
 from backbones.dit import DiT
 from backbones.heads import AverageVelocity, Dual, LogVariance, Velocity
 
-BACKBONE_FILES = Path(__file__).parents[1] / "gin" / "backbone"
+BACKBONE_FILES = Path(__file__).parents[2] / "gin" / "backbone"
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
 
 
