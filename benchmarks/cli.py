@@ -6,7 +6,6 @@ Nothing heavy is imported before the arguments are read, so that --help answers 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -40,9 +39,11 @@ def _main(argv: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)
     arguments.words = ["objective-zoo", *(sys.argv[1:] if argv is None else argv)]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from benchmarks.console import shown
+
     try:
-        arguments.command(arguments)
+        with shown():
+            arguments.command(arguments)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -13,7 +13,6 @@ carries one line, how the cell ended; whatever else is printed goes to standard 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pkgutil
 import signal
@@ -36,11 +35,14 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # Outside training, where nothing can be saved; training takes both signals itself.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from benchmarks.console import shown
+
     run_cell = pkgutil.resolve_name(address)
 
     def lead() -> None:
-        os.write(answer, json.dumps(asdict(run_cell(Path(folder)))).encode())
+        with shown():
+            ended = run_cell(Path(folder))
+        os.write(answer, json.dumps(asdict(ended)).encode())
 
     if "RANK" not in os.environ:
         return lead()

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from registry.protocols import LossOutput
-from trainers import ranks
+from trainers import progress, ranks
 from trainers.checkpoints.callback import CheckpointCallback
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
 from trainers.state import Callback, TrainState
@@ -136,10 +136,12 @@ class PeriodicEvaluation(Callback):
 
 @dataclass(kw_only=True, eq=False)
 class ProgressBar(Callback):
-    """Loss, images per second and time left on stderr: a bar, or lines where that is a file."""
+    """Loss, images per second and time left on stderr: a bar, or lines where that is a file.
+
+    It is silent unless progress is shown (trainers/progress.py).
+    """
 
     label: str = ""
-    enabled: bool = True
 
     _bar: tqdm[Any] | None = field(default=None, init=False, repr=False)
     _start: tuple[int, float, float] = field(default=(0, 0.0, 0.0), init=False, repr=False)
@@ -148,17 +150,17 @@ class ProgressBar(Callback):
     def on_start(self, state: TrainState) -> None:
         self._start = (state.images, state.seconds, state.progress)
         self._shown = time.monotonic()
-        if self.enabled and sys.stderr.isatty():
+        if progress.is_shown() and sys.stderr.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
             self._bar = tqdm(total=1.0, desc=self.label, bar_format=form, dynamic_ncols=True)
 
     def on_step(self, state: TrainState, out: LossOutput) -> None:
         interval = 10.0 if self._bar is None else 0.5
-        if self.enabled and time.monotonic() - self._shown >= interval:
+        if progress.is_shown() and time.monotonic() - self._shown >= interval:
             self._show(state, f"step {state.step}, loss {out.per_sample.mean().item():.4g}")
 
     def on_end(self, state: TrainState) -> None:
-        if self.enabled:
+        if progress.is_shown():
             self._show(state, f"step {state.step}")
         if self._bar is not None:
             self._bar.close()

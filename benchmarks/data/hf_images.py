@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.data.image_files import as_pixels, check_memory, judge_pictures
+from benchmarks.data.image_files import BAR_FROM, as_pixels, check_memory, judge_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 from registry.core import did_you_mean
+from trainers import progress
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -140,9 +140,8 @@ def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
     pixels = torch.empty(len(rows), channels, resolution, resolution, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         read = partial(_read, table.select_columns([column]), column, pixels)
-        reports = tqdm(
-            pool.map(read, rows), "reading pictures", len(rows), disable=len(rows) < 2000
-        )
+        made, worth = pool.map(read, rows), len(rows) >= BAR_FROM
+        reports = progress.bar(made, "reading pictures", worth=worth, total=len(rows))
         judge_pictures(list(reports), resolution)
     return pixels
 

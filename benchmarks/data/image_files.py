@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
+
+from trainers import progress
 
 SUFFIXES = tuple(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff "
@@ -201,10 +202,9 @@ def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channel
         return side
 
     with ThreadPoolExecutor() as pool:
-        quiet = len(stamps) < BAR_FROM
-        reports = tqdm(
-            pool.map(read, range(len(stamps))), "reading pictures", len(stamps), disable=quiet
-        )
+        made = pool.map(read, range(len(stamps)))
+        worth = len(stamps) >= BAR_FROM
+        reports = progress.bar(made, "reading pictures", worth=worth, total=len(stamps))
         judge_pictures(list(reports), resolution)
     return pixels
 
@@ -216,8 +216,8 @@ def check_pictures(files: Sequence[Path], resolution: int = 1) -> None:
     not what it should be; other kinds, which have no such end, are decoded.
     """
     with ThreadPoolExecutor() as pool:
-        quiet = len(files) < BAR_FROM
-        reports = tqdm(pool.map(_look, files), "checking pictures", len(files), disable=quiet)
+        looked, worth = pool.map(_look, files), len(files) >= BAR_FROM
+        reports = progress.bar(looked, "checking pictures", worth=worth, total=len(files))
         judge_pictures(list(reports), resolution)
 
 

@@ -24,11 +24,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.metrics.evaluate import BLOCK
 from benchmarks.metrics.features import Extractor
-from trainers import ranks
+from trainers import progress, ranks
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +138,8 @@ def fill(
     lacking = {block: [s for s in sinks if not s.has(block)] for block in mine}
     done = sum(_size(block, num) for block, wanting in lacking.items() if not wanting)
     total = sum(_size(block, num) for block in mine)
-    with tqdm(
-        total=total,
-        initial=done,
-        desc=label,
-        unit="img",
-        disable=not ranks.leads() or total == done,
-    ) as bar:
+    worth = ranks.leads() and total != done
+    with progress.bar(None, label, worth=worth, total=total, initial=done, unit="img") as bar:
         for block, wanting in lacking.items():
             if not wanting:
                 continue

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared, Setting
@@ -27,6 +25,7 @@ from benchmarks.launchers.launcher import InProcess, Launcher
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, pruners, recorders
 from registry.gin_errors import said
+from trainers import progress
 from trainers.zero.engine import WITHOUT_EFFECT
 
 NO_PART_OF_ID = {
@@ -93,8 +92,11 @@ def plan(
     troubles = {trouble: [""] for trouble in wrong}
     cause = None
     cells = declared.cells(arms)
-    quiet = None if len(cells) > 8 else True  # None: where stderr is no terminal
-    for arm, setting in tqdm(cells, "building the cells", leave=False, disable=quiet):
+    # disable=None: not where stderr is no terminal
+    shown = progress.bar(
+        cells, "building the cells", worth=len(cells) > 8, leave=False, disable=None
+    )
+    for arm, setting in shown:
         try:
             drafts.append(_draft(request, arm, setting, look, wrong))
         except Exception as error:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.data.image_files import (
     Found,
@@ -48,6 +46,7 @@ from benchmarks.latents.shards import (
     write_shard,
 )
 from benchmarks.latents.workers import Tell, results
+from trainers import progress
 from trainers.devices import device_of
 
 PREPROCESSING = (
@@ -135,10 +134,10 @@ def _encode(
         )
     shards, problems = finished_shards(out, [job.sizes() for job in jobs])
     for problem in problems:
-        print(f"{problem}: encoded again", file=sys.stderr)
+        log.warning("%s: encoded again", problem)
     missing = [job for job in jobs if job.number not in shards]
     done = sum(shard.rows for shard in shards.values())
-    with tqdm(total=len(found.files), initial=done, desc="encoding", unit="img") as bar:
+    with progress.bar(None, "encoding", total=len(found.files), initial=done, unit="img") as bar:
         shards |= _run(missing, min(workers, len(missing)), devices, bar)
     manifest = _manifest(plan, [shards[job.number] for job in jobs], encoder, normalise)
     manifest.save(out)

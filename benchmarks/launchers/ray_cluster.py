@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.console import shown
 from benchmarks.launchers.launcher import OUTPUT, Ended, Job, Progress, RunCell, interruptible
 from benchmarks.launchers.subprocesses import Worker
 from benchmarks.records.mlflow_sync import reason
@@ -185,8 +186,12 @@ def _run_cell(
     os.environ.update(environment)
     if ranks > 1:
         return _run_in_ranks(Job(folder.name, folder), run_cell, ranks)
-    with open(folder / OUTPUT, "a") as output, redirect_stdout(output), redirect_stderr(output):
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    with (
+        open(folder / OUTPUT, "a") as output,
+        redirect_stdout(output),
+        redirect_stderr(output),
+        shown(),
+    ):
         return run_cell(folder)
 
 

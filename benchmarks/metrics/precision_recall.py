@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.metrics.distances import Values, vectors
 from registry import metrics
 from registry.protocols import Reference
+from trainers import progress
 
 BAR_FROM = 10_000  # rows from which on a bar shows
 
@@ -91,5 +91,4 @@ class PrecisionRecall:
 
     def _blocks(self, x: Tensor, label: str) -> Iterable[Tensor]:
         parts = x.split(self.block)
-        bar: Iterable[Tensor] = tqdm(parts, label, leave=False, disable=len(x) < BAR_FROM)
-        return bar
+        return progress.bar(parts, label, worth=len(x) >= BAR_FROM, leave=False)

@@ -33,6 +33,7 @@ from trainers import (
     TorchEngine,
     TrainState,
     TrainStep,
+    progress,
 )
 from trainers.rng import generator, seed_dropout, stream
 from zoo.ops import mean_flat
@@ -622,7 +623,8 @@ def test_progress_bar_shows_loss_rate_and_time_left(capsys: pytest.CaptureFixtur
         def on_step(self, state: TrainState, out: LossOutput) -> None:
             bar._shown = -1e9
 
-    run(callbacks=[Impatient(), bar], budget=Budget(steps=4))
+    with progress.shown():
+        run(callbacks=[Impatient(), bar], budget=Budget(steps=4))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
     assert lines[1].startswith("toy  50% step 2, loss ")
@@ -634,15 +636,18 @@ def test_progress_bar_draws_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    run(callbacks=[ProgressBar(label="toy")], budget=Budget(steps=4))
+    with progress.shown():
+        run(callbacks=[ProgressBar(label="toy")], budget=Budget(steps=4))
     text = capsys.readouterr().err
     assert "\r" in text
     assert "100%|" in text
     assert "left" in text
 
 
-def test_progress_bar_is_silent_when_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    run(callbacks=[ProgressBar(label="toy", enabled=False)])
+def test_progress_bar_is_silent_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(callbacks=[ProgressBar(label="toy")])
     assert capsys.readouterr().err == ""
 
 
