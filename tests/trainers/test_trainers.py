@@ -645,8 +645,6 @@ def test_progress_bar_draws_a_bar_on_a_terminal(
 
 
 def test_progress_bar_is_silent_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    capsys: pytest.CaptureFixture[str],
-) -> None:
     run(callbacks=[ProgressBar(label="toy")])
     assert capsys.readouterr().err == ""
 
