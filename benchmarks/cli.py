@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from benchmarks.commands import evaluate, run, weights
+from benchmarks.commands import bench, check, encode, evaluate, grid, plan, report, run, weights
 
 EXPECTED = (ValueError, KeyError, OSError, ImportError)
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, evaluate, weights):
+    for module in (run, grid, evaluate, report, check, plan, bench, encode, weights):
         module.add_to(commands)
     return parser
 

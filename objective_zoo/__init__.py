@@ -1,3 +1,205 @@
-"""The Python door: compare, open and evaluate runs from Python; see `run`."""
+"""The Python door: compare objectives, open and evaluate their runs, from Python or a notebook.
+
+    import objective_zoo as oz
+
+    c = oz.run("experiments/digits.gin", arms=["mean_flow", "dumo"], set={"run.steps": 50})
+    c.table()                                  # a pandas DataFrame
+    c.runs["dumo"].show(nfe=(1, 2, 4))         # pictures from the same noise
+
+Importing it is light: the rest of the package, and torch, come at the first call. Every call reads
+its configuration anew and leaves gin as it was. Numbers are those of the command line with the same
+seeds. Calls are silent; `progress=True` shows bars and notes on stderr.
+"""
 
 from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from objective_zoo.own_packages import first
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from backbones.network import FlowNetwork
+    from benchmarks.conformance import Report as ConformanceReport
+    from benchmarks.grids.comparison import CellsFailed as CellsFailed
+    from objective_zoo.comparing import Comparison as Comparison
+    from objective_zoo.comparing import Experiment as Experiment
+    from objective_zoo.runs import Run as Run
+    from zoo import objectives as objectives
+
+__all__ = [
+    "CellsFailed", "Comparison", "Experiment", "Run", "check", "experiment", "grid", "load",
+    "load_network", "objectives", "parts", "report", "run",
+]  # fmt: skip
+_LAZY = {
+    "CellsFailed": "benchmarks.grids.comparison",
+    "Comparison": "objective_zoo.comparing",
+    "Experiment": "objective_zoo.comparing",
+    "Run": "objective_zoo.runs",
+    "objectives": "zoo",
+}
+
+
+def run(
+    file: str | Path,
+    *,
+    arms: Sequence[str] = (),
+    set: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """Train, sample and measure the arms of a gin file, or its one run; as `objective-zoo run`.
+
+    `arms` picks some of the file's arms; `set` binds more, such as {"run.steps": 50}. Its values
+    are Python data, parts, or gin references as texts ("@dumo()"). `out` is a new folder, by
+    default runs/NAME-DATE-TIME; with `resume` what is in it goes on. ValueError is raised before
+    any training for whatever does not fit together. CellsFailed, at the end, names the arms that
+    failed and carries what the others came to.
+
+    >>> c = run("experiments/digits.gin", arms=["mean_flow"], set=TINY, out="x")
+    >>> list(c.runs), c.failed
+    (['mean_flow'], {})
+    """
+    from objective_zoo import comparing
+
+    folder = Path(out or Path("runs") / f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return comparing.compare(file, arms, set or {}, folder, resume=resume, progress=progress)
+
+
+def grid(
+    file: str | Path,
+    *,
+    arms: Sequence[str] = (),
+    set: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """Run every cell of a gin file's arms, axes and seeds; as `objective-zoo grid`.
+
+    Cells that have finished in `out`, by default runs/NAME, are not run again. With `workers` so
+    many run at a time, each in a process of its own. The rest is as in `run`.
+
+    >>> grid("my_grid.gin", set=TINY, out="g").table(by="power").index.tolist()
+    [0.5, 1.0]
+    """
+    from objective_zoo import comparing
+
+    return comparing.grid(
+        file, arms, set or {}, Path(out or Path("runs") / Path(file).stem),
+        workers=workers, retry_failed=retry_failed, progress=progress,
+    )  # fmt: skip
+
+
+def experiment(
+    *, objective: Any, backbone: Any, dataset: Any, set: Mapping[str, Any] | None = None, **run: Any
+) -> Experiment:
+    """One run without a gin file: `.run(out)` trains, measures and records it like any other.
+
+    Parts are registered instances (`objectives.MeanFlow()`) or names ("dit", "digits"); more
+    keywords are the arguments of `run` in gin files, such as steps, batch_size, seed, nfe, sampler;
+    `set` binds what is not in an instance, such as {"dit.dim": 64}.
+
+    >>> e = experiment(objective=objectives.MeanFlow(), backbone="dit", dataset="digits", steps=4)
+    >>> print(e.config)
+    run.objective = @mean_flow()
+    run.backbone = @dit
+    run.dataset = @digits()
+    run.steps = 4
+    """
+    from objective_zoo import comparing
+
+    return comparing.experiment(
+        {"objective": objective, "backbone": backbone, "dataset": dataset, **run}, set or {}
+    )
+
+
+def load(folder: str | Path) -> Run:
+    """The finished run in a folder; ValueError, with the runs that are in it, if it is none.
+
+    >>> load("x/mean_flow").result.objective
+    'mean_flow'
+    """
+    from objective_zoo.runs import Run
+
+    return Run(Path(folder))
+
+
+def load_network(folder: str | Path) -> FlowNetwork:
+    """The network in a folder that `objective-zoo export` wrote, in evaluation mode on the CPU.
+
+    >>> load_network("exported").keys
+    ('u',)
+    """
+    from backbones.pretrained.exported import load_exported
+
+    return load_exported(folder)
+
+
+def parts(kind: str) -> pd.DataFrame:
+    """What is registered of a kind, such as "objective" or "sampler": summary and paper by name.
+
+    >>> parts("objective").loc["mean_flow", "arxiv"]
+    '2505.13447'
+    """
+    import pandas as pd
+
+    from registry.catalogue import kind_of, reference_of
+    from registry.core import summary
+    from registry.plugins import load_plugins
+
+    load_plugins()
+    found = {name: kind_of(kind).get(name) for name in kind_of(kind).names()}
+    papers = {name: reference_of(cls) for name, cls in found.items()}
+    columns = {
+        "summary": {name: summary(cls) for name, cls in found.items()},
+        "arxiv": {name: paper.arxiv if paper else "" for name, paper in papers.items()},
+    }
+    return pd.DataFrame(columns).rename_axis(index=kind)
+
+
+def check(name: str, file: str | Path | None = None) -> ConformanceReport:
+    """Test an objective against closed forms; `.problems()` names the claims that fail.
+
+    `file` is a Python file of one's own, imported first.
+
+    >>> check("flow_matching").problems()
+    ()
+    """
+    from benchmarks.conformance import check as conformance
+
+    return conformance(name, Path(file) if file else None)
+
+
+def report(
+    runs: Sequence[str | Path], *, out: str | Path, baseline: str = "", force: bool = False
+) -> Path:
+    """Write recorded runs as one page, tables and figures into `out`; the page's path.
+
+    >>> report(["x"], out="r").name
+    'report.html'
+    """
+    from benchmarks.report import write_report
+
+    write_report(runs, Path(out), baseline=baseline, force=force)
+    return Path(out) / "report.html"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'objective_zoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+first()

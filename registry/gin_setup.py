@@ -9,6 +9,7 @@ gin-config has no public way to ask for most of this, hence the private names; i
 from __future__ import annotations
 
 import copy
+import threading
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from registry.gin_files import resolve as resolve
 from registry.plugins import load_plugins
 
 MACRO = "gin.macro"
+_alone = threading.RLock()
 
 
 def parse(
@@ -55,6 +57,29 @@ def parse(
             raise
         troubles.append(str(error))
     return tuple(dict.fromkeys(opened))
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Nothing is bound inside, and afterwards all is bound that was bound before.
+
+    gin's configuration is one for the whole process: a second thread waits here.
+    """
+    stores: tuple[Any, ...] = (
+        config._CONFIG,
+        config._SINGLETONS,
+        config._IMPORTS,
+        config._OPERATIVE_CONFIG,
+    )
+    with _alone:
+        kept = [store.copy() for store in stores]
+        gin.clear_config()
+        try:
+            yield
+        finally:
+            for store, before in zip(stores, kept, strict=True):
+                store.clear()
+                store.update(before)
 
 
 @contextmanager

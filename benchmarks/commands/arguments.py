@@ -14,7 +14,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a gin file, such as experiments/digits.gin")
-    parser.add_argument("--arm", default="", help="only this arm of the file")
+    parser.add_argument(
+        "--arm", dest="only", action="append", default=[], metavar="ARM",
+        help="only this arm of the file; may be repeated",
+    )  # fmt: skip
     add_bindings(parser, "run.seed = 1")
 
 
@@ -23,6 +26,10 @@ def add_bindings(parser: argparse.ArgumentParser, example: str) -> None:
         "--set", dest="bindings", action="append", default=[], metavar="BINDING",
         help=f"one more binding, such as {example!r}; may be repeated",
     )  # fmt: skip
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -37,4 +44,4 @@ def request_of(arguments: argparse.Namespace) -> Request:
     bindings = list(arguments.bindings)
     if arguments.tracking_uri:
         bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
-    return Request(file=arguments.file, bindings=tuple(bindings), arm=arguments.arm)
+    return Request(file=arguments.file, bindings=tuple(bindings), only=tuple(arguments.only))

@@ -46,7 +46,7 @@ SMALL: Mapping[str, tuple[str, ...]] = {
 
 def shrunken(request: Request, data: Path) -> Request:
     """The request for a small recipe, whose data are made under `data` unless they are there."""
-    gin_setup.parse([request.file], request.bindings)
+    request.parse()
     backbone = repr(gin_setup.query("run.backbone")).removeprefix("@")
     if backbone not in SMALL:
         raise ValueError(f"--smoke knows how to shrink {', '.join(SMALL)}, not {backbone}")

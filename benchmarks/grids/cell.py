@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class Cell:
 def run_cell(folder: Path) -> Ended:
     """Run the cell in `folder` and say how it ended; whatever goes wrong in it is recorded."""
     cell = Cell.load(folder)
-    print(cell.headline, file=sys.stderr, flush=True)
+    log.info("%s", cell.headline)
     try:
         gin_setup.parse([folder / CONFIG])
         with (

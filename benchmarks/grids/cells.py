@@ -40,6 +40,7 @@ class Planned:
 
     cell: Cell
     group: str  # the arm with its values, but for the seed
+    values: Setting  # of the axes, but for the seed
     bindings: tuple[str, ...]
     config: str
     operative: str
@@ -67,6 +68,7 @@ class _Draft:
     arm: str
     title: str  # the arm, or else the objective
     setting: Setting
+    values: Setting  # the setting without the seed
     group: str
     dropped: tuple[str, ...]  # keys of the setting that nothing used
     unused: frozenset[str]  # everything that nothing used
@@ -115,14 +117,14 @@ def plan(
     verb = "grid" if declared else "run"
     opened = request.parse()
     return Plan(
-        name=gin_setup.resolve(request.file).stem,
+        name=request.name,
         cells=tuple(
             _planned(request, declared, draft, f"[{number}/{len(different)}]")
             for number, draft in enumerate(different, 1)
         ),
         axes=declared,
         notes=tuple(_notes(drafts, len(different))),
-        config=request.text(opened, request.command(verb, request.arm)),
+        config=request.text(opened, verb, request.command(verb, request.only)),
         launcher=gin_setup.build("Grid.launcher") or InProcess(),
         recorder=different[0].recorder,
     )
@@ -148,17 +150,19 @@ def _draft(
     inert = set(gin_setup.inert_bindings(arm))
     dropped = tuple(key for key, _ in setting if _without_effect(arm, key, inert))
     kept = tuple(pair for pair in setting if pair[0] not in dropped)
+    values = tuple(pair for pair in kept if not _is_seed(arm, pair[0]))
     title = arm or experiment.objective_name
     return _Draft(
         arm=arm,
         title=title,
         setting=kept,
-        group=axes.label(title, tuple(pair for pair in kept if not _is_seed(arm, pair[0]))),
+        values=values,
+        group=axes.label(title, values),
         dropped=dropped,
         unused=frozenset(inert | (request.asked & {*gin_setup.overridden_bindings(arm)})),
         id=identity,
         headline=_headline(experiment),
-        config=request.text(opened, request.command("run", arm, axes.bindings(arm, kept)), arm),
+        config=request.text(opened, "run", _command(request, arm, kept), arm),
         operative=operative,
         recorder=experiment.recorder,
         prunes=experiment.pruner is not None,
@@ -174,9 +178,9 @@ def _planned(request: Request, declared: Declared, draft: _Draft, number: str) -
         "cell.id": draft.id,
         "arm": draft.title,
         "group": draft.group,
-        "grid": gin_setup.resolve(request.file).stem,
+        "grid": request.name,
         "cell.bindings": json.dumps(bindings),
-        "cell.command": request.command("run", draft.arm, bindings),
+        "cell.command": _command(request, draft.arm, draft.setting),
     }
     cell = Cell(
         name=name,
@@ -188,12 +192,17 @@ def _planned(request: Request, declared: Declared, draft: _Draft, number: str) -
     return Planned(
         cell=cell,
         group=draft.group,
+        values=draft.values,
         bindings=bindings,
         config=draft.config,
         operative=draft.operative,
         prunes=draft.prunes,
         cost=draft.cost,
     )
+
+
+def _command(request: Request, arm: str, setting: Setting) -> str:
+    return request.command("run", [arm] if arm else [], axes.bindings(arm, setting))
 
 
 def _id(opened: Iterable[Path], data: str) -> str:

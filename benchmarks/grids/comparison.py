@@ -11,11 +11,13 @@ The folder of a comparison holds
 
 from __future__ import annotations
 
+import ast
 import json
-import sys
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,58 +33,119 @@ from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import average, result_table
 from benchmarks.launchers.launcher import Job, close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
-from benchmarks.records.mlflow_store import open_hint
 from benchmarks.records.provenance import commit
 from benchmarks.records.recorders import Mlflow
 from benchmarks.runs.result import RESULT, SAMPLES, Result
 from registry import gin_setup
 
-GRID, LOCK = "grid.json", "grid.lock"
+GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture
 
+log = logging.getLogger(__name__)
 
-def compare(request: Request, out: Path, again: str, *, resume: bool = False) -> list[Result]:
-    """Run every arm, or the one that is asked for; the results of those that finished.
 
-    Arms that are finished already are not run again. One that fails is recorded and named, the
-    others run; SystemExit(1) at the end. `again` is the command that goes on after a signal.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a comparison's table: the runs that differ in their seeds alone."""
+
+    arm: str
+    values: Mapping[str, str]  # of the grid's axes, as gin text
+    folders: tuple[Path, ...]  # of the finished runs
+
+    @cached_property
+    def results(self) -> tuple[Result, ...]:
+        """Read from the folders, one for each seed."""
+        return tuple(map(Result.load, self.folders))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison came to."""
+
+    folder: Path
+    rows: Mapping[str, Row]  # by name; a row without a finished run is left out
+    failed: Mapping[str, str]  # why, by the name of the cell
+    seconds: float
+    store: str  # the address of the MLflow store; '' without one
+
+    def results(self, by: str = "") -> dict[Any, list[Result]]:
+        """The results of the seeds of each row; with `by`, of each value of this axis.
+
+        `by` is a key of the grid's axes, or the last word of one. The values have the arm before
+        them where there are several arms. KeyError, with the axes that there are, for another name.
+        """
+        if not by:
+            return {name: list(row.results) for name, row in self.rows.items()}
+        keys = list(dict.fromkeys(key for row in self.rows.values() for key in row.values))
+        named = [key for key in keys if by in (key, key.split("/")[-1], key.split(".")[-1])]
+        if len(named) != 1:
+            raise KeyError(
+                f"{by!r} names {len(named) or 'none'} of the axes; they are: "
+                f"{', '.join(keys) or 'none, this is no grid'}"
+            )
+        arms = {row.arm for row in self.rows.values()}
+        found: dict[Any, list[Result]] = {}
+        for row in self.rows.values():
+            value = _plain(row.values.get(named[0]))
+            label = (row.arm, value) if len(arms) > 1 else value
+            found.setdefault(label, []).extend(row.results)
+        return found
+
+    def text(self) -> str:
+        """The table as aligned Markdown; '' where no run has finished."""
+        if not self.rows:
+            return ""
+        means = [average(name, row.results) for name, row in self.rows.items()]
+        return result_table(means, [len(row.folders) for row in self.rows.values()])
+
+
+class CellsFailed(RuntimeError):
+    """Cells of a comparison failed: why, by name; `comparison` has what the others came to."""
+
+    def __init__(self, failed: Mapping[str, str], comparison: Any):
+        super().__init__("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
+        self.failed, self.comparison = failed, comparison
+
+
+def compare(request: Request, out: Path, *, resume: bool = False) -> Comparison:
+    """Run every arm, or those that are asked for.
+
+    Arms that are finished already are not run again. One that fails is recorded and the others
+    run; CellsFailed at the end names it. After a signal KeyboardInterrupt is raised, and the same
+    call with `resume` goes on.
     """
     _check_folder(out, resume)
     arms, axes = request.arms(), request.declared()
-    if axes and arms != ("",) and not request.arm:
+    if axes and arms != ("",) and not request.only:
         raise ValueError(
-            f"{request.file} has axes ({', '.join(axes.keys)}). Run all its cells "
+            f"{request.name} has axes ({', '.join(axes.keys)}). Run all its cells "
             f"with `{request.command('grid')}`, or with --arm one arm at the file's own values"
         )
     if axes:
-        _say(f"one cell; `objective-zoo grid` runs those along {', '.join(axes.keys)}")
+        log.info("one cell; `objective-zoo grid` runs those along %s", ", ".join(axes.keys))
     planned = plan(request, Declared())
     with alone(out / LOCK, "a comparison"):
         states = {planned.cell.name: state_in(out / planned.cell.name) for planned in planned.cells}
         for one in planned.cells:
             if states[one.cell.name].status == "finished":
                 _check_same(one, out / one.cell.name)
-        return _run(planned, out, states, again, retry_failed=True)
+        return _run(planned, out, states, retry_failed=True)
 
 
 def run_grid(
-    request: Request,
-    out: Path,
-    again: str,
-    *,
-    workers: int | None = None,
-    retry_failed: bool = False,
-) -> list[Result]:
+    request: Request, out: Path, *, workers: int | None = None, retry_failed: bool = False
+) -> Comparison:
     """Run the cells that are finished neither in `out` nor, by the MLflow store, elsewhere.
 
-    Those that failed before are left alone unless they are to be retried; else as `compare`.
+    Those that failed before are left alone unless they are to be retried; else as `compare`. The
+    same call goes on with what a signal ended.
     """
     _check_folder(out, resume=True)
     planned = plan(request, request.axes())
     if workers is not None:
         planned = replace(planned, launcher=Subprocesses(workers=workers))
     with alone(out / LOCK, "a comparison"):
-        return _run(planned, out, states_of(planned, out), again, retry_failed=retry_failed)
+        return _run(planned, out, states_of(planned, out), retry_failed=retry_failed)
 
 
 def states_of(planned: Plan, out: Path) -> dict[str, State]:
@@ -101,11 +164,11 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
 
 
 def _run(
-    planned: Plan, out: Path, states: Mapping[str, State], again: str, *, retry_failed: bool
-) -> list[Result]:
+    planned: Plan, out: Path, states: Mapping[str, State], *, retry_failed: bool
+) -> Comparison:
     started = time.monotonic()
     for note in [*planned.notes, *_other_code(states.values())]:
-        _say(note)
+        log.info("%s", note)
     jobs = []
     failed: dict[str, str] = {}
     for one in planned.cells:
@@ -113,33 +176,36 @@ def _run(
         if state.status == "failed" and not retry_failed:
             failed[one.cell.name] = f"{state.said} (before; --retry-failed runs it again)"
         elif state.status == "finished" or (state.status == "pruned" and one.prunes):
-            _say(f"{one.cell.name}: {state.status} already{_where(state, out)}")
+            log.info("%s: %s already%s", one.cell.name, state.status, _where(state, out))
         else:
             jobs.append(Job(one.cell.name, _prepare(one, out / one.cell.name)))
     with planned.recorder.start(name=out.name, folder=out, tags={"grid": planned.name}) as parent:
         parent.text(planned.config, "config.gin")
         parent.text(_about(planned, states), GRID)
-        failed |= _launch(planned, jobs, parent, again)
-        results = _report(parent, planned, states, out)
+        failed |= _launch(planned, jobs, parent)
+        comparison = Comparison(
+            folder=out,
+            rows=_rows(planned, states),
+            failed=failed,
+            seconds=time.monotonic() - started,
+            store=planned.recorder.store.name if isinstance(planned.recorder, Mlflow) else "",
+        )
+        _keep(comparison, parent)
         parent.close("FAILED" if failed else "FINISHED")
-    _say_where(planned.recorder, out, time.monotonic() - started)
     if failed:
-        raise SystemExit("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
-    return results
+        raise CellsFailed(failed, comparison)
+    return comparison
 
 
-def _launch(planned: Plan, jobs: Sequence[Job], parent: Any, again: str) -> dict[str, str]:
+def _launch(planned: Plan, jobs: Sequence[Job], parent: Any) -> dict[str, str]:
     """Run the jobs; why each failed that did."""
     failed = {}
-    try:
-        for number, ended in enumerate(planned.launcher(jobs, run_cell) if jobs else (), 1):
-            why = f": {ended.reason}" if ended.reason else ""
-            _say(f"{ended.name} {ended.status}, {number} of {len(jobs)}{why}")
-            if ended.status == "failed":
-                failed[ended.name] = ended.reason
-                close_lost(next(j for j in jobs if j.name == ended.name), ended.reason, parent)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"stopped; the same goes on with\n    {again}") from stop
+    for number, ended in enumerate(planned.launcher(jobs, run_cell) if jobs else (), 1):
+        why = f": {ended.reason}" if ended.reason else ""
+        log.info("%s %s, %d of %d%s", ended.name, ended.status, number, len(jobs), why)
+        if ended.status == "failed":
+            failed[ended.name] = ended.reason
+            close_lost(next(j for j in jobs if j.name == ended.name), ended.reason, parent)
     return failed
 
 
@@ -167,44 +233,42 @@ def _about(planned: Plan, states: Mapping[str, State]) -> str:
     return json.dumps({"grid": planned.name, **about}, indent=1) + "\n"
 
 
-def _report(parent: Any, planned: Plan, states: Mapping[str, State], out: Path) -> list[Result]:
-    """The table on the terminal and as table.md, and the picture of the first cell of each group.
-
-    A row is the mean over the cells of a group, which differ in their seeds.
-    """
-    groups: dict[str, list[Path]] = {}
+def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
+    """The rows in the order of the cells, with the runs that have finished."""
+    rows: dict[str, Row] = {}
     for one in planned.cells:
         folder = states[one.cell.name].folder
         if (folder / RESULT).exists():
-            groups.setdefault(one.group, []).append(folder)
-    results = [average(g, [Result.load(f) for f in folders]) for g, folders in groups.items()]
-    if results:
-        text = result_table(results, [len(folders) for folders in groups.values()])
-        print(f"\n{text}")
-        parent.text(text, "table.md")
-        rows = {
-            f"{group} {key.removeprefix('nfe')}": samples[:NUM_COLUMNS]
-            for group, (folder, *_) in groups.items()
-            for key, samples in sorted(load_file(folder / SAMPLES).items(), key=_by_nfe)
-        }
-        if path := picture(rows, out / "samples.png"):
-            parent.artifact(path)
-    return results
+            arm = one.cell.tags["arm"]
+            row = rows.get(one.group) or Row(arm=arm, values=dict(one.values), folders=())
+            rows[one.group] = replace(row, folders=(*row.folders, folder))
+    return rows
+
+
+def _keep(comparison: Comparison, parent: Any) -> None:
+    """table.md, and the picture of the first run of each row."""
+    if not comparison.rows:
+        return
+    parent.text(comparison.text(), TABLE)
+    rows = {
+        f"{name} {key.removeprefix('nfe')}": samples[:NUM_COLUMNS]
+        for name, row in comparison.rows.items()
+        for key, samples in sorted(load_file(row.folders[0] / SAMPLES).items(), key=_by_nfe)
+    }
+    if path := picture(rows, comparison.folder / PICTURE):
+        parent.artifact(path)
+
+
+def _plain(text: str | None) -> Any:
+    """A value of an axis as Python data; what is none, such as a reference, stays text."""
+    try:
+        return ast.literal_eval(text) if text is not None else None
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _by_nfe(item: tuple[str, Any]) -> int:
     return int(item[0].removeprefix("nfe"))
-
-
-def _say_where(recorder: Any, out: Path, seconds: float) -> None:
-    print(f"\n{seconds / 60:.1f} minutes")
-    print(f"table     {out / 'table.md'}")
-    if (out / "samples.png").exists():
-        print(f"samples   {out / 'samples.png'}")
-    print(f"gin text  {out}/*/config.gin, operative.gin")
-    if isinstance(recorder, Mlflow):
-        uri = recorder.store.name
-        print(f"MLflow    {uri}; open it with\n          {open_hint(uri)}")
 
 
 def _other_code(states: Iterable[State]) -> list[str]:
@@ -262,7 +326,3 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} is not empty: continue it with --resume, or choose another --out")
     if there and GRID not in there:
         raise ValueError(f"{out} holds something else than a comparison; choose another --out")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

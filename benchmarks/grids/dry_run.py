@@ -7,7 +7,7 @@ Neither counts start-up, checkpoints and pictures.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,8 @@ from zoo.objectives.flow_matching import FlowMatching
 
 TIMED_STEPS = 3  # after one to warm up
 TIMED_SAMPLES = 200
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,17 @@ def _kind(experiment: Experiment) -> tuple[Hashable, ...]:
     )
 
 
-def dry_run(request: Request, out: Path, workers: int | None = None) -> None:
-    """Print the cells with their bindings, what they lack, and the estimate."""
-    print("timing a few steps of each kind of cell ...", file=sys.stderr, flush=True)
+def dry_run(request: Request, out: Path, workers: int | None = None) -> str:
+    """The cells with their bindings, what they lack, and the estimate, as text."""
+    log.info("timing a few steps of each kind of cell ...")
     planned = plan(request, request.axes(), look=Estimator())
     states = states_of(planned, out)
+    lines = []
     for one in planned.cells:
         state = states[one.cell.name]
-        print(f"{one.cell.id[:8]}  {one.group}  [{_standing(state, out)}]")
-        for binding in one.bindings:
-            print(f"          {binding}")
-    for note in planned.notes:
-        print(note)
-    print(_estimate(planned, states, workers))
+        lines.append(f"{one.cell.id[:8]}  {one.group}  [{_standing(state, out)}]")
+        lines += [f"          {binding}" for binding in one.bindings]
+    return "\n".join([*lines, *planned.notes, _estimate(planned, states, workers)])
 
 
 def _standing(state: State, out: Path) -> str:

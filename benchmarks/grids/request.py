@@ -1,7 +1,7 @@
 """What a person asks for: a gin file, more bindings on the command line, perhaps one arm.
 
 A file with `Grid.arms` is a comparison of arms, and a grid where it also has axes. A file (or
---set) that binds run.objective outside every arm is a single run, and `--arm` picks one arm.
+--set) that binds run.objective outside every arm is a single run, and `--arm` picks arms.
 """
 
 from __future__ import annotations
@@ -22,23 +22,34 @@ from registry.core import did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asked for: a gin file, more bindings, and perhaps one of its arms."""
+    """What a person asked for: a gin file, more bindings, and perhaps some of its arms.
 
-    file: Path
+    Without a file the bindings say everything.
+    """
+
+    file: Path | None
     bindings: tuple[str, ...] = ()
-    arm: str = ""
+    only: tuple[str, ...] = ()  # of the arms; () is all
+
+    @property
+    def name(self) -> str:
+        """What folders and records of it are called."""
+        return gin_setup.resolve(self.file).stem if self.file else "experiment"
 
     def parse(
         self, more: Sequence[str] = (), troubles: list[str] | None = None
     ) -> tuple[Path, ...]:
-        return gin_setup.parse([self.file], [*self.bindings, *more], troubles)
+        files = [self.file] if self.file else []
+        return gin_setup.parse(files, [*self.bindings, *more], troubles)
 
     def arms(self) -> tuple[str, ...]:
         """The arms to run; ('',) is one run outside every arm. Wrong bindings are for `plan`."""
         self.parse(troubles=[])
         declared = _declared_arms()
-        if self.arm:
-            return (self.arm,)
+        if twice := sorted({arm for arm in self.only if self.only.count(arm) > 1}):
+            raise ValueError(f"--arm {', '.join(twice)} is given more than once")
+        if self.only:
+            return self.only
         if (only := gin_setup.query("Grid.only")) is not None:
             return (only,)
         if not declared or gin_setup.query("run.objective") is not None:
@@ -48,7 +59,7 @@ class Request:
     def declared(self) -> Declared:
         """The axes of the file."""
         self.parse(troubles=[])
-        return axes.declared(gin_setup.resolve(self.file).parent)
+        return axes.declared(gin_setup.resolve(self.file).parent if self.file else Path.cwd())
 
     def axes(self) -> Declared:
         """The axes to run along; ValueError if the request binds what they bind in every cell."""
@@ -74,32 +85,34 @@ class Request:
         replace one that the file puts in, and leave its bindings.
         """
         asked = gin_setup.bindings_of("\n".join(self.bindings))
-        own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text())
+        own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()) if self.file else {}
         keys = set(own)
         if any("@" in value or value == "None" for value in asked.values()):
             parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))
             keys = {key for key in keys if key.split("/")[-1].split(".")[0] not in parts}
         if "Grid.folders" in keys:
             keys = set()
-        elif self.arm or (tuple(arms) == ("",) and "Grid.arms" in keys):
-            keys = {key for key in keys if self.arm and key.startswith(f"{self.arm}/")}
+        elif self.only or (tuple(arms) == ("",) and "Grid.arms" in keys):
+            keys = {key for key in keys if key.split("/")[0] in self.only}
         return keys | set(asked)
 
-    def command(self, verb: str, arm: str = "", more: Sequence[str] = ()) -> str:
+    def command(self, verb: str, only: Sequence[str] = (), more: Sequence[str] = ()) -> str:
         """The line that asks for the same, in any folder; where it is recorded is left out."""
+        if self.file is None:
+            return "objective_zoo.experiment(...)"
         where = [b for b in self.bindings if not b.startswith("mlflow.")]
         words = ["objective-zoo", verb, gin_setup.portable(self.file)]
-        words += ["--arm", arm] if arm else []
+        words += [word for arm in only for word in ("--arm", arm)]
         return shlex.join([*words, *(w for b in (*where, *more) for w in ("--set", b))])
 
-    def text(self, opened: Sequence[Path], command: str, arm: str | None = None) -> str:
+    def text(self, opened: Sequence[Path], verb: str, command: str, arm: str | None = None) -> str:
         """All that was parsed, as one gin file that does the same again; arm None is all arms."""
         gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)
-        made, again = command.replace("\n", "\n#   "), command.split()[1]
+        made = command.replace("\n", "\n#   ")
         return (
-            f"# Made by: {made}\n# The same again: objective-zoo {again} THIS_FILE\n\n"
+            f"# Made by: {made}\n# The same again: objective-zoo {verb} THIS_FILE\n\n"
             f"{gin_setup.full_text()}\n"
         )
 

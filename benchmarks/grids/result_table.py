@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.markdown import markdown
 from benchmarks.runs.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def result_table(results: Sequence[Result], counts: Sequence[int] = ()) -> str:
@@ -59,6 +63,36 @@ def average(name: str, results: Sequence[Result]) -> Result:
         teacher_steps=round(fmean(r.teacher_steps for r in results)),
         teacher_seconds=fmean(r.teacher_seconds for r in results),
     )
+
+
+def wide(results: Mapping[Any, Sequence[Result]]) -> pd.DataFrame:
+    """Means over seeds: rows x (metric, NFE); what real data score is under the NFE "real"."""
+    import pandas as pd
+
+    rows = {}
+    for name, found in results.items():
+        mean = average(str(name), found)
+        row: dict[tuple[str, Any], Any] = {}
+        for key, value in mean.values.items():
+            row[_column(key)] = value
+        row["cost", "seeds"] = len(found)
+        row["cost", "seconds_per_step"] = mean.seconds_per_step
+        row |= {("cost", n): getattr(mean, n) for n in ("steps", "images", "seconds")}
+        row["cost", "parameters"] = mean.num_params
+        rows[name] = row
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.columns = pd.MultiIndex.from_tuples(table.columns, names=["metric", "nfe"])
+    return table
+
+
+def _column(key: str) -> tuple[str, Any]:
+    if key.startswith("nfe"):
+        nfe, metric = key[3:].split("/", 1)
+        return metric, int(nfe)
+    for end in ("_floor", "_ceiling"):
+        if key.endswith(end):
+            return key.removesuffix(end), "real"
+    return key, ""
 
 
 _QUALITY = ("precision", "recall")

@@ -12,8 +12,8 @@ checkpoint saved, and raises KeyboardInterrupt. A second signal acts at once.
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +28,8 @@ from registry import launchers
 
 OUTPUT = "output.log"  # what a cell in a process of its own printed
 TELL_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class InProcess:
 
 
 class Progress:
-    """Tells on stderr which cells run in other processes, and now and then how far they are."""
+    """Notes which cells run in other processes, and now and then how far they are."""
 
     def __init__(self) -> None:
         self._known = set[str]()
@@ -83,9 +85,9 @@ class Progress:
         for job in running:
             if job.name not in self._known:
                 self._known.add(job.name)
-                _say(f"  {job.name} runs; its output is in {job.folder / OUTPUT}")
+                log.info("  %s runs; its output is in %s", job.name, job.folder / OUTPUT)
             elif due:
-                _say(f"  {job.name}: {_last_line(job.folder / OUTPUT)}")
+                log.info("  %s: %s", job.name, _last_line(job.folder / OUTPUT))
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def interruptible() -> Iterator[list[str]]:
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number).name)
         restore()
-        _say(f"{caught[0]}: no more cells start; those that run save a checkpoint and stop")
+        log.info("%s: no more cells start; those that run save a checkpoint and stop", caught[0])
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -129,7 +131,3 @@ def _last_line(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - 1000))
         lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "has printed nothing yet"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -22,6 +22,8 @@ from trainers import ranks
 GRACE_SECONDS = 20.0  # for the others, once one has ended
 _PR_SET_PDEATHSIG = 1
 
+log = logging.getLogger(__name__)
+
 
 def start(
     words: Sequence[str],
@@ -75,7 +77,7 @@ def joined(lead: Callable[[], object], follow: Callable[[], object], words: Sequ
             f"  {' '.join(everyones[other[0]])}\n  {' '.join(everyones[0])}"
         )
     if not ranks.leads():
-        logging.getLogger().setLevel(logging.CRITICAL)
+        logging.disable(logging.ERROR)
         sys.stderr = open(os.devnull, "w")  # progress and the like; how it fails is still told
         follow()
         return
@@ -94,12 +96,15 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], again: str) -> int:
     first, number = min(ended) if min(ended)[0] < 0 else max(ended)
     if first < 0:
         name = signal.Signals(-first).name
-        _say(f"process {number} of {len(started)} was ended by {name}; the others end too", again)
+        log.error(
+            "process %d of %d was ended by %s; the others end too. %s",
+            *(number, len(started), name, again),
+        )
     over = time.monotonic() + GRACE_SECONDS
     while any(process.poll() is None for process in started) and time.monotonic() < over:
         time.sleep(0.05)
     if left := [i for i, process in enumerate(started) if process.poll() is None]:
-        _say(f"process {left[0]} still waits for one that has ended: ended too", again)
+        log.error("process %d still waits for one that has ended: ended too. %s", left[0], again)
         _send(started, signal.SIGKILL)
     statuses = [first, *(process.wait() for process in started)]
     status = next((status for status in statuses if status), 0)
@@ -124,7 +129,3 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def _say(line: str, again: str) -> None:
-    print(f"{line}. {again}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ PACKAGES = (
     "deepspeed",
 )
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("registry", "zoo", "backbones", "trainers", "benchmarks", "gin")
+CODE = ("registry", "zoo", "backbones", "trainers", "benchmarks", "objective_zoo", "gin")
 
 
 def provenance() -> dict[str, str]:

@@ -14,7 +14,7 @@ distance between training pictures themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.runs.result import REAL, SAMPLES
-from registry.protocols import Coded, Dataset
+from registry.protocols import Coded, Cond, Dataset
 from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
@@ -37,16 +37,38 @@ _CHUNK = 500
 
 
 def draw_samples(
-    experiment: Experiment, net: Callable[..., Any], nfe: tuple[int, ...], num: int, seed: int
+    experiment: Experiment,
+    net: Callable[..., Any],
+    nfe: tuple[int, ...],
+    num: int,
+    seed: int,
+    labels: int | Sequence[int] | None = None,
 ) -> dict[int, Tensor]:
-    """`num` samples at each NFE from the same noise and labels."""
+    """`num` samples at each NFE from the same noise and labels.
+
+    `labels` is the class of all, or one for each; None stands for the frequencies of the data.
+    """
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
-    cond = experiment.dataset.sample_labels(num)
+    cond = _chosen(experiment.dataset, num, labels)
     cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
     return {
         n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
         for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
     }
+
+
+def _chosen(dataset: Dataset, num: int, labels: int | Sequence[int] | None) -> Cond | None:
+    if labels is None:
+        return dataset.sample_labels(num)
+    chosen = [labels] * num if isinstance(labels, int) else list(labels)
+    if not dataset.num_classes:
+        raise ValueError(f"labels = {labels!r}: {dataset.name} has no classes; leave labels out")
+    if len(chosen) != num or not all(0 <= label < dataset.num_classes for label in chosen):
+        raise ValueError(
+            f"labels = {labels!r} must be a class, or {num} of them, from 0 to "
+            f"{dataset.num_classes - 1}"
+        )
+    return {"label": torch.tensor(chosen)}
 
 
 def final_samples(experiment: Experiment, net: Callable[..., Any]) -> dict[int, Tensor]:

@@ -206,7 +206,7 @@ def test_the_command_of_a_cell_asks_for_that_cell(planned, tmp_path):
         arm = words[words.index("--arm") + 1]
         bindings = [b for word, b in pairwise(words) if word == "--set"]
         assert bindings == ["run.batch_size = 32", *json.loads(one.cell.tags["cell.bindings"])]
-        request = Request(file=Path(words[2]), bindings=tuple(bindings), arm=arm)
+        request = Request(file=Path(words[2]), bindings=tuple(bindings), only=(arm,))
         (alone,) = plan(request, type(found.axes)()).cells
         assert alone.cell.id == one.cell.id
 

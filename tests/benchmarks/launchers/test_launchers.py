@@ -280,22 +280,20 @@ def test_child_that_a_cell_leaves_behind_is_killed(jobs: Callable[..., list[Job]
 
 
 def test_progress_tells_where_the_output_is_and_then_its_last_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO", "benchmarks")
     job = Job("a", tmp_path)
     progress = launcher.Progress()
     progress.tell([job])
     progress.tell([job])
-    assert capsys.readouterr().err == f"  a runs; its output is in {tmp_path / OUTPUT}\n"
+    assert caplog.messages == [f"  a runs; its output is in {tmp_path / OUTPUT}"]
     monkeypatch.setattr(launcher, "TELL_SECONDS", -1.0)
     (tmp_path / OUTPUT).write_text("")
     progress.tell([job])
     (tmp_path / OUTPUT).write_text("x\n" * 2000 + "  a  40% step 4\n")
     progress.tell([job])
-    assert capsys.readouterr().err.splitlines() == [
-        "  a: has printed nothing yet",
-        "  a: a  40% step 4",
-    ]
+    assert caplog.messages[1:] == ["  a: has printed nothing yet", "  a: a  40% step 4"]
 
 
 def test_record_of_a_killed_cell_is_closed_with_the_reason(tmp_path: Path) -> None:

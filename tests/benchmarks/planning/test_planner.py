@@ -33,7 +33,7 @@ GB = 1e9
 
 
 def tiny(arm: str = "flow_matching", *bindings: str) -> Request:
-    return Request(file=Path(DIGITS), bindings=(*TINY, *bindings), arm=arm)
+    return Request(file=Path(DIGITS), bindings=(*TINY, *bindings), only=(arm,) if arm else ())
 
 
 def simulation(arm: str, *bindings: str) -> Simulation:

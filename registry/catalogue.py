@@ -15,13 +15,20 @@ def catalogue(kind: str | None = None, file: Path | None = None, *, bibtex: bool
     load_plugins()
     if file is not None:
         import_file(file)
-    chosen = [k for k in registry.kinds if kind in (None, k.kind, k.kind.replace(" ", "_"))]
-    if not chosen:
-        known = ", ".join(k.kind for k in registry.kinds)
-        raise ValueError(f"no kind of part is called {kind!r}; there are: {known}")
+    chosen = list(registry.kinds) if kind is None else [kind_of(kind)]
     if bibtex:
         return "\n\n".join(_references(chosen))
     return "\n\n".join(_section(k) for k in chosen if k.names())
+
+
+def kind_of(name: str) -> Registry:
+    """The registry of a kind, such as "objective", "objectives" or "time_law"."""
+    for kind in registry.kinds:
+        word = kind.kind.replace(" ", "_")
+        if name.replace(" ", "_") in (word, f"{word}s"):
+            return kind
+    known = ", ".join(k.kind for k in registry.kinds)
+    raise ValueError(f"no kind of part is called {name!r}; there are: {known}")
 
 
 def _section(kind: Registry) -> str:
@@ -29,17 +36,17 @@ def _section(kind: Registry) -> str:
     lines = [f"{kind.kind}s" if not kind.kind.endswith("s") else kind.kind]
     for name in kind.names():
         cls = kind.get(name)
-        paper = f"  [{reference}]" if (reference := _reference(cls)) else ""
+        paper = f"  [{reference}]" if (reference := reference_of(cls)) else ""
         lines.append(f"  {name:<{width}}  {summary(cls)}{paper}")
     return "\n".join(lines)
 
 
 def _references(kinds: list[Registry]) -> list[str]:
-    found = [_reference(kind.get(name)) for kind in kinds for name in kind.names()]
+    found = [reference_of(kind.get(name)) for kind in kinds for name in kind.names()]
     return list(dict.fromkeys(reference.bibtex() for reference in found if reference))
 
 
-def _reference(cls: type) -> Reference | None:
+def reference_of(cls: type) -> Reference | None:
     """The paper; a data set's `reference` is a method."""
     found = getattr(cls, "reference", None)
     return found if isinstance(found, Reference) else None

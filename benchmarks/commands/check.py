@@ -1,0 +1,41 @@
+"""objective-zoo check, and list: the registered parts, and an objective against closed forms."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from benchmarks.commands.arguments import Commands
+
+
+def add_to(commands: Commands) -> None:
+    listing = commands.add_parser("list", help="every registered part, with its paper")
+    listing.add_argument("--kind", help="one kind only, such as objective")
+    listing.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
+    listing.add_argument("--bibtex", action="store_true", help="the references as BibTeX")
+    listing.set_defaults(command=_list)
+
+    check = commands.add_parser("check", help="test an objective against closed forms")
+    check.add_argument("name", help="a registered objective, such as mean_flow")
+    check.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
+    check.add_argument("--mutations", action="store_true", help="plant mistakes, list what rejects")
+    check.add_argument("--json", action="store_true", help="for machines")
+    check.set_defaults(command=_check)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from registry.catalogue import catalogue
+
+    print(catalogue(arguments.kind, arguments.file, bibtex=arguments.bibtex))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from benchmarks.conformance import check
+
+    tell = (lambda line: None) if arguments.json else partial(print, flush=True)
+    report = check(arguments.name, arguments.file, mutations=arguments.mutations, tell=tell)
+    if arguments.json:
+        print(report.json())
+    if problems := report.problems():
+        raise SystemExit(f"{arguments.name} fails: {', '.join(problems)}")

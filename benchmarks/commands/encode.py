@@ -1,0 +1,60 @@
+"""objective-zoo encode: pictures to the latents of an autoencoder, on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.commands.arguments import Commands
+
+
+def add_to(commands: Commands) -> None:
+    parser = commands.add_parser("encode", help="pictures to the latents of a VAE, on disk")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of pictures")
+    parser.add_argument(
+        "--vae", required=True, help="a folder of diffusers, a hub id or a short name"
+    )
+    parser.add_argument("--subfolder", default="", help="of the VAE's folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
+    parser.add_argument("--resolution", type=int, default=256, help="of the pictures, in pixels")
+    parser.add_argument("--no-labels", action="store_true", help="sub-folders are no classes")
+    parser.add_argument("--no-flips", action="store_true", help="without the mirrored copy")
+    parser.add_argument("--dtype", default="float16", help="on disk; or float32")
+    parser.add_argument(
+        "--normalise", default="constants", choices=("constants", "channel"),
+        help="the VAE's scale and shift, or each channel's own",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="processes; one a GPU, say")
+    parser.add_argument("--device", default="auto", help="default: all GPUs in turn, else the CPU")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures in the VAE at a time")
+    parser.add_argument("--shard-rows", type=int, default=1024, help="pictures in a file")
+    parser.set_defaults(command=_encode)
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from benchmarks.latents.autoencoders import find_vae
+    from benchmarks.latents.encode import Encoder, encode
+
+    encoder = Encoder(
+        vae=find_vae(arguments.vae, arguments.subfolder),
+        resolution=arguments.resolution,
+        flips=not arguments.no_flips,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+    )
+    manifest = encode(
+        arguments.data,
+        arguments.out,
+        encoder,
+        normalise=arguments.normalise,
+        shard_rows=arguments.shard_rows,
+        workers=arguments.workers,
+        device=arguments.device,
+        labelled=not arguments.no_labels,
+    )
+    classes = len(manifest.plan["classes"])
+    print(
+        f"{manifest.num} pictures of {classes or 'no'} classes as {manifest.shape} latents in "
+        f"{len(manifest.shards)} shards: {arguments.out}\ntrain on them: "
+        f"run.dataset = @latents() and latents.folder = {str(arguments.out)!r}"
+    )

@@ -1,0 +1,149 @@
+"""Comparisons started from Python: by a gin file, or by parts as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import registry
+from benchmarks.grids import comparison as library
+from benchmarks.grids.request import Request
+from benchmarks.grids.result_table import wide
+from objective_zoo.calls import called
+from objective_zoo.runs import Run
+from registry.core import Registry
+from registry.gin_text import bindings_of_values
+from registry.plugins import load_plugins
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS: Mapping[str, Registry] = {  # of the arguments of `run` that are parts
+    "objective": registry.objectives,
+    "backbone": registry.backbones,
+    "dataset": registry.datasets,
+    "sampler": registry.samplers,
+    "engine": registry.engines,
+    "optimizer": registry.optimizers,
+    "teacher_optimizer": registry.optimizers,
+    "schedule": registry.schedules,
+    "metric": registry.metrics,
+    "recorder": registry.recorders,
+    "pruner": registry.pruners,
+}
+
+
+class Comparison:
+    """What a comparison came to: its table, the runs that have finished, why others failed."""
+
+    def __init__(self, found: library.Comparison):
+        self._found = found
+        self.folder = found.folder
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return f"Comparison({str(self.folder)!r}): {len(self.runs)} runs{failed}"
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """The finished runs, by the names of their folders."""
+        rows = self._found.rows.values()
+        return {folder.name: Run(folder) for row in rows for folder in row.folders}
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why each cell failed that did, by its name."""
+        return dict(self._found.failed)
+
+    def table(self, by: str = "") -> pd.DataFrame:
+        """Means over seeds: rows x (metric, NFE), with the number of seeds and what a run cost.
+
+        `by` names one of the grid's axes, such as "n2n_every": rows are then its values (with the
+        arm before them where there are several), and means go over everything else. KeyError, with
+        the axes that there are, for another name.
+        """
+        return wide(self._found.results(by))
+
+
+class Experiment:
+    """One run without a gin file, not yet run; `config` is the gin text that says the same."""
+
+    def __init__(self, bindings: Sequence[str]):
+        self._bindings = tuple(bindings)
+
+    @property
+    def config(self) -> str:
+        """One binding a line."""
+        return "\n".join(self._bindings)
+
+    def run(self, out: str | Path, *, resume: bool = False, progress: bool = False) -> Run:
+        """Train, sample, measure and record it in `out`, a new folder."""
+        request = Request(file=None, bindings=self._bindings)
+        with called(progress):
+            found = _finished(lambda: library.compare(request, Path(out), resume=resume))
+        return next(iter(found.runs.values()))
+
+
+def compare(
+    file: str | Path,
+    arms: Sequence[str],
+    values: Mapping[str, Any],
+    out: Path,
+    *,
+    resume: bool,
+    progress: bool,
+) -> Comparison:
+    """See `objective_zoo.run`."""
+    with called(progress):
+        request = _request(file, arms, values)
+        return _finished(lambda: library.compare(request, out, resume=resume))
+
+
+def grid(
+    file: str | Path,
+    arms: Sequence[str],
+    values: Mapping[str, Any],
+    out: Path,
+    *,
+    workers: int | None,
+    retry_failed: bool,
+    progress: bool,
+) -> Comparison:
+    """See `objective_zoo.grid`."""
+    with called(progress):
+        request = _request(file, arms, values)
+        return _finished(
+            lambda: library.run_grid(request, out, workers=workers, retry_failed=retry_failed)
+        )
+
+
+def experiment(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Experiment:
+    """See `objective_zoo.experiment`."""
+    load_plugins()
+    given = {f"run.{name}": _part(name, value) for name, value in arguments.items()}
+    return Experiment(bindings_of_values(given | dict(values)))
+
+
+def _request(file: str | Path, arms: Sequence[str], values: Mapping[str, Any]) -> Request:
+    if isinstance(arms, str):
+        raise ValueError(f"arms = {arms!r} must be a list of names, such as [{arms!r}]")
+    load_plugins()
+    bindings = tuple(bindings_of_values(values))
+    return Request(file=Path(file), bindings=bindings, only=tuple(arms))
+
+
+def _part(name: str, value: Any) -> Any:
+    """A part that is given by its name, as a reference; others as they are."""
+    kind = KINDS.get(name)
+    if kind is None or not isinstance(value, str) or value.startswith("@"):
+        return value
+    kind.get(value)  # says which there are
+    return f"@{value}" if name == "backbone" else f"@{value}()"
+
+
+def _finished(work: Callable[[], library.Comparison]) -> Comparison:
+    try:
+        return Comparison(work())
+    except library.CellsFailed as failure:
+        raise library.CellsFailed(failure.failed, Comparison(failure.comparison)) from None
