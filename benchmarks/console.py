@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainers import progress
+from registry import progress
 
 PACKAGES = ("registry", "zoo", "backbones", "trainers", "benchmarks")
 

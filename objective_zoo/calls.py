@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from benchmarks.console import shown
 from registry import gin_setup
-from trainers import progress as progress_of
+from registry import progress as progress_of
 
 
 @contextmanager

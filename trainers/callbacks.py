@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from registry import progress
 from registry.protocols import LossOutput
-from trainers import progress, ranks
+from trainers import ranks
 from trainers.checkpoints.callback import CheckpointCallback
 from trainers.finite import NonFiniteLoss, StopOnNonFinite
 from trainers.state import Callback, TrainState
@@ -138,7 +139,7 @@ class PeriodicEvaluation(Callback):
 class ProgressBar(Callback):
     """Loss, images per second and time left on stderr: a bar, or lines where that is a file.
 
-    It is silent unless progress is shown (trainers/progress.py).
+    It is silent unless progress is shown (registry/progress.py).
     """
 
     label: str = ""

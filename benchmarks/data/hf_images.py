@@ -19,9 +19,8 @@ from torch import Tensor
 
 from benchmarks.data.image_files import BAR_FROM, as_pixels, check_memory, judge_pictures
 from benchmarks.data.streams import Pictures, StoredSet
-from registry import datasets
+from registry import datasets, progress
 from registry.core import did_you_mean
-from trainers import progress
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks.metrics.evaluate import BLOCK
 from benchmarks.metrics.features import Extractor
-from trainers import progress, ranks
+from registry import progress
+from trainers import ranks
 
 log = logging.getLogger(__name__)
 

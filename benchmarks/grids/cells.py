@@ -23,9 +23,8 @@ from benchmarks.grids.cell import Cell, build
 from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import InProcess, Launcher
 from benchmarks.records.provenance import version_of
-from registry import gin_setup, launchers, pruners, recorders
+from registry import gin_setup, launchers, progress, pruners, recorders
 from registry.gin_errors import said
-from trainers import progress
 from trainers.zero.engine import WITHOUT_EFFECT
 
 NO_PART_OF_ID = {

@@ -46,7 +46,7 @@ from benchmarks.latents.shards import (
     write_shard,
 )
 from benchmarks.latents.workers import Tell, results
-from trainers import progress
+from registry import progress
 from trainers.devices import device_of
 
 PREPROCESSING = (

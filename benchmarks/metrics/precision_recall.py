@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.metrics.distances import Values, vectors
-from registry import metrics
+from registry import metrics, progress
 from registry.protocols import Reference
-from trainers import progress
 
 BAR_FROM = 10_000  # rows from which on a bar shows
 

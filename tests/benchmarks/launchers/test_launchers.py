@@ -42,7 +42,9 @@ except KeyboardInterrupt:
 NOTES_TIME = """
 import time
 (folder / "began").write_text(repr(time.monotonic()))
-time.sleep(0.5)
+while len(list(folder.parent.glob("*/began"))) < 2:  # so that the first two meet
+    time.sleep(0.02)
+time.sleep(0.1)
 (folder / "done").write_text(repr(time.monotonic()))
 """
 

@@ -1,0 +1,302 @@
+"""The Python door: what a notebook would write, and that it is the command line's equal."""
+
+from __future__ import annotations
+
+import doctest
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gin
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
+
+import objective_zoo as oz
+import registry
+from benchmarks.records.jsonl import read_record
+from registry import gin_setup
+from zoo.weighting import Adaptive
+
+TINY: dict[str, Any] = {
+    "run.steps": 4, "run.batch_size": 8, "run.num_samples": 12, "run.nfe": (1, 2),
+    "run.log_every": 1, "run.backbone": "@dit", "dit.patch": 2, "dit.dim": 16, "dit.depth": 1,
+    "dit.num_heads": 2, "run.metric": "@feature_metrics()",
+    "feature_metrics.extractor": "@pixels()", "run.recorder": "@jsonl()",
+}  # fmt: skip
+GRID = """
+include 'experiments/digits.gin'
+Grid.arms = ('mean_flow',)
+Grid.axes = {'adaptive.power': [0.5, 1.0]}
+Grid.repeat = {'run.seed': [0, 1]}
+mean_flow.weight = @adaptive()
+"""
+ARMS = """
+include 'experiments/digits.gin'
+Grid.arms = ('good', 'bad')
+good/run.objective = @flow_matching()
+bad/run.objective = @breaks()
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> oz.Comparison:
+    """Two arms, compared from Python."""
+    out = tmp_path_factory.mktemp("door") / "x"
+    return oz.run(DIGITS, arms=["mean_flow", "dumo"], set=TINY, out=out)
+
+
+def test_numbers_are_those_of_the_command_line_to_the_bit(compared, tmp_path):
+    words = ["run", DIGITS, "--arm", "mean_flow", "--arm", "dumo", "--out", tmp_path / "x"]
+    assert zoo(*words, *sets(*FILE_ONLY)).status == 0
+    for arm, run in compared.runs.items():
+        same = oz.load(tmp_path / "x" / arm)
+        assert run.result.values == same.result.values
+        ours, theirs = (load_file(r.folder / "model.safetensors") for r in (run, same))
+        assert all(ours[name].equal(theirs[name]) for name in ours | theirs)
+
+
+def test_table_has_rows_by_metric_and_nfe_with_seeds_and_cost(compared):
+    table = compared.table()
+    assert table.index.tolist() == ["mean_flow", "dumo"]
+    run = compared.runs["dumo"].result
+    assert table.loc["dumo", ("fd_pixels", 2)] == run.values["nfe2/fd_pixels"]
+    assert table.loc["dumo", ("fd_pixels", "real")] == run.values["fd_pixels_floor"]
+    cost = table.loc["dumo", "cost"]
+    assert (cost["seeds"], cost["steps"], cost["parameters"]) == (1, 4, run.num_params)
+    assert compared.failed == {}
+
+
+def test_run_opens_its_network_history_samples_and_picture(compared):
+    run = oz.load(compared.folder / "mean_flow")
+    assert "run.objective = @mean_flow()" in run.config
+    assert run.net.keys == ("u",)
+    history = run.history("loss")
+    assert history.index.tolist() == [1, 2, 3, 4]
+    assert history["loss"].tolist() == read_record(run.folder).metrics["loss"].values.tolist()
+    assert {"loss", "terms/u"} <= {*run.history().columns}
+
+    three = run.sample(nfe=2, num=3, labels=3)
+    assert three.shape == (3, 1, 8, 8)
+    assert three.equal(run.sample(nfe=2, num=3, labels=[3, 3, 3]))
+    assert not three.equal(run.sample(nfe=2, num=3, labels=4))
+    assert not three.equal(run.sample(nfe=2, num=3, labels=3, seed=1))
+    small, large = run.show(nfe=(1, 2), num=2), run.show(nfe=(1, 2, 4), num=2)
+    assert large.height > small.height > 8
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda run: run.history("los"), "Did you mean 'loss'"),
+        (lambda run: run.sample(labels=10), "from 0 to 9"),
+        (lambda run: run.sample(num=4, labels=[1, 2]), "4 of them"),
+        (lambda run: run.sample(num=0), "1 or more"),
+        (lambda run: run.sample(nfe=0), "nfe"),
+    ],
+)
+def test_requests_in_error_say_what_there_is(compared, call, what):
+    with pytest.raises((ValueError, KeyError), match=what):
+        call(compared.runs["mean_flow"])
+
+
+def test_folder_of_a_comparison_is_no_run_and_names_those_in_it(compared):
+    with pytest.raises(ValueError, match="There are runs in it: dumo, mean_flow"):
+        oz.load(compared.folder)
+
+
+def test_evaluation_is_the_commands(compared):
+    run = compared.runs["mean_flow"]
+    options = {"metrics": ("frechet",), "features": ("pixels",)}
+    values = run.evaluate(num=60, nfe=[1], **options)
+    again = zoo(
+        "evaluate", run.folder, "--num", 60, "--nfe", 1, "--metrics", "frechet",
+        "--features", "pixels", "--out", run.folder / "again",
+    )  # fmt: skip
+    assert again.status == 0
+    assert f"{values['nfe1/fd_pixels']:.4g}" in again.out
+
+
+def test_experiment_without_a_gin_file_is_recorded_like_any_other(tmp_path):
+    made = oz.experiment(
+        objective=oz.objectives.MeanFlow(weight=Adaptive(power=0.5)), backbone="dit",
+        dataset="digits", steps=4, batch_size=8, num_samples=12, nfe=(1,), seed=3, log_every=1,
+        recorder="jsonl", set={"dit.dim": 16, "dit.depth": 1, "dit.num_heads": 2, "dit.patch": 2,
+                               "run.metric": "@mmd()"},
+    )  # fmt: skip
+    run = made.run(tmp_path / "y")
+    assert run.folder == tmp_path / "y" / "mean_flow"
+    assert run.result.seed == 3
+    assert read_record(run.folder).params["adaptive.power"] == "0.5"
+    # Its own text does the same again, from the command line.
+    done = zoo("run", run.folder / "config.gin", "--out", tmp_path / "again")
+    assert done.status == 0, done.err
+    assert oz.load(tmp_path / "again" / "mean_flow").result.values == run.result.values
+
+
+def test_experiment_refuses_what_nothing_uses(tmp_path):
+    made = oz.experiment(
+        objective="mean_flow", backbone="dit", dataset="digits", steps=2, set={"unet.channels": 8}
+    )
+    with pytest.raises(ValueError, match=r"nothing uses unet\.channels"):
+        made.run(tmp_path / "y")
+    with pytest.raises(KeyError, match="Did you mean 'mean_flow'"):
+        oz.experiment(objective="mean_flo", backbone="dit", dataset="digits")
+
+
+def test_failed_arm_is_named_and_the_others_are_carried(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Breaks:
+        heads = ("v",)
+
+        def loss(self, net, batch, rng):
+            if batch.step == 2:
+                raise RuntimeError("broken on purpose")
+            return oz.objectives.FlowMatching().loss(net, batch, rng)
+
+    file = tmp_path / "two.gin"
+    file.write_text(ARMS)
+    with (
+        registry.objectives.temporary("breaks", Breaks),
+        pytest.raises(oz.CellsFailed, match=r"bad failed: .*broken on purpose") as caught,
+    ):
+        oz.run(file, set=TINY, out=tmp_path / "x")
+    assert list(caught.value.failed) == ["bad"]
+    assert list(caught.value.comparison.runs) == ["good"]
+    assert caught.value.comparison.table().index.tolist() == ["good"]
+
+
+def test_two_comparisons_do_not_see_each_others_bindings_nor_the_callers(tmp_path):
+    gin_setup.parse([], ["adamw.lr = 0.125"])
+    small = TINY | {"run.steps": 2}
+    first = oz.run(DIGITS, arms=["mean_flow"], set=small | {"adamw.lr": 0.5}, out=tmp_path / "a")
+    second = oz.run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "b")
+    assert read_record(first.runs["mean_flow"].folder).params["adamw.lr"] == "0.5"
+    assert read_record(second.runs["mean_flow"].folder).params["adamw.lr"] == "0.002"
+    assert gin.query_parameter("adamw.lr") == 0.125
+    fresh = oz.run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "c")
+    assert fresh.runs["mean_flow"].result.values == second.runs["mean_flow"].result.values
+
+
+def test_calls_are_silent_unless_progress_is_wanted(tmp_path, capfd):
+    small = TINY | {"run.steps": 2}
+    oz.run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "quiet")
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    oz.run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "loud", progress=True)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "[1/1] flow_matching" in said.err
+    assert "100% step 2" in said.err
+    assert logging.getLogger("benchmarks").level == logging.NOTSET
+
+
+def test_arms_as_a_text_are_refused():
+    with pytest.raises(ValueError, match=r"arms = 'dumo' must be a list"):
+        oz.run(DIGITS, arms="dumo")
+
+
+@pytest.fixture(scope="module")
+def grid_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("grid") / "my_grid.gin"
+    file.write_text(GRID)
+    return file
+
+
+def test_table_of_a_grid_by_one_of_its_axes(grid_file, tmp_path):
+    found = oz.grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
+    table = found.table(by="power")
+    assert table.index.tolist() == [0.5, 1.0]
+    assert table["cost", "seeds"].tolist() == [2, 2]
+    values = [r.result.values["nfe1/fd_pixels"] for n, r in found.runs.items() if "power=0.5" in n]
+    assert table.loc[0.5, ("fd_pixels", 1)] == pytest.approx(sum(values) / 2)
+    with pytest.raises(KeyError, match=r"adaptive\.power"):
+        found.table(by="n2n_every")
+    again = oz.grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
+    assert again.table().equals(found.table())
+
+
+def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_grid.gin").write_text(grid_file.read_text())
+    names = {name: getattr(oz, name) for name in oz.__all__} | {"TINY": TINY | {"run.steps": 2}}
+    runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
+    tried = 0
+    for name in ("run", "load", "grid", "experiment", "report", "parts", "check"):
+        example = parser.get_doctest(getattr(oz, name).__doc__, names, name, None, None)
+        tried += runner.run(example, clear_globs=False).attempted
+    assert zoo("export", "x/mean_flow", "--out", "exported").status == 0
+    example = parser.get_doctest(oz.load_network.__doc__, names, "load_network", None, None)
+    tried += runner.run(example, clear_globs=False).attempted
+    assert tried >= 10
+    assert runner.failures == 0
+
+
+def test_every_name_is_documented_with_an_example():
+    functions = [getattr(oz, name) for name in {*oz.__all__} - {"objectives"} if name.islower()]
+    assert len(functions) == 8
+    assert [f.__name__ for f in functions if ">>>" not in (f.__doc__ or "")] == []
+
+
+def test_import_is_light():
+    code = "import sys, objective_zoo; print({'torch', 'gin', 'pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A current folder with packages of our names that are somebody else's."""
+    for name in ("benchmarks", "zoo", "registry"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('foreign {name}')\n")
+    return tmp_path
+
+
+def python(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=folder, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_module_and_door_work_beside_foreign_packages(foreign):
+    done = python(foreign, "-m", "objective_zoo", "list", "--kind", "objective")
+    assert "mean_flow" in done.stdout, done.stderr
+    done = python(foreign, "-c", "import objective_zoo as oz; print(len(oz.parts('objective')))")
+    assert int(done.stdout) >= 5, done.stderr
+
+
+def test_package_of_our_name_that_is_loaded_already_is_named(foreign):
+    (foreign / "benchmarks" / "__init__.py").write_text("")
+    done = python(foreign, "-c", "import benchmarks, objective_zoo")
+    assert "a module 'benchmarks' is loaded already" in done.stderr
+    assert str(foreign / "benchmarks") in done.stderr
+
+
+def test_workers_of_a_grid_work_beside_foreign_packages(foreign, grid_file):
+    small = sets(*FILE_ONLY, "run.steps = 2", "Grid.repeat = {}", "Grid.axes = {}")
+    words = ["grid", grid_file, "--workers", "1", "--out", foreign / "g", *small]
+    done = python(foreign, "-m", "objective_zoo", *words)
+    assert done.returncode == 0, done.stderr
+    assert len(list((foreign / "g").glob("*/result.json"))) == 1
+
+
+@pytest.mark.parametrize("start", ["--ranks 2", "torchrun"])
+def test_processes_of_a_run_are_ours_beside_foreign_packages(foreign, start):
+    """--ranks alone starts them; so does torchrun with the documented module."""
+    words = ["-m", "objective_zoo", "run", DIGITS, "--arm", "flow_matching", "--out", "out"]
+    words += sets(*FILE_ONLY, "run.steps = 2")
+    if start == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = python(foreign, *launcher, *words)
+    else:
+        done = python(foreign, *words, *start.split())
+    assert done.returncode != 0
+    assert "foreign" not in done.stderr
+    assert "torch_engine runs in one process, and there are 2" in done.stderr
