@@ -171,6 +171,40 @@ def test_imports_inside_functions_and_relative_ones_are_seen():
     assert list(imported(tree)) == ["trainers", ".", "zoo"]
 
 
+def prints_or_exits(tree: ast.Module) -> Iterator[str]:
+    """What writes to stdout or ends the process, but in main() of a program."""
+    programs = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+    inside = {id(node) for program in programs for node in ast.walk(program)}
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            if not any(word.arg == "file" for word in node.keywords):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "sys.stdout"):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit"):
+            yield node.id
+
+
+def test_the_library_neither_prints_nor_exits():
+    entries = {"benchmarks.cli", "benchmarks.worker", "objective_zoo.__main__"}
+    found = {
+        name: list(prints_or_exits(tree))
+        for name, tree in trees().items()
+        if name not in entries and not name.startswith("benchmarks.commands")
+    }
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_prints_and_exits_are_seen():
+    text = (
+        "def f():\n    print(1)\n    sys.exit()\n    raise SystemExit\n\ndef main():\n    print()"
+    )
+    found = sorted(prints_or_exits(ast.parse(text)))
+    assert found == ["SystemExit", "print(1)", "sys.exit"]
+
+
 def test_run_is_the_only_configurable():
     found = [
         (str(file), ast.unparse(node))
