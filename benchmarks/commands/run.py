@@ -105,5 +105,5 @@ def show(comparison: Comparison) -> None:
 
 
 def goes_on(words: list[str]) -> KeyboardInterrupt:
-    """What a stopped command ends with: the line that goes on."""
+    """What a stopped command ends with: the command that goes on."""
     return KeyboardInterrupt(f"stopped; the same goes on with\n    {shlex.join(words)}")

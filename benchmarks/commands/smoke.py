@@ -45,7 +45,7 @@ SMALL: Mapping[str, tuple[str, ...]] = {
 
 
 def shrunken(request: Request, data: Path) -> Request:
-    """The request for a small recipe, whose data are made under `data` unless they are there."""
+    """The request for the recipe at toy size; its data are made in `data` unless they are there."""
     request.parse()
     backbone = repr(gin_setup.query("run.backbone")).removeprefix("@")
     if backbone not in SMALL:
@@ -80,7 +80,7 @@ def _pictures(folder: Path) -> Path:
 
 
 def _latents(pictures: Path, data: Path) -> Path:
-    """The pictures, encoded by a VAE of random weights that quarters their sides."""
+    """The pictures as latents of a VAE with random weights, at a quarter of their sides."""
     from benchmarks.latents.autoencoders import find_vae
     from benchmarks.latents.encode import Encoder, encode
 

@@ -68,7 +68,9 @@ class Declared:
         return (*self.axes, *self.repeat)
 
     def cells(self, arms: Sequence[str]) -> list[tuple[str, Setting]]:
-        """Every arm in every setting; a grid that is stopped early has whole repetitions."""
+        """Every arm in every setting, one repetition after the other.
+
+        So a grid that is stopped early has complete repetitions."""
         return [
             (arm, setting + again)
             for again in vary(self.repeat, "product")
@@ -78,7 +80,7 @@ class Declared:
 
 
 def vary(axes: Axes, mode: str) -> Iterable[Setting]:
-    """The settings of axes whose values are distinct, in the order of the values."""
+    """Every setting of these axes, in the order of their values, which are distinct."""
     columns = [[(key, value) for value in values] for key, values in axes.items()]
     if mode == "one_at_a_time":
         return [(), *((pair,) for column in columns for pair in column)]
@@ -136,9 +138,9 @@ def _text(key: str, value: Any, folder: Path) -> str:
 
 
 def bindings(arm: str, setting: Setting) -> tuple[str, ...]:
-    """The setting as gin text: in the scope of the arm, so that it wins over what the arm binds.
+    """The setting as gin text, in the scope of the arm, so that it wins over what the arm binds.
 
-    Files, macros and keys with a scope of their own stand as they are.
+    Files, macros and keys with a scope of their own are left as they are.
     """
     return tuple(
         f"include {value}" if key == INCLUDE else f"{bound_key(arm, key)} = {value}"

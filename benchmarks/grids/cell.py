@@ -1,12 +1,13 @@
-"""One cell of a comparison, run from its folder in whichever process.
+"""One cell of a comparison, run from its folder, in this process or another.
 
-Whoever plans a comparison writes into the folder of each cell
+Who plans a comparison writes two files into the folder of each cell,
 
     config.gin   all of the cell's gin text
     cell.json    its name, arm and tags
 
-and starts the record of the comparison in the folder above. `run_cell` then begins the cell, goes
-on from its newest checkpoint, or only closes the record of one that was killed behind its result.
+and starts the record of the comparison in the folder above. `run_cell` then starts the cell, or
+goes on from its newest checkpoint. If the cell was killed after its result was written, `run_cell`
+only closes its record.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Cell:
     tags: Mapping[str, str]
 
     def save(self, folder: Path, config: str) -> None:
-        """Prepare the folder; what is there of the same cell stays."""
+        """Prepare the folder; files of the same cell that are there already are kept."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(config)
         partial = folder / f".{CELL}"
@@ -65,7 +66,7 @@ class Cell:
 
 
 def run_cell(folder: Path) -> Ended:
-    """Run the cell in `folder` and say how it ended; whatever goes wrong in it is recorded."""
+    """Run the cell in `folder` and say how it ended; an error in it is recorded, not raised."""
     cell = Cell.load(folder)
     log.info("%s", cell.headline)
     try:
@@ -92,10 +93,10 @@ def run_cell(folder: Path) -> Ended:
 
 
 def follow() -> None:
-    """Take part in every cell that the leading process runs, recording nothing."""
+    """Take part in every cell that the leading process runs, and record nothing."""
 
     def announced() -> Path | None:
-        ranks.wait_at_most()  # the leader closes its record
+        ranks.wait_at_most()  # for the leader may need long to close its record
         return ranks.from_leader(None)
 
     while (folder := announced()) is not None:
@@ -118,7 +119,7 @@ def _execute(cell: Cell, folder: Path, record: Any) -> None:
 
 
 def build(arm: str) -> Experiment:
-    """The run of an arm ('' is outside every arm), by what was parsed last."""
+    """Build the run of an arm ('' is outside every arm) from what was parsed last."""
     with gin_setup.arm(arm):
         experiment = run()
     load_teacher(experiment)
@@ -137,7 +138,7 @@ def texts_of(arm: str, config: str) -> Texts:
 
 
 def _outlived(folder: Path) -> dict[str, str]:
-    """The tags of an earlier end, emptied: MLflow forgets no tag."""
+    """The tags that an earlier end has left, set to '': MLflow cannot delete a tag."""
     tags = read_record(folder).tags if read_start(folder) else {}
     return {name: "" for name in ("error", PRUNED) if tags.get(name)}
 

@@ -1,4 +1,4 @@
-"""How far each cell is: by its folder, and by the MLflow store where another folder finished it."""
+"""How far each cell is: read from its folder, or from the MLflow store if it finished elsewhere."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """`folder` is where the cell is or will be; `said` tells more, `commit` which code made it."""
+    """How far a cell is, in which folder; `note` says more, `commit` names the code that ran it."""
 
     status: Literal["new", "half-done", "finished", "failed", "pruned"]
     folder: Path
-    said: str = ""
+    note: str = ""
     commit: str = ""
 
 
 def state_in(folder: Path) -> State:
-    """The state of the cell in a folder; one killed behind its result is half-done."""
+    """The state of the cell in a folder.
+
+    A cell that was killed after its result was written, and before its record was closed, is
+    half-done.
+    """
     result = (folder / RESULT).exists()
     if read_start(folder) is None:
         return State("finished" if result else "new", folder)
@@ -43,7 +47,7 @@ def state_in(folder: Path) -> State:
 
 
 def finished_elsewhere(store: Store, ids: Iterable[str]) -> dict[str, State]:
-    """The cells, by id, that the store knows as finished; {} with a warning if it is away."""
+    """The cells that have finished by the store, by id; {} and a warning if it does not answer."""
     if store.file is not None and not store.file.exists():
         return {}
     found = {}
@@ -60,8 +64,8 @@ def finished_elsewhere(store: Store, ids: Iterable[str]) -> dict[str, State]:
             )
             for run in runs:
                 folder, commit = (run.data.tags.get(t, "") for t in ("cell.folder", "commit"))
-                said = f"MLflow run {run.info.run_id}"
-                found[wanted] = State("finished", Path(folder), said, commit)
+                note = f"MLflow run {run.info.run_id}"
+                found[wanted] = State("finished", Path(folder), note, commit)
     except Exception as error:  # whatever MLflow and its transports raise
         log.warning(
             "the MLflow store %s does not answer (%s): finished cells are told by their folders "

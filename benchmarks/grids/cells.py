@@ -1,8 +1,9 @@
-"""From a gin file to cells that are known to work: all are built and checked, and dropped again.
+"""From a gin file to cells that are known to work: each is built, checked and dropped again.
 
-A cell's id is a hash of everything that its figures depend on: what took effect of its gin text,
-with macros replaced; the package's version; the identity of the data; the code that its gin files
-import. Where and how it runs, what records it and how often it saves are no part of it.
+A cell's id is a hash of everything that its figures depend on: the bindings that took effect, with
+macros replaced; the version of the package; the identity of the data; the code that its gin files
+import. The id does not depend on where and how the cell runs, on what records it, or on how often
+it saves.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ NO_PART_OF_ID = {
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell that is known to work, and its texts."""
+    """A cell that can be built, and its texts."""
 
     cell: Cell
-    group: str  # the arm with its values, but for the seed
-    values: Setting  # of the axes, but for the seed
+    group: str  # the arm and the values of the axes, without the seed
+    values: Setting  # of the axes, without the seed
     bindings: tuple[str, ...]
     config: str
     operative: str
     prunes: bool
-    cost: Any  # what `look` found
+    cost: Any  # what `look` returned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
-    """A cell before those that are the same are merged."""
+    """A cell before equal cells are merged."""
 
     arm: str
     title: str  # the arm, or else the objective
@@ -85,7 +86,10 @@ def plan(
     declared: Declared,
     look: Callable[[Experiment], Any] = lambda experiment: None,
 ) -> Plan:
-    """Build every cell, `look` at it and drop it; ValueError with the troubles of all together."""
+    """Build every cell, pass it to `look` and drop it again.
+
+    ValueError lists what is wrong with any of them.
+    """
     arms = request.arms()
     drafts: list[_Draft] = []
     wrong: list[str] = []
@@ -136,7 +140,7 @@ def _draft(
     look: Callable[[Experiment], Any],
     known: Sequence[str],
 ) -> _Draft:
-    """Build one cell; `known` is what is wrong with the file anyway."""
+    """Build one cell; `known` lists what is wrong with the file without this setting."""
     wrong: list[str] = []
     opened = request.parse(axes.bindings(arm, setting), wrong)
     if new := [trouble for trouble in wrong if trouble not in known]:
@@ -145,7 +149,7 @@ def _draft(
     operative = gin_setup.operative_text()
     identity = _id(opened, experiment.dataset.identity())
     cost = look(experiment)
-    gin_setup.build("Grid.launcher")  # what is bound for it is used
+    gin_setup.build("Grid.launcher")  # so that its bindings count as used
     inert = set(gin_setup.inert_bindings(arm))
     dropped = tuple(key for key, _ in setting if _without_effect(arm, key, inert))
     kept = tuple(pair for pair in setting if pair[0] not in dropped)
@@ -205,7 +209,7 @@ def _command(request: Request, arm: str, setting: Setting) -> str:
 
 
 def _id(opened: Iterable[Path], data: str) -> str:
-    """Of what was just built."""
+    """The id of the cell that was built last."""
     kinds = (recorders, launchers, pruners)
     elsewhere = {name for kind in kinds for name in kind.names()}
     values = {
@@ -258,7 +262,7 @@ def _told(names: Sequence[str], trouble: str) -> str:
 
 
 def _notes(drafts: Sequence[_Draft], different: int) -> list[str]:
-    """What an axis does not do, and how many cells are left."""
+    """Which axes have no effect where, and how many different cells are left."""
     without = Counter((key, draft.arm) for draft in drafts for key in draft.dropped)
     notes = [
         f"{key} has no effect in {count} cells{f' of {arm}' if arm else ''}: left out there"

@@ -135,10 +135,10 @@ def compare(request: Request, out: Path, *, resume: bool = False) -> Comparison:
 def run_grid(
     request: Request, out: Path, *, workers: int | None = None, retry_failed: bool = False
 ) -> Comparison:
-    """Run the cells that are finished neither in `out` nor, by the MLflow store, elsewhere.
+    """Run the cells that have not finished in `out`, nor elsewhere in the same MLflow store.
 
-    Those that failed before are left alone unless they are to be retried; else as `compare`. The
-    same call goes on with what a signal ended.
+    Cells that failed before run again only with `retry_failed`. The rest is as in `compare`; after
+    a signal the same call goes on.
     """
     _check_folder(out, resume=True)
     planned = plan(request, request.axes())
@@ -174,7 +174,7 @@ def _run(
     for one in planned.cells:
         state = states[one.cell.name]
         if state.status == "failed" and not retry_failed:
-            failed[one.cell.name] = f"{state.said} (before; --retry-failed runs it again)"
+            failed[one.cell.name] = f"{state.note} (before; --retry-failed runs it again)"
         elif state.status == "finished" or (state.status == "pruned" and one.prunes):
             log.info("%s: %s already%s", one.cell.name, state.status, _where(state, out))
         else:
@@ -198,7 +198,7 @@ def _run(
 
 
 def _launch(planned: Plan, jobs: Sequence[Job], parent: Any) -> dict[str, str]:
-    """Run the jobs; why each failed that did."""
+    """Run the jobs; returns why each of those failed that did."""
     failed = {}
     for number, ended in enumerate(planned.launcher(jobs, run_cell) if jobs else (), 1):
         why = f": {ended.reason}" if ended.reason else ""
@@ -216,7 +216,7 @@ def _prepare(one: Planned, folder: Path) -> Path:
 
 
 def _about(planned: Plan, states: Mapping[str, State]) -> str:
-    """grid.json."""
+    """The content of grid.json."""
     cells = [
         {
             "name": one.cell.name,
@@ -246,7 +246,7 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
 
 
 def _keep(comparison: Comparison, parent: Any) -> None:
-    """table.md, and the picture of the first run of each row."""
+    """Write table.md, and a picture with the samples of the first run of each row."""
     if not comparison.rows:
         return
     parent.text(comparison.text(), TABLE)
@@ -260,7 +260,7 @@ def _keep(comparison: Comparison, parent: Any) -> None:
 
 
 def _plain(text: str | None) -> Any:
-    """A value of an axis as Python data; what is none, such as a reference, stays text."""
+    """A value of an axis as Python data; a reference, such as @dual(), stays text."""
     try:
         return ast.literal_eval(text) if text is not None else None
     except (ValueError, SyntaxError):
@@ -272,7 +272,7 @@ def _by_nfe(item: tuple[str, Any]) -> int:
 
 
 def _other_code(states: Iterable[State]) -> list[str]:
-    """A warning of finished cells that another commit made: an id knows the version alone."""
+    """A warning of finished cells that another commit ran: an id has the version only."""
     now = commit()
     made = [state.commit for state in states if state.status == "finished"]
     if not (others := [commit for commit in made if commit not in ("", now)]):
@@ -284,19 +284,19 @@ def _other_code(states: Iterable[State]) -> list[str]:
 
 
 def _where(state: State, out: Path) -> str:
-    """Where a cell is that is not in `out`."""
+    """Where a cell is, if it is not in `out`."""
     if state.folder.parent.resolve() == out.resolve():
-        return f" ({state.said})" if state.said else ""
+        return f" ({state.note})" if state.note else ""
     if (state.folder / RESULT).exists():
-        return f" in {state.folder} ({state.said})"
+        return f" in {state.folder} ({state.note})"
     return (
-        f" ({state.said}), but {state.folder} is not here, so the table lacks it. To run it again, "
+        f" ({state.note}), but {state.folder} is not here, so the table lacks it. To run it again, "
         "delete that MLflow run or set another mlflow.experiment"
     )
 
 
 def _check_same(one: Planned, folder: Path) -> None:
-    """What was begun is kept: refuse to put other settings beside it, or on top of it."""
+    """ValueError if the folder holds a cell of other settings, which must not be overwritten."""
     if (folder / CELL).exists() and Cell.load(folder).id == one.cell.id:
         return
     if not (folder / "operative.gin").exists():

@@ -1,4 +1,4 @@
-"""What a grid would do, and how long: its cells, and an estimate from a few steps of each kind.
+"""What a grid would do, and how long it would take, estimated from a few steps of each kind.
 
 Training is timed on real steps of the cell (its teacher's too, where it trains one), and sampling
 with its measurement once for each kind of data and metric, on a part of the samples and scaled.
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated seconds of a cell."""
+    """The estimated seconds of a cell."""
 
     training: float
     measuring: float
@@ -45,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimator:
-    """The cost of a cell; what was timed for one is known for others of its kind."""
+    """Estimates the cost of a cell; cells of one kind are timed once."""
 
     known: dict[Hashable, float] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Estimator:
         kind = (repr(experiment.metric), *_kind(experiment), experiment.nfe, experiment.num_samples)
         if kind not in self.known:
             few = replace(experiment, num_samples=min(experiment.num_samples, TIMED_SAMPLES))
-            measure(few, few.net)  # what is loaded once is loaded
+            measure(few, few.net)  # the first call also loads features, which is not to be timed
             started = time.perf_counter()
             measure(few, few.net)
             scale = experiment.num_samples / few.num_samples
@@ -87,7 +87,7 @@ class Estimator:
 
 
 def seconds_per_step(experiment: Experiment) -> float:
-    """Of training, timed on a few steps; the network is trained by that."""
+    """Seconds per training step, timed on a few steps; they change the weights of the network."""
     clock = _Clock()
     fit(
         net=experiment.net,
@@ -118,7 +118,7 @@ class _Clock(Callback):
 
 
 def _num_steps(experiment: Experiment) -> float | None:
-    """None for a budget in seconds."""
+    """The number of steps of the budget; None for a budget in seconds."""
     budget = experiment.budget
     if budget.unit == "seconds":
         return None

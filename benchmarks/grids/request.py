@@ -1,4 +1,4 @@
-"""What a person asks for: a gin file, more bindings on the command line, perhaps one arm.
+"""What a person asks for: a gin file, more bindings on the command line, perhaps some arms.
 
 A file with `Grid.arms` is a comparison of arms, and a grid where it also has axes. A file (or
 --set) that binds run.objective outside every arm is a single run, and `--arm` picks arms.
@@ -43,7 +43,10 @@ class Request:
         return gin_setup.parse(files, [*self.bindings, *more], troubles)
 
     def arms(self) -> tuple[str, ...]:
-        """The arms to run; ('',) is one run outside every arm. Wrong bindings are for `plan`."""
+        """The arms to run; ('',) stands for one run outside every arm.
+
+        Wrong bindings are passed over here: `plan` tells them all together.
+        """
         self.parse(troubles=[])
         declared = _declared_arms()
         if twice := sorted({arm for arm in self.only if self.only.count(arm) > 1}):
@@ -62,7 +65,10 @@ class Request:
         return axes.declared(gin_setup.resolve(self.file).parent if self.file else Path.cwd())
 
     def axes(self) -> Declared:
-        """The axes to run along; ValueError if the request binds what they bind in every cell."""
+        """The axes to run along.
+
+        ValueError if the request binds what an axis binds in every cell.
+        """
         found = self.declared()
         asked = {key.split("/", 1)[-1]: key for key in self.asked}
         for key in found.keys:
@@ -78,11 +84,12 @@ class Request:
         return set(gin_setup.bindings_of("\n".join(self.bindings)))
 
     def own_keys(self, arms: Sequence[str]) -> set[str]:
-        """The keys bound on the command line or by the file itself, not by an include.
+        """The keys that are bound on the command line or by the file itself, not by an include.
 
-        Where only some of the file's arms run, its plain bindings may serve the others. The text
-        that a run keeps has those of its includes. A part (or None) put in on the command line may
-        replace one that the file puts in, and leave its bindings.
+        They must have an effect, with three exceptions. If only some of the file's arms run, its
+        plain bindings may be meant for the others. The text that a run keeps contains the bindings
+        of its includes. And a part (or None) from the command line may replace a part of the file,
+        whose bindings are then left without effect.
         """
         asked = gin_setup.bindings_of("\n".join(self.bindings))
         own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()) if self.file else {}
@@ -97,7 +104,7 @@ class Request:
         return keys | set(asked)
 
     def command(self, verb: str, only: Sequence[str] = (), more: Sequence[str] = ()) -> str:
-        """The line that asks for the same, in any folder; where it is recorded is left out."""
+        """The command that asks for the same from any folder, without the place of its records."""
         if self.file is None:
             return "objective_zoo.experiment(...)"
         where = [b for b in self.bindings if not b.startswith("mlflow.")]
@@ -106,7 +113,10 @@ class Request:
         return shlex.join([*words, *(w for b in (*where, *more) for w in ("--set", b))])
 
     def text(self, opened: Sequence[Path], verb: str, command: str, arm: str | None = None) -> str:
-        """All that was parsed, as one gin file that does the same again; arm None is all arms."""
+        """Everything that was parsed, as one gin file that does the same again.
+
+        For None, all arms.
+        """
         gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)
@@ -118,7 +128,7 @@ class Request:
 
 
 def _declared_arms() -> tuple[str, ...]:
-    """Grid.arms, checked: each a scope with bindings of its own."""
+    """Grid.arms; ValueError unless each is a scope with bindings of its own."""
     arms = gin_setup.query("Grid.arms", ())
     if isinstance(arms, str) or not all(isinstance(arm, str) and arm for arm in arms):
         raise ValueError(f"Grid.arms = {arms!r} must be a tuple of names, such as ('dumo', 'decm')")

@@ -4,10 +4,10 @@
     subprocesses    several at a time on this machine (benchmarks/launchers/subprocesses.py)
     ray_cluster     wherever Ray finds room (benchmarks/launchers/ray_cluster.py)
 
-A launcher is configuration. It is called with jobs and with the function that runs one of them; it
-runs each and yields how each ended, as they end.
-After SIGINT or SIGTERM it starts no more of them, yields those that ran, most as "stopped" with a
-checkpoint saved, and raises KeyboardInterrupt. A second signal acts at once.
+A launcher is configuration. It is called with jobs and with the function that runs one of them. It
+runs each job and yields how it ended, in the order in which they end. After SIGINT or SIGTERM it
+starts no more jobs, waits for those that run (most end as "stopped", with a checkpoint), yields
+them and raises KeyboardInterrupt. A second signal acts at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 from benchmarks.records.jsonl import read_record, read_start
 from registry import launchers
 
-OUTPUT = "output.log"  # what a cell in a process of its own printed
+OUTPUT = "output.log"  # stdout and stderr of a cell that has a process of its own
 TELL_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Progress:
 
 @contextmanager
 def interruptible() -> Iterator[list[str]]:
-    """A list that the first SIGINT or SIGTERM puts its name into; the second acts as before."""
+    """A list that the first SIGINT or SIGTERM appends its name to; a second one acts as usual."""
     caught: list[str] = []
     handlers: dict[int, Any] = {}
 

@@ -1,8 +1,9 @@
 """Several processes for one command: started here, or by torchrun, the deepspeed launcher or srun.
 
-Every process runs the same command. The leading one does what it says; the others follow: they run
-each cell that it runs, with its configuration from the cell's folder, and print and record nothing.
-When one dies, the others cannot go on: they end within a bounded time, and `--resume` continues.
+Every process runs the same command. The leading process does what the command says. The others
+follow it: they run each cell that it runs, read the configuration from the cell's folder, and
+neither print nor record anything. When one process dies, the others cannot go on: they end within a
+bounded time, and `--resume` continues the run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from trainers import ranks
 
-GRACE_SECONDS = 20.0  # for the others, once one has ended
+GRACE_SECONDS = 20.0  # that the others have to end after the first one has ended
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,9 @@ def start(
     module: str = "benchmarks.cli",
     again: str = "Continue with --resume",
 ) -> int:
-    """Run `python -m MODULE WORDS` in this many processes of this machine; the exit status.
+    """Run `python -m MODULE WORDS` in this many processes of this machine; returns the exit status.
 
-    When one is lost, `again` says how to go on.
+    `again` is logged when a process is lost, and tells how to go on.
     """
     if processes < 1:
         raise ValueError(f"--ranks {processes} must be 1 or more")
@@ -78,7 +79,7 @@ def joined(lead: Callable[[], object], follow: Callable[[], object], words: Sequ
         )
     if not ranks.leads():
         logging.disable(logging.ERROR)
-        sys.stderr = open(os.devnull, "w")  # progress and the like; how it fails is still told
+        sys.stderr = open(os.devnull, "w")  # progress; errors are told on the original stderr
         follow()
         return
     try:
@@ -88,10 +89,10 @@ def joined(lead: Callable[[], object], follow: Callable[[], object], words: Sequ
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]], again: str) -> int:
-    """The status of the process that was lost first, or 0, once all have ended."""
+    """Wait for all processes; the status of the one that was lost first, or 0."""
     while not any(process.poll() is not None for process in started):
         time.sleep(0.05)
-    time.sleep(0.2)  # one that is lost takes others with it at once
+    time.sleep(0.2)  # a process that is lost may take others with it at once
     ended = [(code, i) for i, p in enumerate(started) if (code := p.poll()) is not None]
     first, number = min(ended) if min(ended)[0] < 0 else max(ended)
     if first < 0:

@@ -36,7 +36,7 @@ PACKAGE = "objective-zoo"
 @launchers.register("ray_cluster")
 @dataclass(frozen=True, kw_only=True)
 class RayCluster:
-    """Runs the cells wherever a Ray cluster has room for them, one with a dead worker again.
+    """Runs the cells where a Ray cluster has room; a cell whose worker died runs again.
 
     With `ranks`, a cell is that many processes on the CPUs and GPUs that it asked for.
     """
@@ -121,7 +121,7 @@ class RayCluster:
 
 
 def _import_ray(retries: int) -> Any:
-    # Read by Ray as it starts; it would try one that runs out of memory for ever.
+    # Ray reads this when it starts. Its default repeats a task that ran out of memory for ever.
     os.environ.setdefault("RAY_task_oom_retries", str(retries))
     try:
         import ray
@@ -148,7 +148,7 @@ def _connect(ray: Any, address: str) -> None:
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray puts in its own
+            signal.signal(signal.SIGTERM, before)  # which Ray has replaced
 
 
 def _ended(ray: Any, reference: Any, job: Job) -> Ended | None:
@@ -169,7 +169,7 @@ def _answer(ray: Any, reference: Any) -> str:
 
 
 def _trouble(paths: Sequence[Path], version: str) -> str:
-    """On a machine of the cluster: why it cannot run a cell."""
+    """Runs on a machine of the cluster: why this machine cannot run a cell; '' if it can."""
     if missing := [str(path) for path in paths if not path.exists()]:
         return f"does not see {', '.join(missing)}"
     here = version_of(PACKAGE)
@@ -179,8 +179,8 @@ def _trouble(paths: Sequence[Path], version: str) -> str:
 def _run_cell(
     folder: Path, run_cell: RunCell, directory: Path, environment: Mapping[str, str], ranks: int
 ) -> Ended:
-    """On a machine of the cluster: run the cell as if from the directory it was asked for in."""
-    if not (folder.exists() and directory.exists()):  # a machine that came later
+    """Runs on a machine of the cluster: the cell, with the current directory of who asked."""
+    if not (folder.exists() and directory.exists()):  # on a machine that joined after the check
         raise FileNotFoundError(f"{os.uname().nodename} does not see {folder} and {directory}")
     os.chdir(directory)
     os.environ.update(environment)
@@ -199,7 +199,7 @@ def _run_in_ranks(job: Job, run_cell: RunCell, ranks: int) -> Ended:
     worker = Worker(job, run_cell, (), ranks, os.environ)
     try:
         while worker.process.poll() is None:
-            time.sleep(0.1)  # Ray's cancellation reaches Python code alone
+            time.sleep(0.1)  # not wait(): Ray can cancel Python code only
     except KeyboardInterrupt:
         worker.stop()
         worker.process.wait()

@@ -2,10 +2,10 @@
 
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 objective-zoo run FILE --out DIR
 
-Process 0 is on the first node of the step. Its port comes from the numbers of job and step, so that
-two steps of a job do not meet; MASTER_ADDR and MASTER_PORT may be set to others. A batch script, a
-shell of salloc and a step of one task are single processes, and torchrun under srun has given the
-places itself.
+Process 0 is on the first node of the step. Its port is computed from the numbers of job and step,
+so that two steps of one job use different ports; MASTER_ADDR and MASTER_PORT, if set, are kept. A
+batch script, a shell of salloc and a step with one task are single processes. Under torchrun,
+started by srun, the variables are set already and are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import MutableMapping
 
 
 def take_place(environment: MutableMapping[str, str]) -> bool:
-    """Whether srun started this process as one of several; its place is then in RANK and others."""
+    """Whether srun started this process as one of several; RANK and the like are then set."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or "RANK" in environment or "SLURM_PROCID" not in environment:
         return False
@@ -31,7 +31,7 @@ def take_place(environment: MutableMapping[str, str]) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """Of Slurm's list: in gpu[007-009,12]-a,login it is gpu007-a."""
+    """The first host of a list in Slurm's form: gpu007-a for gpu[007-009,12]-a,login."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r} names no node; set MASTER_ADDR")

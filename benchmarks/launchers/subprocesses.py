@@ -1,8 +1,8 @@
 """Several cells at a time on this machine, each in a process of its own.
 
 Each worker is pinned to its own cores and sees its own GPUs. Its output goes to output.log in the
-cell's folder. Where this process dies, by `kill -9` too, its workers die with it; what they lose
-is the work since their last checkpoints.
+cell's folder. When this process dies, even by `kill -9`, its workers die with it and lose what they
+did since their last checkpoints.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ T = TypeVar("T")
 class Subprocesses:
     """Runs `workers` cells at a time, each in a process with its own share of cores and GPUs.
 
-    With `ranks`, a cell is that many processes on its share, for @zero_engine().
-    A worker has cores // workers threads, however few cells are left: the rounding of sums depends
-    on the number of threads, and a cell that is resumed is to be equal to the last bit.
+    With `ranks`, each cell is run by that many processes on its share, for @zero_engine(). A worker
+    has cores // workers threads even when fewer cells are left: the rounding of sums depends on the
+    number of threads, and a cell that is resumed must stay equal to the last bit.
     """
 
     workers: int = 2
@@ -101,13 +101,13 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """Ask once for a checkpoint and an end."""
+        """Ask the process, once, to save a checkpoint and to end."""
         if not self._stopping:
             self._stopping = True
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> bytes:
-        """End the process and every one that it started; what it answered."""
+        """End the process and every process that it started; returns what it has answered."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.communicate()[0]
@@ -123,7 +123,10 @@ class Worker:
 
 
 def address_of(function: Callable[..., object]) -> str:
-    """MODULE:NAME, by which another process finds the function; ValueError for an inner one."""
+    """MODULE:NAME, by which another process finds the function.
+
+    ValueError for a function that is not at the top level of a module.
+    """
     if "<" in function.__qualname__ or function.__module__ == "__main__":
         raise ValueError(
             f"{function.__qualname__} of {function.__module__} cannot be found by another process; "
@@ -133,7 +136,7 @@ def address_of(function: Callable[..., object]) -> str:
 
 
 def _share(items: Sequence[T], place: int, places: int) -> Sequence[T]:
-    """This worker's part; where there are more workers than items, one by turns."""
+    """This worker's share; with more workers than items, one item each, used in turns."""
     size = len(items) // places
     return items[place * size :][:size] if size else items[place % len(items) :][:1]
 

@@ -167,7 +167,7 @@ def _unfinished(record: Record, group: str, state: State) -> Unfinished:
         name=record.name,
         group=group,
         state=state.status,
-        reason=state.said or _KILLED,
+        reason=state.note or _KILLED,
         steps=0 if loss is None else int(loss.steps[-1]),
         command=command_of(record),
     )
