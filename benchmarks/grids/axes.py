@@ -70,7 +70,8 @@ class Declared:
     def cells(self, arms: Sequence[str]) -> list[tuple[str, Setting]]:
         """Every arm in every setting, one repetition after the other.
 
-        So a grid that is stopped early has complete repetitions."""
+        So a grid that is stopped early has complete repetitions.
+        """
         return [
             (arm, setting + again)
             for again in vary(self.repeat, "product")

@@ -115,7 +115,7 @@ class Request:
     def text(self, opened: Sequence[Path], verb: str, command: str, arm: str | None = None) -> str:
         """Everything that was parsed, as one gin file that does the same again.
 
-        For None, all arms.
+        The file runs this arm alone; all arms where it is None.
         """
         gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
         if arm is not None:
