@@ -74,6 +74,7 @@ class _Draft:
     unused: frozenset[str]  # everything that nothing used
     id: str
     headline: str
+    command: str  # that runs this cell alone
     config: str
     operative: str
     recorder: Any
@@ -91,6 +92,7 @@ def plan(
     ValueError lists what is wrong with any of them.
     """
     arms = request.arms()
+    own = request.own_keys(arms)
     drafts: list[_Draft] = []
     wrong: list[str] = []
     request.parse(troubles=wrong)
@@ -107,7 +109,7 @@ def plan(
         except Exception as error:
             troubles.setdefault(said(error), []).append(axes.label(arm, setting))
             cause = cause or error
-    if not troubles and (useless := _useless(request, arms, declared, drafts)):
+    if not troubles and (useless := _useless(own, declared, drafts)):
         troubles[
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
             "by reference, such as mean_flow.weight = @adaptive(); what an arm binds for itself is "
@@ -122,7 +124,7 @@ def plan(
     return Plan(
         name=request.name,
         cells=tuple(
-            _planned(request, declared, draft, f"[{number}/{len(different)}]")
+            _planned(request.name, declared, draft, f"[{number}/{len(different)}]")
             for number, draft in enumerate(different, 1)
         ),
         axes=declared,
@@ -155,6 +157,7 @@ def _draft(
     kept = tuple(pair for pair in setting if pair[0] not in dropped)
     values = tuple(pair for pair in kept if not _is_seed(arm, pair[0]))
     title = arm or experiment.objective_name
+    command = request.command("run", [arm] if arm else [], axes.bindings(arm, kept))
     return _Draft(
         arm=arm,
         title=title,
@@ -165,7 +168,8 @@ def _draft(
         unused=frozenset(inert | (request.asked & {*gin_setup.overridden_bindings(arm)})),
         id=identity,
         headline=_headline(experiment),
-        config=request.text(opened, "run", _command(request, arm, kept), arm),
+        command=command,
+        config=request.text(opened, "run", command, arm),
         operative=operative,
         recorder=experiment.recorder,
         prunes=experiment.pruner is not None,
@@ -173,7 +177,7 @@ def _draft(
     )
 
 
-def _planned(request: Request, declared: Declared, draft: _Draft, number: str) -> Planned:
+def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Planned:
     readable = axes.slug(axes.label(draft.title, draft.setting))
     name = f"{readable}-{draft.id[:8]}" if declared else draft.title
     bindings = axes.bindings(draft.arm, draft.setting)
@@ -181,9 +185,9 @@ def _planned(request: Request, declared: Declared, draft: _Draft, number: str) -
         "cell.id": draft.id,
         "arm": draft.title,
         "group": draft.group,
-        "grid": request.name,
+        "grid": grid,
         "cell.bindings": json.dumps(bindings),
-        "cell.command": _command(request, draft.arm, draft.setting),
+        "cell.command": draft.command,
     }
     cell = Cell(
         name=name,
@@ -202,10 +206,6 @@ def _planned(request: Request, declared: Declared, draft: _Draft, number: str) -
         prunes=draft.prunes,
         cost=draft.cost,
     )
-
-
-def _command(request: Request, arm: str, setting: Setting) -> str:
-    return request.command("run", [arm] if arm else [], axes.bindings(arm, setting))
 
 
 def _id(opened: Iterable[Path], data: str) -> str:
@@ -247,11 +247,9 @@ def _headline(experiment: Experiment) -> str:
     )
 
 
-def _useless(
-    request: Request, arms: Sequence[str], declared: Declared, drafts: Sequence[_Draft]
-) -> list[str]:
-    """The keys that no cell uses."""
-    nowhere = request.own_keys(arms).intersection(*(draft.unused for draft in drafts))
+def _useless(own: set[str], declared: Declared, drafts: Sequence[_Draft]) -> list[str]:
+    """The keys among those that were asked for that no cell uses."""
+    nowhere = own.intersection(*(draft.unused for draft in drafts))
     effective = {key for draft in drafts for key, _ in draft.setting}
     return sorted(nowhere | ({*declared.keys} - effective))
 
