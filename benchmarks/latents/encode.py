@@ -33,7 +33,6 @@ from benchmarks.data.image_files import (
     read_picture,
     refuse_unreadable,
 )
-from benchmarks.files import alone, write_json
 from benchmarks.latents.autoencoders import DiffusersVae
 from benchmarks.latents.shards import (
     DTYPES,
@@ -46,7 +45,9 @@ from benchmarks.latents.shards import (
     write_shard,
 )
 from benchmarks.latents.workers import Tell, results
+from benchmarks.locks import alone
 from trainers import progress
+from trainers.checkpoints.whole_files import write_json
 from trainers.devices import device_of
 
 PREPROCESSING = (

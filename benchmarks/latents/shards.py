@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.files import file_digest, write_json
+from trainers.checkpoints.whole_files import file_sha256, whole_file, write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -120,20 +120,19 @@ def write_shard(
 ) -> Shard:
     """Write one shard whole, and what is known about it beside it."""
     path = folder / shard_name(number)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), partial)
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial)
     shard = Shard(
         file=path.name,
         rows=len(tensors["posterior"]),
-        bytes=partial.stat().st_size,
-        sha256=file_digest(partial),
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
         source_sha256=source,
         count=moments.count,
         sums=moments.sums.tolist(),
         squares=moments.squares.tolist(),
         sizes_sha256=sizes,
     )
-    partial.replace(path)
     shard.save(folder)
     return shard
 
@@ -195,7 +194,7 @@ def damage(folder: Path, shard: Shard, *, content: bool) -> str:
         return f"{path} is missing"
     if (size := path.stat().st_size) != shard.bytes:
         return f"{path} has {size} bytes instead of {shard.bytes}"
-    if content and file_digest(path) != shard.sha256:
+    if content and file_sha256(path) != shard.sha256:
         return f"{path} was changed after it was written (SHA-256 differs)"
     return ""
 

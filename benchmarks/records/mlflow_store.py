@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from benchmarks.files import locked
+from benchmarks.locks import locked
+from trainers.checkpoints.whole_files import whole_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,10 +103,8 @@ def open_hint(tracking_uri: str) -> str:
 
 def _make_tables(file: Path) -> None:
     """A new store, whole or not there: MLflow never recovers from one that was killed half-made."""
-    new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
-    _import_mlflow().MlflowClient(f"sqlite:///{new}")
-    os.replace(new, file)
+    with whole_file(file) as new:
+        _import_mlflow().MlflowClient(f"sqlite:///{new}")
 
 
 def _import_mlflow() -> Any:

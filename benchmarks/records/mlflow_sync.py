@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.files import locked
+from benchmarks.locks import locked
 from benchmarks.records.jsonl import RECORD, read_lines, read_start
 from benchmarks.records.mlflow_store import Store
+from trainers.checkpoints.whole_files import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -274,7 +275,4 @@ def _read_sent(folder: Path) -> dict[str, tuple[str, int]]:
 
 def _note_sent(folder: Path, store: Store, run_id: str, offset: int) -> None:
     sent = _read_sent(folder) | {store.name: (run_id, offset)}
-    path = folder / SENT
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(sent))
-    os.replace(new, path)  # whole or not at all
+    write_json(folder / SENT, sent)

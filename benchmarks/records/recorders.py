@@ -30,6 +30,7 @@ from benchmarks.records.jsonl import RECORD, RecordWriter, now_ms, numbers, read
 from benchmarks.records.mlflow_store import Store
 from benchmarks.records.mlflow_sync import MAX_PARAM_LENGTH, MAX_TAG_LENGTH, Copy, Follower
 from registry import recorders
+from trainers.checkpoints.whole_files import write_text
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
@@ -198,7 +199,7 @@ class Run:
         if not path.resolve().is_relative_to(self.folder.resolve()) or name == RECORD:
             raise ValueError(f"text name {name!r} must be a path inside the run's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        write_text(path, content)
         self.artifact(path)
 
     def artifact(self, path: Path | str) -> None:
