@@ -63,7 +63,8 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 
 def _encode(arguments: argparse.Namespace) -> None:
     from benchmarks.latents.autoencoders import find_vae
-    from benchmarks.latents.encode import Encoder, encode
+    from benchmarks.latents.encode import encode
+    from benchmarks.latents.shard_encoder import Encoder
 
     encoder = Encoder(
         vae=find_vae(arguments.vae, arguments.subfolder),

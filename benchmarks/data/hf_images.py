@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import BAR_FROM, as_pixels, check_memory, judge_pictures
+from benchmarks.data.image_pixels import BAR_FROM, as_pixels, check_memory, judge_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 from registry.core import did_you_mean

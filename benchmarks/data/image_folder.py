@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import PictureFiles, check_pictures, find_pictures, read_pictures
+from benchmarks.data.image_files import find_pictures
+from benchmarks.data.image_pixels import PictureFiles, check_pictures, read_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import PictureFiles
+from benchmarks.data.image_pixels import PictureFiles
 from registry.protocols import Cond, Share
 from zoo.ops import like
 

@@ -27,7 +27,8 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
-from benchmarks.data.image_files import check_pictures, find_pictures, read_pictures
+from benchmarks.data.image_files import find_pictures
+from benchmarks.data.image_pixels import check_pictures, read_pictures
 from benchmarks.data.streams import StoredSet
 from benchmarks.metrics.features import WEIGHTS_VARIABLE
 from registry.protocols import Coded, Dataset

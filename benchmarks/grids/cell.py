@@ -25,7 +25,7 @@ from benchmarks.experiments.pruning import PRUNED, Pruned, check_pruner
 from benchmarks.launchers.launcher import Ended
 from benchmarks.locks import alone
 from benchmarks.records.jsonl import read_record, read_start
-from benchmarks.records.recorders import NullRun
+from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.initial_weights import load_teacher
 from benchmarks.runs.measure import measured_names

@@ -23,7 +23,7 @@ from trainers.checkpoints.whole_files import whole_file
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Store:
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
                 raise
-            _log.debug("another process made the experiment first: %s", error)
+            log.debug("another process made the experiment first: %s", error)
             return found.experiment_id
 
 

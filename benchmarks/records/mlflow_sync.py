@@ -36,7 +36,7 @@ METRICS_PER_REQUEST = 1000  # MLflow takes no more
 TEXTS_PER_REQUEST = 10  # MLflow takes 100, but also no request above 1 MB
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Copy:
@@ -106,14 +106,14 @@ class Follower:
 
     def _reached(self) -> None:
         if self._warned and self._trouble:
-            _log.info("the MLflow store %s is back", self._copy.store.name)
+            log.info("the MLflow store %s is back", self._copy.store.name)
         self._trouble = None
 
     def _away(self, error: Exception) -> None:
         self._trouble = reason(error)
         if not self._warned:
             self._warned = True
-            _log.warning(
+            log.warning(
                 "cannot send to the MLflow store %s (%s). The run goes on, and is recorded in %s; "
                 "sending is tried again.",
                 *(self._copy.store.name, self._trouble, self._copy.folder / RECORD),
@@ -133,7 +133,7 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
     for run_folder in (path.parent for path in records):
         start = read_start(run_folder)
         if start is None:
-            _log.warning("%s has no readable start line; left out", run_folder / RECORD)
+            log.warning("%s has no readable start line; left out", run_folder / RECORD)
             continue
         store = _store_of(run_folder, start, tracking_uri)
         try:
@@ -197,7 +197,7 @@ def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     for entry, end in read_lines(path, offset):
         offset = end
         if entry is None:
-            _log.warning("%s: the line that ends at byte %d is torn; left out", path, end)
+            log.warning("%s: the line that ends at byte %d is torn; left out", path, end)
             continue
         entries.append(entry)
         size += len(entry.get("values", ()))
@@ -242,7 +242,7 @@ def _send_event(client: MlflowClient, run_id: str, folder: Path, entry: dict[str
             if path.exists():
                 client.log_artifact(run_id, str(path), None if where == "." else where)
             else:
-                _log.warning("artifact %s is gone; left out of MLflow", path)
+                log.warning("artifact %s is gone; left out of MLflow", path)
         case "end":
             client.set_terminated(run_id, entry["status"], end_time=entry["time"])
         case "resume":

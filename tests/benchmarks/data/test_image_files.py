@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.data import image_files
-from benchmarks.data.image_files import (
+from benchmarks.data import image_pixels
+from benchmarks.data.image_files import find_pictures
+from benchmarks.data.image_pixels import (
     PictureFiles,
     check_pictures,
-    find_pictures,
     read_picture,
     read_pictures,
 )
+from trainers import progress
 
 RNG = np.random.default_rng(0)
 
@@ -192,11 +193,12 @@ def test_read_pictures_refuses_more_than_memory(tmp_path):
 
 def test_read_pictures_shows_progress_for_many_files(tmp_path, monkeypatch, capsys):
     files = tuple(picture(tmp_path / f"{i}.png") for i in range(3))
-    read_pictures(files, 3, 3)
-    assert "reading pictures" not in capsys.readouterr().err
-    monkeypatch.setattr(image_files, "BAR_FROM", 3)
-    read_pictures(files, 5, 3)
-    assert "reading pictures" in capsys.readouterr().err
+    with progress.shown():
+        read_pictures(files, 3, 3)
+        assert "reading pictures" not in capsys.readouterr().err
+        monkeypatch.setattr(image_pixels, "BAR_FROM", 3)
+        read_pictures(files, 5, 3)
+        assert "reading pictures" in capsys.readouterr().err
 
 
 def test_find_pictures_takes_sorted_subfolders_as_classes(tmp_path):
@@ -244,14 +246,14 @@ def test_find_pictures_names_empty_class_folders(tmp_path):
         find_pictures(tmp_path, labelled=True)
 
 
-def test_find_pictures_ignores_hidden_files_and_counts_other_kinds(tmp_path):
+def test_find_pictures_ignores_hidden_files_and_counts_other_kinds(tmp_path, caplog):
     picture(tmp_path / "a.png")
     picture(tmp_path / ".hidden.png")
     picture(tmp_path / ".thumbnails" / "a.png")
     for name in ("notes.txt", "more.TXT", "README"):
         (tmp_path / name).touch()
-    with pytest.warns(UserWarning, match=r"3 files are no pictures.*\.txt 2, no suffix 1"):
-        found = find_pictures(tmp_path, labelled=True)
+    found = find_pictures(tmp_path, labelled=True)
+    assert "3 files are no pictures and are ignored (.txt 2, no suffix 1)" in caplog.text
     assert [path.name for path in found.files] == ["a.png"]
 
 

@@ -16,7 +16,8 @@ pytest.importorskip("diffusers")
 from benchmarks.data.pictures import to_uint8
 from benchmarks.latents.autoencoders import AutoencoderKl, find_vae
 from benchmarks.latents.dataset import Latents
-from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.encode import encode
+from benchmarks.latents.shard_encoder import Encoder
 from benchmarks.metrics import evaluate
 from registry.protocols import Coded
 

@@ -28,7 +28,8 @@ from benchmarks.records import mlflow_store
 from benchmarks.records.jsonl import RECORD, read_record
 from benchmarks.records.mlflow_store import Store, _import_mlflow, open_hint
 from benchmarks.records.mlflow_sync import ID_TAG, SENT, Copy, Follower, send
-from benchmarks.records.recorders import Jsonl, Mlflow, Run
+from benchmarks.records.open_run import Run
+from benchmarks.records.recorders import Jsonl, Mlflow
 
 
 @pytest.fixture(scope="module")
