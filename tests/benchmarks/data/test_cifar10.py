@@ -92,7 +92,7 @@ def test_a_batch_of_something_else_is_named(root: Path, content, message: str) -
 def test_a_cut_or_missing_batch_is_named(root: Path) -> None:
     path = root / FOLDER / "data_batch_3"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="data_batch_3 is no batch of CIFAR-10 or is damaged"):
+    with pytest.raises(ValueError, match="data_batch_3 is no batch file of CIFAR-10 or is damaged"):
         Cifar10(folder=str(root))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_3 missing. Unpack https"):
