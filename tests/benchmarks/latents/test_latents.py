@@ -138,7 +138,7 @@ def test_a_cut_shard_is_named_before_training(folder, tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"shard_00001\.safetensors has \d+ bytes instead of") as e:
         Latents(folder=str(copy))
-    assert "only these are redone" in str(e.value)
+    assert "makes only these shards anew" in str(e.value)
 
 
 def test_a_changed_shard_is_found_by_verify_alone(folder, tmp_path) -> None:
