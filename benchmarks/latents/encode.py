@@ -93,14 +93,19 @@ def _encode(
     devices: Sequence[str],
 ) -> Manifest:
     """Make the shards that are missing or damaged, while this process holds the folder's lock."""
-    for left in out.glob(PARTIAL):  # by a command that was killed while it wrote
-        left.unlink()
-    _keep(plan, out)
+    _keep_plan(plan, out)
+    for leftover in out.glob(PARTIAL):  # of a command that was killed while it wrote
+        leftover.unlink()
     tasks = [
-        ShardTask(out, number, found.files[start : start + shard_rows],
-             found.labels[start : start + shard_rows], encoder)
+        ShardTask(
+            folder=out,
+            number=number,
+            files=found.files[start : start + shard_rows],
+            labels=found.labels[start : start + shard_rows],
+            encoder=encoder,
+        )
         for number, start in enumerate(range(0, len(found.files), shard_rows))
-    ]  # fmt: skip
+    ]
     if workers > len(tasks):
         log.warning(
             "%d pictures in shards of %d leave %d of %d workers without work; give a smaller "
@@ -160,11 +165,11 @@ def _fitting(vae: DiffusersVae, size: int) -> tuple[Tensor, Tensor | None]:
     return mean, logvar
 
 
-def _keep(plan: Mapping[str, Any], out: Path) -> None:
-    """Write the plan into the folder; ValueError if the folder has another plan."""
+def _keep_plan(plan: Mapping[str, Any], out: Path) -> None:
+    """Write the plan into the folder; ValueError if the folder has another plan or other files."""
     path = out / PLAN
     if not path.is_file():
-        if any(file.name != LOCK for file in out.iterdir()):
+        if set(out.iterdir()) - {out / LOCK, *out.glob(f".{PLAN}{PARTIAL}")}:
             raise ValueError(f"{out} is not empty and holds no latents; choose another --out")
         write_json(path, plan)
         return
@@ -187,7 +192,7 @@ def _manifest(
     else:
         raise ValueError(
             f"channel {std.index(min(std))} of the latents is constant, so it has no inverse "
-            "standard deviation; give --normalise constants"
+            "standard deviation; give --normalise constants if the VAE has constants"
         )
     about = {"normalise": normalise, "channel_mean": mean, "channel_std": std}
     return Manifest(

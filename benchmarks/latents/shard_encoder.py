@@ -50,7 +50,7 @@ class Encoder:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardTask:
     """One shard that is to be made."""
 

@@ -229,9 +229,16 @@ def test_other_settings_do_not_continue_a_folder(encoded, pictures, kl, tmp_path
     with pytest.raises(ValueError, match="vae was"):
         encode(pictures, encoded, encoder(other), shard_rows=8)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "full" / ".thesis.txt.partial").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no latents"):
         encode(pictures, tmp_path / "full", encoder(kl))
+    assert (tmp_path / "full" / ".thesis.txt.partial").read_text() == "mine"
+
+
+def test_a_command_that_was_killed_while_it_wrote_its_plan_is_begun_anew(pictures, kl, tmp_path):
+    (tmp_path / ".plan.json.0123abcd.partial").write_text("{")
+    assert encode(pictures, tmp_path, encoder(kl)).num == 22
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_pictures_that_cannot_be_read_are_named_before_anything_is_encoded(kl, tmp_path):
