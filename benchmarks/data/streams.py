@@ -96,7 +96,7 @@ class StoredSet:
         return x0, self._cond(rows)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        """A random subset of n different samples, or all; see `subset`."""
+        """A random subset of n different samples, or all samples if there are no more than n."""
         rows = subset(self.size, n, seed)
         return self.rows(rows), self._cond(rows)
 
@@ -116,7 +116,7 @@ class StoredSet:
 
 
 def subset(size: int, n: int, seed: int) -> Tensor:
-    """n different indices below `size`, or all of them.
+    """n different indices below `size` in random order; all of them if n is larger.
 
     A smaller n gives the first of them, so that a small reference is part of a large one.
     """

@@ -146,7 +146,7 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
     for run_folder in (path.parent for path in records):
         start = read_start(run_folder)
         if start is None:
-            log.warning("%s has no readable start line; left out", run_folder / RECORD)
+            log.warning("%s has no readable start line and is not sent", run_folder / RECORD)
             continue
         store = _store_of(run_folder, start, tracking_uri)
         try:
@@ -213,7 +213,7 @@ def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     for entry, end in read_lines(path, offset):
         offset = end
         if entry is None:
-            log.warning("%s: the line that ends at byte %d is torn; left out", path, end)
+            log.warning("%s: the line that ends at byte %d is torn and is not sent", path, end)
             continue
         entries.append(entry)
         size += len(entry.get("values", ()))
@@ -258,7 +258,7 @@ def _send_event(client: MlflowClient, run_id: str, folder: Path, entry: dict[str
             if path.exists():
                 client.log_artifact(run_id, str(path), None if where == "." else where)
             else:
-                log.warning("artifact %s is gone; left out of MLflow", path)
+                log.warning("the artifact %s is gone, so MLflow does not get it", path)
         case "end":
             client.set_terminated(run_id, entry["status"], end_time=entry["time"])
         case "resume":

@@ -235,7 +235,7 @@ class Run:
             self._valid_names.add(name)
 
     def _keep_whole(self, name: str, values: Mapping[str, str], limit: int) -> None:
-        """Write all texts to a file if one is longer than MLflow takes: there it is cut."""
+        """Write all values to a file if one is too long for MLflow, which gets it shortened."""
         if any(len(value) > limit for value in values.values()):
             self.text(json.dumps(values, indent=1, ensure_ascii=False), name)
 
