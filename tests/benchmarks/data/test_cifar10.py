@@ -79,8 +79,8 @@ def test_a_batch_that_would_run_code_is_refused_and_runs_none(root: Path) -> Non
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, "2, 3072.* and 1 labels"),
         ({b"data": np.zeros((2, 100), np.uint8), b"labels": [1, 2]}, "expected uint8"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 10]}, "labels from 0 to 9"),
-        ({b"labels": [1, 2]}, "no batch of CIFAR-10: KeyError"),
-        ([1, 2, 3], "no batch of CIFAR-10"),
+        ({b"labels": [1, 2]}, "no batch file of CIFAR-10: KeyError"),
+        ([1, 2, 3], "no batch file of CIFAR-10"),
     ],
 )
 def test_a_batch_of_something_else_is_named(root: Path, content, message: str) -> None:
