@@ -17,7 +17,8 @@ from benchmarks.grids.axes import bindings
 from benchmarks.grids.cells import plan
 from benchmarks.grids.request import Request
 from benchmarks.latents.autoencoders import find_vae
-from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.encode import encode
+from benchmarks.latents.shard_encoder import Encoder
 from registry import gin_setup
 
 ROOT = Path(__file__).parents[1] / "gin"

@@ -20,7 +20,7 @@ BELOW = {  # each package, and those that it may import
     "benchmarks": {"registry", "zoo", "backbones", "trainers"},
     "objective_zoo": {"registry", "zoo", "backbones", "trainers", "benchmarks"},
 }
-LEAVES = {"console", "files", "markdown"}  # modules of benchmarks that any of its folders may use
+LEAVES = {"console", "locks", "markdown"}  # modules of benchmarks that any of its folders may use
 INSIDE = {  # the folders of benchmarks, and those that each may import
     "data": set(),
     "records": set(),

@@ -33,7 +33,8 @@ def add_to(commands: Commands) -> None:
 
 def _encode(arguments: argparse.Namespace) -> None:
     from benchmarks.latents.autoencoders import find_vae
-    from benchmarks.latents.encode import Encoder, encode
+    from benchmarks.latents.encode import encode
+    from benchmarks.latents.shard_encoder import Encoder
 
     encoder = Encoder(
         vae=find_vae(arguments.vae, arguments.subfolder),

@@ -82,7 +82,8 @@ def _pictures(folder: Path) -> Path:
 def _latents(pictures: Path, data: Path) -> Path:
     """The pictures as latents of a VAE with random weights, at a quarter of their sides."""
     from benchmarks.latents.autoencoders import find_vae
-    from benchmarks.latents.encode import Encoder, encode
+    from benchmarks.latents.encode import encode
+    from benchmarks.latents.shard_encoder import Encoder
 
     if not (data / "vae").exists():
         from diffusers import AutoencoderKL

@@ -1,4 +1,4 @@
-"""Data sets: batches by (seed, step), from files, arrays or a closed form.
+"""Data sets, which give a batch for each (seed, step): from files, arrays or a closed form.
 
-Nothing here may know of networks, metrics, experiments or runs.
+The modules of this folder import nothing of networks, metrics, experiments or runs.
 """

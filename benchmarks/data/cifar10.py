@@ -1,7 +1,8 @@
-"""CIFAR-10 in the layout that torchvision unpacks; nothing in its files is ever executed.
+"""CIFAR-10: colour pictures [3 32 32] in [-1, 1], labels 0 to 9, from the files that it comes in.
 
-The batches are pickles, which can call any function when they are read. Here only the few that put
-a NumPy array together are found; a file that asks for another is refused by its name.
+The layout is the one that torchvision unpacks. The files are pickles, and reading a pickle can call
+any function. Here only the few functions are allowed that build a NumPy array; a file that asks for
+another one is refused, and the error names that function.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Cifar10(StoredSet):
     """CIFAR-10, 32x32 colour pictures of ten kinds of things, from its Python batches."""
 
     name: ClassVar = "cifar10"
-    folder: str = "data"  # the one with cifar-10-batches-py in it, or that folder itself
+    folder: str = "data"  # the folder that holds cifar-10-batches-py, or that folder itself
     split: Literal["train", "test", "all"] = "train"  # 50,000, 10,000 or both
     flip: bool = False  # mirror half of the training samples left to right
 
@@ -50,7 +51,7 @@ class Cifar10(StoredSet):
         if missing := [path.name for path in files if not path.is_file()]:
             raise FileNotFoundError(
                 f"CIFAR-10 is not in {str(root)!r}: {', '.join(missing)} missing. Unpack {URL} "
-                f"there, so that it holds {FOLDER}/, or point cifar10.folder at the place"
+                f"there, so that it holds {FOLDER}/, or bind cifar10.folder to where it is"
             )
         parts = [_read_batch(path) for path in files]
         return Pictures(
@@ -72,14 +73,16 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         try:
             content = _ArraysOnly(file, encoding="bytes").load()
-        except Exception as error:  # a damaged pickle fails in any way
-            raise ValueError(f"{path} is no batch of CIFAR-10 or is damaged: {error}") from error
+        except Exception as error:  # a damaged pickle raises errors of any kind
+            raise ValueError(
+                f"{path} is no batch file of CIFAR-10 or is damaged: {error}"
+            ) from error
     try:
         found = {key if isinstance(key, str) else key.decode(): content[key] for key in content}
         pixels, labels = found["data"], np.asarray(found["labels"], dtype=np.int64)
         good = pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * 32 * 32)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no batch of CIFAR-10: {error!r}") from error
+        raise ValueError(f"{path} is no batch file of CIFAR-10: {error!r}") from error
     if not good or not len(labels) or labels.min() < 0 or labels.max() > 9:
         raise ValueError(
             f"{path} holds {pixels.dtype} {pixels.shape} pixels and {len(labels)} labels; expected "

@@ -1,4 +1,7 @@
-"""Handwritten digits of 8x8 pixels, which ship with scikit-learn."""
+"""Handwritten digits: grey pictures [1 8 8] in [-1, 1], labels 0 to 9; scikit-learn ships them.
+
+The stored values are whole numbers from 0 to 16, so x = value / 8 - 1.
+"""
 
 from __future__ import annotations
 

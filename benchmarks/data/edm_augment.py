@@ -1,11 +1,17 @@
-"""EDM's augmentation of training pictures, without vertical flips and rotation, as MeanFlow trains.
+"""EDM's augmentation of training pictures, without vertical flips and rotation, as in MeanFlow.
 
-    mirrored with probability 1/2;  each of the rest with `probability`, w ~ N(0, 1):
-    scaled by 2^(0.2 w);  stretched by 2^(0.2 w) along a direction, horizontal in half of the cases;
-    moved by 0.125 w of the side in x and in y
+A picture [c h w] is changed in these ways, the first with probability 1/2, each of the others with
+`probability`; every w is a draw from N(0, 1):
 
-The network is told in cond["augment"] [b 6]: mirrored, w of the scale, w cos and w sin of the
-stretch, w_x, w_y. Zero is a picture as it is, and so is every sample: samplers tell nothing.
+    mirrored left to right
+    scaled by 2^(0.2 w)
+    stretched by 2^(0.2 w) along a direction, which is horizontal in half of the cases
+    moved by 0.125 w_x of the side in x and by 0.125 w_y in y
+
+The network is told what was done by cond["augment"] [b 6]: whether the picture is mirrored (0 or
+1), w of the scale, w cos(angle) and w sin(angle) of the stretch, w_x, w_y. All zeros mean an
+unchanged picture. Samplers give no cond["augment"], since samples are to look like unchanged
+pictures.
 
 Karras et al., arXiv 2206.00364, appendix F.2. Our reading: bilinear interpolation with reflected
 borders, in place of wavelet filters.
@@ -29,11 +35,11 @@ from registry.protocols import Cond, Dataset, Share, read_share
 @datasets.register("edm_augment")
 @dataclass(frozen=True, kw_only=True)
 class EdmAugment:
-    """Another data set's pictures, augmented in training; its labels only if `labelled`."""
+    """The pictures of another data set, augmented in training batches and not in the reference."""
 
     data: Dataset
     probability: float = 0.12
-    labelled: bool = True
+    labelled: bool = True  # False leaves out the labels of the other data set
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -81,7 +87,10 @@ class EdmAugment:
 
 
 def augmented(x: Tensor, draws: Tensor) -> Tensor:
-    """Pictures [b c h w] by draws [b 6]: mirrored, w of scale and stretch, its angle, w_x, w_y."""
+    """Change pictures [b c h w] by draws [b 6].
+
+    A draw is: mirrored (0 or 1), w of the scale, w of the stretch, angle of the stretch, w_x, w_y.
+    """
     mirrored, scale, stretch, angle, *shift = draws.double().unbind(1)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
 
@@ -91,7 +100,8 @@ def augmented(x: Tensor, draws: Tensor) -> Tensor:
     def turn(by: Tensor) -> Tensor:
         return matrix((by.cos(), -by.sin(), zero), (by.sin(), by.cos(), zero))
 
-    # From the place of a pixel to where it comes from; in the grid's units a side is 2 long.
+    # The matrix leads from the place of a pixel to the place where its value comes from. In the
+    # units of the grid a side is 2 long, so 0.125 of a side is 0.25.
     small, thin = 2 ** (-0.2 * scale), 2 ** (-0.2 * stretch)
     back = matrix(((1 - 2 * mirrored) * small, zero, zero), (zero, small, zero))
     back = back @ turn(-angle) @ matrix((thin, zero, zero), (zero, 1 / thin, zero)) @ turn(angle)
@@ -101,7 +111,7 @@ def augmented(x: Tensor, draws: Tensor) -> Tensor:
 
 
 def labels(draws: Tensor) -> Tensor:
-    """What the network is told [b 6]."""
+    """What the network is told about these draws [b 6], in cond["augment"] [b 6]."""
     mirrored, scale, stretch, angle, *shift = draws.unbind(1)
     told = [mirrored, scale, stretch * angle.cos(), stretch * angle.sin(), *shift]
     return torch.stack(told, dim=1)

@@ -1,8 +1,10 @@
-"""Fashion-MNIST, from files in IDX, the format of MNIST and its relatives, plain or gzipped.
+"""Fashion-MNIST: grey pictures [1 28 28] in [-1, 1], labels 0 to 9.
+
+Its files have the format IDX, which MNIST introduced, and may be compressed by gzip:
 
     00 00 08 ndim | ndim sizes, each 4 bytes, big endian | the values, unsigned bytes
 
-08 is the type code of unsigned bytes, the only one that these data sets use.
+The third byte is the type of the values. 08 stands for unsigned bytes; no other type is read.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from registry import datasets
 
 
 def find_idx(folder: Path, name: str) -> Path | None:
-    """The file of this name in the folder, plain or with .gz."""
+    """The file of this name in the folder, plain or with .gz; None if there is neither."""
     candidates = (folder / name, folder / f"{name}.gz")
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """The array as uint8; ValueError with what was expected for a file that is damaged."""
+    """The array in an IDX file as uint8; ValueError if the file is damaged or has another ndim."""
     content = _unzipped(path)
     magic = bytes((0, 0, 8, ndim))
     start = 4 + 4 * ndim
@@ -103,7 +105,7 @@ class FashionMnist(StoredSet):
     def _how_to_get(self, names: tuple[str, ...]) -> str:
         return (
             f"Fashion-MNIST is not in {self.folder!r}: it needs {' and '.join(names)}, each plain "
-            "or with .gz. Install it (apt-get install dataset-fashion-mnist), or point "
-            "fashion_mnist.folder at a folder with the four IDX files train-images-idx3-ubyte, "
+            "or with .gz. Install it (apt-get install dataset-fashion-mnist), or bind "
+            "fashion_mnist.folder to a folder with the four IDX files train-images-idx3-ubyte, "
             "train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
         )

@@ -1,8 +1,9 @@
-"""Pictures in data sets of the Hugging Face hub, by name or from local files.
+"""Pictures in data sets of the Hugging Face hub: [channels resolution resolution] in [-1, 1].
 
-A local folder is what `Dataset.save_to_disk` wrote, or data files (parquet, arrow, a picture
-folder) that `datasets.load_dataset` understands; a local file is one of these. Pictures go through
-the rules of benchmarks/data/image_files.py, as those of a plain folder do.
+`path` is a name on the hub, a local folder or a local file. A folder is one that
+`Dataset.save_to_disk` wrote, or one with data files (parquet, arrow, pictures) that
+`datasets.load_dataset` reads. A file is a parquet or arrow file. Pixels are made by
+benchmarks/data/image_pixels.py, as for a plain folder of pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import BAR_FROM, as_pixels, check_memory, judge_pictures
+from benchmarks.data.image_pixels import BAR_FROM, as_pixels, check_memory, judge_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets, progress
 from registry.core import did_you_mean
@@ -34,11 +35,11 @@ class HfImages(StoredSet):
 
     name: ClassVar = "hf_images"
 
-    path: str  # a name on the hub, or a local folder
+    path: str  # a name on the hub, a local folder or a local file
     config: str | None = None
     split: str = "train"
-    image: str = ""  # the column of pictures; "": the only one
-    label: str = ""  # the column of class labels; "": the only one, or none
+    image: str = ""  # the column of pictures; "" takes the only one
+    label: str = ""  # the column of class labels; "" takes the only one, or goes without
     resolution: int = 32
     channels: int = 3  # 3 RGB, 1 grey
     flip: bool = False  # mirror half of the training samples left to right
@@ -46,7 +47,7 @@ class HfImages(StoredSet):
     def load(self) -> Pictures:
         if self.channels not in (1, 3) or self.resolution < 1:
             raise ValueError(
-                f"hf_images.channels is {self.channels} and must be 1 or 3, hf_images.resolution "
+                f"hf_images.channels is {self.channels} and must be 1 or 3; hf_images.resolution "
                 f"is {self.resolution} and must be positive"
             )
         table = _table(self.path, self.config, self.split)
@@ -68,7 +69,7 @@ class HfImages(StoredSet):
 
 def _table(path: str, config: str | None, split: str) -> Any:
     try:
-        import datasets as hf  # seconds, and optional
+        import datasets as hf  # optional, and takes seconds to import
     except ImportError as error:
         raise ImportError("hf_images needs datasets: pip install 'objective-zoo[hf]'") from error
     folder = Path(path).expanduser()
@@ -80,7 +81,7 @@ def _table(path: str, config: str | None, split: str) -> Any:
         if not saved:
             return hf.load_dataset(str(folder) if folder.exists() else path, config, split=split)
         found = hf.load_from_disk(str(folder))
-    except Exception as error:  # the library's own kinds and those of its file systems
+    except Exception as error:  # kinds of the library and of the file systems that it uses
         raise ValueError(
             f"hf_images cannot load split {split!r} of {path!r}: {type(error).__name__}: {error}"
         ) from error
@@ -98,7 +99,7 @@ def _table(path: str, config: str | None, split: str) -> Any:
 
 
 def _column(table: Any, kind: str, wanted: str, field: str) -> str:
-    """The column that is asked for, or the only one of its kind; '' without any."""
+    """The name of the wanted column, or of the only one of its kind; '' if there is none."""
     if wanted:
         if wanted not in table.features:
             raise ValueError(
@@ -108,7 +109,10 @@ def _column(table: Any, kind: str, wanted: str, field: str) -> str:
         return wanted
     found = [name for name, what in table.features.items() if type(what).__name__ == kind]
     if len(found) > 1:
-        raise ValueError(f"which column? Bind hf_images.{field} to one of {', '.join(found)}")
+        raise ValueError(
+            f"there are several columns of kind {kind}; bind hf_images.{field} to one of "
+            f"{', '.join(found)}"
+        )
     return found[0] if found else ""
 
 
@@ -117,7 +121,7 @@ def _described(table: Any) -> str:
 
 
 def _labels(table: Any, column: str, path: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Class indices and names; texts are classes in sorted order."""
+    """Class indices int64 [n] and class names; if the labels are texts, these are the names."""
     values, names = list(table[column]), getattr(table.features[column], "names", None)
     if all(isinstance(value, str) for value in values):
         names = sorted(set(values))
@@ -125,14 +129,14 @@ def _labels(table: Any, column: str, path: str) -> tuple[Tensor, tuple[str, ...]
     if not all(isinstance(value, int) and value >= 0 for value in values):
         odd = next(value for value in values if not (isinstance(value, int) and value >= 0))
         raise ValueError(
-            f"the labels {column!r} of {path} are no classes: {odd!r} among them. A split without "
-            "labels has -1"
+            f"the labels {column!r} of {path} are no classes: {odd!r} is among them. Labels must "
+            "be texts or whole numbers from 0 on; a split without labels often has -1"
         )
     return torch.tensor(values), tuple(map(str, names or range(max(values) + 1)))
 
 
 def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
-    """uint8 [n c h w]; ValueError that names the rows that cannot be read."""
+    """All pictures as uint8 [n c h w]; ValueError names the rows that cannot be read."""
     rows = range(len(table))
     instead = "Choose a smaller hf_images.resolution, or save them as files for image_folder"
     check_memory(len(rows), (channels, resolution, resolution), instead)
@@ -146,10 +150,10 @@ def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
 
 
 def _read(table: Any, column: str, pixels: Tensor, row: int) -> int | str:
-    """The shorter side of a picture, or what is wrong with it."""
+    """Write one row's pixels; the picture's shorter side, or a text that says what is wrong."""
     try:
         picture = table[row][column]
         pixels[row] = as_pixels(picture, pixels.shape[2], pixels.shape[1])
-    except Exception as error:  # decoders raise anything; all of it is reported
+    except Exception as error:  # decoders raise any kind; all are reported
         return f"row {row} ({type(error).__name__}: {error})"
     return min(picture.size)

@@ -1,8 +1,8 @@
-"""Pictures of a folder, in [-1, 1].
+"""The pictures of a folder: [channels resolution resolution] in [-1, 1].
 
-How batches are cut from a set is in benchmarks/data/streams.py; how files are read, in
-benchmarks/data/image_files.py. Everything is read and checked when the data set is made, so that no
-run starts on data that it cannot finish.
+image_files.py finds them and their classes, image_pixels.py reads them, streams.py makes batches.
+All files are read or checked when the data set is made, so that no run starts with a picture that
+it cannot read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import PictureFiles, check_pictures, find_pictures, read_pictures
+from benchmarks.data.image_files import find_pictures
+from benchmarks.data.image_pixels import PictureFiles, check_pictures, read_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 
@@ -22,11 +23,12 @@ from registry import datasets
 @datasets.register("image_folder")
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(StoredSet):
-    """Your own pictures: every picture in a folder, its sub-folders being the classes.
+    """Your own pictures: every picture in a folder; the sub-folders are the classes.
 
-    Two or more sub-folders of the top level are the classes, in sorted order, however deep the
-    pictures lie in them; fewer give no labels. Pictures both beside and inside sub-folders are an
-    error, since either reading could be meant; `labelled = False` ignores the sub-folders.
+    Two or more sub-folders of the top level are the classes, in sorted order, and a picture may lie
+    at any depth in them. With fewer there are no labels. If pictures lie both beside and inside the
+    sub-folders, it is not clear whether these are classes: that is an error. `labelled = False`
+    ignores the sub-folders.
     """
 
     name: ClassVar = "image_folder"
@@ -35,7 +37,7 @@ class ImageFolder(StoredSet):
     channels: int = 3  # 3 RGB, 1 grey
     labelled: bool = True
     flip: bool = False  # mirror half of the training samples left to right
-    in_memory: bool = True  # False: checked now, read as they are needed
+    in_memory: bool = True  # False checks the files now and reads each when it is needed
 
     def load(self) -> Pictures:
         if self.channels not in (1, 3):

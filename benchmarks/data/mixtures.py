@@ -1,4 +1,8 @@
-"""Gaussians and mixtures of them, drawn without end: their exact flow is known."""
+"""Gaussians and mixtures of them: points float32 [d], without labels, drawn without end.
+
+Their exact velocity, and for one Gaussian the exact flow map, are known in closed form
+(zoo/oracles), so that what a network learned can be compared with the truth.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,16 @@ Row = tuple[float, ...]
 
 
 class ComponentSet(EndlessSet):
-    """A Gaussian mixture, coordinates independent in each mode: what the exact networks take."""
+    """A Gaussian mixture whose coordinates are independent within each mode.
+
+    The networks that know the exact solution are built from `components`.
+    """
 
     def __post_init__(self) -> None:
-        self.components()  # so that what is wrong shows up here
+        self.components()  # raises here, and not in training, if the fields do not fit
 
     def components(self) -> dict[str, Tensor]:
-        """`means` and `stds` [k d], `weights` [k] of sum 1, float64."""
+        """`means` and `stds` [k d] and `weights` [k], whose sum is 1, all float64."""
         raise NotImplementedError
 
     @property
@@ -62,14 +69,14 @@ class Gaussian(ComponentSet):
 class Mixture(ComponentSet):
     """Four unequal Gaussian modes in the plane, drawn without end; velocity in closed form.
 
-    The default has mean 0 and standard deviation 1 in both coordinates, but neither equal weights
-    nor a mirror axis, so that a wrong sign or a lost weight shows.
+    The default has mean 0 and standard deviation 1 in both coordinates. Its weights are unequal and
+    it has no axis of symmetry, so that a wrong sign or a forgotten weight becomes visible.
     """
 
     name: ClassVar = "mixture"
     means: tuple[Row, ...] = ((-1.16, -0.52), (0.81, -1.17), (0.45, 1.35), (1.26, 0.69))
     stds: tuple[Row, ...] = ((0.18, 0.38), (0.27, 0.16), (0.13, 0.27), (0.18, 0.22))
-    weights: Row = (0.4, 0.2, 0.25, 0.15)  # relative
+    weights: Row = (0.4, 0.2, 0.25, 0.15)  # relative: their sum need not be 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "means", tuple(map(tuple, self.means)))

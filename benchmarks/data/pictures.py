@@ -1,4 +1,8 @@
-"""Samples to look at: the one rounding rule to uint8, grids of pictures, scatter plots."""
+"""Samples as PNG files to look at: grids of pictures and scatter plots of points.
+
+Samples are float [n c h w] in [-1, 1], or points [n 2]. `to_uint8` is the one rule by which the
+project rounds pictures to pixels.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,37 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL = 48  # pixels that a picture in a grid covers at least
-GAP = 2
+SMALLEST_SIDE = 48  # pixels that the longer side of a picture in a grid has at least
+GAP = 2  # pixels between pictures
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """round(127.5 (x + 1)), clamped to 0..255: the only way from [-1, 1] to pixels; pixels stay."""
+    """Turn values in [-1, 1] into pixels: round(127.5 (x + 1)), clamped to 0..255.
+
+    A uint8 tensor holds pixels already and is given back as it is.
+    """
     if x.dtype == torch.uint8:
         return x
     return (127.5 * (x.float() + 1)).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(rows: Sequence[Tensor], path: str | Path, titles: Sequence[str] = ()) -> Path:
-    """One PNG, a line for each of `rows` [n c h w] in [-1, 1], with its title on the left.
+    """Write one PNG with a line of pictures for each of `rows` [n c h w], its title on the left.
 
-    Pictures under 48 pixels are enlarged by a whole factor without smoothing, so that every pixel
-    stays visible.
+    The rows are in [-1, 1]. Pictures under 48 pixels are enlarged by a whole factor and without
+    smoothing, so that every pixel stays visible.
     """
     shapes = {tuple(row.shape[1:]) for row in rows}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[0] not in (1, 3):
         raise ValueError(
-            f"a grid needs rows [n c h w] of one shape with 1 or 3 channels, got "
+            f"a grid needs rows [n c h w] of one shape with 1 or 3 channels, but got "
             f"{[tuple(row.shape) for row in rows]}; decode latents first"
         )
     if titles and len(titles) != len(rows):
-        raise ValueError(f"{len(titles)} titles for {len(rows)} rows; give one for each, or none")
-    factor = -(-CELL // max(shape[1:]))
+        raise ValueError(
+            f"got {len(titles)} titles for {len(rows)} rows; give one for each row, or none"
+        )
+    factor = -(-SMALLEST_SIDE // max(shape[1:]))
     height, width = (factor * side + GAP for side in shape[1:])
     font = ImageFont.load_default(size=14)
     margin = max((int(font.getlength(title)) + 4 * GAP for title in titles), default=0)
@@ -53,7 +62,7 @@ def save_grid(rows: Sequence[Tensor], path: str | Path, titles: Sequence[str] = 
 
 
 def _strip(row: Tensor, factor: int) -> Image.Image:
-    """One row of pictures side by side, white between them."""
+    """The pictures of one row side by side, with white between them."""
     pixels = to_uint8(row.detach().cpu()).expand(-1, 3, -1, -1)
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     pixels = torch.nn.functional.pad(pixels, (0, GAP), value=255)
@@ -69,18 +78,19 @@ def _saved(canvas: Image.Image, path: Path) -> Path:
 def save_scatter(
     panels: Mapping[str, Tensor], path: str | Path, reference: Tensor | None = None
 ) -> Path:
-    """One PNG with a panel of points [n 2] for each title, over the reference's in grey.
+    """Write one PNG with a panel for each title, which shows its points [n 2].
 
-    All panels show the same square: the reference's range (without one, the points'), half as
-    wide again. The title counts the points outside it, those that are not finite included.
+    The points of the reference are drawn below them in grey. All panels show the same square. It is
+    half as wide again as the range of the reference, or as that of all points without a reference.
+    A panel's title counts the points outside of it, and the points that are not finite.
     """
-    from matplotlib.figure import Figure  # slow to import, and only 2-D runs need it
+    from matplotlib.figure import Figure  # takes a second to import, and few runs need it
 
     clouds = {title: points.detach().cpu().float() for title, points in panels.items()}
     backdrop = None if reference is None else reference.detach().cpu().float()
     for points in [*clouds.values(), *([] if backdrop is None else [backdrop])]:
         if points.ndim != 2 or points.shape[1] != 2:
-            raise ValueError(f"a scatter plot needs points [n 2], got {tuple(points.shape)}")
+            raise ValueError(f"a scatter plot needs points [n 2], but got {tuple(points.shape)}")
     low, high = _square(torch.cat(list(clouds.values())) if backdrop is None else backdrop)
     figure = Figure(figsize=(3 * len(clouds), 3.2), dpi=120, layout="constrained")
     for i, (title, points) in enumerate(clouds.items()):
@@ -100,7 +110,10 @@ def save_scatter(
 
 
 def _square(points: Tensor) -> tuple[Tensor, Tensor]:
-    """The corners of a square around the finite points, half as wide again as their range."""
+    """The lower and the upper corner of a square around the finite points.
+
+    It is half as wide again as their range.
+    """
     finite = points[points.isfinite().all(1)]
     if not len(finite):
         return torch.full((2,), -1.0), torch.full((2,), 1.0)
@@ -110,7 +123,7 @@ def _square(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picture(rows: Mapping[str, Tensor], path: Path, reference: Tensor | None = None) -> Path | None:
-    """A grid of images, a scatter plot of 2-D points; None for data that are neither."""
+    """Write a grid of pictures or a scatter plot; None, and no file, for data of another shape."""
     shape = next(iter(rows.values())).shape[1:]
     if is_picture(shape):
         return save_grid(list(rows.values()), path, titles=list(rows))

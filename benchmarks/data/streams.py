@@ -1,10 +1,14 @@
-"""From a set to batches: an endless sequence of samples, fixed by the seed and cut consecutively.
+"""How a data set becomes batches: the seed fixes an endless sequence, and each step takes a piece.
 
-The sequence comes in blocks: a finite set's block e is its e-th epoch, a permutation drawn from
-(seed, e); an endless set's block e is 4096 draws from (seed, e). Step k of batch size n takes the
-places k n .. (k + 1) n - 1, across block borders. So a batch is a pure function of (step, n, seed):
-a resume needs no loader state, every sample comes once per epoch, and every process of a run makes
-the same global batch, of which it reads and computes its share.
+The sequence is made of blocks. Block e of a finite set is its epoch e: all its samples, in an order
+that is drawn from (seed, e). Block e of an endless set is 4096 draws from (seed, e). With a batch
+size of n, step k takes the places k n .. (k + 1) n - 1 of the sequence, across the ends of blocks.
+
+So a batch is a function of (step, n, seed) and of nothing else. A run that is resumed needs no
+state of a loader, and every sample comes once in each epoch. All processes of a run agree on the
+batch, of which each reads and computes its share.
+
+Batches are float32 [n ...], pictures in [-1, 1]; labels are cond["label"], int64 [n].
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import PictureFiles
+from benchmarks.data.image_pixels import PictureFiles
 from registry.protocols import Cond, Share
 from zoo.ops import like
 
@@ -30,15 +34,15 @@ DRAWN_AT_ONCE = 4096  # samples in a block of an endless set
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pixels uint8 [n c h w] and labels int64 [n], indices of `classes` (empty without labels)."""
+    """The pictures of a finite set, with their labels if there are any."""
 
-    pixels: Tensor | PictureFiles
-    labels: Tensor | None = None
-    classes: tuple[str, ...] = ()
+    pixels: Tensor | PictureFiles  # uint8 [n c h w]
+    labels: Tensor | None = None  # int64 [n], indices into `classes`
+    classes: tuple[str, ...] = ()  # names; empty without labels
 
 
 class StoredSet:
-    """A finite set in memory: whole numbers from 0 to `top`, normalised to [-1, 1] on the fly."""
+    """A finite set of pictures, stored as whole numbers from 0 to `top` and given in [-1, 1]."""
 
     name: ClassVar[str]
     top: ClassVar[int] = 255
@@ -46,10 +50,11 @@ class StoredSet:
     flip: bool = False  # mirror half of the training samples left to right
 
     def load(self) -> Pictures:
+        """The pictures; called once, when the data set is made."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stored", self.load())  # so that what is wrong shows up here
+        object.__setattr__(self, "stored", self.load())  # here, so that no run starts without data
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,19 +96,19 @@ class StoredSet:
         return x0, self._cond(rows)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        """A random subset without repetition; the first m of n are the reference of size m."""
+        """A random subset of n different samples, or all samples if there are no more than n."""
         rows = subset(self.size, n, seed)
         return self.rows(rows), self._cond(rows)
 
     def sample_labels(self, n: int) -> Cond | None:
-        """n labels with the frequencies of the data, evenly interleaved; None without labels."""
+        """n labels, each as often as in the data and evenly mixed; None without labels."""
         if self.stored.labels is None:
             return None
         counts = torch.bincount(self.stored.labels, minlength=self.num_classes)
         return {"label": interleave(apportion(n, counts))}
 
     def rows(self, rows: Tensor) -> Tensor:
-        """The samples with these indices, in [-1, 1], as they are stored."""
+        """The samples with these indices, in [-1, 1], none of them mirrored."""
         return self.stored.pixels[rows].float() * (2 / self.top) - 1
 
     def _cond(self, rows: Tensor) -> Cond | None:
@@ -111,12 +116,15 @@ class StoredSet:
 
 
 def subset(size: int, n: int, seed: int) -> Tensor:
-    """n different indices below size, or all; the first m of n are those for m."""
+    """n different indices below `size` in random order; all of them if n is larger.
+
+    A smaller n gives the first of them, so that a small reference is part of a large one.
+    """
     return torch.randperm(size, generator=seeded("reference", size, seed))[:n]
 
 
 def flipped(size: int, step: int, n: int, seed: int) -> Tensor:
-    """Which samples of a step are mirrored: half of them, drawn anew in every epoch."""
+    """Which samples of a step are mirrored, bool [n]: each with probability 1/2 in each epoch."""
     return cut(size, step * n, n, lambda epoch: _mirrored(size, seed, epoch))
 
 
@@ -126,25 +134,29 @@ def _mirrored(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def places(size: int, step: int, n: int, seed: int) -> Tensor:
-    """The indices that a step takes from a set of this size."""
+    """The indices int64 [n] that a step takes from a set of this size."""
     return cut(size, step * n, n, lambda epoch: _permutation(size, seed, epoch))
 
 
 class EndlessSet:
-    """A law to draw from without end or labels; hashable, since equal laws share their draws."""
+    """A probability law that is drawn from without end; there are no labels.
+
+    It must be hashable: the last draws are kept by it, and equal laws share them.
+    """
 
     name: ClassVar[str]
     num_classes: ClassVar[int] = 0
     size: ClassVar[int] = 0
 
     def draw(self, n: int, rng: torch.Generator) -> Tensor:
+        """n independent samples [n ...]."""
         raise NotImplementedError
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         return cut(DRAWN_AT_ONCE, step * n, n, lambda block: _drawn(self, seed, block)), None
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        """A fresh draw, independent of every training batch."""
+        """n samples that are independent of every training batch."""
         return self.draw(n, seeded("reference", seed)), None
 
     def sample_labels(self, n: int) -> Cond | None:
@@ -156,7 +168,7 @@ _waiting: dict[Hashable, Future[Any]] = {}
 
 
 def read_ahead(make: Callable[..., T], step: int, *how: Hashable) -> T:
-    """make(step, *how), while make(step + 1, *how) begins in a thread of its own."""
+    """The value of make(step, *how); a thread begins to make that of step + 1 meanwhile."""
     ready = _waiting.pop((make, step, *how), None)
     _waiting.clear()
     found = make(step, *how) if ready is None else ready.result()
@@ -165,16 +177,16 @@ def read_ahead(make: Callable[..., T], step: int, *how: Hashable) -> T:
 
 
 def cut(length: int, start: int, n: int, block: Callable[[int], Tensor]) -> Tensor:
-    """Rows start .. start + n - 1 of block(0), block(1), ... end to end, each of `length` rows."""
+    """Rows start .. start + n - 1 of the sequence block(0), block(1), ..., each `length` rows."""
     pieces = []
     for i in range(start // length, (start + n - 1) // length + 1):
         first = i * length
         pieces.append(block(i)[max(start - first, 0) : start + n - first])
-    return torch.cat(pieces)  # a copy even of one piece, since blocks are remembered
+    return torch.cat(pieces)  # copies a single piece too, since blocks are kept
 
 
 def seeded(purpose: str, *key: int) -> torch.Generator:
-    """A generator of its own for each purpose: data never share a stream with a run's noise."""
+    """A generator for one purpose alone, so that data and noise never share random numbers."""
     digest = hashlib.sha256(f"objective-zoo data {purpose} {key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -190,7 +202,7 @@ def _drawn(dataset: EndlessSet, seed: int, block: int) -> Tensor:
 
 
 def content_hash(*tensors: Tensor) -> str:
-    """The first 16 hex digits of the SHA-256 of shapes, types and values."""
+    """The first 16 hexadecimal digits of the SHA-256 of the tensors' shapes, types and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -199,7 +211,10 @@ def content_hash(*tensors: Tensor) -> str:
 
 
 def apportion(n: int, counts: Tensor) -> Tensor:
-    """n shared out in proportion to counts [k] by largest remainder; ties go to the lower index."""
+    """Whole numbers [k] of sum n in proportion to `counts` [k], by the largest remainder.
+
+    Of equal remainders the one with the lower index is the first.
+    """
     total = int(counts.sum())
     shares = n * counts // total
     by_remainder = torch.argsort(n * counts % total, descending=True, stable=True)
@@ -208,7 +223,10 @@ def apportion(n: int, counts: Tensor) -> Tensor:
 
 
 def interleave(counts: Tensor) -> Tensor:
-    """counts[i] copies of each i, spread evenly, each i once first: (2, 2, 1) -> 0, 1, 2, 0, 1."""
+    """counts[i] copies of each i, spread evenly: (2, 2, 1) becomes 0, 1, 2, 0, 1.
+
+    Every i comes once before any i comes twice.
+    """
     labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
     nth = torch.arange(len(labels)) - (torch.cumsum(counts, 0) - counts)[labels]
     return labels[torch.argsort(nth.double() / counts[labels], stable=True)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from benchmarks.metrics.evaluate import BLOCK
 from benchmarks.metrics.features import Extractor
 from registry import progress
 from trainers import ranks
+from trainers.checkpoints.whole_files import whole_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class FeatureSink:
 
     @property
     def folder(self) -> Path:
-        return self.cache / hashlib.sha256(_text(self.about)).hexdigest()[:16]
+        return self.cache / hashlib.sha256(_text(self.about).encode()).hexdigest()[:16]
 
     def has(self, block: int) -> bool:
         path = self._path(block)
@@ -72,11 +72,12 @@ class FeatureSink:
     def take(self, block: int, images: Tensor) -> None:
         path = self._path(block)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path.with_name("about.json"), _text(self.about))
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        about = path.with_name("about.json")
+        if not about.exists():
+            write_text(about, _text(self.about))
         features = self.extractor(images).contiguous()
-        save_file({"features": features}, partial, {"sha256": _digest(features)})
-        partial.replace(path)
+        with whole_file(path, durable=False) as partial:  # its SHA-256 is checked before it is used
+            save_file({"features": features}, partial, {"sha256": _digest(features)})
 
     def load(self) -> Tensor:
         """All features [num d] in order."""
@@ -99,7 +100,7 @@ class PngSink:
     def claim(self) -> None:
         """ValueError if the folder has images of something else, which would pass for these."""
         beside = self.folder.with_suffix(".json")
-        if beside.exists() and beside.read_bytes() == _text(self.about):
+        if beside.exists() and beside.read_bytes() == _text(self.about).encode():
             return
         if self.folder.exists():
             raise ValueError(
@@ -107,8 +108,7 @@ class PngSink:
                 "--save-images, or remove that one"
             )
         beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)
-        _write_whole(beside, _text(self.about))
+        write_text(beside, _text(self.about))
 
     def has(self, block: int) -> bool:
         return all(self._path(row).exists() for row in _rows(block, self.num))
@@ -118,11 +118,9 @@ class PngSink:
         for row, image in zip(_rows(block, self.num), images.cpu(), strict=True):
             pixels = image.permute(1, 2, 0).numpy()
             path = self._path(row)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-                partial, format="PNG"
-            )
-            partial.replace(path)
+            picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+            with whole_file(path, durable=False) as partial:  # a wait for each of 50,000 is minutes
+                picture.save(partial, format="PNG")
 
     def _path(self, row: int) -> Path:
         return self.folder / f"{row:06d}.png"
@@ -167,12 +165,5 @@ def _rows(block: int, num: int) -> range:
     return range(block * BLOCK, block * BLOCK + _size(block, num))
 
 
-def _text(about: Mapping[str, str]) -> bytes:
-    return (json.dumps(dict(about), indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    if not path.exists():
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(path)
+def _text(about: Mapping[str, str]) -> str:
+    return json.dumps(dict(about), indent=2, sort_keys=True) + "\n"

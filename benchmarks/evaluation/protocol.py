@@ -31,7 +31,6 @@ from benchmarks.data.pictures import is_picture, to_uint8
 from benchmarks.evaluation.feature_cache import FeatureSink, PngSink, Sink, fill
 from benchmarks.evaluation.reference import Real, find_real
 from benchmarks.evaluation.reference_checks import against, check_numbers, floors, possible, usable
-from benchmarks.files import file_sha256, write_json
 from benchmarks.markdown import markdown
 from benchmarks.metrics import evaluate
 from benchmarks.metrics.distances import VectorMetric
@@ -43,6 +42,7 @@ from benchmarks.runs.result import finished_run
 from registry import gin_setup
 from registry.protocols import Cond, Network, Sampler
 from trainers import ranks
+from trainers.checkpoints.whole_files import remembered_sha256, write_json
 
 METRICS = ("frechet", "kid", "precision_recall")
 EVALUATION = "evaluation.json"
@@ -146,7 +146,7 @@ class _Evaluation:
         self.experiment, self.net = open_run(folder, request.bindings, weights=request.weights)
         built = gin_setup.operative_text().encode()
         self.operative = hashlib.sha256(built).hexdigest()  # what the weights are weights of
-        self.weights = file_sha256(request.weights or finished_run(folder))
+        self.weights = remembered_sha256(request.weights or finished_run(folder))
         self.samplers = evaluate.samplers_for(
             self.experiment.sampler, request.nfe or self.experiment.nfe
         )

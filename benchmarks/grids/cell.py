@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, check_pruner
-from benchmarks.files import alone
 from benchmarks.launchers.launcher import Ended
+from benchmarks.locks import alone
 from benchmarks.records.jsonl import read_record, read_start
-from benchmarks.records.recorders import NullRun
+from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.initial_weights import load_teacher
 from benchmarks.runs.measure import measured_names
@@ -34,6 +34,7 @@ from registry import gin_setup, recorders
 from registry.gin_errors import said
 from registry.protocols import Recorder
 from trainers import ranks
+from trainers.checkpoints.whole_files import write_json, write_text
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
 
@@ -53,10 +54,8 @@ class Cell:
     def save(self, folder: Path, config: str) -> None:
         """Prepare the folder; files of the same cell that are there already are kept."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(config)
-        partial = folder / f".{CELL}"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.rename(folder / CELL)
+        write_text(folder / CONFIG, config)
+        write_json(folder / CELL, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Cell:

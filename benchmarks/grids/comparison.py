@@ -24,7 +24,6 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.data.pictures import picture
-from benchmarks.files import alone
 from benchmarks.grids.axes import Declared
 from benchmarks.grids.cell import CELL, Cell, run_cell
 from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
@@ -33,6 +32,7 @@ from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import average, result_table
 from benchmarks.launchers.launcher import Job, close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
+from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
 from benchmarks.records.recorders import Mlflow
 from benchmarks.runs.result import RESULT, SAMPLES, Result

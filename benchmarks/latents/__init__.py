@@ -1,4 +1,4 @@
 """Pictures as latents of a frozen autoencoder: encoding them to disk, and the data set of them.
 
-Nothing here may know of experiments or runs.
+The modules of this folder import nothing of experiments or runs.
 """

@@ -1,13 +1,19 @@
-"""Autoencoders of diffusers as parts: a local folder, a hub id or one file, frozen, in float32.
+"""Autoencoders of diffusers as registered parts: frozen, in float32, pixels in [-1, 1].
 
-Latents are kept as the encoder gives them. What a network trains on is (latent - shift) scale,
-with the constants of the VAE's own config.json, and nowhere else are they written down: 0.18215 for
-Stable Diffusion's (some public code has 0.18125, a misprint that is warned of), 0.13025 for SDXL's,
-1.5305 and 0.0609 for SD 3's, 0.3611 and 0.1159 for FLUX's. A config without them means 0.18215 for
-AutoencoderKL and 1 for the others, by diffusers' own defaults; one with the channels' statistics
-(latents_mean, latents_std) means (latent - mean) scale / std, as in diffusers' pipelines. VAEs
-without such constants, VA-VAE and all in single files (ldm_vae.py), are normalised channel by
-channel instead, see encode.py.
+An autoencoder comes from a local folder, from the Hugging Face hub or from one file. Its latents
+are stored as the encoder gives them. A network trains on (latent - shift) scale. Both constants are
+read from the autoencoder's own config.json and are not repeated in the code. They are, for example:
+
+    Stable Diffusion  scale 0.18215 (some public code has the misprint 0.18125; a warning says so)
+    SDXL              scale 0.13025
+    SD 3              scale 1.5305, shift 0.0609
+    FLUX              scale 0.3611, shift 0.1159
+
+A config without these constants gets the defaults of diffusers: scale 0.18215 for AutoencoderKL and
+1 for the other classes. A config with statistics of the channels (latents_mean, latents_std) means
+(latent - mean) scale / std, as in the pipelines of diffusers. An autoencoder in a single file, such
+as VA-VAE (ldm_checkpoint.py), has no constants; its latents are normalised channel by channel, as
+encode.py describes.
 """
 
 from __future__ import annotations
@@ -28,8 +34,8 @@ from benchmarks.latents.ldm_checkpoint import read_ldm
 from registry import vaes
 from registry.protocols import Reference
 
-MISPRINT = 0.18125  # of 0.18215
-HUB = {  # short names, for the command line
+MISPRINT = 0.18125  # where 0.18215 is meant
+HUB = {  # short names for the command line, and what they stand for on the hub
     "sd_vae_ft_mse": "stabilityai/sd-vae-ft-mse",
     "sd_vae_ft_ema": "stabilityai/sd-vae-ft-ema",
     "sdxl_vae": "stabilityai/sdxl-vae",
@@ -50,11 +56,11 @@ class DiffusersVae:
     subfolder: str
 
     def __post_init__(self) -> None:
-        """Loads it, so that what is missing or does not fit shows up here."""
-        if self.scale == MISPRINT:
+        if self.scale == MISPRINT:  # the scale is read from the VAE, so a missing one fails here
             log.warning("%s has the scaling factor 0.18125; 0.18215 is meant", self.path)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and log-variance of the posterior; no log-variance if the encoder has none."""
         with torch.no_grad():
             return self._posterior(self._net(pixels.device).encode(pixels))
 
@@ -71,14 +77,14 @@ class DiffusersVae:
         return float(self._config.get("shift_factor") or 0.0)
 
     def constants(self, channels: int) -> tuple[list[float], list[float]]:
-        """Scale and shift of each channel: where the config has statistics, as diffusers has it."""
+        """Scale and shift of each channel, with the statistics of the config if it has them."""
         mean, std = self._config.get("latents_mean"), self._config.get("latents_std")
         if mean is None or std is None:
             return [self.scale] * channels, [self.shift] * channels
         if len(mean) != channels or len(std) != channels or not min(std) > 0:
             raise ValueError(
                 f"{self.path}: latents_mean and latents_std in its config.json must have one "
-                f"number, positive the latter, for each of {channels} channels"
+                f"number for each of {channels} channels, and those of latents_std must be positive"
             )
         return [self.scale / s for s in std], list(map(float, mean))
 
@@ -91,7 +97,7 @@ class DiffusersVae:
         }
 
     def digest(self) -> str:
-        """The SHA-256 of the weights, whatever file they came in."""
+        """The SHA-256 of the weights; it does not depend on the kind of file they came in."""
         return _digest(self.model, self.path, self.subfolder)
 
     @property
@@ -132,7 +138,7 @@ class AutoencoderKl(DiffusersVae):
 @vaes.register("autoencoder_dc")
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderDc(DiffusersVae):
-    """The deep-compression autoencoder, 32 or more pixels a latent; deterministic."""
+    """The deep-compression autoencoder: 32 or more pixels a side for each latent; deterministic."""
 
     reference: ClassVar = Reference(
         title="Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models",
@@ -152,7 +158,7 @@ class AutoencoderDc(DiffusersVae):
 @vaes.register("autoencoder_tiny")
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTiny(DiffusersVae):
-    """The tiny autoencoder of Stable Diffusion's latents, as they are after scaling."""
+    """The tiny autoencoder, whose latents are those of Stable Diffusion after scaling."""
 
     model: ClassVar = "AutoencoderTiny"
 
@@ -164,15 +170,15 @@ class AutoencoderTiny(DiffusersVae):
 
 
 def find_vae(name: str, subfolder: str = "") -> DiffusersVae:
-    """The VAE in a folder or under a hub id or short name, of the class that its config names.
+    """The VAE in a folder, under a hub id or under a short name; its config names its class.
 
-    One file is an AutoencoderKL in the layout of latent-diffusion.
+    A single file is read as an AutoencoderKL in the layout of latent-diffusion.
     """
     path = HUB.get(name, name)
     if _is_file(path):
         return AutoencoderKl(path=path)
     if not subfolder and (Path(path).expanduser() / "vae" / "config.json").is_file():
-        subfolder = "vae"  # of a whole pipeline
+        subfolder = "vae"  # the folder is a whole pipeline
     kinds = {vaes.get(kind).model: vaes.get(kind) for kind in vaes.names()}
     found = _class_of(path, subfolder)
     if found not in kinds:
@@ -214,7 +220,7 @@ def _fetched(path: str, load: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _diffusers() -> Any:
     try:
-        import diffusers  # seconds, and optional
+        import diffusers  # optional, and takes seconds to import
     except ImportError as error:
         raise ImportError("VAEs need diffusers: pip install 'objective-zoo[latents]'") from error
     return diffusers
@@ -231,7 +237,7 @@ def _load(model: str, path: str, subfolder: str, device: str) -> nn.Module:
     _check_place(path, subfolder)
     place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
     load = getattr(_diffusers(), model).from_pretrained
-    # Without accelerate diffusers would say that it does not save memory.
+    # Without this option, diffusers warns if accelerate is not installed.
     options: dict[str, Any] = {"subfolder": subfolder or None, "low_cpu_mem_usage": False}
     options["variant"] = _variant(Path(place, subfolder))
     if _pickled(Path(place, subfolder)):
@@ -241,14 +247,20 @@ def _load(model: str, path: str, subfolder: str, device: str) -> nn.Module:
 
 
 def _variant(folder: Path) -> str | None:
-    """Of a local folder's weights, where it has no others: fp16 of diffusion_pytorch_model.fp16."""
+    """The variant of a local folder's weights, if it holds only variants; else None.
+
+    That of diffusion_pytorch_model.fp16.safetensors is fp16.
+    """
     files = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
     found = [m[1] for name in files if (m := _VARIANT.match(name))]
     return found[0] if found and len(found) == len(files) else None
 
 
 def _pickled(folder: Path) -> bool:
-    """Whether a local folder's weights are .bin alone; diffusers would say that it looked first."""
+    """Whether a local folder has its weights as .bin only.
+
+    diffusers looks for safetensors first, and prints a note if it finds none.
+    """
     kinds = {path.suffix for path in folder.glob("diffusion_pytorch_model*") if path.is_file()}
     return ".bin" in kinds and ".safetensors" not in kinds
 

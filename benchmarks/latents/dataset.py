@@ -1,10 +1,12 @@
-"""The data set `latents`: what objective-zoo encode wrote, sampled from its posteriors.
+"""The data set `latents`: samples from the posteriors that `objective-zoo encode` wrote.
 
-A network sees (latent - shift) scale with the manifest's constants; `decode` undoes it. The sample
-of a posterior, like the choice of the mirrored copy, depends on the seed and the place in the
-endless sequence of benchmarks/data/streams.py alone: on (seed, step), and neither on how many
-processes share a batch nor on what was read before. Rows are copied straight out of the page
-cache, and a process reads and draws those of its share alone.
+A batch is (latent - shift) scale [n k h w], float32, with the constants of the manifest; `decode`
+turns it back into latents and these into pixels in [-1, 1].
+
+A sample of a posterior, and the choice of the mirrored copy, depend only on the seed and on the
+place in the endless sequence of benchmarks/data/streams.py. They do not depend on the number of
+processes that share a batch, or on what was read before. A process reads and draws only the rows of
+its share, and copies them straight out of the page cache.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ from registry.protocols import Cond, Share, Vae
 @datasets.register("latents")
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """A folder of latents, decoded to pixels where people or metrics look."""
+    """A folder of latents; they are decoded to pixels for people and for metrics."""
 
     name: ClassVar = "latents"
 
     folder: str
-    flip: bool = True  # half of the training samples from the mirrored copy
-    sample: bool = True  # from the posterior; False takes its mean
-    vae: Vae | None = None  # None: where the manifest says
-    decode_batch: int = 8
-    verify: bool = False  # read and hash every shard first
+    flip: bool = True  # take half of the training samples from the mirrored pictures
+    sample: bool = True  # draw from the posterior; False takes its mean
+    vae: Vae | None = None  # None takes the one that the manifest names
+    decode_batch: int = 8  # latents that are decoded at a time
+    verify: bool = False  # read and hash every shard at the start
     manifest: Manifest = field(init=False, repr=False, compare=False)
     _rows: dict[str, list[np.ndarray]] = field(init=False, repr=False, compare=False)
     _labels: Tensor | None = field(init=False, repr=False, compare=False)
@@ -54,7 +56,8 @@ class Latents:
         object.__setattr__(self, "manifest", Manifest.load(folder))
         if self.flip and not self.manifest.plan["flips"]:
             raise ValueError(
-                f"{folder} was encoded without mirrored copies; bind latents.flip = False"
+                f"{folder} was encoded without mirrored pictures; bind latents.flip = False, or "
+                "encode it again with them"
             )
         shards = open_shards(folder, self.manifest, content=self.verify)
         rows = {
@@ -101,13 +104,13 @@ class Latents:
         return mean.sub_(self._shift).mul_(self._scale), self._cond(rows)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        """The means of a random subset without repetition, not mirrored."""
+        """The posteriors' means for a random subset of n different pictures, none mirrored."""
         rows = subset(self.size, n, seed)
         mean, _ = self._posterior(rows, torch.zeros(len(rows)).bool())
         return (mean - self._shift) * self._scale, self._cond(rows)
 
     def sample_labels(self, n: int) -> Cond | None:
-        """n labels with the frequencies of the data, evenly interleaved; None without labels."""
+        """n labels, each as often as in the data and evenly mixed; None without labels."""
         if self._labels is None:
             return None
         counts = torch.bincount(self._labels, minlength=self.num_classes)
@@ -152,14 +155,15 @@ class Latents:
         return vaes.get(about["kind"])(path=about["path"], subfolder=about["subfolder"])
 
     def _check_vae(self) -> None:
-        """The VAE is there, and the one that made these latents."""
+        """ValueError unless the VAE can be loaded and is the one that made these latents."""
         about = self.manifest.plan["vae"]
         try:
             found = self._vae.provenance()["sha256"]
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{error}\nIt made the latents in {self.folder} and is needed to decode. If it "
-                f"moved: latents.vae = @{about['kind']}() and {about['kind']}.path = 'FOLDER'"
+                f"{error}\nThis VAE made the latents in {self.folder} and is needed to decode "
+                f"them. If it moved, bind latents.vae = @{about['kind']}() and "
+                f"{about['kind']}.path = 'FOLDER'"
             ) from error
         if found != about["sha256"]:
             raise ValueError(

@@ -1,12 +1,13 @@
-"""objective-zoo encode: a folder of pictures to the latents of a VAE, on disk, once.
+"""`objective-zoo encode`: a folder of pictures to the latents of a VAE on disk, once.
 
-The posterior's mean and log-variance are stored, not one sample, and those of the mirrored pictures
-beside them, since encoders do not commute with mirroring. Networks train on (latent - shift) scale:
-the constants of the VAE's config, or with `normalise = "channel"` the mean and the inverse standard
-deviation of each channel over these latents, as LightningDiT does with VA-VAE (arXiv 2501.01423).
+For each picture the mean and the log-variance of its posterior are stored, not one sample. Networks
+train on (latent - shift) scale. With `normalise = "constants"` these two are the constants of the
+VAE's config; with `normalise = "channel"` they are the mean and the inverse standard deviation of
+each channel over these latents, as LightningDiT has them with VA-VAE (arXiv 2501.01423).
 
-The work is cut into shards. Each is encoded by one worker, written whole and hashed; what is there
-and whole is not done again, so a killed command, a full disk or a damaged shard costs that shard.
+The work is cut into shards. One worker encodes a shard, writes it whole and notes its hash. A
+command that runs again makes only the shards that are missing or damaged. So a killed command, a
+full disk or a damaged file costs no more than the shards that it touched.
 """
 
 from __future__ import annotations
@@ -15,67 +16,33 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_files import (
-    Found,
-    check_pictures,
-    find_pictures,
-    read_picture,
-    refuse_unreadable,
-)
-from benchmarks.files import alone, write_json
+from benchmarks.data.image_files import FoundPictures, find_pictures
+from benchmarks.data.image_pixels import check_pictures, refuse_unreadable
 from benchmarks.latents.autoencoders import DiffusersVae
-from benchmarks.latents.shards import (
-    DTYPES,
-    PLAN,
-    Manifest,
-    Moments,
-    Shard,
-    channel_statistics,
-    finished_shards,
-    write_shard,
+from benchmarks.latents.process_pool import outcomes
+from benchmarks.latents.shard_encoder import (
+    PREPROCESSING,
+    Encoder,
+    ShardTask,
+    Unreadable,
+    encode_shard,
 )
-from benchmarks.latents.workers import Tell, results
+from benchmarks.latents.shards import PLAN, Manifest, Shard, channel_statistics, finished_shards
+from benchmarks.locks import alone
 from registry import progress
+from trainers.checkpoints.whole_files import PARTIAL, write_json
 from trainers.devices import device_of
-
-PREPROCESSING = (
-    "upright by EXIF, on white where transparent, largest centred square, Pillow's antialiased "
-    "bicubic filter, uint8, x / 127.5 - 1"
-)
 
 LOCK = ".lock"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """How pictures become latents; `batch_size` pictures go through the VAE at a time."""
-
-    vae: DiffusersVae
-    resolution: int = 256
-    flips: bool = True
-    dtype: str = "float16"
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
-        if self.resolution < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"--resolution {self.resolution} --batch-size {self.batch_size}: both at least 1"
-            )
 
 
 def encode(
@@ -89,14 +56,20 @@ def encode(
     device: str = "auto",
     labelled: bool = True,
 ) -> Manifest:
-    """Encode the pictures under `data` into `out`, or what is missing or damaged there."""
+    """Encode the pictures under `data` into the folder `out`.
+
+    A folder that was begun with the same settings is continued: only shards that are missing or
+    damaged are made.
+    """
     if normalise not in ("constants", "channel") or shard_rows < 1 or workers < 1:
         raise ValueError(
-            f"--normalise {normalise!r} must be 'constants' or 'channel', --shard-rows "
-            f"{shard_rows} and --workers {workers} at least 1"
+            f"--normalise {normalise!r} must be 'constants' or 'channel'; --shard-rows "
+            f"{shard_rows} and --workers {workers} must be at least 1"
         )
     if normalise == "constants" and not encoder.vae.has_constants:
-        raise ValueError(f"{encoder.vae.path} holds no scale and shift: --normalise channel")
+        raise ValueError(
+            f"{encoder.vae.path} holds no constants for scale and shift; give --normalise channel"
+        )
     data, out = data.expanduser(), out.expanduser()
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out {out} is among the pictures of --data {data}; choose another one")
@@ -111,7 +84,7 @@ def encode(
 
 def _encode(
     plan: Mapping[str, Any],
-    found: Found,
+    found: FoundPictures,
     out: Path,
     encoder: Encoder,
     normalise: str,
@@ -119,32 +92,39 @@ def _encode(
     workers: int,
     devices: Sequence[str],
 ) -> Manifest:
-    """What is missing or damaged."""
-    _keep(plan, out)
-    jobs = [
-        _Job(out, number, found.files[start : start + shard_rows],
-             found.labels[start : start + shard_rows], encoder)
+    """Make the shards that are missing or damaged, while this process holds the folder's lock."""
+    _keep_plan(plan, out)
+    for leftover in out.glob(PARTIAL):  # of a command that was killed while it wrote
+        leftover.unlink()
+    tasks = [
+        ShardTask(
+            folder=out,
+            number=number,
+            files=found.files[start : start + shard_rows],
+            labels=found.labels[start : start + shard_rows],
+            encoder=encoder,
+        )
         for number, start in enumerate(range(0, len(found.files), shard_rows))
-    ]  # fmt: skip
-    if workers > len(jobs):
+    ]
+    if workers > len(tasks):
         log.warning(
             "%d pictures in shards of %d leave %d of %d workers without work; give a smaller "
             "--shard-rows",
-            *(len(found.files), shard_rows, workers - len(jobs), workers),
+            *(len(found.files), shard_rows, workers - len(tasks), workers),
         )
-    shards, problems = finished_shards(out, [job.sizes() for job in jobs])
+    shards, problems = finished_shards(out, [task.sizes() for task in tasks])
     for problem in problems:
         log.warning("%s: encoded again", problem)
-    missing = [job for job in jobs if job.number not in shards]
+    missing = [task for task in tasks if task.number not in shards]
     done = sum(shard.rows for shard in shards.values())
     with progress.bar(None, "encoding", total=len(found.files), initial=done, unit="img") as bar:
         shards |= _run(missing, min(workers, len(missing)), devices, bar)
-    manifest = _manifest(plan, [shards[job.number] for job in jobs], encoder, normalise)
+    manifest = _manifest(plan, [shards[task.number] for task in tasks], encoder, normalise)
     manifest.save(out)
     return manifest
 
 
-def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[str, Any]:
+def _plan(data: Path, found: FoundPictures, encoder: Encoder, shard_rows: int) -> dict[str, Any]:
     listing = hashlib.sha256()
     for i, path in enumerate(found.files):
         label = found.labels[i] if found.labels else ""
@@ -167,7 +147,10 @@ def _plan(data: Path, found: Found, encoder: Encoder, shard_rows: int) -> dict[s
 
 
 def _fitting(vae: DiffusersVae, size: int) -> tuple[Tensor, Tensor | None]:
-    """A posterior at this size; ValueError if the VAE does not give back what it takes."""
+    """A posterior [1 c h w] of a picture of this size.
+
+    ValueError if the VAE does not decode it to a picture of the same size.
+    """
     pixels = torch.zeros(1, 3, size, size)
     try:
         mean, logvar = vae.encode(pixels)
@@ -177,16 +160,16 @@ def _fitting(vae: DiffusersVae, size: int) -> tuple[Tensor, Tensor | None]:
     if back.shape != pixels.shape:
         raise ValueError(
             f"--resolution {size} does not fit the VAE: pictures of {size} pixels come back with "
-            f"{back.shape[-1]}. Choose a multiple of what it divides sides by"
+            f"{back.shape[-1]}. Choose a multiple of the factor by which the VAE divides the sides"
         )
     return mean, logvar
 
 
-def _keep(plan: Mapping[str, Any], out: Path) -> None:
-    """Write the plan; ValueError where another one is under way."""
+def _keep_plan(plan: Mapping[str, Any], out: Path) -> None:
+    """Write the plan into the folder; ValueError if the folder has another plan or other files."""
     path = out / PLAN
     if not path.is_file():
-        if any(file.name != LOCK for file in out.iterdir()):
+        if set(out.iterdir()) - {out / LOCK, *out.glob(f".{PLAN}{PARTIAL}")}:
             raise ValueError(f"{out} is not empty and holds no latents; choose another --out")
         write_json(path, plan)
         return
@@ -207,40 +190,28 @@ def _manifest(
     elif min(std) > 0:
         scale, shift = [1 / s for s in std], mean
     else:
-        raise ValueError(f"channel {std.index(min(std))} of the latents is constant")
+        raise ValueError(
+            f"channel {std.index(min(std))} of the latents is constant, so it has no inverse "
+            "standard deviation; give --normalise constants if the VAE has constants"
+        )
     about = {"normalise": normalise, "channel_mean": mean, "channel_std": std}
     return Manifest(
         plan={**plan, **about}, shards=tuple(shards), scale=tuple(scale), shift=tuple(shift)
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One shard to make."""
+def _run(
+    tasks: Sequence[ShardTask], workers: int, devices: Sequence[str], bar: Any
+) -> dict[int, Shard]:
+    """The shards of all tasks by number.
 
-    folder: Path
-    number: int
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    encoder: Encoder
-
-    def sizes(self) -> str:
-        """The SHA-256 of its pictures' sizes, which tells one that was repaired."""
-        listing = " ".join(str(path.stat().st_size) for path in self.files)
-        return hashlib.sha256(listing.encode()).hexdigest()
-
-
-class Unreadable(ValueError):
-    """Pictures of a shard that cannot be read, one line each as its arguments."""
-
-
-def _run(jobs: Sequence[_Job], workers: int, devices: Sequence[str], bar: Any) -> dict[int, Shard]:
-    """All jobs' shards by number; unreadable pictures are named when the others are done."""
+    ValueError names the pictures that cannot be read, after all other shards are made.
+    """
     shards: dict[int, Shard] = {}
     broken: list[str] = []
-    for job, result in results(encode_shard, jobs, workers, devices, bar.update):
+    for task, outcome in outcomes(encode_shard, tasks, workers, devices, bar.update):
         try:
-            shards[job.number] = result()
+            shards[task.number] = outcome()
         except Unreadable as error:
             broken += error.args
     refuse_unreadable(
@@ -255,65 +226,3 @@ def _devices(name: str) -> list[str]:
     if name != "auto":
         return [str(device_of(name, "--device"))]
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def encode_shard(job: _Job, device: str, threads: int, tell: Tell) -> Shard:
-    """Make one shard, and tell of its pictures; Unreadable names those that cannot be read."""
-    encoder, source, broken = job.encoder, hashlib.sha256(), list[str]()
-    rows: dict[str, list[Tensor]] = {"posterior": []}
-    if encoder.flips:
-        rows["posterior_flipped"] = []
-    moments = Moments()
-    for pictures in _read_ahead(job, threads):
-        broken += [picture for picture in pictures if isinstance(picture, str)]
-        if broken:
-            tell(len(pictures))
-            continue
-        for _, digest in pictures:
-            source.update(digest)
-        pixels = torch.stack([pixels for pixels, _ in pictures]).to(device).float() / 127.5 - 1
-        for name, kept in rows.items():
-            mean, logvar = encoder.vae.encode(pixels.flip(-1) if "flipped" in name else pixels)
-            moments.add(mean, logvar)
-            kept.append(_stored(mean, logvar, encoder.dtype))
-        tell(len(pictures))
-    if broken:
-        raise Unreadable(*broken)
-    tensors = {name: torch.cat(kept) for name, kept in rows.items()}
-    if job.labels:
-        tensors["label"] = torch.tensor(job.labels)
-    return write_shard(job.folder, job.number, tensors, source.hexdigest(), moments, job.sizes())
-
-
-def _stored(mean: Tensor, logvar: Tensor | None, dtype: str) -> Tensor:
-    posterior = mean if logvar is None else torch.cat([mean, logvar], 1)
-    kept = posterior.to(DTYPES[dtype]).cpu().contiguous()
-    if not bool(kept.isfinite().all()):
-        raise ValueError(
-            f"latents up to {float(posterior.abs().max()):.3g} do not fit into {dtype}, or the VAE "
-            "gives what is not finite; encode with --dtype float32"
-        )
-    return kept
-
-
-def _read_ahead(job: _Job, threads: int) -> Iterator[list[Any]]:
-    """The shard's pictures in batches, the next one read while one is encoded."""
-    files, size = job.files, job.encoder.batch_size
-    batches = [files[start : start + size] for start in range(0, len(files), size)]
-    read = partial(_read, resolution=job.encoder.resolution)
-    with ThreadPoolExecutor(threads) as pool:
-        pending = [pool.submit(read, path) for path in batches[0]]
-        for following in [*batches[1:], ()]:
-            upcoming = [pool.submit(read, path) for path in following]
-            yield [future.result() for future in pending]
-            pending = upcoming
-
-
-def _read(path: Path, resolution: int) -> tuple[Tensor, bytes] | str:
-    """Pixels and the file's hash, or what is wrong with it."""
-    try:
-        content = path.read_bytes()
-        pixels = read_picture(BytesIO(content), resolution, 3)
-    except Exception as error:  # decoders raise anything; all of it is reported
-        return f"{path} ({type(error).__name__}: {error})"
-    return pixels, hashlib.sha256(content).digest()

@@ -1,12 +1,15 @@
-"""An autoencoder in one file of latent-diffusion's layout, such as VA-VAE's, as diffusers' class.
+"""Reads an autoencoder from one file in latent-diffusion's layout, such as VA-VAE's.
+
+Names of its tensors are changed to those of diffusers' AutoencoderKL:
 
     encoder.down.I.block.J        encoder.down_blocks.I.resnets.J       (decoder.up: I counts back)
     encoder.down.I.attn.J         encoder.down_blocks.I.attentions.J    1x1 convolutions as matrices
     encoder.mid.block_1, .attn_1  encoder.mid_block.resnets.0, .attentions.0
 
-Sizes are read off the tensors; norms have 32 groups. The loader of diffusers leaves out attention
-inside the levels, which VA-VAE has at 16 x 16. What a training left beside the autoencoder is not
-read; every tensor of the autoencoder is used, or it is an error.
+The sizes of layers are read from the shapes of the tensors; every norm has 32 groups. The loader of
+diffusers is not used, since it leaves out attention inside the levels, which VA-VAE has at 16 x 16.
+Other tensors in the file, such as a training's own, are not read. Every tensor of the autoencoder
+must be used; otherwise it is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ _RENAMED = (
 
 
 def read_ldm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of diffusers' AutoencoderKL and its weights; ValueError that names the file."""
+    """The fields of diffusers' AutoencoderKL and its weights; ValueError if they do not fit."""
     try:
         found = _autoencoder(read_state(path))
         return _fields(found), _converted(found)

@@ -1,14 +1,16 @@
-"""Latents on disk: safetensors shards that are read through the page cache, and their manifest.
+"""Latents on disk: shards in safetensors files, which are read through the page cache.
 
-    plan.json                what is encoded, and how; a folder is continued with the same plan only
-    shard_00000.safetensors  posterior [n 2k h w] (mean, then log-variance) or [n k h w] where the
-                             encoder is deterministic; posterior_flipped of the mirrored pictures,
-                             label int64 [n]
-    shard_00000.json         its rows, size, SHA-256, the pictures' hashes, the channels' sums
-    manifest.json            the plan, all shards, the normalisation; last, when all are there
+    plan.json                what is encoded and how; a folder is only continued with the same plan
+    shard_00000.safetensors  posterior [n 2k h w], the mean and then the log-variance, or [n k h w]
+                             if the encoder is deterministic; posterior_flipped, the same for the
+                             mirrored pictures; label, int64 [n]
+    shard_00000.json         rows, size and SHA-256 of the shard, hashes of its pictures, sums over
+                             its channels
+    manifest.json            the plan, all shards and the normalisation; written last, when all
+                             shards are there
 
-A row is one read. Safetensors need no library to be mapped or checked, see
-docs/decisions/005-latent-shards.md.
+One row is read by one access. Files of safetensors can be mapped and checked without any library;
+docs/decisions/005-latent-shards.md compares them with other formats.
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.files import file_digest, write_json
+from trainers.checkpoints.whole_files import file_sha256, whole_file, write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-LOGVAR_RANGE = (-30.0, 20.0)  # as the autoencoders clamp it
-SHOWN = 5
+LOGVAR_RANGE = (-30.0, 20.0)  # the autoencoders clamp log-variances to it
+SHOWN = 5  # damaged shards in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of latents; `sums` and `squares` [k] are over all its sampled latents."""
+    """What is known about one file of latents; it is written beside that file."""
 
     file: str
     rows: int
     bytes: int
     sha256: str
-    source_sha256: str
-    count: int  # of values for each channel
-    sums: list[float]
-    squares: list[float]
-    sizes_sha256: str = ""  # of the pictures; not in every folder
+    source_sha256: str  # of the hashes of its pictures' files
+    count: int  # the number of values in each channel
+    sums: list[float]  # of sampled latents, for each channel
+    squares: list[float]  # likewise, of their squares
+    sizes_sha256: str = ""  # of the sizes of its pictures' files; older folders do not have it
 
     def save(self, folder: Path) -> None:
         write_json((folder / self.file).with_suffix(".json"), asdict(self))
@@ -55,11 +57,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of latents holds; a network sees (latent - shift) scale, for each channel."""
+    """What a folder of latents holds."""
 
     plan: Mapping[str, Any]
     shards: tuple[Shard, ...]
-    scale: tuple[float, ...]
+    scale: tuple[float, ...]  # for each channel: a network trains on (latent - shift) scale
     shift: tuple[float, ...]
 
     @property
@@ -87,12 +89,12 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """ValueError for a folder that is none, or not finished."""
+        """The manifest of a folder; ValueError if it holds no latents, or not all of them yet."""
         if not (folder / MANIFEST).is_file():
             begun = (folder / PLAN).is_file()
             raise ValueError(
                 f"{folder} holds no finished latents (no {MANIFEST}). "
-                + ("Run the encode command again: it continues" if begun else _HOW)
+                + ("Run the encode command again: it goes on where it stopped" if begun else _HOW)
             )
         found = json.loads((folder / MANIFEST).read_text())
         return cls(
@@ -103,7 +105,7 @@ class Manifest:
         )
 
 
-_HOW = "Make them: objective-zoo encode --data FOLDER --vae NAME --out DIR"
+_HOW = "Make them by: objective-zoo encode --data FOLDER --vae NAME --out DIR"
 
 
 def shard_name(number: int) -> str:
@@ -118,28 +120,30 @@ def write_shard(
     moments: Moments,
     sizes: str = "",
 ) -> Shard:
-    """Write one shard whole, and what is known about it beside it."""
+    """Write one shard, and beside it what is known about it.
+
+    `source` and `sizes` are the hashes of the contents and of the sizes of its pictures' files.
+    """
     path = folder / shard_name(number)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), partial)
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial)
     shard = Shard(
         file=path.name,
         rows=len(tensors["posterior"]),
-        bytes=partial.stat().st_size,
-        sha256=file_digest(partial),
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
         source_sha256=source,
         count=moments.count,
         sums=moments.sums.tolist(),
         squares=moments.squares.tolist(),
         sizes_sha256=sizes,
     )
-    partial.replace(path)
     shard.save(folder)
     return shard
 
 
 class Moments:
-    """Sums over latents as they are sampled from their posteriors, for each channel."""
+    """Sums over each channel of latents, as samples of the posteriors have them in expectation."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -147,7 +151,7 @@ class Moments:
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, mean: Tensor, logvar: Tensor | None) -> None:
-        """Of posteriors [n k h w]."""
+        """Add posteriors with this mean and log-variance [n k h w]."""
         values = mean.double().cpu()
         spread = 0.0 if logvar is None else logvar.clamp(*LOGVAR_RANGE).double().exp().cpu()
         self.count += values.numel() // values.shape[1]
@@ -164,9 +168,10 @@ def channel_statistics(shards: Sequence[Shard]) -> tuple[list[float], list[float
 
 
 def finished_shards(folder: Path, sizes: Sequence[str]) -> tuple[dict[int, Shard], list[str]]:
-    """The whole shards by number, checked byte by byte, and a line for each that is not.
+    """The whole shards by number, and a line about each shard that is damaged or outdated.
 
-    `sizes` are the hashes of the sizes that the pictures of each shard have now.
+    Every file is read and hashed. `sizes` has, for each shard, the hash of the sizes that its
+    pictures' files have now.
     """
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(partial(_finished, folder), range(len(sizes)), sizes))
@@ -189,19 +194,22 @@ def _finished(folder: Path, number: int, sizes: str) -> Shard | str | None:
 
 
 def damage(folder: Path, shard: Shard, *, content: bool) -> str:
-    """What is wrong with a shard, by its size alone or by its content; '' for a whole one."""
+    """What is wrong with a shard, or '' if nothing is.
+
+    Its size is compared, and with `content` its SHA-256 too.
+    """
     path = folder / shard.file
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != shard.bytes:
         return f"{path} has {size} bytes instead of {shard.bytes}"
-    if content and file_digest(path) != shard.sha256:
+    if content and file_sha256(path) != shard.sha256:
         return f"{path} was changed after it was written (SHA-256 differs)"
     return ""
 
 
 def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict[str, Tensor]]:
-    """All shards, mapped and not read; ValueError that names those which are damaged."""
+    """The tensors of all shards, mapped into memory; ValueError names the damaged shards."""
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(lambda s: damage(folder, s, content=content), manifest.shards))
     opened = []
@@ -221,7 +229,7 @@ def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict
         raise ValueError(
             "\n".join(broken[:SHOWN])
             + more
-            + "\nRun the encode command again: only these are redone"
+            + "\nRun the encode command again: it makes only these shards anew"
         )
     return opened
 

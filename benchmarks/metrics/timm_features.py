@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from benchmarks.files import file_sha256
 from benchmarks.metrics.features import extract, image_rules
 from registry import extractors
 from registry.core import did_you_mean
+from trainers.checkpoints.whole_files import remembered_sha256
 
 
 @extractors.register("timm_features")
@@ -74,7 +74,7 @@ class TimmFeatures:
         net, size = self._net("cpu")
         return {
             "features": f"{self.model}, {net.num_features} pooled",
-            "weights": file_sha256(Path(self.weights).expanduser()),
+            "weights": remembered_sha256(Path(self.weights).expanduser()),
             "timm": version("timm"),
             **image_rules(size),
         }

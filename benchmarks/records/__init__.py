@@ -1,4 +1,4 @@
-"""The record of a run: the file that is the truth, its copy in MLflow, and where code came from.
+"""The record of a run: the file that is the truth, its copy in MLflow, and the version of the code.
 
-Nothing here may know of experiments, runs or grids.
+The modules of this folder import nothing of experiments, runs or grids.
 """

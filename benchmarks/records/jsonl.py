@@ -1,15 +1,18 @@
-"""The record of a run: `record.jsonl` in its folder, one JSON object a line, only appended to.
+"""The record of a run: `record.jsonl` in its folder, one JSON object in each line.
+
+Lines are only ever added at the end:
 
     {"kind": "start", "id": ..., "name": ..., "time": ms, "parent": ..., "store": ...}
     {"kind": "params" | "tags", "values": {name: text}}
     {"kind": "metrics", "step": n, "time": ms, "values": {name: number}}
-    {"kind": "artifact", "path": ...}       relative to the folder if it lies inside
+    {"kind": "artifact", "path": ...}       relative to the folder if the file lies inside
     {"kind": "end", "status": ..., "time": ms}
-    {"kind": "resume", "time": ms}          the run goes on
+    {"kind": "resume", "time": ms}          the run goes on after an end
 
-Each line reaches the operating system before the call returns, so a killed process loses at most
-the line that it was writing. Such a torn line is skipped and counted by the reader. Non-finite
-numbers are the texts "NaN", "Infinity" and "-Infinity", so that every line is strict JSON.
+Every line is handed to the operating system before the call returns, so a killed process loses at
+most the line that it was writing. A reader skips such a torn line and counts it. Numbers that are
+not finite are written as the texts "NaN", "Infinity" and "-Infinity", so that every line is strict
+JSON. Times are in milliseconds since 1970.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def now_ms() -> int:
 
 
 class RecordWriter:
-    """Appends lines to the record of a folder; a torn last line is closed off first."""
+    """Appends lines to the record of a folder. If the last line is torn, it is ended first."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,12 +55,15 @@ class RecordWriter:
 
 
 def numbers(values: Mapping[str, float]) -> dict[str, float | str]:
-    """The values as strict JSON."""
+    """The values as strict JSON has them: those that are not finite become texts."""
     return {name: v if math.isfinite(v) else _non_finite(v) for name, v in values.items()}
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """The complete lines from a byte offset on, each with the offset behind it; None if torn."""
+    """The complete lines from a byte offset on, each with the offset of the next line.
+
+    A line that cannot be read gives None. A last line without a newline is not given.
+    """
     with open(path, "rb") as file:
         file.seek(offset)
         for raw in file:
@@ -68,7 +74,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 
 
 def read_start(folder: Path) -> dict[str, Any] | None:
-    """The start line of the folder's record; None without a record, or without a readable start."""
+    """The start line of the folder's record; None if there is none that can be read."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -78,7 +84,10 @@ def read_start(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class History:
-    """One metric over the steps, ascending; of a step recorded twice (after a resume) the later."""
+    """The values of one metric by step, in ascending order.
+
+    A run that is resumed may record a step twice. Then the later value counts.
+    """
 
     steps: np.ndarray  # int64 [n]
     values: np.ndarray  # float64 [n]
@@ -91,7 +100,7 @@ class History:
 
 @dataclass
 class Record:
-    """What was recorded of one run; `unreadable` counts torn lines."""
+    """What was recorded of one run."""
 
     folder: Path
     id: str
@@ -104,15 +113,15 @@ class Record:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, History] = field(default_factory=dict)
     artifacts: list[Path] = field(default_factory=list)
-    unreadable: int = 0
+    unreadable: int = 0  # torn lines
 
     def text(self, name: str) -> str:
-        """What `text(content, name)` recorded last."""
+        """The last content that `text(content, name)` of the run recorded."""
         return (self.folder / name).read_text(encoding="utf-8")
 
 
 def read_record(folder: Path | str) -> Record:
-    """The record in a run's folder, also of a run that still goes on or was killed."""
+    """The record in a run's folder; the run may have ended, still go on, or have been killed."""
     folder = Path(folder)
     start = read_start(folder)
     if start is None:

@@ -1,7 +1,7 @@
-"""MLflow stores: which one, how it is opened, and how its page is.
+"""MLflow stores: how one is named, how it is opened, and which command shows its page.
 
-Local stores are sqlite files with the artifacts beside them; servers are addresses. mlflow is
-imported when a store is opened, not before: it takes seconds.
+A local store is a sqlite file with the artifacts in a folder beside it. Any other store is a server
+with an address. mlflow takes seconds to import, so it is imported when a store is opened.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from benchmarks.files import locked
+from benchmarks.locks import locked
+from trainers.checkpoints.whole_files import whole_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Store:
 
     @classmethod
     def of(cls, uri: str, experiment: str) -> Store:
-        """Checks the uri and makes a sqlite path absolute."""
+        """The store of this uri, a sqlite path made absolute; ValueError for a uri that is none."""
         if not uri.startswith("sqlite:"):
             if urlsplit(uri).scheme in ("", "file"):
                 raise ValueError(
@@ -51,31 +52,34 @@ class Store:
 
     @property
     def name(self) -> str:
-        """The uri without a password; this is what gets written and printed."""
+        """The uri without its password. Files and messages have only this."""
         parts = urlsplit(self.uri)
         return self.uri.replace(f":{parts.password}@", "@") if parts.password else self.uri
 
     @property
     def file(self) -> Path | None:
-        """The database of a sqlite store."""
+        """The database file of a sqlite store; None for a server."""
         path = self.uri.removeprefix("sqlite:///")
         return None if path == self.uri else Path(path)
 
     def client(self) -> MlflowClient:
-        """A client; the tables of a sqlite store are made by one process at a time."""
+        """A client of the store. A sqlite store that does not exist yet is made first."""
         if self.file is None:
             return _import_mlflow().MlflowClient(self.uri)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.file.with_name(self.file.name + ".lock")):
             if not self.file.exists():
                 _make_tables(self.file)
-            # An unusable file fails at once here; MLflow would try for minutes.
+            # A file that is no database fails here at once. MLflow would try for minutes.
             with closing(sqlite3.connect(self.file)) as connection:
                 connection.execute("pragma schema_version")
             return _import_mlflow().MlflowClient(self.uri)
 
     def experiment_id(self, client: MlflowClient) -> str:
-        """The experiment, made if need be; with sqlite its artifacts lie beside the database."""
+        """The id of the experiment, which is made if it does not exist.
+
+        Beside a sqlite database there is a folder for the artifacts of its experiments.
+        """
         from mlflow.exceptions import MlflowException
 
         if found := client.get_experiment_by_name(self.experiment):
@@ -87,12 +91,12 @@ class Store:
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
                 raise
-            _log.debug("another process made the experiment first: %s", error)
+            log.debug("another process made the experiment first: %s", error)
             return found.experiment_id
 
 
 def open_hint(tracking_uri: str) -> str:
-    """The command that opens the store's page in a browser, or the page's address."""
+    """The command that serves the store's page, or the address of a server's page."""
     store = Store.of(tracking_uri, "")
     if store.file is None:
         return store.name
@@ -101,21 +105,22 @@ def open_hint(tracking_uri: str) -> str:
 
 
 def _make_tables(file: Path) -> None:
-    """A new store, whole or not there: MLflow never recovers from one that was killed half-made."""
-    new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
-    _import_mlflow().MlflowClient(f"sqlite:///{new}")
-    os.replace(new, file)
+    """Make a new store, which appears only when it is whole.
+
+    MLflow cannot open a database that a killed process left half-made.
+    """
+    with whole_file(file) as new:
+        _import_mlflow().MlflowClient(f"sqlite:///{new}")
 
 
 def _import_mlflow() -> Any:
-    """mlflow without telemetry, chatter or retries of its own; importing it takes seconds."""
+    """mlflow, set up so that it sends no telemetry, logs no notes and does not retry requests."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     import mlflow
 
-    # It prints a traceback for every error of the database, which is also raised.
+    # It logs a traceback for every error of the database, although it raises the error too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow

@@ -1,11 +1,14 @@
 """Copies a run's record to an MLflow store; the record in the run's folder is the truth.
 
-Sending goes by lines: `record.sent.json` beside the record notes, for each store, the MLflow run
-and how many bytes were sent. Killed between sending and noting, the same lines are sent again,
-which changes nothing: MLflow keeps a metric point of equal key, step, time and value once, refuses
-nothing that is equal (params, tags), and the run itself is found by the tag `objective_zoo.run`.
+The record is sent line by line. For each store, `record.sent.json` beside the record notes the id
+of the MLflow run and how many bytes of the record were sent.
 
-MLflow stores NaN as such, and an infinity as the largest float of its sign.
+If a process is killed after it sent lines and before it noted them, the same lines are sent again.
+That changes nothing. MLflow keeps a metric point of the same key, step, time and value only once,
+it accepts a param or a tag again if its value is the same, and the MLflow run is found again by its
+tag `objective_zoo.run`.
+
+MLflow stores NaN as NaN, and an infinity as the largest float of its sign.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.files import locked
+from benchmarks.locks import locked
 from benchmarks.records.jsonl import RECORD, read_lines, read_start
 from benchmarks.records.mlflow_store import Store
+from trainers.checkpoints.whole_files import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,11 +35,11 @@ SENT = "record.sent.json"
 LOCK = "record.lock"
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 8000
-METRICS_PER_REQUEST = 1000  # MLflow takes no more
-TEXTS_PER_REQUEST = 10  # MLflow takes 100, but also no request above 1 MB
+METRICS_PER_REQUEST = 1000  # the most that MLflow takes
+TEXTS_PER_REQUEST = 10  # MLflow takes 100, but a request may not be above 1 MB
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Copy:
@@ -47,8 +51,11 @@ class Copy:
         self._client: MlflowClient | None = None
 
     def send_some(self) -> bool:
-        """Send the next lines; False if there were none. Raises whatever keeps the store away."""
-        client, self._client = self._client, None  # a failure leaves None: look afresh next time
+        """Send the next lines; False if there were none.
+
+        An error of any kind, from MLflow or from its connection, is raised to the caller.
+        """
+        client, self._client = self._client, None  # after an error, the next call opens a new one
         with locked(self.folder / LOCK):
             if client is None:
                 client = self.store.client()
@@ -64,7 +71,10 @@ class Copy:
 
 
 class Follower:
-    """A background thread that keeps the copy up to date; it waits longer for a store away."""
+    """A background thread that keeps a copy up to date.
+
+    While the store cannot be reached, it tries again after waits that become longer.
+    """
 
     def __init__(self, copy: Copy, seconds: float, max_wait: float = 60.0):
         self._copy = copy
@@ -78,7 +88,10 @@ class Follower:
         self._thread.start()
 
     def close(self, patience: float) -> str | None:
-        """Send what is left, in one attempt; if that fails or stands still, the reason."""
+        """Send what is left, and end; None if all was sent, otherwise the reason why not.
+
+        There is one attempt. It is given up after `patience` seconds without progress.
+        """
         self._moved = time.monotonic()
         self._closing.set()
         while self._thread.is_alive():
@@ -90,13 +103,13 @@ class Follower:
     def _follow(self) -> None:
         wait = self._seconds
         while True:
-            last = self._closing.is_set()  # before sending: everything was written by then
+            last = self._closing.is_set()  # asked before sending: by then every line is written
             try:
                 while self._copy.send_some():
                     self._moved = time.monotonic()
                 self._reached()
                 wait = self._seconds
-            except Exception as error:  # training goes on, whatever the store does
+            except Exception as error:  # noted and warned of; training goes on
                 self._away(error)
                 wait = min(2 * wait, self._max_wait)
             if last:
@@ -105,24 +118,25 @@ class Follower:
 
     def _reached(self) -> None:
         if self._warned and self._trouble:
-            _log.info("the MLflow store %s is back", self._copy.store.name)
+            log.info("the MLflow store %s is back", self._copy.store.name)
         self._trouble = None
 
     def _away(self, error: Exception) -> None:
         self._trouble = reason(error)
         if not self._warned:
             self._warned = True
-            _log.warning(
-                "cannot send to the MLflow store %s (%s). The run goes on, and is recorded in %s; "
-                "sending is tried again.",
+            log.warning(
+                "cannot send to the MLflow store %s (%s). The run goes on and is recorded in %s; "
+                "sending will be tried again.",
                 *(self._copy.store.name, self._trouble, self._copy.folder / RECORD),
             )
 
 
 def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path, str]]:
-    """Send every record at or under a folder; returns the run folders and their MLflow run ids.
+    """Send every record in a folder and below it; gives the run folders and their MLflow run ids.
 
-    The store is the one that a record names, unless another is given. Sending again sends nothing.
+    A record goes to the store that it names, unless `tracking_uri` gives another one. Lines that
+    were sent already are not sent again.
     """
     folder = Path(folder)
     records = sorted(folder.rglob(RECORD), key=lambda path: (len(path.parts), path))
@@ -132,14 +146,14 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
     for run_folder in (path.parent for path in records):
         start = read_start(run_folder)
         if start is None:
-            _log.warning("%s has no readable start line; left out", run_folder / RECORD)
+            log.warning("%s has no readable start line and is not sent", run_folder / RECORD)
             continue
         store = _store_of(run_folder, start, tracking_uri)
         try:
             copy = Copy(run_folder, store)
             while copy.send_some():
                 pass
-        except Exception as error:  # whatever MLflow and its transports raise
+        except Exception as error:  # MLflow and its connections raise errors of any kind
             raise ConnectionError(
                 f"could not send {run_folder} to {store.name} ({reason(error)}). Nothing is lost: "
                 "send again when the store is there; what has arrived is not sent twice."
@@ -149,13 +163,16 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
 
 
 def reason(error: Exception) -> str:
-    """One line of at most 300 characters."""
+    """The error in one line of at most 300 characters."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def _ensure_run(client: MlflowClient, store: Store, folder: Path) -> str:
-    """The MLflow run of the record, noted as such: the known one, or found, or made."""
+    """The id of the record's MLflow run, which is noted beside the record.
+
+    The run may be noted already, or be found by its tag; otherwise it is made.
+    """
     from mlflow.exceptions import MlflowException
 
     if known := _read_sent(folder).get(store.name):
@@ -163,7 +180,7 @@ def _ensure_run(client: MlflowClient, store: Store, folder: Path) -> str:
             return client.get_run(known[0]).info.run_id
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise  # otherwise the store was emptied: start afresh
+                raise  # the run is gone only if the store was emptied; then it is made anew
     start = read_start(folder)
     if start is None:
         raise ValueError(f"{folder / RECORD} is missing or has no start line")
@@ -190,13 +207,13 @@ def _create_run(
 
 
 def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """The next lines, about one request's worth, and the offset behind them."""
+    """The next lines, about as many as one request takes, and the offset of the line after them."""
     entries: list[dict[str, Any]] = []
     size = 0
     for entry, end in read_lines(path, offset):
         offset = end
         if entry is None:
-            _log.warning("%s: the line that ends at byte %d is torn; left out", path, end)
+            log.warning("%s: the line that ends at byte %d is torn and is not sent", path, end)
             continue
         entries.append(entry)
         size += len(entry.get("values", ()))
@@ -241,7 +258,7 @@ def _send_event(client: MlflowClient, run_id: str, folder: Path, entry: dict[str
             if path.exists():
                 client.log_artifact(run_id, str(path), None if where == "." else where)
             else:
-                _log.warning("artifact %s is gone; left out of MLflow", path)
+                log.warning("the artifact %s is gone, so MLflow does not get it", path)
         case "end":
             client.set_terminated(run_id, entry["status"], end_time=entry["time"])
         case "resume":
@@ -274,7 +291,4 @@ def _read_sent(folder: Path) -> dict[str, tuple[str, int]]:
 
 def _note_sent(folder: Path, store: Store, run_id: str, offset: int) -> None:
     sent = _read_sent(folder) | {store.name: (run_id, offset)}
-    path = folder / SENT
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(sent))
-    os.replace(new, path)  # whole or not at all
+    write_json(folder / SENT, sent)

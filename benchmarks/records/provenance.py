@@ -1,4 +1,4 @@
-"""Where a number comes from: the commit of this code, the versions under it, the machine."""
+"""Where a number comes from: the commit of this code, the versions of packages, the machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ CODE = ("registry", "zoo", "backbones", "trainers", "benchmarks", "objective_zoo
 def provenance() -> dict[str, str]:
     """Tags of a run: "commit" and "dirty", "version.NAME", "platform", "cpus" and "gpus".
 
-    "dirty" tells whether the code or the gin files differ from the commit, new files included.
+    "dirty" is "true" if the code or the gin files differ from the commit, or if there are new files
+    among them.
     """
     facts = checkout(ROOT)
     facts["version.python"] = platform.python_version()
@@ -43,14 +44,15 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this code, or why it is not known."""
+    """The commit of this code, or a text that says why it is not known."""
     return checkout(ROOT)["commit"]
 
 
 def checkout(root: Path) -> dict[str, str]:
-    """The commit and the dirty flag of `root`, which must be the top of a git checkout itself.
+    """The commit and the dirty flag of the git checkout at `root`.
 
-    A checkout further up does not count: it is somebody else's, around an installed copy.
+    A checkout of a folder above `root` does not count. It belongs to another project, into which
+    this package was installed.
     """
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
@@ -69,7 +71,7 @@ def checkout(root: Path) -> dict[str, str]:
 
 
 def _num_cpus() -> int | None:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
+    if hasattr(os, "sched_getaffinity"):  # macOS does not have it
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 

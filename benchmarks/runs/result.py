@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainers.checkpoints.whole_files import write_json
+
 MODEL, RESULT = "model.safetensors", "result.json"
 SAMPLES, REAL = "samples.safetensors", "real.safetensors"  # see benchmarks/runs/samples.py
 
@@ -33,7 +35,7 @@ class Result:
         return (self.seconds - self.teacher_seconds) / (self.steps - self.teacher_steps)
 
     def save(self, folder: Path) -> None:
-        (folder / RESULT).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / RESULT, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Result:

@@ -17,6 +17,7 @@ from benchmarks.runs.training import fit_experiment
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints.weights import load_module, save_module
+from trainers.checkpoints.whole_files import write_json
 from zoo.objectives.flow_matching import FlowMatching
 
 
@@ -65,10 +66,9 @@ def _train_teacher(
         teaching, record, folder, resume, budget=teaching.budget, prefix="teacher/"
     )
     spent = Spent(state.step, state.images, state.seconds)
-    save_module(folder / f".{MODEL}", state.ema_net)
     if ranks.leads():
-        (folder / "spent.json").write_text(json.dumps(asdict(spent)) + "\n")
-        (folder / f".{MODEL}").rename(folder / MODEL)  # there, or not: a resumed run looks for it
+        write_json(folder / "spent.json", asdict(spent))
+    save_module(folder / MODEL, state.ema_net)  # last: a resumed run looks for it
     ranks.gathered(None)
     load_module(folder / MODEL, net)
     return spent

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from trainers import ranks
+from trainers.checkpoints.whole_files import sync, write_json
 from trainers.checkpoints.whole_folders import (
     BrokenCheckpoint,
+    aside_of,
     begin,
     discard,
     fingerprint,
     publish,
-    sync,
     verify,
-    write_json,
 )
 from trainers.state import TrainState
 
@@ -53,7 +53,7 @@ class Saving:
     def __init__(self, state: TrainState):
         self.step = state.step
         self._target = folder_of(state) / f"step_{state.step:08d}"
-        self._partial = self._target.with_name(f".{self._target.name}.partial")
+        self._partial = aside_of(self._target)
         self._counters = _counters(state)
         ranks.together(self._begin, OSError)
         write = state.engine.save(self._partial)
@@ -102,7 +102,6 @@ class Saving:
                 )
         state = self._partial / "state.json"
         write_json(state, self._counters)
-        sync(state)
         publish(self._partial, self._target, manifest | {state.name: fingerprint(state)})
 
 

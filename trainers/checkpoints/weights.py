@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from backbones.pretrained.tensors import UnreadableTensors, load_into, save_tensors
 from trainers import ranks
+from trainers.checkpoints.whole_files import whole_file
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.sharding import gathered_state
 
 
 def save_module(path: Path, module: nn.Module) -> None:
-    """A module's weights as safetensors, by the leading process; OSError if they cannot be written.
+    """A module's weights as a whole safetensors file, by the leading process; OSError if it fails.
 
     Every process must call it, since each may hold pieces of them.
     """
     tensors = gathered_state(module)
     if ranks.leads():
-        save_tensors(path, tensors)
+        with whole_file(path) as partial:
+            save_tensors(partial, tensors)
 
 
 def load_module(path: Path, module: nn.Module) -> None:

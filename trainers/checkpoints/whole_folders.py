@@ -5,19 +5,27 @@ Beside its other files such a folder has a manifest of their sizes and SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from trainers.checkpoints.whole_files import file_sha256, sync, write_json
 
 MANIFEST = "manifest.json"
 
 
 class BrokenCheckpoint(ValueError):
     """A checkpoint that is torn, truncated or edited; the message says which file and how."""
+
+
+def aside_of(target: Path) -> Path:
+    """Where a folder is written before it is in its place.
+
+    The name is the same in all processes of a run, which write into it together.
+    """
+    return target.with_name(f".{target.name}.partial")
 
 
 def begin(aside: Path) -> None:
@@ -29,8 +37,6 @@ def begin(aside: Path) -> None:
 def publish(aside: Path, target: Path, marks: Mapping[str, Mapping[str, Any]]) -> None:
     """Put a folder whose files are synced in its place, with a manifest of their fingerprints."""
     write_json(aside / MANIFEST, marks)
-    sync(aside / MANIFEST)
-    sync(aside)
     discard(target)
     aside.rename(target)
     sync(target.parent)
@@ -49,22 +55,12 @@ def verify(path: Path) -> None:
             raise BrokenCheckpoint(f"{file} is missing")
         if file.stat().st_size != size:
             raise BrokenCheckpoint(f"{file} has {file.stat().st_size} bytes instead of {size}")
-        if fingerprint(file)["sha256"] != digest:
+        if file_sha256(file) != digest:
             raise BrokenCheckpoint(f"{file} was changed after it was written (SHA-256 differs)")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def discard(path: Path) -> None:
@@ -74,7 +70,3 @@ def discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

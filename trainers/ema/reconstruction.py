@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from backbones.pretrained.tensors import save_tensors
+from trainers.checkpoints.whole_files import whole_file
 from trainers.ema.power_function import Profile, exponent, mixture
 from trainers.ema.snapshots import Stored, stored
 
@@ -53,11 +54,9 @@ def reconstruct(run: Path, width: float, step: int | None = None, out: Path | No
     tensors = _combined(averages, found.coefficients, wanted.step)
     name = f"ema_width_{width:g}" + ("" if step is None else f"_step_{step}")
     out = out or run / f"{name}.safetensors"
-    aside = out.with_name(f".{out.name}.partial")
-    save_tensors(
-        aside, tensors, {"width": str(width), "step": str(wanted.step), "error": str(found.error)}
-    )
-    aside.replace(out)
+    about = {"width": str(width), "step": str(wanted.step), "error": str(found.error)}
+    with whole_file(out) as aside:
+        save_tensors(aside, tensors, about)
     steps = {profile.step for profile in profiles}
     return Made(path=out, wanted=wanted, error=found.error, num_snapshots=len(steps))
 

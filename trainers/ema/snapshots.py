@@ -24,15 +24,15 @@ from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.budget import Spent
 from trainers.checkpoints.checkpoint import checkpoints
+from trainers.checkpoints.whole_files import sync, write_json
 from trainers.checkpoints.whole_folders import (
     BrokenCheckpoint,
+    aside_of,
     begin,
     discard,
     fingerprint,
     publish,
-    sync,
     verify,
-    write_json,
 )
 from trainers.ema.averages import power_name
 from trainers.ema.power_function import Profile, exponent
@@ -99,7 +99,7 @@ class EmaSnapshots(Callback):
 
     def _save(self, state: TrainState) -> None:
         target = folder_of(state) / f"step_{state.step:08d}"
-        aside = target.with_name(f".{target.name}.partial")
+        aside = aside_of(target)
         with state.paused():
             try:
                 self._write(state, aside, target)

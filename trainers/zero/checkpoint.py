@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from backbones.pretrained.tensors import check_fit, save_tensors
 from trainers import ranks
 from trainers.checkpoints.weights import copied
+from trainers.checkpoints.whole_files import whole_file, write_json
 from trainers.checkpoints.whole_folders import BrokenCheckpoint, verify
 from trainers.sharding import (
     Piece,
@@ -64,7 +65,7 @@ def save(
         save_tensors(path, tensors, {"starts": json.dumps(starts)})
         if not ranks.leads():
             return [path]
-        index.write_text(json.dumps(about, indent=2) + "\n")
+        write_json(index, about)
         return [path, index]
 
     return write
@@ -113,7 +114,8 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
         for name, tensor in tensors.items():
             kind = "weight" if f"weight/{name}" in pieces else "buffer"
             pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
-    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, out)
+    with whole_file(out) as partial:
+        save_file({name.removeprefix(prefix): x for name, x in tensors.items()}, partial)
 
 
 class Pieces:

@@ -79,8 +79,8 @@ def test_a_batch_that_would_run_code_is_refused_and_runs_none(root: Path) -> Non
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, "2, 3072.* and 1 labels"),
         ({b"data": np.zeros((2, 100), np.uint8), b"labels": [1, 2]}, "expected uint8"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 10]}, "labels from 0 to 9"),
-        ({b"labels": [1, 2]}, "no batch of CIFAR-10: KeyError"),
-        ([1, 2, 3], "no batch of CIFAR-10"),
+        ({b"labels": [1, 2]}, "no batch file of CIFAR-10: KeyError"),
+        ([1, 2, 3], "no batch file of CIFAR-10"),
     ],
 )
 def test_a_batch_of_something_else_is_named(root: Path, content, message: str) -> None:
@@ -92,7 +92,7 @@ def test_a_batch_of_something_else_is_named(root: Path, content, message: str) -
 def test_a_cut_or_missing_batch_is_named(root: Path) -> None:
     path = root / FOLDER / "data_batch_3"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="data_batch_3 is no batch of CIFAR-10 or is damaged"):
+    with pytest.raises(ValueError, match="data_batch_3 is no batch file of CIFAR-10 or is damaged"):
         Cifar10(folder=str(root))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_3 missing. Unpack https"):

@@ -22,7 +22,8 @@ from benchmarks.data.mixtures import Gaussian, Mixture
 from benchmarks.data.pictures import to_uint8
 from benchmarks.data.streams import StoredSet
 from benchmarks.latents.autoencoders import find_vae
-from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.encode import encode
+from benchmarks.latents.shard_encoder import Encoder
 from registry import datasets
 
 STORED = [name for name in datasets.names() if issubclass(datasets.get(name), StoredSet)]

@@ -82,5 +82,5 @@ def test_save_scatter_draws_panels_and_survives_wild_points(tmp_path):
 
 
 def test_save_scatter_rejects_what_is_not_plane(tmp_path):
-    with pytest.raises(ValueError, match=r"points \[n 2\], got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"points \[n 2\], but got \(4, 3\)"):
         save_scatter({"a": torch.zeros(4, 3)}, tmp_path / "x.png")

@@ -15,7 +15,7 @@ from varied_objectives import OBJECTIVES
 
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.subject import random_batch
-from benchmarks.data import image_files
+from benchmarks.data import image_pixels
 from benchmarks.data.digits import Digits
 from benchmarks.data.edm_augment import EdmAugment
 from benchmarks.data.image_folder import ImageFolder
@@ -66,8 +66,8 @@ def test_a_share_has_the_rows_of_the_whole_batch_and_all_conditions(dataset, sha
 def test_files_of_other_processes_are_not_opened(folder, monkeypatch):
     dataset = ImageFolder(folder=str(folder), resolution=8, in_memory=False)
     assert isinstance(dataset, Shareable)
-    opened, read = [], image_files.read_picture
-    monkeypatch.setattr(image_files, "read_picture", lambda *a: opened.append(a) or read(*a))
+    opened, read = [], image_pixels.read_picture
+    monkeypatch.setattr(image_pixels, "read_picture", lambda *a: opened.append(a) or read(*a))
     dataset._read(0, 16, 0, Share(1, 8))  # without what is read ahead
     assert len(opened) == 2
 

@@ -19,7 +19,8 @@ from benchmarks.experiments.pruning import (
     why_pruned,
 )
 from benchmarks.records.jsonl import RECORD, read_record
-from benchmarks.records.recorders import Jsonl, Null, Run
+from benchmarks.records.open_run import Run
+from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.result import RESULT
 from trainers.budget import Budget
 

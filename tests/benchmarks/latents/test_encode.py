@@ -19,12 +19,15 @@ from tiny_vaes import photos, save_dc, save_kl, save_tiny
 
 pytest.importorskip("diffusers")
 
-from benchmarks.data.image_files import find_pictures, read_picture
+from benchmarks.data.image_files import find_pictures
+from benchmarks.data.image_pixels import read_picture
 from benchmarks.latents import encode as module
+from benchmarks.latents import shard_encoder
 from benchmarks.latents.autoencoders import find_vae
-from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.encode import encode
+from benchmarks.latents.shard_encoder import Encoder
 from benchmarks.latents.shards import Manifest
-from registry import vaes
+from registry import progress, vaes
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +118,18 @@ def test_a_killed_command_continues_with_the_shards_that_are_missing(
     made = []
     real = module.encode_shard
 
-    def interrupted(job, *args):
+    def interrupted(task, *args):
         if len(made) == 1:
             raise KeyboardInterrupt
-        made.append(job.number)
-        return real(job, *args)
+        made.append(task.number)
+        return real(task, *args)
 
     monkeypatch.setattr(module, "encode_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(pictures, tmp_path, encoder(kl), shard_rows=8)
     with pytest.raises(ValueError, match=r"no manifest\.json.*Run the encode command again"):
         Manifest.load(tmp_path)
+    (tmp_path / ".shard_00001.safetensors.0123abcd.partial").write_bytes(b"of a killed process")
     made[:] = [None, None]
     encode(pictures, tmp_path, encoder(kl), shard_rows=8)
     assert made[2:] == [1, 2]
@@ -134,7 +138,7 @@ def test_a_killed_command_continues_with_the_shards_that_are_missing(
 
 @pytest.mark.parametrize("how", ["cut", "flipped bit", "no record", "gone"])
 def test_a_damaged_shard_is_named_and_only_it_is_redone(
-    how, encoded, pictures, kl, tmp_path, capsys, monkeypatch
+    how, encoded, pictures, kl, tmp_path, caplog, monkeypatch
 ):
     for name, content in contents(encoded).items():
         (tmp_path / name).write_bytes(content)
@@ -152,17 +156,18 @@ def test_a_damaged_shard_is_named_and_only_it_is_redone(
     made = []
     real = module.encode_shard
     monkeypatch.setattr(
-        module, "encode_shard", lambda job, *args: made.append(job.number) or real(job, *args)
+        module, "encode_shard", lambda task, *args: made.append(task.number) or real(task, *args)
     )
     encode(pictures, tmp_path, encoder(kl), shard_rows=8)
     assert made == [1]
-    assert str(path) in capsys.readouterr().err
+    assert str(path) in caplog.text
     assert contents(tmp_path) == contents(encoded)
 
 
 @pytest.mark.slow  # two processes import diffusers
 def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path, caplog, capsys):
-    encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
+    with progress.shown():
+        encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
     assert contents(tmp_path) == contents(encoded)
     assert not caplog.records
     assert "22/22" in capsys.readouterr().err
@@ -173,11 +178,11 @@ def test_the_bar_moves_with_every_batch_and_idle_workers_are_warned_of(
 ):
     moves = []
 
-    class Bar(module.tqdm):
+    class Bar(progress.tqdm):
         def update(self, n=1):
             moves.append(n)
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     encode(pictures, tmp_path, encoder(kl, batch_size=4), workers=2)
     assert moves == [4, 4, 4, 4, 4, 2]  # of one shard
     assert "22 pictures in shards of 1024 leave 1 of 2 workers without work" in caplog.text
@@ -223,9 +228,16 @@ def test_other_settings_do_not_continue_a_folder(encoded, pictures, kl, tmp_path
     with pytest.raises(ValueError, match="vae was"):
         encode(pictures, encoded, encoder(other), shard_rows=8)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "full" / ".thesis.txt.partial").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no latents"):
         encode(pictures, tmp_path / "full", encoder(kl))
+    assert (tmp_path / "full" / ".thesis.txt.partial").read_text() == "mine"
+
+
+def test_a_command_that_was_killed_while_it_wrote_its_plan_is_begun_anew(pictures, kl, tmp_path):
+    (tmp_path / ".plan.json.0123abcd.partial").write_text("{")
+    assert encode(pictures, tmp_path, encoder(kl)).num == 22
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_pictures_that_cannot_be_read_are_named_before_anything_is_encoded(kl, tmp_path):
@@ -254,7 +266,7 @@ def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_
     ]
 
 
-def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypatch, capsys):
+def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypatch, caplog):
     folder = photos(tmp_path / "photos", n=6)
     first, *_, last = sorted(folder.rglob("*.png"))
     good = last.read_bytes()
@@ -266,7 +278,7 @@ def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypa
     made = []
     real = module.encode_shard
     monkeypatch.setattr(
-        module, "encode_shard", lambda job, *args: made.append(job.number) or real(job, *args)
+        module, "encode_shard", lambda task, *args: made.append(task.number) or real(task, *args)
     )
     first.write_bytes(good)
     assert encode(folder, tmp_path / "out", encoder(kl), shard_rows=2).num == 6
@@ -274,7 +286,7 @@ def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypa
     Image.new("RGB", (20, 20)).save(last)
     encode(folder, tmp_path / "out", encoder(kl), shard_rows=2)
     assert made == [0, 2]
-    assert "shard_00002.safetensors have changed: encoded again" in capsys.readouterr().err
+    assert "shard_00002.safetensors have changed: encoded again" in caplog.text
 
 
 def test_names_that_are_no_utf8_are_names(kl, tmp_path):
@@ -310,7 +322,7 @@ def test_subfolders_that_are_no_classes_are_ignored_on_request(kl, tmp_path):
 
 def test_latents_too_large_for_half_floats_are_refused(kl):
     with pytest.raises(ValueError, match="do not fit into float16.*--dtype float32"):
-        module._stored(torch.full((1, 1, 1, 1), 1e6), None, "float16")
+        shard_encoder._stored(torch.full((1, 1, 1, 1), 1e6), None, "float16")
 
 
 # The VAEs.
@@ -409,7 +421,7 @@ def test_a_second_encoding_in_the_folder_waits_for_nobody(pictures, kl, tmp_path
 HOLD = """
 import sys, time
 from pathlib import Path
-from benchmarks.files import alone
+from benchmarks.locks import alone
 with alone(Path(sys.argv[1]), "an encoding"):
     print("held", flush=True)
     time.sleep(60)

@@ -16,7 +16,8 @@ pytest.importorskip("diffusers")
 from benchmarks.data.pictures import to_uint8
 from benchmarks.latents.autoencoders import AutoencoderKl, find_vae
 from benchmarks.latents.dataset import Latents
-from benchmarks.latents.encode import Encoder, encode
+from benchmarks.latents.encode import encode
+from benchmarks.latents.shard_encoder import Encoder
 from benchmarks.metrics import evaluate
 from registry.protocols import Coded
 
@@ -137,7 +138,7 @@ def test_a_cut_shard_is_named_before_training(folder, tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"shard_00001\.safetensors has \d+ bytes instead of") as e:
         Latents(folder=str(copy))
-    assert "only these are redone" in str(e.value)
+    assert "makes only these shards anew" in str(e.value)
 
 
 def test_a_changed_shard_is_found_by_verify_alone(folder, tmp_path) -> None:

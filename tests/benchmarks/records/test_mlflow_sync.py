@@ -24,10 +24,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.records import mlflow_store
 from benchmarks.records.jsonl import RECORD, read_record
 from benchmarks.records.mlflow_store import Store, _import_mlflow, open_hint
 from benchmarks.records.mlflow_sync import ID_TAG, SENT, Copy, Follower, send
-from benchmarks.records.recorders import Jsonl, Mlflow, Run
+from benchmarks.records.open_run import Run
+from benchmarks.records.recorders import Jsonl, Mlflow
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +409,21 @@ def answers(uri: str) -> bool:
 
 
 def test_store_that_was_killed_half_made_is_made_afresh(tmp_path: Path) -> None:
-    (tmp_path / ".mlflow.db.new").write_bytes(b"half of a database")
+    (tmp_path / ".mlflow.db.0123abcd.partial").write_bytes(b"half of a database")
     client = Store.of(f"sqlite:///{tmp_path / 'mlflow.db'}", "mine").client()
     assert [e.name for e in client.search_experiments()] == ["Default"]
-    assert not (tmp_path / ".mlflow.db.new").exists()
+
+
+def test_store_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mlflow:
+        @staticmethod
+        def MlflowClient(uri: str) -> None:
+            Path(uri.removeprefix("sqlite:///")).write_bytes(b"half of a database")
+            raise OSError("no space left")
+
+    monkeypatch.setattr(mlflow_store, "_import_mlflow", lambda: Mlflow)
+    with pytest.raises(OSError, match="no space left"):
+        Store.of(f"sqlite:///{tmp_path / 'mlflow.db'}", "mine").client()
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db.lock"]

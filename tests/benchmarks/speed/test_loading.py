@@ -25,7 +25,8 @@ def test_latents_of_noise_are_read_like_encoded_ones(tmp_path):
 def test_the_command_reads_encoded_latents(tmp_path):
     pytest.importorskip("diffusers")
     from benchmarks.latents.autoencoders import find_vae
-    from benchmarks.latents.encode import Encoder, encode
+    from benchmarks.latents.encode import encode
+    from benchmarks.latents.shard_encoder import Encoder
 
     vae = find_vae(str(save_kl(tmp_path / "vae")))
     encode(photos(tmp_path / "p"), tmp_path / "out", Encoder(vae=vae, resolution=16))

@@ -1,4 +1,4 @@
-"""IDX files: whole ones are read, damaged ones are named with what was expected."""
+"""The IDX files of Fashion-MNIST: whole ones are read; errors say what damaged ones should hold."""
 
 from __future__ import annotations
 

@@ -1,0 +1,229 @@
+"""Pixels of pictures: uint8 tensors [channels resolution resolution], values from 0 to 255.
+
+Every picture goes through the same steps:
+
+    1. It is turned upright, as its EXIF orientation says.
+    2. It is brought to 8 bits; 16-bit grey v becomes v / 257, rounded.
+    3. Where it is transparent, it is laid on white.
+    4. Its largest centred square is resampled to resolution x resolution by Pillow's antialiased
+       bicubic filter, which clean-fid recommends (Parmar et al., arXiv 2104.11222).
+    5. It becomes RGB for 3 channels, or grey for 1.
+
+Of an animation, the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from benchmarks.data.image_files import SHOWN
+from registry import progress
+
+BAR_FROM = 2000  # pictures from which on reading shows a progress bar
+
+log = logging.getLogger(__name__)
+
+
+def read_picture(path: str | Path | BinaryIO, resolution: int, channels: int) -> Tensor:
+    """One picture as uint8 [channels resolution resolution]."""
+    with Image.open(path) as image:
+        return _reduced(image, resolution, channels)
+
+
+def _reduced(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    image.draft("RGB", (4 * resolution, 4 * resolution))  # decode a large JPEG at a smaller size
+    return as_pixels(image, resolution, channels)
+
+
+def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """A picture that is open already, as uint8 [channels resolution resolution]."""
+    upright = _opaque_rgb(ImageOps.exif_transpose(image))
+    square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.BICUBIC)
+    values = np.array(square if channels == 3 else square.convert("L"))
+    return torch.from_numpy(values.reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"its values reach from {values.min()} to {values.max()}; save it with 8 or 16 bits"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def read_pictures(files: tuple[Path, ...], resolution: int, channels: int) -> Tensor:
+    """All pictures as uint8 [n c h w]; ValueError names the files that cannot be read.
+
+    The arms of a comparison read the same folder, so the last result is kept and given again while
+    the files' names, sizes and times of change stay the same. Do not write into it.
+    """
+    check_memory(
+        len(files),
+        (channels, resolution, resolution),
+        "Bind image_folder.in_memory = False, which reads each picture when it is needed, or "
+        "choose a smaller image_folder.resolution",
+    )
+    stamps = [(str(path), *_size_and_time(path)) for path in files]
+    return _read_all(tuple(stamps), resolution, channels)
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures that are read each time they are needed.
+
+    Indices [k] give uint8 [k c h w], as if this were the tensor [n c h w] of all of them.
+    """
+
+    files: tuple[Path, ...]
+    resolution: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.files), self.channels, self.resolution, self.resolution)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        def read(row: int) -> Tensor:
+            try:
+                return read_picture(self.files[row], self.resolution, self.channels)
+            except Exception as error:  # decoders raise any kind, and name no file
+                raise ValueError(f"{self.files[row]} cannot be read: {error!r}") from error
+
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(read, rows.tolist())))
+
+    def listing(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the names and sizes of all files."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(os.fsencode(f"{'/'.join(path.parts[-2:])} {path.stat().st_size}\n"))
+        return digest.hexdigest()[:16]
+
+
+def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
+    """ValueError if n pictures of this shape need more than half of the machine's memory.
+
+    `instead` tells the user what to do.
+    """
+    if not hasattr(os, "sysconf"):  # Windows does not tell its memory
+        return
+    needed = n * math.prod(shape)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory // 2:
+        raise ValueError(
+            f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
+            f"machine's {memory / 2**30:.1f} GiB. {instead}"
+        )
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channels: int) -> Tensor:
+    pixels = torch.empty(len(stamps), channels, resolution, resolution, dtype=torch.uint8)
+
+    def read(row: int) -> int | str:
+        try:
+            with Image.open(stamps[row][0]) as image:
+                side = min(image.size)
+                pixels[row] = _reduced(image, resolution, channels)
+        except Exception as error:  # decoders raise any kind; all are reported below
+            return f"{stamps[row][0]} ({type(error).__name__}: {error})"
+        return side
+
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(read, range(len(stamps)))
+        worth = len(stamps) >= BAR_FROM
+        reports = progress.bar(made, "reading pictures", worth=worth, total=len(stamps))
+        judge_pictures(list(reports), resolution)
+    return pixels
+
+
+def check_pictures(files: Sequence[Path], resolution: int = 1) -> None:
+    """ValueError that names the files which are no pictures or are cut off, before hours of work.
+
+    A whole JPEG or PNG ends with a known mark. So for these only the header and the end are read,
+    and the picture is decoded only if the mark is missing. Pictures of other kinds are decoded.
+    """
+    with ThreadPoolExecutor() as pool:
+        made, worth = pool.map(_check, files), len(files) >= BAR_FROM
+        reports = progress.bar(made, "checking pictures", worth=worth, total=len(files))
+        judge_pictures(list(reports), resolution)
+
+
+def _check(path: Path) -> int | str:
+    """The shorter side of a picture in pixels, or a text that says what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            side = min(image.size)
+            end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
+        if end is None or end not in _last_bytes(path):
+            read_picture(path, 8, 3)
+    except Exception as error:  # decoders raise any kind; all are reported
+        return f"{path} ({type(error).__name__}: {error})"
+    return side
+
+
+def _last_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+        return file.read()
+
+
+def judge_pictures(reports: Sequence[int | str], resolution: int) -> None:
+    """ValueError if pictures cannot be read; a warning if some are smaller than the resolution.
+
+    Each report is the shorter side of a picture in pixels, or a text that says what is wrong.
+    """
+    refuse_unreadable([report for report in reports if isinstance(report, str)], len(reports))
+    small = [side for side in reports if isinstance(side, int) and side < resolution]
+    if small:
+        log.warning(
+            "%d of %d pictures are smaller than %d pixels and are enlarged; the smallest has %d",
+            *(len(small), len(reports), resolution, min(small)),
+        )
+
+
+def refuse_unreadable(
+    broken: Sequence[str], count: int, remedy: str = "repair or remove them"
+) -> None:
+    """ValueError if there are broken pictures among `count`; it shows the first of their texts."""
+    if broken:
+        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError(
+            f"{len(broken)} of {count} pictures cannot be read; {remedy}:\n"
+            + "\n".join(broken[:SHOWN])
+            + more
+        )

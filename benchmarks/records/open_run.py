@@ -1,0 +1,254 @@
+"""An open run: what is recorded of it goes to `record.jsonl`, and from there to MLflow.
+
+The file comes first and is the truth. If there is an MLflow store, a background thread copies the
+file to it. When the store cannot be reached, training goes on, and the copy is made later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import shlex
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.records.jsonl import RECORD, RecordWriter, now_ms, numbers, read_record, read_start
+from benchmarks.records.mlflow_store import Store
+from benchmarks.records.mlflow_sync import MAX_PARAM_LENGTH, MAX_TAG_LENGTH, Copy, Follower
+from trainers.checkpoints.whole_files import write_text
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopySettings:
+    """Where the copy of a run goes, how often lines are sent, and how long closing waits."""
+
+    store: Store
+    send_seconds: float
+    close_seconds: float
+
+
+class NullRun:
+    """A run of which nothing is recorded."""
+
+    def __init__(self, name: str):
+        self.id = ""
+        self.name = name
+
+    def params(self, values: Mapping[str, object]) -> None: ...
+    def tags(self, values: Mapping[str, object]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def text(self, content: str, name: str) -> None: ...
+    def artifact(self, path: Path | str) -> None: ...
+    def close(self, status: str = "FINISHED") -> None: ...
+
+    def child(self, name: str, folder: Path, tags: Mapping[str, str] | None = None) -> NullRun:
+        return NullRun(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class Run:
+    """A run that is recorded; the end of its `with` block closes it.
+
+    It is closed as FINISHED, after an error as FAILED, and after an interruption as KILLED.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        parent: Path | None,
+        tags: Mapping[str, str],
+        copy: CopySettings | None = None,
+    ):
+        self.name = name
+        self.folder = folder
+        self._copy = copy
+        self._valid_names: set[str] = set()
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._closed = False
+        if read_start(folder) is None:
+            first = self._start_line(parent)
+            self.id = first["id"]
+        else:
+            first = {"kind": "resume"}
+            self.id = self._continue()
+        self._file = RecordWriter(folder)
+        self._file.append(**first, time=now_ms())
+        self.tags(tags)
+        self._follower = None
+        if copy is not None:
+            self._follower = Follower(Copy(folder, copy.store), copy.send_seconds)
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Record settings of the run, by name.
+
+        MLflow never changes a param. So if a resumed run has another value, the first one stays the
+        param, the new one becomes the tag `changed.NAME`, and a warning says so.
+        """
+        texts = self._texts("param", values)
+        known = {k: self._tags.get(f"changed.{k}", v) for k, v in self._params.items()}
+        changed = {k: v for k, v in texts.items() if known.get(k, v) != v}
+        for name, value in changed.items():
+            log.warning("run %s: %s was %s, now %s", self.name, name, known[name], value)
+        if new := {k: v for k, v in texts.items() if k not in self._params}:
+            self._file.append("params", values=new)
+            self._params |= new
+            self._keep_whole("params.json", self._params, MAX_PARAM_LENGTH)
+        if changed:
+            self.tags({f"changed.{name}": value for name, value in changed.items()})
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Record facts about the run, by name; a later value replaces an earlier one."""
+        texts = self._texts("tag", values)
+        if new := {k: v for k, v in texts.items() if self._tags.get(k) != v}:
+            self._file.append("tags", values=new)
+            self._tags |= new
+            self._keep_whole("tags.json", self._tags, MAX_TAG_LENGTH)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step.
+
+        The first number of a name that is not finite also becomes the tag `non_finite.NAME`.
+        """
+        self._check_names("metric", values)
+        floats = {name: float(value) for name, value in values.items()}
+        self._file.append("metrics", step=int(step), time=now_ms(), values=numbers(floats))
+        for name, value in floats.items():
+            if not math.isfinite(value) and f"non_finite.{name}" not in self._tags:
+                self.tags({f"non_finite.{name}": f"{value} at step {step}"})
+
+    def text(self, content: str, name: str) -> None:
+        """Write a file `name` into the run's folder, and record it as an artifact."""
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()) or name == RECORD:
+            raise ValueError(
+                f"the text name {name!r} must be a path inside the run's folder, and not {RECORD}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, content)
+        self.artifact(path)
+
+    def artifact(self, path: Path | str) -> None:
+        """Record a file by its path. It is read only when it is sent, so it must stay there."""
+        path = Path(path).resolve()
+        if not path.is_file():
+            raise ValueError(f"the artifact {path} is not a file; give the path of a file")
+        folder = self.folder.resolve()
+        inside = path.is_relative_to(folder)
+        self._file.append("artifact", path=str(path.relative_to(folder) if inside else path))
+
+    def child(self, name: str, folder: Path, tags: Mapping[str, str] | None = None) -> Run:
+        """Start a run whose parent is this one; it is recorded in the same way."""
+        return Run(name, Path(folder), self.folder, tags or {}, self._copy)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Record how the run ended, and send to MLflow what is left.
+
+        If that fails, a warning says how to send it later.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"the status {status!r} must be one of {', '.join(STATUSES)}")
+        if self._closed:
+            return
+        self._closed = True
+        self._file.append("end", status=status, time=now_ms())
+        self._file.close()
+        if self._copy is None or self._follower is None:
+            return
+        if trouble := self._follower.close(self._copy.close_seconds):
+            log.warning(
+                "the MLflow store %s has no whole copy of the run %s (%s).\n"
+                "The record is in %s. Send it later with\n    %s",
+                *(self._copy.store.name, self.name, trouble, self.folder / RECORD),
+                shlex.join(["objective-zoo", "send", str(self.folder)]),
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._closed:
+            return
+        else:
+            self.tags({"error": f"{kind.__name__}: {error}"})
+            self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _start_line(self, parent: Path | None) -> dict[str, Any]:
+        above = None
+        if parent is not None:
+            start = read_start(Path(parent))
+            if start is None:
+                raise ValueError(
+                    f"the parent's folder {parent} holds no record; start the parent first"
+                )
+            above = {"id": start["id"], "folder": os.path.relpath(parent, self.folder)}
+        store = self._copy.store if self._copy else None
+        return {
+            "kind": "start",
+            "id": uuid.uuid4().hex,
+            "name": self.name,
+            "parent": above,
+            "store": {"uri": store.name, "experiment": store.experiment} if store else None,
+        }
+
+    def _continue(self) -> str:
+        record = read_record(self.folder)
+        if record.name != self.name:
+            raise ValueError(
+                f"{self.folder} holds the record of the run {record.name!r}, not of {self.name!r}; "
+                "choose another folder or the same name"
+            )
+        self._params, self._tags = dict(record.params), dict(record.tags)
+        return record.id
+
+    def _texts(self, kind: str, values: Mapping[str, object]) -> dict[str, str]:
+        self._check_names(kind, values)
+        return {name: str(value) for name, value in values.items()}
+
+    def _check_names(self, kind: str, values: Mapping[str, object]) -> None:
+        for name in values.keys() - self._valid_names:
+            _check_name(kind, name)
+            self._valid_names.add(name)
+
+    def _keep_whole(self, name: str, values: Mapping[str, str], limit: int) -> None:
+        """Write all values to a file if one is too long for MLflow, which gets it shortened."""
+        if any(len(value) > limit for value in values.values()):
+            self.text(json.dumps(values, indent=1, ensure_ascii=False), name)
+
+
+def _check_name(kind: str, name: str) -> None:
+    """ValueError for a name that MLflow would refuse.
+
+    Every recorder keeps MLflow's rule, so that any record can be sent to MLflow later.
+    """
+    longest = 250 if kind == "tag" else 230  # of MLflow's 250, some are for `non_finite.NAME`
+    plain = re.fullmatch(r"[\w.\- :/]+", name) and len(name) <= longest
+    if not plain or posixpath.normpath(name) != name or name.startswith(("/", "..")):
+        raise ValueError(
+            f"{kind} name {name!r} is not allowed: take up to {longest} letters, digits, spaces "
+            "and '_ - . : /'. It must not look like a path that is absolute, ends in '/' or goes up"
+        )
