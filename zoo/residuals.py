@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registry import residuals
 from registry.protocols import Cond, Derivative, Network, Reference
-from zoo.derivatives.one_pass import Moved, OnePass
+from zoo.derivatives.one_pass import DerivativeOfU, OnePass
 from zoo.ops import like
 
 
@@ -32,7 +32,7 @@ class Exact:
 
     def __call__(
         self,
-        moved: Moved,
+        du_along: DerivativeOfU,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -41,7 +41,7 @@ class Exact:
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        du_dt = moved((direction, torch.ones_like(t), torch.zeros_like(r)))
+        du_dt = du_along((direction, torch.ones_like(t), torch.zeros_like(r)))
         return u - direction + like(t - r, x) * du_dt
 
 
@@ -68,7 +68,7 @@ class Rcgm:
 
     def __call__(
         self,
-        moved: Moved,
+        du_along: DerivativeOfU,
         teacher: Network,
         x: Tensor,
         t: Tensor,

@@ -123,10 +123,10 @@ class DuMo:
         v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, share)
 
         point = (sample.x_t, t, r)
-        out, moved = outputs_then_derivative(self.residual.derivative, net, cond, point)
+        out, du_along = outputs_then_derivative(self.residual.derivative, net, cond, point)
         u, v = out["u"], out["v"]
         d = v.detach() if self.direction == "head" else v_g
-        g = self.residual(moved, teacher, *point, cond, u.detach(), d)
+        g = self.residual(du_along, teacher, *point, cond, u.detach(), d)
         target = (u - clipped(g, self.clip, self.clip_by)).detach()
 
         error_v, error_u = mean_flat((v - v_g) ** 2), mean_flat((u - target) ** 2)

@@ -96,8 +96,8 @@ def alpha_flow_limit(net: Network, x: Tensor, t: Tensor, r: Tensor, alpha: float
 def dumo_fd(net: Network, x: Tensor, t: Tensor, r: Tensor, delta: float, order: int) -> Tensor:
     """((t - r) u - D) / (t - m) = v (zoo/residuals.py): `mean_flow` as delta -> 0. RCGM, DuMo."""
     residual = Rcgm(delta=delta, order=order)
-    out, moved = outputs_then_derivative(residual.derivative, net, None, (x, t, r))
-    return residual(moved, net, x, t, r, None, out["u"], velocity_at(net, x, t, None))
+    out, du_along = outputs_then_derivative(residual.derivative, net, None, (x, t, r))
+    return residual(du_along, net, x, t, r, None, out["u"], velocity_at(net, x, t, None))
 
 
 def n2n(
