@@ -31,7 +31,7 @@ from backbones.embeddings import (
     time_features,
     zero_,
 )
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from backbones.unet import GroupNorm, SelfAttention
 from registry import backbones
 from registry.protocols import Cond, Reference
@@ -107,7 +107,7 @@ class Resample(nn.Module):
         return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
-class Block(nn.Module):
+class DDPMppBlock(nn.Module):
     """Two convolutions around a skip, perhaps resampled, perhaps followed by attention."""
 
     def __init__(
@@ -165,7 +165,7 @@ class PlainReadout(nn.Module):
 
 
 @backbones.register("ddpmpp")
-class DDPMpp(Trunk):
+class DDPMpp(TrunkModule):
     """The DDPM++ U-Net, for [b c h w] whose sides halve evenly at every level.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more
@@ -208,7 +208,7 @@ class DDPMpp(Trunk):
         xavier_(self.stem)
         down, self.joins, up = _plan(channels, widths, blocks, set(attention_levels))
         self.down, self.up = (
-            nn.ModuleList(Block(n, k, self.dim, dropout, **kind) for n, k, kind in part)
+            nn.ModuleList(DDPMppBlock(n, k, self.dim, dropout, **kind) for n, k, kind in part)
             for part in (down, up)
         )
         self.conditioning = JointConditioning(

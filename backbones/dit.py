@@ -19,14 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
 NORMS = ("layer", "rms")
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by c."""
 
     def __init__(
@@ -104,7 +104,7 @@ class PatchReadout(nn.Module):
         )
 
 
-class PatchTransformer(Trunk):
+class PatchTransformer(TrunkModule):
     """Patches at their positions through blocks (tokens, c) -> tokens; for [b c h w].
 
     `block` and `conditioning` make the parts, in the order in which weights are drawn.
@@ -191,7 +191,7 @@ class DiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: Block(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
+            block=lambda: DiTBlock(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,

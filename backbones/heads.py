@@ -47,7 +47,7 @@ class AverageVelocity(Readouts):
 
 
 @heads.register("dual_head")
-class Dual(Readouts):
+class DualHead(Readouts):
     """Average and instantaneous velocity from one trunk, by two final layers."""
 
     keys = ("u", "v")

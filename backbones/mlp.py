@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import Trunk
+from backbones.trunk import TrunkModule
 from registry import backbones
 from registry.protocols import Cond
 
@@ -48,7 +48,7 @@ class VectorReadout(nn.Module):
 
 
 @backbones.register("mlp")
-class MLP(Trunk):
+class MLP(TrunkModule):
     """Residual MLP for vectors [b d], conditioned by scale and shift."""
 
     def __init__(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import registry
-from backbones.heads import AverageVelocity, Dual, LogVariance, Readouts, Velocity
-from backbones.trunk import Trunk
+from backbones.heads import AverageVelocity, DualHead, LogVariance, Readouts, Velocity
+from backbones.trunk import TrunkModule
 from registry.protocols import Cond
 
 FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # a student's own choice
@@ -68,7 +68,7 @@ def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
     A plug-in's head is taken for what the heads of this package do not make.
     """
     wanted, chosen = set(keys), []
-    own: list[type[Any]] = [Dual, Velocity, AverageVelocity, LogVariance]
+    own: list[type[Any]] = [DualHead, Velocity, AverageVelocity, LogVariance]
     for head in own + [registry.heads.get(name) for name in registry.heads.names()]:
         if wanted.issuperset(head.keys):
             chosen.append(head)
@@ -106,7 +106,7 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
 
 def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
     """The fields of two trunks that no shape shows, numbers of heads for one."""
-    if not (isinstance(ours, Trunk) and isinstance(theirs, Trunk)):
+    if not (isinstance(ours, TrunkModule) and isinstance(theirs, TrunkModule)):
         return
     free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | {"second_time"}
     if not theirs.fields.get("guidance_input"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Trunk(nn.Module):
+class TrunkModule(nn.Module):
     """An nn.Module whose `fields` are the arguments that it was made with, defaults included."""
 
     fields: dict[str, Any]

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
@@ -148,7 +148,7 @@ class ConvReadout(nn.Module):
 
 
 @backbones.register("unet")
-class UNet(Trunk):
+class UNet(TrunkModule):
     """Convolutional U-Net with attention at its lowest resolution, for [b c h w] of any size.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more

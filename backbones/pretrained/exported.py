@@ -21,7 +21,7 @@ import registry
 from backbones.network import FlowNetwork
 from backbones.noise import NoiseNetwork
 from backbones.pretrained.tensors import load_into, save_tensors
-from backbones.trunk import Trunk
+from backbones.trunk import TrunkModule
 from registry.plugins import load_plugins
 
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -97,10 +97,10 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 def _architecture(net: FlowNetwork) -> dict[str, Any]:
     backbone = registry.backbones.name_of(net.trunk)
-    if not isinstance(net.trunk, Trunk):
+    if not isinstance(net.trunk, TrunkModule):
         raise ValueError(
             f"the backbone {backbone!r} does not say what it was made with; "
-            "make its class inherit from backbones.trunk.Trunk instead of nn.Module"
+            "make its class inherit from backbones.trunk.TrunkModule instead of nn.Module"
         )
     for name, value in net.trunk.fields.items():
         if not _is_plain(value):
