@@ -31,8 +31,9 @@ from torch import Tensor
 import registry
 from backbones.network import FlowNetwork, build_network
 from backbones.noise import NoiseNetwork
-from backbones.pretrained.layouts import CONVERTERS, Source
+from backbones.pretrained.layouts import CONVERTERS
 from backbones.pretrained.public_files import read_state
+from backbones.pretrained.source import Source
 from registry.core import did_you_mean
 
 _WRAPPERS = ("ema", "model", "state_dict", "net_ema")
