@@ -38,7 +38,7 @@ class DiTBlock(nn.Module):
         qk_norm: bool,
         norm: str = "layer",
     ):
-        from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # 2 s: it brings torchvision
+        from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # takes 2 s: torchvision too
 
         super().__init__()
         self.norm1 = plain_norm(norm, dim)
@@ -72,7 +72,7 @@ def plain_norm(kind: str, dim: int) -> nn.Module:
 
 
 class PatchReadout(nn.Module):
-    """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer of its own modulation."""
+    """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer with its own modulation."""
 
     def __init__(
         self,
@@ -105,9 +105,10 @@ class PatchReadout(nn.Module):
 
 
 class PatchTransformer(TrunkModule):
-    """Patches at their positions through blocks (tokens, c) -> tokens; for [b c h w].
+    """A transformer on the patches of [b c h w], with blocks (tokens, c) -> tokens.
 
-    `block` and `conditioning` make the parts, in the order in which weights are drawn.
+    `block` and `conditioning` make those parts. They are called in this order, in which the initial
+    weights are drawn.
     """
 
     positions: Tensor
@@ -152,9 +153,9 @@ class PatchTransformer(TrunkModule):
 class DiT(PatchTransformer):
     """Diffusion transformer with adaLN-zero, for [b c h w].
 
-    `norm` is 'layer', or 'rms' for root mean squares; positions are sines and cosines, from which
-    `trained_positions` start. Dropout draws from the global RNG of torch. `checkpointing`
-    recomputes each block in the backward pass instead of keeping its activations.
+    `norm` is 'layer', or 'rms' for root mean squares. Positions are sines and cosines; with
+    `trained_positions` they are weights that start so. Dropout draws from the global RNG of torch.
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
     """
 
     reference: ClassVar = Reference(

@@ -18,7 +18,7 @@ from registry.protocols import Cond
 
 
 class ResidualBlock(nn.Module):
-    """One hidden layer around a skip, scaled and shifted by c."""
+    """One hidden layer with a skip connection around it, scaled and shifted by c."""
 
     def __init__(self, dim: int):
         super().__init__()

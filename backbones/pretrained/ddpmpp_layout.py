@@ -94,7 +94,11 @@ def _song_block(source: Source, theirs: str, ours: str) -> dict[str, Tensor]:
 
 
 def _joint(source: Source) -> tuple[dict[str, Tensor], int]:
-    """The embedding of both times; sines come first there. Augmentation enters before it there."""
+    """The weights of the embedding of both times, and the number of augmentation inputs.
+
+    The public code has sines before cosines. It adds the augmentation before the first layer, and
+    we add it after that layer, so the two matrices are multiplied.
+    """
     first = source.take("map_layer0.weight")
     sine_t, cosine_t, sine_h, cosine_h = first.split(NUM_FREQUENCIES, dim=1)
     ours = "trunk.conditioning"

@@ -20,15 +20,15 @@ from backbones.lightning_dit import rotary_2d
 from backbones.pretrained.ddpmpp_layout import py_mean_flow
 from backbones.pretrained.source import Source
 
-NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the released sizes
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # released sizes
 TABLE = "trunk.conditioning.label.table.weight"
-MAX_GUIDANCE = 4.0  # of MFDiT, which embeds a scale divided by it
+MAX_GUIDANCE = 4.0  # MFDiT divides a scale by this before embedding it
 
 
 def _transformer(
     source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
 ) -> dict[str, Any]:
-    """What all transformers have in common; their positions, MLPs and final layers are not."""
+    """The fields and weights of every transformer, but for positions, MLPs and final layers."""
     patches = source.take("x_embedder.proj.weight")
     dim, channels, patch, _ = patches.shape
     side = math.isqrt(source.left["pos_embed"].shape[1])
@@ -104,7 +104,7 @@ def _readout(
 
 
 def _other_way(made: dict[str, Any]) -> None:
-    """v(x, t) = -F(x, 1 - t)."""
+    """Turn a network F, with t = 1 at the data, into v(x, t) = -F(x, 1 - t)."""
     weights = made["weights"]
     for part in ("weight", "bias"):
         name = f"heads.velocity.readouts.v.linear.{part}"

@@ -12,7 +12,7 @@ from registry.core import did_you_mean
 
 
 class Source:
-    """The tensors of a file, each to be taken once."""
+    """The tensors of a file, each of which is taken once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], layout: str):
         self.left = dict(tensors)
@@ -23,6 +23,7 @@ class Source:
         return name in self.left
 
     def take(self, name: str) -> Tensor:
+        """A tensor in float32, which is then no longer left; ValueError if the file has none."""
         if name not in self.left:
             raise ValueError(
                 f"the checkpoint has no {name!r}, which layout {self.layout!r} needs."
@@ -35,7 +36,7 @@ class Source:
         return {f"{ours}.{part}": self.take(f"{theirs}.{part}") for part in ("weight", "bias")}
 
     def check_equal(self, name: str, expected: Tensor, what: str) -> None:
-        """A table that is computed here: leave it out if it is the same."""
+        """Leave out a table that is computed here; ValueError if the file's table differs."""
         found = self.take(name).reshape(-1)
         if found.shape != expected.reshape(-1).shape or not torch.allclose(
             found, expected.reshape(-1), atol=1e-4
@@ -47,11 +48,12 @@ class Source:
         self.unused[name] = what
 
     def count(self, pattern: str) -> int:
-        """How many numbers match the one group of a pattern."""
+        """How many different numbers the pattern's one group matches in the names."""
         found = {m[1] for name in self.left if (m := re.match(pattern, name))}
         return len(found)
 
     def check_empty(self) -> None:
+        """ValueError if a tensor of the file is left."""
         if self.left:
             names = sorted(self.left)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -20,9 +20,9 @@ from zoo.samplers.methods import Euler, FlowMap, check_nfe
 
 
 class GuidedSampler:
-    """A sampler that changes what another one, its field `sampler`, is given."""
+    """A sampler that runs another one, its field `sampler`, with guidance."""
 
-    heads: ClassVar[tuple[str, ...]] = ()  # those of the other
+    heads: ClassVar[tuple[str, ...]] = ()  # the inner sampler says which outputs it needs
 
     nfe: int
     sampler: Sampler
@@ -34,6 +34,7 @@ class GuidedSampler:
         return self.scale
 
     def inner(self) -> Sampler:
+        """The other sampler, with the nfe of this one."""
         replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
         return replace(self.sampler, nfe=self.nfe)
 
@@ -49,7 +50,7 @@ class GuidedSampler:
 class ClassifierFree(GuidedSampler):
     """Classifier-free guidance inside an interval of times: null + scale (given - null).
 
-    Both are rows of one network call, so that a call inside the interval costs as much as two.
+    Both are rows of one network call, so a call inside the interval costs as much as two calls.
     """
 
     reference: ClassVar = Reference(
@@ -72,7 +73,7 @@ class ClassifierFree(GuidedSampler):
 @samplers.register("input_guidance")
 @dataclass(frozen=True, kw_only=True)
 class InputGuidance(GuidedSampler):
-    """The scale and interval of guidance as inputs of a network that was trained with them."""
+    """Guidance whose scale and interval are inputs of a network that was trained with them."""
 
     nfe: int = 1
     sampler: Sampler = field(default_factory=FlowMap)
@@ -83,7 +84,7 @@ class InputGuidance(GuidedSampler):
         super().__post_init__()
         if not self.scale >= 1:
             raise ValueError(
-                f"input_guidance.scale = {self.scale!r} must be at least 1, where there is none"
+                f"input_guidance.scale = {self.scale!r} must be at least 1, which is no guidance"
             )
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
@@ -92,7 +93,10 @@ class InputGuidance(GuidedSampler):
 
 
 def guided_network(net: Network, scale: float, interval: tuple[float, float]) -> Network:
-    """The network whose u and v are guided at times inside the interval, the same for all rows."""
+    """The network with guided u and v at times inside the interval.
+
+    The times must be the same for all rows, and the condition must have labels (else ValueError).
+    """
 
     def guided(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
         if scale == 1 or not bool(inside(t, interval).all()):

@@ -6,9 +6,9 @@
     restart    jump to t=0, renoise to the next time with fresh noise, jump again
     mix        flow map from noise to the first time, Euler on v, then one jump to t=0
 
-`restart` keeps the data's law exactly when the jump is exact. A head that was trained at r=0 only
-must be sampled by `restart`: recombining its jump with the noise that it started from,
-`(1 - t') x0hat + t' x1hat`, has the wrong variance.
+`restart` keeps the data's law if the jump is exact. A head that was trained at r=0 only must be
+sampled by `restart`. To combine its jump with the noise that the jump started from,
+`(1 - t') x0hat + t' x1hat`, would give the wrong variance.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Heun:
 @samplers.register("restart")
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Jump to the data, add fresh noise, jump again; as consistency models are sampled."""
+    """The sampler of consistency models: jump to the data, add fresh noise, jump again."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
     reference: ClassVar = Reference(
@@ -114,7 +114,7 @@ class Restart:
     )
 
     nfe: int = 1
-    t_min: float | None = None  # the last time noise is added; None spaces all times evenly
+    t_min: float | None = None  # the last time that noise is added; None spaces all times evenly
     path: Path = field(default_factory=Linear)
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class Restart:
         _check_time("restart.t_min", self.t_min)
 
     def times(self) -> list[float]:
-        """The nfe times that are jumped from, the first being 1."""
+        """The nfe times at which jumps start; the first is 1."""
         low = 1 / self.nfe if self.t_min is None else self.t_min
         return _between(1.0, low, self.nfe)
 
@@ -137,7 +137,7 @@ class Restart:
 @samplers.register("mix")
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Noise-to-noisy jump, Euler steps on the velocity, one jump to the data; DE-CM's own.
+    """DE-CM's sampler: a noise-to-noisy jump, Euler steps, one jump to the data.
 
     The paper's switch point is not public: `t_switch` is the time of the last jump (our reading).
     """
@@ -155,7 +155,7 @@ class Mix:
         _check_time("mix.t_switch", self.t_switch)
 
     def times(self) -> list[float]:
-        """The nfe times that the network is evaluated at, the first being 1."""
+        """The nfe times at which the network is evaluated; the first is 1."""
         return _between(1.0, self.t_switch, self.nfe)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from zoo.samplers.guided import GuidedSampler
 
 
 def valid_samplers(objective: Any) -> tuple[str, ...]:
-    """The samplers that the objective names, else every one whose outputs it trains."""
+    """The samplers that the objective names, else all that read an output which it trains."""
     declared = getattr(objective, "samplers", None)
     if declared is not None:
         return tuple(declared)
@@ -19,7 +19,7 @@ def valid_samplers(objective: Any) -> tuple[str, ...]:
 
 
 def check_sampler(name: str, objective: Any, sampler: Any) -> None:
-    """ValueError unless the sampler is valid for the objective `name`, and on the same path."""
+    """ValueError unless the sampler is valid for the objective `name` and uses the same path."""
     if isinstance(sampler, GuidedSampler):
         return check_sampler(name, objective, sampler.sampler)
     valid = valid_samplers(objective)

@@ -45,12 +45,14 @@ def _methods(*names: str) -> list[Any]:
     return [getattr(Tensor, name) for name in names]
 
 
-READ = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "data")
-CONSTANT = (
+CONSTANT_ATTRIBUTES = (
+    *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "data"),
+)
+CONSTANT_FUNCTIONS = (
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     *(torch.rand_like, torch.randn_like, torch.detach),
 )
-CONSTANTS = (
+CONSTANT_METHODS = (
     *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "detach"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 )
@@ -64,8 +66,8 @@ LAYERS = (
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 )
 RULES: dict[Any, JvpRule] = {
-    **{getattr(Tensor, name).__get__: constant for name in READ},
-    **dict.fromkeys((*CONSTANT, *_methods(*CONSTANTS)), constant),
+    **{getattr(Tensor, name).__get__: constant for name in CONSTANT_ATTRIBUTES},
+    **dict.fromkeys((*CONSTANT_FUNCTIONS, *_methods(*CONSTANT_METHODS)), constant),
     **dict.fromkeys(_methods(*VIEWS, "__getitem__", "__neg__"), linear_in_first),
     **dict.fromkeys(_methods("view", "view_as"), view),
     **dict.fromkeys(_methods("type_as", "expand_as", "reshape_as"), like_another),
