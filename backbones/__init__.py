@@ -1,6 +1,6 @@
 """Networks: trunks (DiT, LightningDiT, U-Nets, MLP), the (t, r) embedding and the heads.
 
-Importing it registers all.
+Importing this package registers them all.
 """
 
 from __future__ import annotations

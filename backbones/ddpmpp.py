@@ -4,11 +4,11 @@
 
 The defaults are the 55M network that EDM and MeanFlow train: 32 x 32 x 128 after the first
 convolution, levels of 256 channels, four blocks a level, attention at 16 x 16 and in the middle,
-resampling by the filter (1, 3, 3, 1). Times enter together: one MLP over the features of both, so
-that a second time costs one matrix. cond["augment"] [b num_augments] says how a row was augmented.
+resampling by the filter (1, 3, 3, 1). One MLP takes the features of both times, so that a second
+time costs one matrix. cond["augment"] [b num_augments] says how a row was augmented.
 
-Song et al., arXiv 2011.13456, in the form of Karras et al., arXiv 2206.00364. Our reading: what
-starts at 1e-5 of its usual size there starts at zero here.
+Song et al., arXiv 2011.13456, in the form of Karras et al., arXiv 2206.00364. Our reading: the
+weights that start at 1e-5 of their usual size there start at zero here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from backbones.embeddings import (
     time_features,
     zero_,
 )
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from backbones.unet import GroupNorm, SelfAttention
 from registry import backbones
 from registry.protocols import Cond, Reference
@@ -41,7 +41,7 @@ Step = tuple[int, int, dict[str, Any]]  # channels in, channels out, kind of blo
 
 
 class JointConditioning(nn.Module):
-    """(t [b], r [b], cond) -> c [b dim], both times through one MLP, in float32 under autocast."""
+    """(t [b], r [b], cond) -> c [b dim], by one MLP of both times; autocast does not apply."""
 
     def __init__(
         self,
@@ -107,8 +107,8 @@ class Resample(nn.Module):
         return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
-class Block(nn.Module):
-    """Two convolutions around a skip, perhaps resampled, perhaps followed by attention."""
+class DDPMppBlock(nn.Module):
+    """Two convolutions with a skip connection, with resampling and attention if they are given."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class PlainReadout(nn.Module):
 
 
 @backbones.register("ddpmpp")
-class DDPMpp(Trunk):
+class DDPMpp(TrunkModule):
     """The DDPM++ U-Net, for [b c h w] whose sides halve evenly at every level.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more
@@ -208,7 +208,7 @@ class DDPMpp(Trunk):
         xavier_(self.stem)
         down, self.joins, up = _plan(channels, widths, blocks, set(attention_levels))
         self.down, self.up = (
-            nn.ModuleList(Block(n, k, self.dim, dropout, **kind) for n, k, kind in part)
+            nn.ModuleList(DDPMppBlock(n, k, self.dim, dropout, **kind) for n, k, kind in part)
             for part in (down, up)
         )
         self.conditioning = JointConditioning(
@@ -238,14 +238,14 @@ class DDPMpp(Trunk):
         return PlainReadout(self.width, self.image_channels)
 
     def pool(self, features: Tensor) -> Tensor:
-        """The means of as many cells as make 4 * channels = dim numbers."""
+        """The means of the cells of a grid, whose size makes them 4 * channels = dim numbers."""
         return F.adaptive_avg_pool2d(features, self.cells).flatten(1)
 
 
 def _plan(
     channels: int, widths: Sequence[int], blocks: int, attention_levels: set[int]
 ) -> tuple[list[Step], list[bool], list[Step]]:
-    """(channels in, out, kind) of the blocks down; which of those up join a skip; those up."""
+    """The blocks on the way down, whether each on the way up joins a skip, and those blocks."""
     down: list[Step] = []
     width = channels
     for level, wide in enumerate(widths):

@@ -19,14 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
 NORMS = ("layer", "rms")
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by c."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Block(nn.Module):
         qk_norm: bool,
         norm: str = "layer",
     ):
-        from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # 2 s: it brings torchvision
+        from timm.layers import Attention, GELUTanh, Mlp, RmsNorm  # takes 2 s: torchvision too
 
         super().__init__()
         self.norm1 = plain_norm(norm, dim)
@@ -72,7 +72,7 @@ def plain_norm(kind: str, dim: int) -> nn.Module:
 
 
 class PatchReadout(nn.Module):
-    """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer of its own modulation."""
+    """(tokens [b n dim], c [b dim]) -> [b c h w]: a final layer with its own modulation."""
 
     def __init__(
         self,
@@ -104,10 +104,11 @@ class PatchReadout(nn.Module):
         )
 
 
-class PatchTransformer(Trunk):
-    """Patches at their positions through blocks (tokens, c) -> tokens; for [b c h w].
+class PatchTransformer(TrunkModule):
+    """A transformer on the patches of [b c h w], with blocks (tokens, c) -> tokens.
 
-    `block` and `conditioning` make the parts, in the order in which weights are drawn.
+    `block` and `conditioning` make those parts. They are called in this order, in which the initial
+    weights are drawn.
     """
 
     positions: Tensor
@@ -152,9 +153,9 @@ class PatchTransformer(Trunk):
 class DiT(PatchTransformer):
     """Diffusion transformer with adaLN-zero, for [b c h w].
 
-    `norm` is 'layer', or 'rms' for root mean squares; positions are sines and cosines, from which
-    `trained_positions` start. Dropout draws from the global RNG of torch. `checkpointing`
-    recomputes each block in the backward pass instead of keeping its activations.
+    `norm` is 'layer', or 'rms' for root mean squares. Positions are sines and cosines; with
+    `trained_positions` they are weights that start so. Dropout draws from the global RNG of torch.
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
     """
 
     reference: ClassVar = Reference(
@@ -191,7 +192,7 @@ class DiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: Block(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
+            block=lambda: DiTBlock(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,

@@ -1,19 +1,20 @@
-"""What conditions every trunk, c = SiLU(e(t) + e'(t - r or r) + e''(label)), and positions.
+"""The conditioning of every trunk, c = SiLU(e(t) + e'(t - r or r) + e''(label)), and positions.
 
 A time in [0, 1] enters unscaled, as cos(w t) and sin(w t) with angular frequencies w from 1 to
 `max_frequency` in geometric progression. Times multiplied by 1000, as in DiT, would multiply the
 time tangent of a forward-mode derivative by 1000 and spoil finite differences; here a feature's
 derivative is at most max_frequency. The default, 8, gave MeanFlow the smallest map error on an
-eight-mode mixture (0.23 and 0.23 in two seeds; 0.23 and 0.26 at 4, 0.25 and 0.28 at 16), and flow
-matching did not mind. Whether the second time is the interval h = t - r or the end r itself is
-decided in this file and nowhere else.
+eight-mode mixture (0.23 and 0.23 in two seeds; 0.23 and 0.26 at 4, 0.25 and 0.28 at 16), and made
+no difference to flow matching. Whether the second time is the interval h = t - r or the end r
+itself is decided in this file and nowhere else.
 
 `time_features = 'dit'` takes the frequencies of the released DiT codes, 10000^(-k/128) times
-max_frequency, for weights that were trained with them (imports.py): 1 is SiT and LightningDiT, 1000
-a code that scales its times. 'ddpm' is 10000^(-k/127), the U-Nets' table.
+max_frequency, for weights that were trained with them (pretrained/imports.py). SiT and LightningDiT
+have max_frequency 1, and a code that scales its times has 1000. 'ddpm' takes 10000^(-k/127), the
+table of the U-Nets.
 
-The embeddings start with about unit variance, not with DiT's standard deviation of 0.02: on the
-8x8 digits a DiT then took 180 steps to a loss that it had otherwise after 330, and ended alike.
+The embeddings start with about unit variance, not with DiT's standard deviation of 0.02. On the 8x8
+digits a DiT then reached in 180 steps a loss that otherwise took 330, and both ended alike.
 The second embedder's last layer starts at zero, so that a two-time network begins as the one-time
 network with the same weights; it is made last, so that both draw the same initial weights.
 
@@ -64,7 +65,10 @@ def time_features(t: Tensor, max_frequency: float, features: str) -> Tensor:
 
 
 def frequencies(max_frequency: float, features: str, device: torch.device | None = None) -> Tensor:
-    """[NUM_FREQUENCIES], made anew each time: an engine in bfloat16 would round a buffer."""
+    """The angular frequencies [NUM_FREQUENCIES].
+
+    They are computed at each call, because an engine in bfloat16 would round a buffer.
+    """
     if features == "unit":
         exponents = torch.linspace(0, 1, NUM_FREQUENCIES, device=device)
         return (max_frequency**exponents).bfloat16().float()
@@ -94,8 +98,8 @@ class LabelEmbedding(nn.Module):
 class GuidanceEmbedding(nn.Module):
     """cond["guidance"] [b 3], a scale and the interval of times where it holds -> [b dim].
 
-    The scale w >= 1 enters as 1 - 1/w. Without guidance it is 1, everywhere. The output starts at
-    zero, so that a network begins as the one without this input.
+    The scale w >= 1 enters as 1 - 1/w. Where the condition has no guidance, w is 1 at all times.
+    The output starts at zero, so that a network begins as the one without this input.
     """
 
     def __init__(self, dim: int, max_frequency: float, features: str):
@@ -120,7 +124,7 @@ class GuidanceEmbedding(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """(t [b], r [b], cond) -> c [b dim], in float32 under autocast too."""
+    """(t [b], r [b], cond) -> c [b dim], in the precision of the weights under autocast too."""
 
     def __init__(
         self,
@@ -160,6 +164,7 @@ class Conditioning(nn.Module):
 
 
 def check_times(second_time: str, max_frequency: float, time_features: str) -> None:
+    """ValueError unless these settings of the time embeddings are allowed."""
     if second_time not in SECOND_TIMES:
         raise ValueError(
             f"second_time = {second_time!r}; allowed are 'h' (the interval t - r) and 'r'"
@@ -192,7 +197,7 @@ def zero_(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:
-    """No autocast."""
+    """Switch autocast off on this kind of device."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # the meta device
+    return nullcontext()  # such as the meta device, which has no autocast

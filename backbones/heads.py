@@ -1,9 +1,9 @@
-"""Heads: which outputs a network has. Each is built on a trunk, as `head(trunk)`.
+"""Heads make the outputs of a network. Each is built on a trunk, as `head(trunk)`.
 
-Every readout is a final layer of its own (normalisation, modulation by c, linear) and zero at
-initialisation. The dual head is two of them: at DiT-XL/2 the second costs 2.7 million parameters,
-0.4 %. No source gives its design; it follows from the parameter count of DuMo (arXiv 2602.17682),
-679M, which two final layers and two time embedders reproduce.
+Every readout is a final layer of its own (normalisation, modulation by c, linear) and starts at
+zero. The dual head has two of them: at DiT-XL/2 the second costs 2.7 million parameters, 0.4 %. No
+source gives its design; it follows from the parameter count of DuMo (arXiv 2602.17682), 679M, which
+two final layers and two time embedders reproduce.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AverageVelocity(Readouts):
 
 
 @heads.register("dual_head")
-class Dual(Readouts):
+class DualHead(Readouts):
     """Average and instantaneous velocity from one trunk, by two final layers."""
 
     keys = ("u", "v")

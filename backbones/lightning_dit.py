@@ -37,7 +37,7 @@ class LightningBlock(nn.Module):
         qk_norm: bool,
         rope: Tensor,
     ):
-        from timm.layers import AttentionRope, RmsNorm, SwiGLUPacked  # 2 s: it brings torchvision
+        from timm.layers import AttentionRope, RmsNorm, SwiGLUPacked  # takes 2 s: torchvision too
 
         super().__init__()
         self.norm1 = RmsNorm(dim, eps=1e-6)
@@ -104,7 +104,7 @@ class LightningDiT(PatchTransformer):
         if dim // num_heads % 4:
             raise ValueError(
                 f"lightning_dit: a head has dim / num_heads = {dim // num_heads} channels; rotary "
-                "positions need a multiple of 4"
+                "positions need a multiple of 4. Change lightning_dit.dim or num_heads"
             )
         rope = rotary_2d(shape[1] // patch, shape[2] // patch, dim // num_heads)
         super().__init__(
@@ -133,7 +133,10 @@ class LightningDiT(PatchTransformer):
 
 
 def rotary_2d(height: int, width: int, head_dim: int) -> Tensor:
-    """[height * width, 2 head_dim]: sines, then cosines; half a head turns with y, half with x."""
+    """The rotary positions [height * width, 2 head_dim]: sines, then cosines.
+
+    One half of a head's channels rotates with y, the other half with x.
+    """
     from timm.layers import build_rotary_pos_embed
 
     device = torch.get_default_device()

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import Trunk
+from backbones.trunk import TrunkModule
 from registry import backbones
 from registry.protocols import Cond
 
 
 class ResidualBlock(nn.Module):
-    """One hidden layer around a skip, scaled and shifted by c."""
+    """One hidden layer with a skip connection around it, scaled and shifted by c."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -48,7 +48,7 @@ class VectorReadout(nn.Module):
 
 
 @backbones.register("mlp")
-class MLP(Trunk):
+class MLP(TrunkModule):
     """Residual MLP for vectors [b d], conditioned by scale and shift."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """A network is a trunk and its heads: (x, t, r, cond) -> {"u": ..., "v": ..., "logvar": ...}.
 
 The heads decide which outputs there are and whether the trunk embeds a second time. Whatever two
-networks have in common starts from the same weights under one `torch.manual_seed`: a trunk makes
-its second time embedder last, and the heads follow the trunk. Every output is zero at the start.
+networks have in common starts from the same weights under one `torch.manual_seed`, since a trunk
+makes its second time embedder last and the heads follow the trunk. Every output starts at zero.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import registry
-from backbones.heads import AverageVelocity, Dual, LogVariance, Readouts, Velocity
-from backbones.trunk import Trunk
+from backbones.heads import AverageVelocity, DualHead, LogVariance, Readouts, Velocity
+from backbones.trunk import TrunkModule
 from registry.protocols import Cond
 
-FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # a student's own choice
+FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # which a student chooses
 ADDED = (".second_time.", ".guidance.")  # parts of a trunk that start by adding nothing
 
 
@@ -49,7 +49,10 @@ def build_network(
     keys: Iterable[str],
     heads: Sequence[type[Any]] | None = None,
 ) -> FlowNetwork:
-    """A network that makes the outputs `keys`, with these head classes or the default ones."""
+    """A network that makes the outputs `keys`, with these head classes or the default ones.
+
+    ValueError if the heads do not make every key, or if two of them make the same one.
+    """
     keys = tuple(dict.fromkeys(keys))
     chosen = default_heads(keys) if heads is None else tuple(heads)
     _check_cover(keys, chosen)
@@ -65,10 +68,10 @@ def build_network(
 def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
     """Registered heads that make `keys`: `dual_head` for u with v, else one for each key.
 
-    A plug-in's head is taken for what the heads of this package do not make.
+    A head of a plug-in serves only for keys that no head of this package makes.
     """
     wanted, chosen = set(keys), []
-    own: list[type[Any]] = [Dual, Velocity, AverageVelocity, LogVariance]
+    own: list[type[Any]] = [DualHead, Velocity, AverageVelocity, LogVariance]
     for head in own + [registry.heads.get(name) for name in registry.heads.names()]:
         if wanted.issuperset(head.keys):
             chosen.append(head)
@@ -79,9 +82,9 @@ def default_heads(keys: Iterable[str]) -> tuple[type[Any], ...]:
 def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
     """Copy the teacher's weights, so that the student's u and v equal the teacher's at the start.
 
-    An output that the teacher lacks, u or v, takes the readout of the other. A second time or an
-    input of guidance that only the student has keeps its start, which adds nothing; so do other
-    heads.
+    If the teacher makes only one of u and v, the student's other output takes its readout as well.
+    A second time or an input of guidance that only the student has keeps its initial weights, which
+    add nothing. Other heads keep theirs too. ValueError if the trunks differ in anything else.
     """
     ours, theirs = student.trunk.state_dict(), teacher.trunk.state_dict()
     more = ours.keys() - theirs.keys()
@@ -105,8 +108,8 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
 
 
 def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
-    """The fields of two trunks that no shape shows, numbers of heads for one."""
-    if not (isinstance(ours, Trunk) and isinstance(theirs, Trunk)):
+    """ValueError if two trunks differ in a field that no shape shows, such as num_heads."""
+    if not (isinstance(ours, TrunkModule) and isinstance(theirs, TrunkModule)):
         return
     free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | {"second_time"}
     if not theirs.fields.get("guidance_input"):

@@ -1,4 +1,4 @@
-"""A noise predictor of DiT's process as a network of velocities.
+"""A network that predicts the noise of DiT's process, used as a network that predicts velocities.
 
     x_k = alpha_k x0 + sigma_k noise,   sigma_k / alpha_k = t / (1 - t) fixes the step k of a time t
     v = noise - x0 = noise - (x_k - sigma_k noise) / alpha_k
@@ -16,10 +16,11 @@ from registry.protocols import Cond
 
 
 class NoiseNetwork(FlowNetwork):
-    """A network that predicts the noise of DiT's process, read as a velocity in our times.
+    """A network of trunk and heads that predicts noise; its outputs are velocities in our times.
 
-    Time t is the step k of equal ratio of noise to data, t / (1 - t); x is scaled to that process.
-    Beyond its first and last step, t = 0.0099 and 0.9937, that step answers.
+    Time t becomes the step k with the same ratio of noise to data, t / (1 - t), and x is scaled to
+    that process. Times before its first step (t = 0.0099) take the first, and times after its last
+    step (t = 0.9937) take the last.
     """
 
     def forward(
@@ -28,7 +29,7 @@ class NoiseNetwork(FlowNetwork):
         step, alpha, sigma = vp_step(t)
         wide = (slice(None), *[None] * (x.ndim - 1))
         scaled = x / ((1 - t) ** 2 + t**2).sqrt()[wide]
-        time = step / 1000  # the embedding multiplies it
+        time = step / 1000  # the embedding multiplies it by 1000
         out = super().forward(scaled, time, time, cond)
         return {
             key: noise - (scaled - sigma[wide] * noise) / alpha[wide] for key, noise in out.items()
@@ -36,7 +37,7 @@ class NoiseNetwork(FlowNetwork):
 
 
 def vp_step(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(k, alpha, sigma) of DiT's process with the noise-to-data ratio of t; k is no whole number.
+    """(k, alpha, sigma) [b] of DiT's process at the noise-to-data ratio of t; k may be fractional.
 
     Betas rise linearly from 0.0001 to 0.02 in 1000 steps; log-ratios are linear between steps.
     """

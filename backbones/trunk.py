@@ -1,7 +1,7 @@
-"""What the trunks of this package have in common: they know what they were made with, and may
-recompute their blocks in the backward pass.
+"""The base class of this package's trunks, and activation checkpointing of their blocks.
 
-An exported network is made again from that record, without gin.
+The contract of a trunk is registry.protocols.Trunk. A `TrunkModule` also records the arguments that
+it was made with, so that an exported network can be made again without gin.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Trunk(nn.Module):
+class TrunkModule(nn.Module):
     """An nn.Module whose `fields` are the arguments that it was made with, defaults included."""
 
     fields: dict[str, Any]
@@ -28,7 +28,7 @@ class Trunk(nn.Module):
 
 
 def through(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
-    """block(*inputs); with `checkpointing` its activations are not kept but computed again."""
+    """block(*inputs); with `checkpointing` the backward pass recomputes the block's activations."""
     if checkpointing and torch.is_grad_enabled():
         recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False)
         return recomputed

@@ -20,16 +20,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import Trunk, through
+from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 
 
 class GroupNorm(nn.GroupNorm):
-    """Groups of at least four channels, 32 groups at most, in the dtype of its weights.
+    """A group norm with at most 32 groups of at least four channels, in the dtype of its weights.
 
-    On the CPU autocast leaves the input in bfloat16, and the forward-mode tangent would come out
-    in float32 beside it.
+    On the CPU autocast leaves the input in bfloat16, and the forward-mode tangent of the output
+    would then be float32 beside a value in bfloat16.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
@@ -40,7 +40,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a skip; c scales and shifts what enters the second."""
+    """Two convolutions with a skip connection; c scales and shifts the input of the second."""
 
     def __init__(self, channels: int, out_channels: int, dim: int, dropout: float):
         super().__init__()
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
     """Attention between all pixels; the identity at initialisation."""
 
     def __init__(self, channels: int, num_heads: int, eps: float = 1e-5):
-        from timm.layers import Attention  # 2 s: it brings torchvision
+        from timm.layers import Attention  # takes 2 s: torchvision too
 
         super().__init__()
         self.norm = GroupNorm(channels, eps)
@@ -98,7 +98,7 @@ class Bottom(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks, the levels below at half the size, and blocks that see both."""
+    """Blocks, then the lower levels at half the size, then blocks that see both."""
 
     checkpointing = False
 
@@ -148,7 +148,7 @@ class ConvReadout(nn.Module):
 
 
 @backbones.register("unet")
-class UNet(Trunk):
+class UNet(TrunkModule):
     """Convolutional U-Net with attention at its lowest resolution, for [b c h w] of any size.
 
     Level i has `channels * multipliers[i]` channels and `blocks` blocks on the way down, one more

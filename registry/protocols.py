@@ -170,7 +170,7 @@ class Residual(Protocol):
     """How far a predicted average velocity u [b *d] is from self-consistency, without gradient.
 
     `direction` is the velocity along which the state is moved; `teacher` evaluates targets. The
-    residual vanishes at the truth and has the sign of an error in u. `moved` gives du/ds along
+    residual vanishes at the truth and has the sign of an error in u. `du_along` gives du/ds along
     tangents of (x, t, r), by `derivative`; a residual that has none must not call it.
     """
 
@@ -179,7 +179,7 @@ class Residual(Protocol):
 
     def __call__(
         self,
-        moved: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor],
+        du_along: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor],
         teacher: Network,
         x: Tensor,
         t: Tensor,

@@ -1,6 +1,6 @@
 """The mathematics: paths, time laws, derivatives, objectives and samplers.
 
-Importing it registers them all.
+Importing this package registers them all.
 """
 
 from zoo import (

@@ -1,4 +1,4 @@
-"""Couplings: which noise goes with which data within a batch, before interpolation.
+"""Couplings decide which noise is paired with which data of a batch, before interpolation.
 
 `minibatch_ot` pairs by the exact optimal-transport plan of the batch (squared Euclidean cost; for
 uniform marginals the plan is a permutation). It changes the marginal velocity, so the closed forms
@@ -20,7 +20,7 @@ from registry.protocols import Reference
 @couplings.register("independent")
 @dataclass(frozen=True, kw_only=True)
 class Independent:
-    """Noise as it was drawn."""
+    """The noise in the order in which it was drawn."""
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor:
         return x1
@@ -29,7 +29,7 @@ class Independent:
 @couplings.register("minibatch_ot")
 @dataclass(frozen=True, kw_only=True)
 class MinibatchOT:
-    """Noise permuted to the least total squared distance from the data of the batch."""
+    """The noise in the order of least total squared distance from the data of the batch."""
 
     couples_rows: ClassVar = True
     reference: ClassVar = Reference(
@@ -40,7 +40,7 @@ class MinibatchOT:
     )
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor:
-        from scipy.optimize import linear_sum_assignment  # slow to import, seldom used
+        from scipy.optimize import linear_sum_assignment  # slow to import, and seldom used
 
         cost = torch.cdist(x0.flatten(1).double(), x1.flatten(1).double()) ** 2
         _, pairing = linear_sum_assignment(cost.cpu().numpy())

@@ -4,10 +4,10 @@ A target of the form `v_c + a (v(y) - v(null))` with the network's own v has the
 scale 1 / (1 - a) as its fixed point; MeanFlow's `omega v_c + (1 - omega - kappa) u(null) +
 kappa u(y)` has scale omega / (1 - kappa). Rows whose label was dropped keep the unguided target.
 
-With a guidance law each row draws its own scale w and interval, the network is told them, and a is
-1 - 1/w inside the interval: the scale is chosen when sampling. From iMF (Geng et al., arXiv
-2512.02012): density of w proportional to 1/w on [1, 8], low ~ U(0, 0.5), high ~ U(0.5, 1), and the
-whole interval for rows with r = t.
+With a guidance law each row draws its own scale w and interval, which are inputs of the network,
+and a is 1 - 1/w inside the interval. The scale is then chosen when sampling. From iMF (Geng et al.,
+arXiv 2512.02012): density of w proportional to 1/w on [1, 8], low ~ U(0, 0.5), high ~ U(0.5, 1),
+and the whole interval for rows with r = t.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zoo.ops import like, rms
 
 @runtime_checkable
 class Guided(Protocol):
-    """An objective or sampler whose samples have guidance of this scale; 1 is none."""
+    """An objective or sampler whose samples are guided with this scale; 1 is no guidance."""
 
     @property
     def guidance_scale(self) -> float: ...
@@ -36,9 +36,9 @@ class Guided(Protocol):
 def drop_labels(
     cond: Cond | None, probability: float, rng: torch.Generator, n: int
 ) -> tuple[Cond | None, Tensor]:
-    """Labels dropped to the null label with this probability, and the mask [n] of labelled rows.
+    """The conditioning with labels replaced by the null label, each with this probability.
 
-    Without labels every row counts as unlabelled.
+    Also the mask [n] of the rows that have a label then: no row, if there were no labels.
     """
     if cond is None or "label" not in cond:
         return cond, torch.zeros(n, dtype=torch.bool, device=rng.device)
@@ -63,7 +63,7 @@ def velocity_at(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor
 
 
 def velocity_of(out: Mapping[str, Tensor]) -> Tensor:
-    """The velocity among outputs that were made with r = t."""
+    """The velocity among the outputs of a call with r = t."""
     return out["v"] if "v" in out else out["u"]
 
 
@@ -75,7 +75,7 @@ def guidance_direction(net: Network, x: Tensor, t: Tensor, cond: Cond | None) ->
 def guided_velocity(
     net: Network, x: Tensor, t: Tensor, cond: Cond | None, scale: float, limit: float = math.inf
 ) -> Tensor:
-    """v(y) + (scale - 1) dv, dv = v(y) - v(null) limited in its root mean square."""
+    """v(y) + (scale - 1) dv, dv = v(y) - v(null) with a root mean square of at most `limit`."""
     v = velocity_at(net, x, t, cond)
     if scale == 1:
         return v
@@ -92,7 +92,7 @@ def guided_target(
     share: float | Tensor,
     limit: float = math.inf,
 ) -> Tensor:
-    """v_c + share (v(y) - v(null)) on the rows of a mask [b], v_c on the others."""
+    """v_c + share (v(y) - v(null)) on the rows of the mask `rows` [b], and v_c on the others."""
     if isinstance(share, Tensor):
         share = like(share, x)
     elif share == 0:
@@ -104,7 +104,7 @@ def guided_target(
 @guidance_laws.register("log_uniform_guidance")
 @dataclass(frozen=True, kw_only=True)
 class LogUniformGuidance:
-    """Scales whose logarithm is uniform on [1, largest]; intervals around the middle of time."""
+    """Scales in [1, largest] with a uniform logarithm, and intervals around the middle of time."""
 
     reference: ClassVar = Reference(
         title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
@@ -122,8 +122,8 @@ class LogUniformGuidance:
         check_interval("log_uniform_guidance.high", self.high)
         if self.largest < 1 or self.low[1] > self.high[0]:
             raise ValueError(
-                f"log_uniform_guidance needs largest = {self.largest!r} >= 1 and low = "
-                f"{self.low!r} before high = {self.high!r}"
+                "log_uniform_guidance needs largest >= 1 and low[1] <= high[0]; given are largest "
+                f"= {self.largest!r}, low = {self.low!r} and high = {self.high!r}"
             )
 
     def __call__(self, n: int, rng: torch.Generator) -> Tensor:
@@ -138,26 +138,29 @@ class LogUniformGuidance:
 def with_guidance(
     cond: Cond | None, law: GuidanceLaw, diagonal: Tensor, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """The conditioning with a draw of guidance, the whole interval on the rows of a mask [b]."""
+    """The conditioning with a draw of guidance for each row.
+
+    Rows of the mask `diagonal` [b] have the whole interval, [0, 1].
+    """
     drawn = law(len(diagonal), rng)
     everywhere = drawn * drawn.new_tensor([1, 0, 0]) + drawn.new_tensor([0, 0, 1])
     return {**(cond or {}), "guidance": torch.where(diagonal[:, None], everywhere, drawn)}
 
 
 def guidance_share(cond: Cond, t: Tensor) -> Tensor:
-    """1 - 1/w inside each row's interval, 0 outside: [b]."""
+    """The share a of each row, [b]: 1 - 1/w inside the row's interval, 0 outside."""
     scale, low, high = cond["guidance"].unbind(1)
     return torch.where((low <= t) & (t <= high), 1 - 1 / scale, 0)
 
 
 def limit_norm(direction: Tensor, bound: float) -> Tensor:
-    """direction [b *d] scaled down, row by row, to a root mean square of at most `bound`."""
+    """direction [b *d], with each row scaled down to a root mean square of at most `bound`."""
     size = rms(direction).clamp_min(torch.finfo(direction.dtype).tiny)
     return direction * like((bound / size).clamp_max(1), direction)
 
 
 def inside(t: Tensor, interval: tuple[float, float]) -> Tensor:
-    """The mask [b] of times in a closed interval."""
+    """The mask [b] of the times that lie in a closed interval."""
     return (interval[0] <= t) & (t <= interval[1])
 
 

@@ -34,7 +34,11 @@ def normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def clipped(g: Tensor, bound: float, by: str) -> Tensor:
-    """g limited to +-bound "element" by element, or row by row in its root mean square ("rms")."""
+    """g [b *d] limited by a bound, in one of two ways.
+
+    by="element" limits each element to [-bound, bound]; by="rms" limits the root mean square of
+    each row to `bound`.
+    """
     if by == "element":
         return g.clamp(-bound, bound)
     return g * like(bound / rms(g).clamp_min(bound), g)
@@ -46,7 +50,7 @@ def first_rows(cond: Cond | None, k: int) -> Cond | None:
 
 
 def rows_from(cond: Cond | None, k: int) -> Cond | None:
-    """The conditioning of the rows behind the first k."""
+    """The conditioning of the rows after the first k."""
     return None if cond is None else {name: value[k:] for name, value in cond.items()}
 
 

@@ -2,9 +2,10 @@
 
     velocity = d_alpha(t) x0 + d_sigma(t) x1
 
-Both are one 2x2 system in (x0, x1), so every conversion is one solve. `linear` is the path of
-flow matching (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003); `trigflow` is the
-variance-preserving circle of Lu & Song, arXiv 2410.11081, its angle being phi = pi t / 2.
+These are two linear equations in x0 and x1, so every conversion solves one 2x2 system. `linear` is
+the path of flow matching (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
+`trigflow` is the variance-preserving circle of Lu & Song, arXiv 2410.11081, with the angle
+phi = pi t / 2.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class AffinePath:
         return PathSample(x_t, self.to_velocity(x0, x1, t))
 
     def to_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """x0, x1 [b *d], t [b] -> the conditional velocity at t, [b *d]."""
         return like(self.d_alpha(t), x0) * x0 + like(self.d_sigma(t), x0) * x1
 
     def to_x0(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ class TrigFlow(AffinePath):
     )
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, exactly 0 at t=1
+        return torch.sin(math.pi / 2 * (1 - t))  # this form of the cosine is exactly 0 at t=1
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * t)

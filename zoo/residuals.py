@@ -5,8 +5,9 @@
                D the displacement of `order` teacher steps from (x - (t - m) d, m) to r
 
 `rcgm` needs no derivative and tends to `exact` as delta -> 0; its bias at the truth is O(delta). It
-is the consistency target of RCGM as read from the code of its successors (UCGM, TwinFlow), with the
-same clamped step in both places. Rows with t - r <= delta become flow matching, g = u - d.
+is the consistency target of RCGM as read from the code of its successors (UCGM, TwinFlow). Here the
+same clamped step t - m moves the state and divides the result; the public code divides by delta.
+Rows with t - r <= delta become flow matching, g = u - d.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from torch import Tensor
 
 from registry import residuals
 from registry.protocols import Cond, Derivative, Network, Reference
-from zoo.derivatives.one_pass import Moved, OnePass
+from zoo.derivatives.one_pass import DerivativeOfU, OnePass
 from zoo.ops import like
 
 
 @residuals.register("exact")
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """The MeanFlow residual, by a derivative of the network itself."""
+    """The MeanFlow residual, with the derivative of the network along (d, 1, 0)."""
 
     derivative: Derivative = field(default_factory=OnePass)
 
     def __call__(
         self,
-        moved: Moved,
+        du_along: DerivativeOfU,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -41,14 +42,14 @@ class Exact:
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        du_dt = moved((direction, torch.ones_like(t), torch.zeros_like(r)))
+        du_dt = du_along((direction, torch.ones_like(t), torch.zeros_like(r)))
         return u - direction + like(t - r, x) * du_dt
 
 
 @residuals.register("rcgm")
 @dataclass(frozen=True, kw_only=True)
 class Rcgm:
-    """Finite difference of the flow map, carried to r by a few teacher steps."""
+    """A finite difference of the flow map, which a few teacher steps carry on to r."""
 
     reference: ClassVar = Reference(
         title="Any-step Generation via N-th Order Recursive Consistent Velocity Field Estimation",
@@ -68,7 +69,7 @@ class Rcgm:
 
     def __call__(
         self,
-        moved: Moved,
+        du_along: DerivativeOfU,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -86,7 +87,7 @@ class Rcgm:
             start, end = r + (self.order - i) * width, r + (self.order - i - 1) * width
             move = like(width, x) * teacher(z, start, end, cond)["u"]
             displacement, z = displacement + move, z - move
-        # Where t = r there is nothing to divide by: the displacement is 0 and the ratio 1.
+        # Where t = r the step is 0 and must not divide: the displacement is 0 and the ratio is 1.
         divisor = torch.where(step > 0, step, 1)
         ratio = torch.where(step > 0, (t - r) / divisor, 1)
         return like(ratio, x) * u - displacement / like(divisor, x) - direction

@@ -1,7 +1,7 @@
-"""Teachers: who evaluates the targets; each maps the network in training to one without gradient.
+"""Teachers evaluate the targets: each turns the network in training into one without gradient.
 
-`online` is the network itself, `ema` a running average of its weights, `frozen` another network
-that never changes. Targets are evaluated in eval mode (no dropout).
+`online` is that network itself, `ema` a running average of its weights, and `frozen` another
+network that never changes. Targets are evaluated in eval mode (no dropout).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Online:
 @teachers.register("ema")
 @dataclass(kw_only=True)
 class EmaTeacher:
-    """An exponential moving average of the weights, its decay warmed up from 0.1."""
+    """An exponential moving average of the weights, with a decay that warms up from 0.1."""
 
     needs_copy: ClassVar = True
     distils: ClassVar = False
@@ -84,12 +84,12 @@ class EmaTeacher:
 @teachers.register("frozen")
 @dataclass(kw_only=True)
 class Frozen:
-    """A trained network that never changes: from elsewhere, or trained first in this run.
+    """A trained network that never changes; it is loaded, or trained first in this run.
 
     `checkpoint` is the folder of a finished run of flow matching, an exported folder, or a public
-    checkpoint, whose `layout` is told from its names where these tell it; `pretrain` in (0, 1) is
-    the share of this run's budget that trains one with flow matching first. Give exactly one, or
-    neither and `attach` a network.
+    checkpoint; `layout` is the layout of a public checkpoint whose tensor names do not tell it.
+    `pretrain` in (0, 1) is the share of this run's budget that first trains a teacher with flow
+    matching. Give exactly one of the two, or neither and `attach` a network.
     """
 
     needs_copy: ClassVar = False
@@ -129,7 +129,7 @@ def warmed_up(decay: float, step: int) -> float:
 class Average:
     """average <- decay average + (1 - decay) net, in one fused update; buffers are copied.
 
-    The lists are made once: walking a module's tree costs as much as the update.
+    The lists of tensors are made once, since walking a module's tree costs as much as the update.
     """
 
     def __init__(self, average: nn.Module, net: nn.Module):

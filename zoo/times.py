@@ -1,11 +1,11 @@
-"""Time laws: draws of (t, r) with 0 <= r <= t <= 1, the rows with r < t first.
+"""Time laws draw (t, r) with 0 <= r <= t <= 1; the rows with r < t come first.
 
 How many rows have r < t is a fixed function of n, so that objectives slice rows instead of masking
 them and every rank has the same control flow.
 
-`logit_normal_pair` is MeanFlow's (Geng et al., arXiv 2505.13447): two draws of sigmoid(N(mean,
-std^2)), t their maximum and r their minimum, then r = t on the diagonal rows, whose t therefore is
-a maximum of two draws too. `beta_pair` is the law of RCGM and TwinFlow as read from their code:
+`logit_normal_pair` is MeanFlow's law (Geng et al., arXiv 2505.13447): t is the maximum and r the
+minimum of two draws of sigmoid(N(mean, std^2)). On the diagonal rows r is then set to t, so their t
+is a maximum of two draws too. `beta_pair` is the law of RCGM and TwinFlow as read from their code:
 t ~ Beta(a, b), r ~ U[0, t].
 """
 
@@ -40,7 +40,7 @@ def logit_normal_draws(n: int, mean: float, std: float, rng: torch.Generator) ->
 
 
 def quota(n: int, fraction: float) -> int:
-    """The number of rows, rounded up, that a fraction of n rows is."""
+    """A fraction of n rows as a number of rows, rounded up."""
     return math.ceil(n * fraction - 1e-9)
 
 
@@ -55,7 +55,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 class _Diagonal:
-    """A law of t alone: r = t in every row."""
+    """A law of t alone, with r = t in every row."""
 
     def num_off_diagonal(self, n: int) -> int:
         return 0
@@ -101,7 +101,7 @@ class Stratified(_Diagonal):
 @time_laws.register("uniform_pair")
 @dataclass(frozen=True, kw_only=True)
 class UniformPair:
-    """t, r the larger and smaller of two uniform draws; r = t outside the off-diagonal quota."""
+    """t and r are the larger and smaller of two uniform draws; r = t outside the quota."""
 
     off_diagonal_fraction: float = 0.25
 
@@ -119,7 +119,7 @@ class UniformPair:
 @time_laws.register("logit_normal_pair")
 @dataclass(frozen=True, kw_only=True)
 class LogitNormalPair:
-    """t, r the larger and smaller of two logit-normal draws; r = t outside the quota."""
+    """t and r are the larger and smaller of two logit-normal draws; r = t outside the quota."""
 
     reference: ClassVar = MEAN_FLOW
 
@@ -176,7 +176,7 @@ class BetaPair:
     def _beta(self, n: int, rng: torch.Generator) -> Tensor:
         if self.a == self.b == 1.0:
             return uniform_draws(n, rng)
-        # Beta(a, b) = A / (A + B) for gamma variables A, B; the only draw that takes a generator.
+        # Beta(a, b) = A / (A + B) for gamma variables; torch has no beta draw with a generator.
         shapes = torch.tensor([[self.a], [self.b]], device=rng.device).expand(2, n).contiguous()
         gammas = torch._standard_gamma(shapes, generator=rng)
         return gammas[0] / gammas.sum(0)

@@ -21,12 +21,12 @@ import registry
 from backbones.network import FlowNetwork
 from backbones.noise import NoiseNetwork
 from backbones.pretrained.tensors import load_into, save_tensors
-from backbones.trunk import Trunk
+from backbones.trunk import TrunkModule
 from registry.plugins import load_plugins
 
 CONFIG, MODEL = "config.json", "model.safetensors"
-DEFINING = ("network", "backbone", "fields", "heads")  # what the weights are weights of
-HIDDEN = ("fields", "format", "defined_by")  # from the model card
+DEFINING = ("network", "backbone", "fields", "heads")  # the network that the weights belong to
+HIDDEN = ("fields", "format", "defined_by")  # what the model card leaves out
 CONVENTIONS = (
     "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
     "(t - r)}; label -1 is none"
@@ -34,7 +34,10 @@ CONVENTIONS = (
 
 
 def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
-    """Write a network into an empty folder; `about` are more lines for its config.json."""
+    """Write a network into an empty or new folder; `about` are more lines for its config.json.
+
+    ValueError if the folder is not empty or the network cannot be described in JSON.
+    """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
     config = {**_architecture(net), **about, "conventions": CONVENTIONS}
@@ -47,7 +50,10 @@ def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
 
 
 def load_exported(folder: Path | str) -> FlowNetwork:
-    """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode."""
+    """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode.
+
+    ValueError if the folder is not as it was written, or if this version cannot read it.
+    """
     folder = Path(folder)
     config = _read_config(folder)
     load_plugins()
@@ -69,7 +75,7 @@ def load_exported(folder: Path | str) -> FlowNetwork:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says; ValueError unless it is as `save_exported` wrote it."""
+    """The contents of config.json; ValueError unless it is as `save_exported` wrote it."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(
@@ -97,10 +103,10 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 def _architecture(net: FlowNetwork) -> dict[str, Any]:
     backbone = registry.backbones.name_of(net.trunk)
-    if not isinstance(net.trunk, Trunk):
+    if not isinstance(net.trunk, TrunkModule):
         raise ValueError(
             f"the backbone {backbone!r} does not say what it was made with; "
-            "make its class inherit from backbones.trunk.Trunk instead of nn.Module"
+            "make its class inherit from backbones.trunk.TrunkModule instead of nn.Module"
         )
     for name, value in net.trunk.fields.items():
         if not _is_plain(value):

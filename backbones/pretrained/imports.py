@@ -1,4 +1,4 @@
-"""Weights of public codes as networks of this package: names, times, signs and channels converted.
+"""Public checkpoints as networks of this package, with their names, times and signs converted.
 
     layout         code                       what it predicts                   becomes
     dit            facebookresearch/DiT       noise, 1000 steps of a VP process  dit, NoiseNetwork
@@ -8,14 +8,14 @@
     mf_dit         haidog-yaqub/MeanFlow      u and v(x, t, r, w), our times     dit, u and v
     py_mean_flow   Gsunshine/py-meanflow      u(x, t, h = t - r), our times      ddpmpp, u
 
-The result computes what the public code computes, to rounding, and needs no flags for it: v(x, t) =
--F(x, 1 - t) is a final layer of the other sign, and features of 1 - t are a rotation of those of t,
-hence of the embedding's first matrix. MFDiT's embedding of the guidance scale w is taken at w = 1,
-without guidance, and added to that of t; its own largest scale, which is in no tensor, is taken to
-be 4, the code's default. Learned variances are dropped. Every tensor of the file is
-used, or listed in `unused` with its reason; what remains is an error.
+The result computes what the public code computes, to rounding, and the weights alone see to it. For
+v(x, t) = -F(x, 1 - t) the final layer changes its sign; the features of 1 - t are a rotation of
+those of t, so the embedding's first matrix is rotated. MFDiT's embedding of the guidance scale w is
+taken at w = 1, without guidance, and added to that of t. The largest scale of MFDiT is in no
+tensor; it is taken to be 4, the code's default. Learned variances are dropped. Every tensor of the
+file is used, or listed in `unused` with its reason; a tensor that is neither is an error.
 
-DiT and SiT have the same names; a file of theirs needs its layout said.
+DiT and SiT name their tensors alike, so their files need the layout as an argument.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from torch import Tensor
 import registry
 from backbones.network import FlowNetwork, build_network
 from backbones.noise import NoiseNetwork
-from backbones.pretrained.layouts import CONVERTERS, Source
+from backbones.pretrained.layouts import CONVERTERS
 from backbones.pretrained.public_files import read_state
+from backbones.pretrained.source import Source
 from registry.core import did_you_mean
 
 _WRAPPERS = ("ema", "model", "state_dict", "net_ema")
@@ -41,7 +42,7 @@ _PREFIXES = ("module.", "_orig_mod.", "net_ema.")
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """A network's architecture and weights, and what of the file was not needed."""
+    """A network's architecture and weights, and the parts of the file that were not needed."""
 
     layout: str
     backbone: str
@@ -84,9 +85,9 @@ def layouts() -> tuple[str, ...]:
 def import_weights(
     state: Mapping[str, Any], layout: str = "", num_heads: int | None = None
 ) -> Imported:
-    """Convert a public checkpoint; ValueError naming every tensor that is missing or left over.
+    """Convert a public checkpoint; ValueError names a tensor that is missing or those left over.
 
-    Without a layout it is told from the names. `num_heads` is needed for sizes that no paper has.
+    Without `layout` the names of the tensors decide. Sizes that no paper has need `num_heads`.
     """
     tensors, unused = _unwrapped(state)
     layout = layout or _detect(tensors)
@@ -102,7 +103,7 @@ def import_weights(
 
 
 def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The averaged weights, else the trained ones, without prefixes; the rest is listed."""
+    """The averaged weights, else the trained ones, without prefixes; and a list of the rest."""
     unused = {}
     inside = [name for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
     if inside:
@@ -140,7 +141,7 @@ def _detect(names: Mapping[str, Tensor]) -> str:
 
 
 def import_file(path: Path, layout: str = "", num_heads: int | None = None) -> Imported:
-    """A public checkpoint, converted; ValueError that names the file and what is wrong."""
+    """A public checkpoint, converted; ValueError names the file and what is wrong with it."""
     try:
         return import_weights(read_state(path), layout, num_heads)
     except ValueError as error:

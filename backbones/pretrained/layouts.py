@@ -1,14 +1,14 @@
-"""The names, shapes and conventions of public checkpoints, one function for each layout.
+"""The layouts of public checkpoints: their names, shapes and conventions, turned into ours.
 
-Each takes every tensor that it knows from a `Source` and returns the fields of an `Imported`
-(imports.py): the backbone and its fields, the shape of the data and the weights under our names.
+Each layout is one function. It takes every tensor that it knows from a `Source` and returns the
+fields of an `Imported` (imports.py): the backbone and its fields, the shape of the data and the
+weights under our names. The transformers are here, and the U-Net is in ddpmpp_layout.py.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,67 +17,18 @@ from torch import Tensor
 
 from backbones.embeddings import NUM_FREQUENCIES, frequencies, positions_2d, time_features
 from backbones.lightning_dit import rotary_2d
-from registry.core import did_you_mean
+from backbones.pretrained.ddpmpp_layout import py_mean_flow
+from backbones.pretrained.source import Source
 
-NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the released sizes
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # released sizes
 TABLE = "trunk.conditioning.label.table.weight"
-MAX_GUIDANCE = 4.0  # of MFDiT, which embeds a scale divided by it
-
-
-class Source:
-    """The tensors of a file, each to be taken once."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], layout: str):
-        self.left = dict(tensors)
-        self.layout = layout
-        self.unused: dict[str, str] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.left
-
-    def take(self, name: str) -> Tensor:
-        if name not in self.left:
-            raise ValueError(
-                f"the checkpoint has no {name!r}, which layout {self.layout!r} needs."
-                f"{did_you_mean(name, self.left)}"
-            )
-        return self.left.pop(name).float()
-
-    def linear(self, theirs: str, ours: str) -> dict[str, Tensor]:
-        """Weight and bias under our name."""
-        return {f"{ours}.{part}": self.take(f"{theirs}.{part}") for part in ("weight", "bias")}
-
-    def check_equal(self, name: str, expected: Tensor, what: str) -> None:
-        """A table that is computed here: leave it out if it is the same."""
-        found = self.take(name).reshape(-1)
-        if found.shape != expected.reshape(-1).shape or not torch.allclose(
-            found, expected.reshape(-1), atol=1e-4
-        ):
-            raise ValueError(
-                f"{name!r} of the checkpoint differs from {what}; a network with trained or other "
-                "tables cannot be read"
-            )
-        self.unused[name] = what
-
-    def count(self, pattern: str) -> int:
-        """How many numbers match the one group of a pattern."""
-        found = {m[1] for name in self.left if (m := re.match(pattern, name))}
-        return len(found)
-
-    def check_empty(self) -> None:
-        if self.left:
-            names = sorted(self.left)
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"layout {self.layout!r} has no place for {len(names)} tensors of the checkpoint: "
-                f"{', '.join(names[:5])}{more}"
-            )
+MAX_GUIDANCE = 4.0  # MFDiT divides a scale by this before embedding it
 
 
 def _transformer(
     source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
 ) -> dict[str, Any]:
-    """What all transformers have in common; their positions, MLPs and final layers are not."""
+    """The fields and weights of every transformer, but for positions, MLPs and final layers."""
     patches = source.take("x_embedder.proj.weight")
     dim, channels, patch, _ = patches.shape
     side = math.isqrt(source.left["pos_embed"].shape[1])
@@ -153,7 +104,7 @@ def _readout(
 
 
 def _other_way(made: dict[str, Any]) -> None:
-    """v(x, t) = -F(x, 1 - t)."""
+    """Turn a network F, with t = 1 at the data, into v(x, t) = -F(x, 1 - t)."""
     weights = made["weights"]
     for part in ("weight", "bias"):
         name = f"heads.velocity.readouts.v.linear.{part}"
@@ -250,107 +201,11 @@ def _without_guidance(source: Source) -> Tensor:
     return x
 
 
-def _py_mean_flow(source: Source, num_heads: int | None) -> dict[str, Any]:
-    sides = sorted(
-        {int(m[1]) for name in source.left if (m := re.match(r"enc\.(\d+)x", name))}, reverse=True
-    )
-    blocks = source.count(rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.")
-    enc, dec = _block_names(sides, blocks)
-    attention = [
-        level
-        for level, side in enumerate(sides)
-        if f"enc.{side}x{side}_block0.qkv.weight" in source
-    ]
-    weights = source.linear(f"enc.{sides[0]}x{sides[0]}_conv", "trunk.stem")
-    for ours, names in (("down", enc), ("up", dec)):
-        for i, name in enumerate(names):
-            weights |= _song_block(source, name, f"trunk.{ours}.{i}")
-    readout = "heads.average_velocity.readouts.u"
-    weights |= source.linear(f"dec.{sides[0]}x{sides[0]}_aux_norm", f"{readout}.norm")
-    weights |= source.linear(f"dec.{sides[0]}x{sides[0]}_aux_conv", f"{readout}.conv")
-    joint, num_augments = _joint(source)
-    weights |= joint
-    channels = len(weights["trunk.stem.bias"])
-    widths = [
-        len(weights[f"trunk.down.{level * (blocks + 1)}.conv1.bias"]) for level in range(len(sides))
-    ]
-    return {
-        "backbone": "ddpmpp",
-        "shape": (weights["trunk.stem.weight"].shape[1], sides[0], sides[0]),
-        "num_classes": 0,
-        "keys": ("u",),
-        "weights": weights,
-        "fields": {
-            "channels": channels,
-            "multipliers": tuple(width // channels for width in widths),
-            "blocks": blocks,
-            "attention_levels": tuple(attention),
-            "num_augments": num_augments,
-            "time_features": "ddpm",
-            "max_frequency": 1.0,
-            "second_time": "h",
-        },
-    }
-
-
-def _block_names(sides: list[int], blocks: int) -> tuple[list[str], list[str]]:
-    """The blocks of encoder and decoder in the order in which they run."""
-    enc, dec = [], []
-    for level, side in enumerate(sides):
-        enc += [f"enc.{side}x{side}_down"] if level else []
-        enc += [f"enc.{side}x{side}_block{i}" for i in range(blocks)]
-    for level, side in reversed(list(enumerate(sides))):
-        first = ["in0", "in1"] if level == len(sides) - 1 else ["up"]
-        dec += [f"dec.{side}x{side}_{name}" for name in first]
-        dec += [f"dec.{side}x{side}_block{i}" for i in range(blocks + 1)]
-    return enc, dec
-
-
-def _song_block(source: Source, theirs: str, ours: str) -> dict[str, Tensor]:
-    names = {"norm0": "norm1", "conv0": "conv1", "affine": "affine", "norm1": "norm2"}
-    names |= {"conv1": "conv2"}
-    if f"{theirs}.skip.weight" in source:
-        names["skip"] = "skip"
-    if f"{theirs}.qkv.weight" in source:
-        names |= {"norm2": "attention.norm", "qkv": "attention.attn.qkv"}
-        names["proj"] = "attention.attn.proj"
-    found: dict[str, Tensor] = {}
-    for name, own in names.items():
-        found |= source.linear(f"{theirs}.{name}", f"{ours}.{own}")
-    for name in (f"{ours}.attention.attn.{part}.weight" for part in ("qkv", "proj")):
-        if name in found:
-            found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution is a matrix
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    kernel = torch.outer(taps, taps) / 64
-    for name in (f"{theirs}.{part}.resample_filter" for part in ("conv0", "skip")):
-        if name in source:
-            source.check_equal(name, kernel, "the resampling filter")
-    return found
-
-
-def _joint(source: Source) -> tuple[dict[str, Tensor], int]:
-    """The embedding of both times; sines come first there. Augmentation enters before it there."""
-    first = source.take("map_layer0.weight")
-    sine_t, cosine_t, sine_h, cosine_h = first.split(NUM_FREQUENCIES, dim=1)
-    ours = "trunk.conditioning"
-    weights = {
-        f"{ours}.time.weight": torch.cat([cosine_t, sine_t], dim=1),
-        f"{ours}.time.bias": source.take("map_layer0.bias"),
-        f"{ours}.second_time.weight": torch.cat([cosine_h, sine_h], dim=1),
-        **source.linear("map_layer1", f"{ours}.output"),
-    }
-    if "map_augment.weight" not in source:
-        return weights, 0
-    augment = source.take("map_augment.weight")
-    weights[f"{ours}.augment.weight"] = (first.double() @ augment.double()).float()
-    return weights, augment.shape[1]
-
-
 CONVERTERS: dict[str, Callable[[Source, int | None], dict[str, Any]]] = {
     "dit": _dit,
     "sit": _sit,
     "lightning_dit": _lightning_dit,
     "mean_flow_sit": _mean_flow_sit,
     "mf_dit": _mf_dit,
-    "py_mean_flow": _py_mean_flow,
+    "py_mean_flow": py_mean_flow,
 }

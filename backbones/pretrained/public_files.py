@@ -16,7 +16,10 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def read_state(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint file holds; nothing in it is executed."""
+    """The contents of a checkpoint file; nothing in it is executed.
+
+    FileNotFoundError if there is none, ValueError if it cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
     if path.suffix not in SUFFIXES:

@@ -1,4 +1,4 @@
-"""Tensors as safetensors files, and whether they fit a network."""
+"""Safetensors files: writing them, and reading them into a network that they fit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class UnreadableTensors(ValueError):
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """As safetensors; OSError if they cannot be written."""
+    """Write tensors as a safetensors file; OSError if it cannot be written."""
     unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
         value = value.contiguous()
-        if value.data_ptr() in seen:  # safetensors has no shared storage
+        if value.data_ptr() in seen:  # safetensors takes no two tensors of one storage
             value = value.clone()
         seen.add(value.data_ptr())
         unshared[name] = value
@@ -33,7 +33,7 @@ def save_tensors(
 
 
 def load_into(path: Path, module: nn.Module) -> None:
-    """Load weights that fit the module exactly; ValueError that names what differs or is missing.
+    """Load weights that fit the module exactly; ValueError names what differs or is missing.
 
     A file that is no safetensors file raises UnreadableTensors, which is a ValueError too.
     """

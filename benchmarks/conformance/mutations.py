@@ -19,7 +19,7 @@ from benchmarks.conformance.results import Claim, run_claim
 from benchmarks.conformance.subject import STEPS, Subject, gradients, is_derivative, random_batch
 from registry.protocols import Cond, Network, Teacher, parts
 from zoo.derivatives.methods import Dual
-from zoo.derivatives.one_pass import Moved
+from zoo.derivatives.one_pass import DerivativeOfU
 from zoo.ops import like
 from zoo.residuals import Rcgm
 from zoo.samplers import Restart, jump, valid_samplers
@@ -119,7 +119,7 @@ class WrongClamp(Rcgm):
 
     def __call__(
         self,
-        moved: Moved,
+        du_along: DerivativeOfU,
         teacher: Network,
         x: Tensor,
         t: Tensor,
@@ -128,7 +128,7 @@ class WrongClamp(Rcgm):
         u: Tensor,
         direction: Tensor,
     ) -> Tensor:
-        g = super().__call__(moved, teacher, x, t, r, cond, u, direction)
+        g = super().__call__(du_along, teacher, x, t, r, cond, u, direction)
         share = (t - r).clamp_max(self.delta) / self.delta
         return like(share, x) * (g + direction) - direction
 

@@ -60,7 +60,7 @@ class Toy(nn.Module):
         return (out[:, 0] if key in self.per_row else out.reshape(x.shape)).to(x.dtype)
 
 
-class Exact(nn.Module):
+class ExactNetwork(nn.Module):
     """An oracle that makes just these outputs; those that it does not know are zero rows [b]."""
 
     def __init__(self, oracle: nn.Module, keys: Sequence[str]):

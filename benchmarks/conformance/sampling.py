@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conformance.fixed_point import inapplicable
-from benchmarks.conformance.networks import Exact, Tapped
+from benchmarks.conformance.networks import ExactNetwork, Tapped
 from benchmarks.conformance.results import Broken, Result, declared, held
 from benchmarks.conformance.subject import F64, GAUSSIAN, Subject
 from registry import samplers
@@ -27,7 +27,7 @@ def samplers_reach_the_data(subject: Subject) -> Result:
     names = valid_samplers(subject.make())
     if not names:
         raise Broken("no sampler is valid for it", "name those that are in `samplers`")
-    network = Exact(subject.exact_field(GAUSSIAN), subject.make().heads)
+    network = ExactNetwork(subject.exact_field(GAUSSIAN), subject.make().heads)
     worst = 0.0
     for name in names:
         few = [_build(subject, name, nfe) for nfe in (1, 2, 3, 4)]

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.conformance.networks import NUM_CLASSES, VELOCITIES, Exact, OnPath, Shape, Toy
+from benchmarks.conformance.networks import (
+    NUM_CLASSES,
+    VELOCITIES,
+    ExactNetwork,
+    OnPath,
+    Shape,
+    Toy,
+)
 from registry import weights
 from registry.protocols import (
     NULL_LABEL,
@@ -115,7 +122,7 @@ class Subject:
 
     def exact_network(self, law: Oracle, *, exact: bool = True) -> nn.Module:
         """The law's solution on the objective's own path, with the outputs that it may read."""
-        return Exact(self.exact_field(law), self.exact_keys if exact else self.keys)
+        return ExactNetwork(self.exact_field(law), self.exact_keys if exact else self.keys)
 
     @property
     def exact_keys(self) -> tuple[str, ...]:

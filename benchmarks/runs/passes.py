@@ -20,7 +20,7 @@ from benchmarks.experiments.experiment import Experiment
 from registry.protocols import Batch
 from trainers.engines import TrainStep
 from trainers.rng import generator
-from zoo.derivatives.dual_tensors import Lifted, settled
+from zoo.derivatives.dual_tensors import DualTensor, primal_of
 
 COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
 LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
@@ -107,10 +107,10 @@ class _Calls:
         out: Mapping[str, Tensor],
     ) -> None:
         inputs = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
-        lifted = any(isinstance(part, Lifted) for part in inputs)
-        dual = not lifted and any(forward_ad.unpack_dual(p).tangent is not None for p in inputs)
-        outputs = tuple(settled(value) for value in out.values() if value.requires_grad)
-        self.made.append(_Call(len(inputs[0]), lifted or dual, dual, outputs))
+        one_pass = any(isinstance(part, DualTensor) for part in inputs)
+        dual = not one_pass and any(forward_ad.unpack_dual(p).tangent is not None for p in inputs)
+        outputs = tuple(primal_of(value) for value in out.values() if value.requires_grad)
+        self.made.append(_Call(len(inputs[0]), one_pass or dual, dual, outputs))
 
 
 def _reached(loss: Tensor, outputs: tuple[Tensor, ...]) -> bool:

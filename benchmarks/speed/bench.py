@@ -40,7 +40,7 @@ from benchmarks.speed.overheads import Overheads, bare_loop, logging_seconds, sa
 from benchmarks.speed.table import Cost, Speed, machine, speed_table
 from registry import gin_setup
 from registry.protocols import Batch, Engine, LossOutput
-from zoo.derivatives.dual_tensors import Tape
+from zoo.derivatives.dual_tensors import LinearizedRecord
 
 STEPS_PER_TURN = 3  # DE-CM's cycle
 MEMORY_STEPS = 4
@@ -157,15 +157,15 @@ class _Clock:
 @contextmanager
 def _replays_on(clock: _Clock) -> Iterator[None]:
     """Derivatives that follow behind a network's call are on the clock too."""
-    replay = Tape.replay
+    replay = LinearizedRecord.replay
 
-    def timed(tape: Tape, *args: Any) -> Tensor:
+    def timed(record: LinearizedRecord, *args: Any) -> Tensor:
         clock.start()
-        tangent = replay(tape, *args)
+        tangent = replay(record, *args)
         clock.stop()
         return tangent
 
-    with patch.object(Tape, "replay", timed):
+    with patch.object(LinearizedRecord, "replay", timed):
         yield
 
 

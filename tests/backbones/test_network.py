@@ -15,7 +15,7 @@ from torch import nn
 import registry
 from backbones import build_network, default_heads, warm_start
 from backbones.dit import DiT
-from backbones.heads import AverageVelocity, Dual, LogVariance, Velocity
+from backbones.heads import AverageVelocity, DualHead, LogVariance, Velocity
 
 BACKBONE_FILES = Path(__file__).parents[2] / "gin" / "backbone"
 each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
@@ -31,7 +31,7 @@ each_backbone = pytest.mark.parametrize("backbone", registry.backbones.names())
         (("u", "logvar"), None),
         (("u", "v", "logvar"), None),
         (("u", "v"), (AverageVelocity, Velocity)),
-        (("u",), (Dual, LogVariance)),
+        (("u",), (DualHead, LogVariance)),
     ],
 )
 def test_every_composition_builds_and_starts_at_zero(backbone, keys, heads):
@@ -51,8 +51,8 @@ def test_heads_of_one_network_differ_once_trained(backbone):
 
 
 def test_default_heads_are_the_dual_head_for_both_velocities():
-    assert default_heads(("u", "v")) == (Dual,)
-    assert default_heads(("v", "u", "logvar")) == (Dual, LogVariance)
+    assert default_heads(("u", "v")) == (DualHead,)
+    assert default_heads(("v", "u", "logvar")) == (DualHead, LogVariance)
     assert default_heads(("v",)) == (Velocity,)
     assert default_heads(("u",)) == (AverageVelocity,)
 
@@ -112,7 +112,7 @@ def test_missing_output_names_the_heads_that_make_it():
 
 def test_two_heads_for_one_output_are_refused():
     with pytest.raises(ValueError, match="'dual_head' and 'velocity' both make 'v'"):
-        small("mlp", ("u", "v"), heads=(Dual, Velocity))
+        small("mlp", ("u", "v"), heads=(DualHead, Velocity))
 
 
 # initialisation

@@ -14,8 +14,8 @@ def both(way, fn, primals, tangents, key="u"):
     """Outputs and the derivative of one of them, by either way of asking."""
     if way == "with_value":
         return OnePass().with_value(fn, primals, tangents, key)
-    out, moved = OnePass().linearized(fn, primals, key)
-    return out, moved(tangents)
+    out, du_along = OnePass().linearized(fn, primals, key)
+    return out, du_along(tangents)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,7 @@
-"""Derivatives of a network along a path: exact ones, approximations, and the one that costs least.
+"""Directional derivatives of a network live here: the exact and approximate methods, `one_pass`,
+and the dual tensors by which it works.
 
-The methods know of no objective; objectives name one of them as a field.
+Nothing here may know of an objective; an objective names one of the methods in a field.
 """
 
 from zoo.derivatives.methods import Dual, FiniteDifference, Jvp

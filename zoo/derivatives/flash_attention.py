@@ -27,7 +27,10 @@ def flash_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, of dual numbers [b heads tokens channels]."""
+    """torch's scaled_dot_product_attention for dual numbers [b heads tokens channels].
+
+    ValueError if they are not on CUDA, or if jvp_flash_attention cannot be imported.
+    """
     if query.device.type not in DEVICES:
         raise ValueError(
             f"dual.attention = 'jvp_flash' runs on {', '.join(DEVICES)} alone, and the network is "

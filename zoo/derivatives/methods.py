@@ -1,16 +1,17 @@
 """Directional derivatives of a network along (x, t, r): d/ds fn(primals + s tangents) at s=0.
 
-`dual` and `jvp` are exact (forward mode); `finite_difference` has an error of O(step^2) plus
-rounding of O(1e-7 / step), so it runs in float32 even under autocast. All run without gradient, in
-a pass of their own, since every objective here uses the derivative inside a target: one code path
-for sharded engines, for non-reentrant activation checkpointing and for compilation. The default,
-`one_pass` (zoo/derivatives/one_pass.py), needs no pass of its own and serves most of these.
+`dual` and `jvp` are exact (forward mode). `finite_difference` has an error of O(step^2) plus
+rounding of O(1e-7 / step), so it runs in float32 even under autocast. All three run without
+gradient, in a pass of their own. Every objective here uses the derivative inside a target, so this
+one way serves sharded engines, non-reentrant activation checkpointing and compilation. The default,
+`one_pass` (zoo/derivatives/one_pass.py), needs no pass of its own; it serves most runs, but neither
+ZeRO stage 3 nor compiled networks.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
-passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution takes three
-products, one of them with a weight tangent of zeros; `dual` takes the two that are needed. torch's
-rule of a group norm makes a dozen passes over memory; since the Jacobian of a normalisation is
-symmetric, `dual` has the tangent from the fused kernel of the backward.
+passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution computes
+three products, one of them with a weight tangent of zeros; `dual` computes the two that are needed.
+torch's rule of a group norm makes a dozen passes over memory. The Jacobian of a normalisation is
+symmetric, so `dual` takes the tangent from the fused kernel of the backward pass.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Attention = Literal["math", "jvp_flash"]
 
 NO_TANGENT = (
     "the network's output carries no tangent of (x, t, r): something in it cuts the forward-mode "
-    "derivative, such as .detach(), .data, numpy or a float() of an input"
+    "derivative, such as .detach(), .data, numpy or a float() of an input; take it out"
 )
 
 
@@ -51,7 +52,11 @@ def replay_rng() -> Iterator[None]:
 
 @contextmanager
 def no_gradient() -> Iterator[None]:
-    """No gradient, and no weights cached by autocast without one for the passes that follow."""
+    """Run without gradient, then clear the cache of autocast.
+
+    The cache would hand its copies of the weights, made without gradient, to the passes that
+    follow.
+    """
     try:
         with torch.no_grad():
             yield
@@ -95,7 +100,7 @@ class Dual:
 @derivatives.register("jvp")
 @dataclass(frozen=True, kw_only=True)
 class Jvp:
-    """Exact, by torch.func.jvp; the second opinion to `dual`, not for sharded engines."""
+    """Exact, by torch.func.jvp; a second opinion on `dual`, not for sharded engines."""
 
     needs_forward_ad: ClassVar = True
 
@@ -162,7 +167,7 @@ def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> A
 
 
 class _Rules(TorchFunctionMode):
-    """These functions in place of torch's."""
+    """A mode in which these functions replace torch's."""
 
     def __init__(self, rules: Mapping[Any, Callable[..., Any]]):
         super().__init__()
@@ -181,7 +186,7 @@ class _Rules(TorchFunctionMode):
 def _linear_in_first(
     layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
 ) -> Tensor:
-    """Layers linear in their input map its value and its tangent, once each."""
+    """A layer that is linear in its input, applied once to the value and once to the tangent."""
     value, tangent = forward_ad.unpack_dual(input)
     if tangent is None or not _fixed(weight, bias):
         return layer(input, weight, bias, *rest, **named)
@@ -229,9 +234,10 @@ def _forward_mode() -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[object]:
-    """Compiled networks as they were when the derivative was probed.
+    """Run compiled networks uncompiled, as they were when the derivative was probed.
 
-    torch has dropped the tangents of compiled dual numbers, and a difference is of rounding's size.
+    torch has dropped the tangents of dual numbers in compiled code, whose rounding is as large as a
+    finite difference.
     """
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance

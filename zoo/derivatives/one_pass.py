@@ -1,12 +1,12 @@
-"""The derivative that rides on the forward of the prediction, and how an objective asks for both.
+"""One forward pass for a prediction and its derivative, and how an objective asks for both.
 
-An objective that differentiates the network where it also predicts needs one forward, not two: the
-tangent then costs one product beside each of the layers', and the forward keeps its fused kernels.
-In forwards of the batch, MeanFlow with a quarter of its rows off the diagonal takes 3 + 1/4 instead
-of 3 + 2/4, and an exact derivative of every row 3 + 1 instead of 3 + 2.
+An objective that differentiates the network where it also predicts needs one forward pass, not two:
+each layer then computes one more product, for the tangent, and the value keeps its fused kernels.
+In forward passes of the batch, MeanFlow with a quarter of its rows off the diagonal takes 3 + 1/4
+instead of 3 + 2/4, and an exact derivative of every row takes 3 + 1 instead of 3 + 2.
 
-`dual`, in a pass of its own, stays for what this cannot follow: weights that ZeRO stage 3 releases
-behind each layer, compiled networks, an autograd.Function, operations in place.
+`one_pass` cannot follow weights that ZeRO stage 3 releases behind each layer, compiled networks, an
+autograd.Function, or operations in place. `dual`, in a pass of its own, is for these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from torch import Tensor
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
-from zoo.derivatives.dual_tensors import Flowing, Lifted, Record, Tape, rule_of, settled
+from zoo.derivatives.dual_tensors import (
+    DualTensor,
+    EagerRecord,
+    LinearizedRecord,
+    TangentRecord,
+    primal_of,
+    rule_of,
+)
 from zoo.derivatives.methods import (
     NO_TANGENT,
     Dual,
@@ -34,13 +41,13 @@ from zoo.ops import first_rows, rows_from
 
 Point = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]; or tangents of these
 Outputs = Mapping[str, Tensor]
-Moved = Callable[[Point], Tensor]  # du/ds [b *d] along tangents of (x, t, r)
+DerivativeOfU = Callable[[Point], Tensor]  # du/ds [b *d] along tangents of (x, t, r)
 
 
 @derivatives.register("one_pass")
 @dataclass(frozen=True, kw_only=True)
 class OnePass:
-    """Exact, by the forward that makes the prediction; not in ZeRO stage 3, not compiled."""
+    """Exact, in the forward pass of the prediction; not for ZeRO stage 3, nor compiled networks."""
 
     needs_forward_ad: ClassVar = True
 
@@ -57,43 +64,49 @@ class OnePass:
         tangents: Sequence[Tensor],
         key: str,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The outputs of fn with their graph, and the derivative of one of them without."""
-        record = Flowing(rule_of)
-        slots = [tangent.detach() for tangent in tangents]
+        """The outputs of fn with their graph, and the derivative of output `key` without a graph.
+
+        RuntimeError if that output has no tangent; NotImplementedError if `fn` does what one_pass
+        cannot follow.
+        """
+        record = EagerRecord(rule_of)
         try:
-            out, moving = self._run(fn, primals, slots, record, key)
+            out, dual = self._run(fn, primals, [d.detach() for d in tangents], record, key)
         finally:
             record.ended = True
-        return out, moving.slot
+        return out, dual.tangent
 
     def linearized(
         self, fn: Callable[..., Outputs], primals: Sequence[Tensor], key: str
     ) -> tuple[dict[str, Tensor], Callable[[Sequence[Tensor]], Tensor]]:
-        """The outputs of fn with their graph, and the derivative of one by tangents; for one call.
+        """The outputs of fn with their graph, and a function: tangents -> derivative of `key`.
 
-        What the derivative needs of the forward is kept until then, even what checkpointing drops.
+        That function can be called once. Until then it keeps the primals that the derivative needs,
+        even those that activation checkpointing would drop. Errors are those of `with_value`.
         """
-        record = Tape(rule_of)
+        record = LinearizedRecord(rule_of)
+        inputs = [record.new_tangent() for _ in primals]
         try:
-            out, moving = self._run(fn, primals, [record.slot() for _ in primals], record, key)
+            out, dual = self._run(fn, primals, inputs, record, key)
         finally:
-            tape = record.taken()
-        wanted = moving.slot
-        return out, lambda tangents: tape.replay([d.detach() for d in tangents], wanted)
+            finished = record.finished()
+        wanted = dual.tangent
+        return out, lambda tangents: finished.replay([d.detach() for d in tangents], wanted)
 
     def _run(
         self,
         fn: Callable[..., Outputs],
         primals: Sequence[Tensor],
-        slots: Sequence[object],
-        record: Record,
+        refs: Sequence[object],
+        record: TangentRecord,
         key: str,
-    ) -> tuple[dict[str, Tensor], Lifted]:
+    ) -> tuple[dict[str, Tensor], DualTensor]:
+        inputs = [DualTensor(p.detach(), ref, record) for p, ref in zip(primals, refs, strict=True)]
         with eager():
-            out = fn(*(Lifted(p.detach(), s, record) for p, s in zip(primals, slots, strict=True)))
-        if not isinstance(moving := out[key], Lifted):
+            out = fn(*inputs)
+        if not isinstance(dual := out[key], DualTensor):
             raise RuntimeError(NO_TANGENT)
-        return {name: settled(value) for name, value in out.items()}, moving
+        return {name: primal_of(value) for name, value in out.items()}, dual
 
 
 def apart(objective: Any) -> Any:
@@ -104,9 +117,10 @@ def apart(objective: Any) -> Any:
 def outputs_and_derivative(
     derivative: Derivative | None, net: Network, cond: Cond | None, point: Point, tangents: Point
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The network's outputs [b *d] at (x, t, r), and du/ds [k *d] of its first k rows.
+    """The network's outputs [b *d] at the point (x, t, r), and du/ds [k *d] of its first k rows.
 
-    There are k rows of tangents; None for a derivative that no row of any share takes.
+    `tangents` have k rows, 0 <= k <= b. `derivative` is None if no share of the batch has a row to
+    differentiate; du/ds is then zero.
     """
     k, (x, t, r) = len(tangents[0]), point
     given, first = first_rows(cond, k), (x[:k], t[:k], r[:k])
@@ -126,14 +140,20 @@ def outputs_and_derivative(
 
 def outputs_then_derivative(
     derivative: Derivative | None, net: Network, cond: Cond | None, point: Point
-) -> tuple[dict[str, Tensor], Moved]:
-    """The network's outputs at (x, t, r), and du/ds by tangents that may depend on them; once."""
+) -> tuple[dict[str, Tensor], DerivativeOfU]:
+    """The network's outputs at the point (x, t, r), and a function: tangents -> du/ds [b *d].
+
+    The tangents may depend on the outputs. The function can be called once.
+    """
     if isinstance(derivative, OnePass):
         return derivative.linearized(lambda x, t, r: net(x, t, r, cond), point, "u")
 
-    def moved(tangents: Point) -> Tensor:
+    def du_along(tangents: Point) -> Tensor:
         if derivative is None:
-            raise TypeError("a residual without a derivative asks for one")
+            raise TypeError(
+                "a residual without a derivative asks for du/ds; give it a field `derivative`, "
+                "such as @one_pass()"
+            )
         return derivative_of_u(derivative, net, cond, point, tangents)
 
-    return dict(net(*point, cond)), moved
+    return dict(net(*point, cond)), du_along

@@ -1,4 +1,4 @@
-"""One file per method; importing this package registers them."""
+"""The objectives, one file for each method; importing this package registers them."""
 
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo

@@ -8,7 +8,7 @@
 v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network
 predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the
 velocity at the far end. With these tangents the true flow map is a fixed point for all lam, gamma.
-The published reading prints them swapped in the tangents: a fixed point only where lam = gamma.
+In print the two are swapped in the tangents, and it is a fixed point only where lam = gamma.
 
 From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5,
 gamma = 1, noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times,
@@ -17,14 +17,14 @@ FACM's form (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1
 ||dv|| a root mean square; r of the noise-to-noisy rows is t_n times the time law; cosines are over
 whole samples.
 
-The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). Without one, the
-default here and ours alone, v is the (guided) conditional velocity at the instantaneous rows and
-elsewhere the network's own u(x, t, t) without gradient.
+The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). The default here,
+which is ours alone, has no such teacher: v is the (guided) conditional velocity at the
+instantaneous rows, and the network's own u(x, t, t) without gradient elsewhere.
 
-Each cluster is a forward of its own, since the velocity of one is the tangent of the next, with its
-derivative beside the value. In forwards of the batch (flow matching: 3), a step costs 6 + 1
-(derivative) + 1 (teacher, if distilled), every 3rd 9 + 2 + 2 (+ 1); by `dual` 2 and 4 instead of 1
-and 2 for derivatives.
+Each cluster has a forward pass of its own, which gives its derivative too, since the velocity of
+one is the tangent of the next. In forward passes of the batch, of which flow matching takes 3, a
+step costs 6 + 1 (derivative) + 1 (teacher, if distilled), and every 3rd step 9 + 2 + 2 (+ 1). By
+`dual` the derivatives cost 2 and 4 instead of 1 and 2.
 """
 
 from __future__ import annotations
@@ -161,6 +161,6 @@ class DECM:
         return mean_flat((u - anchor) ** 2) + self.cosine_weight * (1 - cosine)
 
     def _velocity(self, teacher: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        """The teacher's velocity, guided if it is distilled (else it has learned guidance)."""
+        """The teacher's velocity; guided if it is distilled, else it has learned the guidance."""
         scale = self.guidance_scale if self.teacher.distils else 1.0
         return guided_velocity(teacher, x, t, cond, scale, self.guidance_limit)

@@ -5,8 +5,8 @@
 
 g is a residual of the average velocity along a direction d (zoo/residuals.py): RCGM's finite
 difference with an EMA teacher, or the exact derivative. At the truth both losses are stationary for
-any positive clip, provided that d is a function of (x_t, t): the v head's own velocity is, the
-conditional velocity is not (an elementwise clip then moves the optimum towards its median).
+any positive clip, provided that d is a function of (x_t, t). The v head's own velocity is one. The
+conditional velocity is not, and an elementwise clip then moves the optimum towards its median.
 
     v_g = v_c + omega ( v(x_t, t, t, y) - v(x_t, t, t, null) )    scale 1 / (1 - omega)
 
@@ -96,7 +96,7 @@ class DuMo:
         if not 0 <= self.omega < 1:
             raise ValueError(
                 f"dumo.omega = {self.omega!r} must lie in [0, 1): the guidance scale is "
-                "1 / (1 - omega), and training diverges from 1 on"
+                "1 / (1 - omega), and training diverges where omega >= 1"
             )
         for name, value, kind in (
             ("direction", self.direction, Direction),
@@ -123,10 +123,10 @@ class DuMo:
         v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, share)
 
         point = (sample.x_t, t, r)
-        out, moved = outputs_then_derivative(self.residual.derivative, net, cond, point)
+        out, du_along = outputs_then_derivative(self.residual.derivative, net, cond, point)
         u, v = out["u"], out["v"]
         d = v.detach() if self.direction == "head" else v_g
-        g = self.residual(moved, teacher, *point, cond, u.detach(), d)
+        g = self.residual(du_along, teacher, *point, cond, u.detach(), d)
         target = (u - clipped(g, self.clip, self.clip_by)).detach()
 
         error_v, error_u = mean_flat((v - v_g) ** 2), mean_flat((u - target) ** 2)

@@ -6,7 +6,8 @@ Its minimiser is the marginal velocity E[d x_t / dt | x_t], whose ODE carries no
 
 From the papers: the loss, linear path, uniform times (Lipman et al., arXiv 2210.02747; Liu et al.,
 2209.03003), logit-normal times (Esser et al., 2403.03206), minibatch OT (Tong et al., 2302.00482).
-Our reading: the loss is a mean over elements; 10 % label dropout, as its followers train.
+Our reading: the loss is a mean over elements; labels are dropped in 10 % of the rows, as later
+works do.
 """
 
 from __future__ import annotations

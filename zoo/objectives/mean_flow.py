@@ -15,8 +15,8 @@ whose fixed point is classifier-free guidance of scale omega / (1 - kappa).
 From the paper (Geng et al., arXiv 2505.13447) and its released code: all of the above, the
 logit-normal times, the adaptive weight on the error summed over elements, 10 % label dropout with
 unguided targets. Our reading: dropped labels fall on any row (the code drops them on the diagonal
-rows). By `one_pass` value and derivative share their dropout masks; by `dual`, in a pass of its
-own, the derivative has masks of its own.
+rows). With `one_pass`, value and derivative share their dropout masks. With `dual`, which runs a
+pass of its own, the derivative has masks of its own.
 """
 
 from __future__ import annotations

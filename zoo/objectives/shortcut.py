@@ -95,7 +95,7 @@ class Shortcut:
         )
 
     def draw_times(self, n: int, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(t, r) on the grid: k rows of a whole step of any size, then n - k of the smallest."""
+        """(t, r) [n] on the grid: k rows with any larger step, then rows with the smallest."""
         levels = int(math.log2(self.num_steps))
         level = torch.full((n,), levels, device=rng.device)
         level[:k] = torch.randint(levels, (k,), generator=rng, device=rng.device)
@@ -110,7 +110,7 @@ class Shortcut:
         if not self.bootstrap_fraction:
             return torch.zeros_like(x)
         m = (t + r) / 2
-        guided = labelled & (t - r < 3 / self.num_steps)  # the halves are smallest steps
+        guided = labelled & (t - r < 3 / self.num_steps)  # where the halves are smallest steps
         u1 = self._guided(teacher, x, t, m, cond, guided)
         x_m = (x - like(t - m, x) * u1).clamp(-self.clip, self.clip)
         u2 = self._guided(teacher, x_m, m, r, cond, guided)

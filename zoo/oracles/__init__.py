@@ -1,11 +1,12 @@
-"""Exact networks: closed forms of velocity, flow map and average velocity, to test against.
+"""Exact networks, to test against: the velocity, flow map and average velocity in closed form.
 
 They keep the network's contract (x [b *d], t [b], r [b], cond) -> {"u", "v"} for the linear path
 x_t = (1 - t) x0 + t x1 with noise x1 ~ N(0, I) independent of the data, and let forward-mode
-derivatives through, so that objectives and samplers run on them unchanged. Parameters are float64,
-so is the arithmetic; the result has x's dtype.
+derivatives through, so that objectives and samplers run on them unchanged. Parameters and
+arithmetic are float64; the result has x's dtype.
 
-`Perturbed` and `WithBias` step off the oracle: by a fixed amount, and along trainable directions.
+`Perturbed` and `WithBias` are networks beside an oracle: at a fixed distance from it, and with
+trainable parameters that lead away from it.
 """
 
 from zoo.oracles.exact import Oracle

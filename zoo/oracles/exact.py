@@ -1,4 +1,4 @@
-"""What every oracle offers: u and v as a network, and the laws that losses are compared with."""
+"""The interface of every oracle: u and v as a network, and the laws to compare losses with."""
 
 from __future__ import annotations
 

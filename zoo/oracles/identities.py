@@ -1,11 +1,11 @@
-"""What holds at the exact flow map and only there, as residuals [b *d] of a network.
+"""Identities that hold at the exact flow map and only there, as residuals [b *d] of a network.
 
     u(x, t, r) average velocity,   X(x, t, r) = x - (t - r) u(x, t, r),   v(x, t) velocity
     D(f; a, b, c) = df/dx a + b df/dt + c df/dr
 
-Each function returns left side minus right side. All vanish at the networks of zoo/oracles:
-exactly, but for `alpha_flow_limit` and `dumo_fd`, which are O(alpha) and O(delta). v is the
-network's "v", or u(x, t, t) if it has none. `given(net, cond)` binds a condition first.
+Each function returns left side minus right side. All vanish at the networks of zoo/oracles, but
+`alpha_flow_limit` and `dumo_fd` only up to O(alpha) and O(delta). v is the network's "v", or
+u(x, t, t) if it has none. `given(net, cond)` binds a condition first.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def alpha_flow_limit(net: Network, x: Tensor, t: Tensor, r: Tensor, alpha: float
 def dumo_fd(net: Network, x: Tensor, t: Tensor, r: Tensor, delta: float, order: int) -> Tensor:
     """((t - r) u - D) / (t - m) = v (zoo/residuals.py): `mean_flow` as delta -> 0. RCGM, DuMo."""
     residual = Rcgm(delta=delta, order=order)
-    out, moved = outputs_then_derivative(residual.derivative, net, None, (x, t, r))
-    return residual(moved, net, x, t, r, None, out["u"], velocity_at(net, x, t, None))
+    out, du_along = outputs_then_derivative(residual.derivative, net, None, (x, t, r))
+    return residual(du_along, net, x, t, r, None, out["u"], velocity_at(net, x, t, None))
 
 
 def n2n(

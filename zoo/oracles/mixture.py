@@ -1,4 +1,4 @@
-"""Gaussian mixture data sum_k w_k N(mu_k, diag(s_k^2)): velocity closed, flow map integrated.
+"""Gaussian mixture data sum_k w_k N(mu_k, diag(s_k^2)): v* in closed form, X integrated.
 
     m_k = (1 - t) mu_k,   S_k^2 = (1 - t)^2 s_k^2 + t^2,   c_k = (t - (1 - t) s_k^2) / S_k^2
     g_k(x, t) propto w_k N(x; m_k, diag(S_k^2)),           a_k = -mu_k + c_k (x - m_k)
@@ -54,9 +54,9 @@ class _Components:
 class MixtureOracle(Oracle):
     """Diagonal Gaussian mixture: `means`, `stds` [k *d], `weights` [k] (relative).
 
-    `labels` [k] puts each component into a class: cond["label"] then restricts a row to its class
-    (NULL_LABEL to none), so that v*(., y) and v*(., null) are both exact. Without `labels`,
-    conditions are ignored. `rtol` is the flow map's error per step.
+    `labels` [k] puts each component into a class. cond["label"] then restricts a row to its class,
+    and NULL_LABEL does not restrict it, so that v*(., y) and v*(., null) are both exact. Without
+    `labels`, conditions are ignored. `rtol` is the flow map's error per step.
     """
 
     means: Tensor

@@ -1,4 +1,4 @@
-"""Networks near an oracle: where residuals must not vanish, and directions to test them along."""
+"""Networks near an oracle: ones whose residuals must not vanish, and directions to test along."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from registry.protocols import Cond
 
 
 class Perturbed(nn.Module):
-    """The network with eps * direction added to one output; ones if no direction [*d] is given."""
+    """The network with eps * direction added to one output; `direction` [*d] is 1 by default."""
 
     direction: Tensor
 
@@ -33,7 +33,7 @@ class Perturbed(nn.Module):
 
 
 class WithBias(nn.Module):
-    """An oracle plus `bias` + `matrix` f(x, t, r) on each output, both parameters zero at first.
+    """An oracle plus `bias` + `matrix` f(x, t, r) on each output; both parameters start at zero.
 
     The features f = (t, r, t r, tanh x) are smooth and bounded, so at theta = 0 the gradient of a
     loss in theta is its moment with each of them: zero in expectation at a fixed point, whatever

@@ -19,7 +19,11 @@ _SMALLEST_STEP = 1e-12
 
 
 def integrate(slope: Callable[[float, Tensor], Tensor], y: Tensor, rtol: float) -> Tensor:
-    """y(1) of y' = slope(s, y), y(0) = y [b D]; each step within rtol (1 + |y|) in every row."""
+    """The solution y(1) [b D] of y' = slope(s, y), y(0) = y.
+
+    The error of each step is at most rtol (1 + |y|) in every row. RuntimeError if that needs steps
+    that are too small or too many.
+    """
     if not len(y):
         return y
     a, b, c, *estimates = (

@@ -111,7 +111,9 @@ def test_trunk_that_does_not_say_what_it_was_made_with_is_refused(tmp_path):
 
     with registry.backbones.temporary("foreign", Foreign):
         net = build_network(Foreign, (3,), 0, ("v",))
-        with pytest.raises(ValueError, match="'foreign' does not say .* backbones.trunk.Trunk"):
+        with pytest.raises(
+            ValueError, match="'foreign' does not say .* backbones.trunk.TrunkModule"
+        ):
             save_exported(net, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

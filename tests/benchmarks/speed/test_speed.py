@@ -26,7 +26,7 @@ from benchmarks.speed.table import Cost, Speed, compare, speed_table
 from registry.protocols import Batch, Share, required_heads
 from trainers.engines import TrainStep
 from trainers.rng import generator
-from zoo.derivatives.dual_tensors import Tape
+from zoo.derivatives.dual_tensors import LinearizedRecord
 from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
 from zoo.derivatives.one_pass import apart
 from zoo.objectives.decm import DECM
@@ -226,8 +226,8 @@ def test_share_outside_the_network_sees_slow_data(monkeypatch):
 def test_a_derivative_that_follows_its_forward_is_inside_the_network(monkeypatch):
     run = Case(request=REQUEST, bindings=(), arm="dumo_exact").training()
     run.step()
-    replay = Tape.replay
-    monkeypatch.setattr(Tape, "replay", lambda *a: (time.sleep(0.2), replay(*a))[1])
+    replay = LinearizedRecord.replay
+    monkeypatch.setattr(LinearizedRecord, "replay", lambda *a: (time.sleep(0.2), replay(*a))[1])
     assert outside_share(run) < 0.5
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import benchmarks.grids.axes  # noqa: F401  registers Grid
 from trainers.derivative_probe import probe_derivatives
-from zoo.derivatives.dual_tensors import Lifted
+from zoo.derivatives.dual_tensors import DualTensor
 from zoo.derivatives.methods import Dual
 from zoo.objectives.mean_flow import MeanFlow
 
@@ -137,7 +137,7 @@ def test_rule_moves_a_function_and_leaves_its_value_and_gradient(name, way):
         return fn(a * weight, b + weight)
 
     out, found = both(way, lambda a, b: {"u": fed(a, b)}, (a, b), (da, db))
-    assert used == [Lifted]
+    assert used == [DualTensor]
     with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         duals = forward_ad.make_dual(a, da), forward_ad.make_dual(b, db)
         expected = forward_ad.unpack_dual(fed(*duals)).tangent.detach()

@@ -250,42 +250,42 @@ def test_a_layer_costs_one_product_more():
 
     once = flops(lambda: fn(*point))
     assert flops(lambda: OnePass().with_value(fn, point, tangents, "u")) == 2 * once
-    _, moved = OnePass().linearized(fn, point, "u")
-    assert flops(lambda: moved(tangents)) < once  # the other heads are not moved
+    _, du_along = OnePass().linearized(fn, point, "u")
+    assert flops(lambda: du_along(tangents)) < once  # the other heads are not moved
 
 
-def test_a_tape_lets_go_of_what_it_held():
+def test_a_linearized_record_lets_go_of_what_it_held():
     held = []
 
     def fn(x):
         middle = x * 2
-        held.append(weakref.ref(middle.value))
+        held.append(weakref.ref(middle.primal))
         return {"u": middle * middle}
 
     x = torch.ones(3)
-    _, moved = OnePass().linearized(fn, (x,), "u")
+    _, du_along = OnePass().linearized(fn, (x,), "u")
     gc.collect()
     assert held[0]() is not None
-    assert moved((torch.ones(3),)).equal(torch.full((3,), 8.0))
+    assert du_along((torch.ones(3),)).equal(torch.full((3,), 8.0))
     gc.collect()
     assert held[0]() is None
 
 
 def test_a_derivative_is_given_once():
     x = torch.ones(3)
-    _, moved = OnePass().linearized(lambda x: {"u": x * x}, (x,), "u")
-    moved((x,))
+    _, du_along = OnePass().linearized(lambda x: {"u": x * x}, (x,), "u")
+    du_along((x,))
     with pytest.raises(RuntimeError, match="once"):
-        moved((x,))
+        du_along((x,))
 
 
 @pytest.mark.parametrize("ends", ["unasked", "asked late", "in an error"])
-def test_a_tape_under_checkpointing_lets_go_of_what_it_held(ends):
+def test_a_linearized_record_under_checkpointing_lets_go_of_what_it_held(ends):
     held, layer, x = [], nn.Linear(3, 3), torch.ones(2, 3)
 
     def fn(x):
         inner = layer(x)
-        held.append(weakref.ref(inner.value))
+        held.append(weakref.ref(inner.primal))
         out = checkpoint(lambda h: h.sin() * h, inner, use_reentrant=False)
         return {} if ends == "in an error" else {"u": out}
 
@@ -294,10 +294,10 @@ def test_a_tape_under_checkpointing_lets_go_of_what_it_held(ends):
             with pytest.raises(KeyError):
                 OnePass().linearized(fn, (x,), "u")
             return
-        out, moved = OnePass().linearized(fn, (x,), "u")
+        out, du_along = OnePass().linearized(fn, (x,), "u")
         if ends == "asked late":
             out["u"].sum().backward()  # which computes the block again
-            moved((x,))
+            du_along((x,))
 
     evaluated()
     gc.collect()
@@ -376,11 +376,11 @@ def test_a_derivative_of_ones_own_still_has_its_own_pass():
     out, found = outputs_and_derivative(Mine(), net, cond, point, tangents)
     assert found.equal(2 * expected)
     assert out["u"].equal(net(*point, cond)["u"])
-    out, moved = outputs_then_derivative(Mine(), net, cond, point)
-    assert moved(tangents).equal(2 * expected)
-    _, moved = outputs_then_derivative(None, net, cond, point)
+    out, du_along = outputs_then_derivative(Mine(), net, cond, point)
+    assert du_along(tangents).equal(2 * expected)
+    _, du_along = outputs_then_derivative(None, net, cond, point)
     with pytest.raises(TypeError, match="without a derivative"):
-        moved(tangents)
+        du_along(tangents)
 
 
 def test_tangents_of_the_first_rows_alone():

@@ -10,7 +10,7 @@ import torch
 from objective_cases import noise_of, watch
 
 from benchmarks.conformance import fixed_point
-from benchmarks.conformance.networks import Exact, Tapped, Toy
+from benchmarks.conformance.networks import ExactNetwork, Tapped, Toy
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import NULL_LABEL
 from zoo.derivatives.methods import Dual
@@ -170,7 +170,7 @@ def swapped(fn, primals, tangents):
 
 @pytest.mark.parametrize("law", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
 def test_swapped_ends_are_no_fixed_point(law):
-    batch, net = law_batch(law, 128, 0), Exact(law, ("u",))
+    batch, net = law_batch(law, 128, 0), ExactNetwork(law, ("u",))
 
     def largest(derivative):
         objective = DECM(derivative=derivative, label_dropout=0.0)

@@ -187,8 +187,8 @@ def test_error_of_a_jump_is_the_residuals_integral():
         time, here = t - s * (t - r), state[:, :2]
         u, d = net(here, full(time), full(r), None)["u"], velocity(here, time)
         point = here, full(time), full(r)
-        _, moved = outputs_then_derivative(Jvp(), net, None, point)
-        residual = Exact()(moved, net, *point, None, u, d)
+        _, du_along = outputs_then_derivative(Jvp(), net, None, point)
+        residual = Exact()(du_along, net, *point, None, u, d)
         return (t - r) * torch.cat([-d, residual], 1)
 
     end = integrate(slope, torch.cat([x, torch.zeros_like(x)], 1), 1e-9)
@@ -201,8 +201,8 @@ def test_error_of_a_jump_is_the_residuals_integral():
 def test_exact_residual_is_the_mean_flow_identity():
     net, (x, t, r) = Toy((2,), ("u", "v")), points()
     d = net(x, t, t, None)["v"]
-    out, moved = outputs_then_derivative(Exact().derivative, net, None, (x, t, r))
-    residual = Exact()(moved, net, x, t, r, None, out["u"].detach(), d)
+    out, du_along = outputs_then_derivative(Exact().derivative, net, None, (x, t, r))
+    residual = Exact()(du_along, net, x, t, r, None, out["u"].detach(), d)
     torch.testing.assert_close(residual, identities.mean_flow(net, x, t, r), rtol=0, atol=1e-12)
 
 

@@ -1,7 +1,7 @@
-"""How layers move: linear ones, activations, dropout, norms and attention.
+"""Rules for layers: linear layers, activations, dropout, norms and attention.
 
 Activations work element by element and normalisations have symmetric Jacobians, so the kernels of
-their backward passes give their tangents. Attention o = P v, P = softmax(s), moves by
+their backward passes give their tangents. The tangent of attention o = P v, P = softmax(s), is
 
     do = dP v + P dv,    dP = P (ds - sum_j P ds)
 """
@@ -15,43 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.derivatives.dual_tensors.rules import Move, Outcome, any_lifted, by_dual_numbers
-from zoo.derivatives.dual_tensors.tensor import REMEDY, Lifted, value_of
+from zoo.derivatives.dual_tensors.rules import any_dual, by_dual_numbers
+from zoo.derivatives.dual_tensors.tensor import (
+    REMEDY,
+    DualTensor,
+    Resolve,
+    RuleOutput,
+    unwrapped,
+)
 
 aten = torch.ops.aten
 
 
 def layer(
     func: Any, input: Any, weight: Any, bias: Any = None, *rest: Any, **named: Any
-) -> Outcome:
-    """Linear layers and convolutions: linear in their input but for the bias."""
-    if type(input) is not Lifted or any_lifted((weight, bias)):
+) -> RuleOutput:
+    """Linear layers and convolutions: the input's tangent goes through them without the bias."""
+    if type(input) is not DualTensor or any_dual((weight, bias)):
         return by_dual_numbers(func, input, weight, bias, *rest, **named)
-    slot = input.slot
-    out = func(input.value, weight, bias, *rest, **named)
-    return out, lambda move: func(move(slot), weight, None, *rest, **named)
+    ref = input.tangent
+    out = func(input.primal, weight, bias, *rest, **named)
+    return out, lambda resolve: func(resolve(ref), weight, None, *rest, **named)
 
 
-def activation(backward: Any, func: Any, input: Any, **kwargs: Any) -> Outcome:
-    """Element by element, with the kernel of its backward."""
+def activation(backward: Any, func: Any, input: Any, **kwargs: Any) -> RuleOutput:
+    """Activations, by the kernel of their backward pass, `backward`."""
     kwargs.pop("inplace", None)
-    value, slot = input.value, input.slot
-    out = func(value, **kwargs)
-    return out, lambda move: backward(move(slot), value, **kwargs)
+    primal, ref = input.primal, input.tangent
+    out = func(primal, **kwargs)
+    return out, lambda resolve: backward(resolve(ref), primal, **kwargs)
 
 
 def dropout(
     func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Outcome:
-    """The same mask on the value and its tangent."""
+) -> RuleOutput:
+    """Dropout, with the same mask on the primal and its tangent."""
     if not training or p == 0:
         return input, None
-    value, slot = input.value, input.slot
-    if value.is_cuda and p < 1:
-        out, mask = torch.native_dropout(value, p, True)
-        return out, lambda move: move(slot) * mask / (1 - p)
-    noise = func(torch.ones_like(value), p)  # as the kernels of other devices do, to the bit
-    return value * noise, lambda move: move(slot) * noise
+    primal, ref = input.primal, input.tangent
+    if primal.is_cuda and p < 1:
+        out, mask = torch.native_dropout(primal, p, True)
+        return out, lambda resolve: resolve(ref) * mask / (1 - p)
+    noise = func(torch.ones_like(primal), p)  # as the kernels of other devices do, to the bit
+    return primal * noise, lambda resolve: resolve(ref) * noise
 
 
 def layer_norm(
@@ -61,26 +67,27 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Outcome:
-    if not _moves_alone(input, weight, bias):
+) -> RuleOutput:
+    """Layer norm; the kernel of its backward pass gives the tangent."""
+    if not _only_input_is_dual(input, weight, bias):
         return by_dual_numbers(func, input, normalized_shape, weight, bias, eps)
-    value, slot, shape = input.value, input.slot, list(normalized_shape)
+    primal, ref, shape = input.primal, input.tangent, list(normalized_shape)
     statistics: Sequence[Tensor] = ()
-    if _fused(value, weight, bias):
-        out, *statistics = torch.native_layer_norm(value, shape, weight, bias, eps)
+    if _fused(primal, weight, bias):
+        out, *statistics = torch.native_layer_norm(primal, shape, weight, bias, eps)
     else:
-        out = func(value, shape, weight, bias, eps)
+        out = func(primal, shape, weight, bias, eps)
     dtype = out.dtype
 
-    def push(move: Move) -> Tensor:
-        wide = _wide(value)
+    def jvp(resolve: Resolve) -> Tensor:
+        wide = _wide(primal)
         mean, rstd = statistics or torch.native_layer_norm(wide, shape, None, None, eps)[1:]
-        moved: Tensor = aten.native_layer_norm_backward(
-            _wide(move(slot)), wide, shape, mean, rstd, None, None, (True, False, False)
+        tangent: Tensor = aten.native_layer_norm_backward(
+            _wide(resolve(ref)), wide, shape, mean, rstd, None, None, (True, False, False)
         )[0]
-        return (moved if weight is None else moved * weight).to(dtype)
+        return (tangent if weight is None else tangent * weight).to(dtype)
 
-    return out, push
+    return out, jvp
 
 
 def group_norm(
@@ -90,53 +97,58 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Outcome:
-    if not _moves_alone(input, weight, bias):
+) -> RuleOutput:
+    """Group norm; the kernel of its backward pass gives the tangent."""
+    if not _only_input_is_dual(input, weight, bias):
         return by_dual_numbers(func, input, num_groups, weight, bias, eps)
-    value, slot = input.value, input.slot
-    sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
+    primal, ref = input.primal, input.tangent
+    sizes = len(primal), primal.shape[1], math.prod(primal.shape[2:]), num_groups
     statistics: Sequence[Tensor] = ()
-    if _fused(value, weight, bias) and (value.is_cuda or value.is_contiguous()):
-        value = value.contiguous()  # as CUDA's kernel does; others keep channels last
-        out, *statistics = torch.native_group_norm(value, weight, bias, *sizes, eps)
+    if _fused(primal, weight, bias) and (primal.is_cuda or primal.is_contiguous()):
+        primal = primal.contiguous()  # as CUDA's kernel does; others keep channels last
+        out, *statistics = torch.native_group_norm(primal, weight, bias, *sizes, eps)
     else:
-        out = func(value, num_groups, weight, bias, eps)
+        out = func(primal, num_groups, weight, bias, eps)
     dtype = out.dtype
 
-    def push(move: Move) -> Tensor:
-        wide = _wide(value).contiguous()
+    def jvp(resolve: Resolve) -> Tensor:
+        wide = _wide(primal).contiguous()
         mean, rstd = statistics or torch.native_group_norm(wide, None, None, *sizes, eps)[1:]
-        moved = group_norm_tangent(_wide(move(slot)), wide, mean, rstd, weight, sizes)
-        return moved.to(dtype)
+        tangent = group_norm_tangent(_wide(resolve(ref)), wide, mean, rstd, weight, sizes)
+        return tangent.to(dtype)
 
-    return out, push
+    return out, jvp
 
 
 def group_norm_tangent(
     tangent: Tensor,
-    value: Tensor,
+    primal: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     sizes: tuple[int, int, int, int],
 ) -> Tensor:
-    """Of a contiguous value [b c *d] with `sizes` b, c, the product of d, and groups."""
-    moved: Tensor = aten.native_group_norm_backward(
-        tangent.contiguous(), value, mean, rstd, None, *sizes, (True, False, False)
+    """The tangent of a group norm's output, by the tangent of its input.
+
+    `primal` [b c *d] is the input and contiguous; `mean` and `rstd` are the norm's statistics, and
+    `sizes` are b, c, the product of d, and the number of groups.
+    """
+    out: Tensor = aten.native_group_norm_backward(
+        tangent.contiguous(), primal, mean, rstd, None, *sizes, (True, False, False)
     )[0]
-    return moved if weight is None else weight.view(-1, *[1] * (value.ndim - 2)) * moved
+    return out if weight is None else weight.view(-1, *[1] * (primal.ndim - 2)) * out
 
 
 def batch_norm(
     func: Any, input: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any
-) -> Outcome:
-    """Running statistics follow the values once: the derivative is taken without them."""
+) -> RuleOutput:
+    """Batch and instance norm; only the pass of the value updates the running statistics."""
     if not (named.get("training") or named.get("use_input_stats")):
         return by_dual_numbers(func, input, running_mean, running_var, *rest, **named)
     with torch.no_grad():
-        _, push = by_dual_numbers(func, input, None, None, *rest, **named)
-    values = {name: value_of(part) for name, part in named.items()}
-    return func(value_of(input), running_mean, running_var, *rest, **values), push
+        _, jvp = by_dual_numbers(func, input, None, None, *rest, **named)
+    values = {name: unwrapped(part) for name, part in named.items()}
+    return func(unwrapped(input), running_mean, running_var, *rest, **values), jvp
 
 
 def rms_norm(
@@ -145,23 +157,24 @@ def rms_norm(
     normalized_shape: Any,
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Outcome:
-    if not _moves_alone(input, weight):
+) -> RuleOutput:
+    """Root-mean-square norm, with the tangent written out: torch has no kernel for it."""
+    if not _only_input_is_dual(input, weight):
         return by_dual_numbers(func, input, normalized_shape, weight, eps)
-    value, slot = input.value, input.slot
+    primal, ref = input.primal, input.tangent
     axes = tuple(range(-len(normalized_shape), 0))
-    out = func(value, normalized_shape, weight, eps)
+    out = func(primal, normalized_shape, weight, eps)
     dtype = out.dtype
 
-    def push(move: Move) -> Tensor:
-        wide, tangent = _wide(value), _wide(move(slot))
+    def jvp(resolve: Resolve) -> Tensor:
+        wide, tangent = _wide(primal), _wide(resolve(ref))
         least = torch.finfo(wide.dtype).eps if eps is None else eps
         scale = (wide.square().mean(axes, keepdim=True) + least).rsqrt()
         along = (wide * tangent).mean(axes, keepdim=True) * scale.square()
-        moved = scale * torch.addcmul(tangent, wide, along, value=-1)
-        return (moved if weight is None else moved * weight).to(dtype)
+        out_tangent = scale * torch.addcmul(tangent, wide, along, value=-1)
+        return (out_tangent if weight is None else out_tangent * weight).to(dtype)
 
-    return out, push
+    return out, jvp
 
 
 def attention(
@@ -174,39 +187,43 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     **kwargs: Any,
-) -> Outcome:
-    """The kernel of an ordinary pass for the value; matrices of tokens for the tangent alone."""
+) -> RuleOutput:
+    """Attention: the value has its fused kernel, and the tangent has tokens x tokens matrices.
+
+    NotImplementedError for dropout within attention, whose mask the fused kernel does not give.
+    """
     named = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, **kwargs)
     if dropout_p:
         raise NotImplementedError(f"one_pass cannot follow dropout within attention; {REMEDY}")
-    moving = all(type(x) is Lifted for x in (query, key, value))
-    if not moving or attn_mask is not None or is_causal or kwargs:
+    all_dual = all(type(x) is DualTensor for x in (query, key, value))
+    if not all_dual or attn_mask is not None or is_causal or kwargs:
         return by_dual_numbers(func, query, key, value, **named)
-    (q, k, v), slots = ([getattr(x, n) for x in (query, key, value)] for n in ("value", "slot"))
+    q, k, v = (x.primal for x in (query, key, value))
+    refs = [x.tangent for x in (query, key, value)]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def push(move: Move) -> Tensor:
-        dq, dk, dv = map(move, slots)
+    def jvp(resolve: Resolve) -> Tensor:
+        dq, dk, dv = map(resolve, refs)
         scaled = q * factor
         weights = (scaled @ k.mT).softmax(-1)
-        moved = weights * (dq * factor @ k.mT + scaled @ dk.mT)
-        moved = torch.addcmul(moved, weights, moved.sum(-1, keepdim=True), value=-1)
-        return moved @ v + weights @ dv
+        d_weights = weights * (dq * factor @ k.mT + scaled @ dk.mT)
+        d_weights = torch.addcmul(d_weights, weights, d_weights.sum(-1, keepdim=True), value=-1)
+        return d_weights @ v + weights @ dv
 
-    return func(q, k, v, scale=scale), push
-
-
-def _moves_alone(input: Any, *parameters: Any) -> bool:
-    return type(input) is Lifted and not any_lifted(parameters)
+    return func(q, k, v, scale=scale), jvp
 
 
-def _fused(value: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether one kernel takes these as they are, without the casts of autocast."""
-    return all(p is None or p.dtype == value.dtype for p in parameters) and not (
-        torch.is_autocast_enabled(value.device.type)
+def _only_input_is_dual(input: Any, *parameters: Any) -> bool:
+    return type(input) is DualTensor and not any_dual(parameters)
+
+
+def _fused(primal: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the kernel takes these tensors as they are: of one dtype, and without autocast."""
+    return all(p is None or p.dtype == primal.dtype for p in parameters) and not (
+        torch.is_autocast_enabled(primal.device.type)
     )
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the precision in which sums are taken."""
+    """x in float32 if it is in half precision: in the precision in which kernels take sums."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,14 +1,15 @@
-"""How the outputs of elementary functions move with their inputs.
+"""Rules for elementary functions: the value of a function, and the tangent of that value.
 
-A rule calls the function on values and gives, with the outcome, how it moves: a function of the
-inputs' tangents that computes in as few passes over memory as it can. What no rule names is done
-again on dual numbers, without gradient, so every function with a forward-mode rule in torch will
-do; those here and in layers.py are what networks spend their time on.
+A rule calls the function on primals and returns its outputs with a `jvp`, which computes the
+outputs' tangents from the inputs' in as few passes over memory as it can. A function without a rule
+is called again on torch's dual numbers, without gradient, so every function that torch can
+differentiate in forward mode works. The rules here and in layers.py are for the functions on which
+networks spend their time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,40 +20,41 @@ from torch.utils import _pytree as pytree
 
 from zoo.derivatives.dual_tensors.tensor import (
     REMEDY,
-    Lifted,
-    Push,
-    Slot,
-    lifted_among,
-    moves,
+    DualTensor,
+    Resolve,
+    RuleOutput,
+    TangentRef,
+    can_have_tangent,
+    dual_tensors_among,
     name_of,
-    value_of,
+    unwrapped,
 )
-
-Outcome = tuple[Any, Push | None]
-Move = Callable[[Slot], Tensor]
 
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 
 
-def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """Any function with a forward-mode rule in torch, done again."""
+def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """The rule of a function that has no other: its `jvp` calls it again on torch's dual numbers.
+
+    NotImplementedError if the function draws random numbers, or if torch loses its tangents.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    values, slots = [value_of(leaf) for leaf in leaves], [_slot(leaf) for leaf in leaves]
+    values, refs = [unwrapped(leaf) for leaf in leaves], [_tangent_ref(leaf) for leaf in leaves]
     given_args, given_kwargs = pytree.tree_unflatten(values, spec)
-    beside = next(leaf.value for leaf in leaves if type(leaf) is Lifted)
+    beside = next(leaf.primal for leaf in leaves if type(leaf) is DualTensor)
     before = _random_state(beside)
     out = func(*given_args, **given_kwargs)
-    if not any(moves(part) for part in pytree.tree_leaves(out)):
+    if not any(can_have_tangent(part) for part in pytree.tree_leaves(out)):
         return out, None
     if kwargs.get("generator") is not None or _random_state(beside) != before:
         name = name_of(func)
         raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
 
-    def push(move: Move) -> Any:
+    def jvp(resolve: Resolve) -> Any:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = [
-                value if slot is None else forward_ad.make_dual(value.detach(), move(slot))
-                for value, slot in zip(values, slots, strict=True)
+                value if ref is None else forward_ad.make_dual(value.detach(), resolve(ref))
+                for value, ref in zip(values, refs, strict=True)
             ]
             again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
             again = pytree.tree_leaves(func(*again_args, **again_kwargs))
@@ -63,119 +65,123 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> Outcome:
                     "numbers; choose @finite_difference()"
                 )
             return [
-                torch.zeros_like(part) if tangent is None and moves(part) else tangent
+                torch.zeros_like(part) if tangent is None and can_have_tangent(part) else tangent
                 for part, tangent in zip(again, tangents, strict=True)
             ]
 
-    return out, push
+    return out, jvp
 
 
-def constant(func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """What tells of a tensor no more than its shape and kind, or cuts it off."""
-    named = {name: value_of(arg) for name, arg in kwargs.items()}
-    return func(*map(value_of, args), **named), None
+def constant(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """Functions whose output has no tangent: they read a tensor's shape, kind or bare values."""
+    named = {name: unwrapped(arg) for name, arg in kwargs.items()}
+    return func(*map(unwrapped, args), **named), None
 
 
-def linear_in_first(func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """Views, casts and the like."""
+def linear_in_first(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """Functions that are linear in their first argument, such as views, casts and sums."""
     x, rest = args[0] if args else None, args[1:]
-    if type(x) is not Lifted or any_lifted((*rest, *kwargs.values())):
+    if type(x) is not DualTensor or any_dual((*rest, *kwargs.values())):
         return by_dual_numbers(func, *args, **kwargs)
-    slot = x.slot
-    return func(x.value, *rest, **kwargs), lambda move: func(move(slot), *rest, **kwargs)
+    ref = x.tangent
+    return func(x.primal, *rest, **kwargs), lambda resolve: func(resolve(ref), *rest, **kwargs)
 
 
-def viewed(func: Any, x: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """Views by shape; a tangent may lie otherwise in memory than its value."""
-    if type(x) is not Lifted:
-        return func(x, *map(value_of, args)), None
-    out, slot = func(x.value, *map(value_of, args), **kwargs), x.slot
-    if out.dtype != x.value.dtype:
+def view(func: Any, x: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """Views by shape. A tangent's strides may differ from its primal's, so it is reshaped."""
+    if type(x) is not DualTensor:
+        return func(x, *map(unwrapped, args)), None
+    out, ref = func(x.primal, *map(unwrapped, args), **kwargs), x.tangent
+    if out.dtype != x.primal.dtype:
         return by_dual_numbers(func, x, *args, **kwargs)
     shape = out.shape
-    return out, lambda move: move(slot).reshape(shape)
+    return out, lambda resolve: resolve(ref).reshape(shape)
 
 
-def as_other(func: Any, x: Any, other: Any) -> Outcome:
-    """Casts and reshapes to the kind or the shape of another tensor."""
-    model = value_of(other).detach()
-    if type(x) is not Lifted:
+def like_another(func: Any, x: Any, other: Any) -> RuleOutput:
+    """Casts and reshapes to the dtype or the shape of another tensor."""
+    model = unwrapped(other).detach()
+    if type(x) is not DualTensor:
         return func(x, model), None
-    slot = x.slot
-    return func(x.value, model), lambda move: func(move(slot), model)
+    ref = x.tangent
+    return func(x.primal, model), lambda resolve: func(resolve(ref), model)
 
 
-def joined(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Outcome:
-    """cat and stack; what does not move joins as zeros."""
-    values, slots = [value_of(x) for x in tensors], [_slot(x) for x in tensors]
-    still = [torch.zeros_like(x) for x, slot in zip(values, slots, strict=True) if slot is None]
+def concatenation(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> RuleOutput:
+    """cat and stack; a tensor without a tangent contributes zeros."""
+    values, refs = [unwrapped(x) for x in tensors], [_tangent_ref(x) for x in tensors]
+    constants = [torch.zeros_like(x) for x, ref in zip(values, refs, strict=True) if ref is None]
 
-    def push(move: Move) -> Tensor:
-        zeros = iter(still)
-        parts = [next(zeros) if slot is None else move(slot) for slot in slots]
-        joint: Tensor = func(parts, *args, **kwargs)
+    def jvp(resolve: Resolve) -> Tensor:
+        zeros = iter(constants)
+        tangents = [next(zeros) if ref is None else resolve(ref) for ref in refs]
+        joint: Tensor = func(tangents, *args, **kwargs)
         return joint
 
-    return func(values, *args, **kwargs), push
+    return func(values, *args, **kwargs), jvp
 
 
-def summed(signs: tuple[int, int], func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """a + b and a - b; one that does not move drops out."""
+def signed_sum(signs: tuple[int, int], func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """a + b and a - b, with the signs of a and b; a term without a tangent adds nothing."""
     if len(args) != 2 or kwargs:
         return by_dual_numbers(func, *args, **kwargs)
     a, b = args
-    out, i, j = func(value_of(a), value_of(b)), _slot(a), _slot(b)
+    out, ref_a, ref_b = func(unwrapped(a), unwrapped(b)), _tangent_ref(a), _tangent_ref(b)
     shape, dtype = out.shape, out.dtype
 
-    def push(move: Move) -> Tensor:
-        if i is not None and j is not None:
-            moved: Tensor = func(move(i), move(j))
-            return moved
-        one, sign = (move(i), signs[0]) if j is None else (move(j), signs[1])
+    def jvp(resolve: Resolve) -> Tensor:
+        if ref_a is not None and ref_b is not None:
+            both: Tensor = func(resolve(ref_a), resolve(ref_b))
+            return both
+        one, sign = (resolve(ref_a), signs[0]) if ref_b is None else (resolve(ref_b), signs[1])
         one = one.to(dtype).expand(shape)
         return one if sign > 0 else -one
 
-    return out, push
+    return out, jvp
 
 
-def product(func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    """Of any kind that is linear in each of two factors."""
+def product(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """Products of every kind: functions that are linear in each of two arguments."""
     if len(args) != 2 or kwargs:
         return by_dual_numbers(func, *args, **kwargs)
     a, b = args
-    (x, y), (i, j) = (value_of(a), value_of(b)), (_slot(a), _slot(b))
+    (x, y), (ref_x, ref_y) = (unwrapped(a), unwrapped(b)), (_tangent_ref(a), _tangent_ref(b))
     out = func(x, y)
 
-    def push(move: Move) -> Tensor:
-        if i is None or j is None:
-            moved: Tensor = func(x, move(j)) if i is None else func(move(i), y)
-            return moved
+    def jvp(resolve: Resolve) -> Tensor:
+        if ref_x is None or ref_y is None:
+            one: Tensor = func(x, resolve(ref_y)) if ref_x is None else func(resolve(ref_x), y)
+            return one
         if func in PRODUCTS and x.dtype == y.dtype == out_dtype:
-            return torch.addcmul(move(i) * y, x, move(j))
-        return func(move(i), y) + func(x, move(j))
+            return torch.addcmul(resolve(ref_x) * y, x, resolve(ref_y))
+        return func(resolve(ref_x), y) + func(x, resolve(ref_y))
 
     out_dtype = out.dtype
-    return out, push
+    return out, jvp
 
 
-def quotient(func: Any, *args: Any, **kwargs: Any) -> Outcome:
-    if len(args) != 2 or kwargs or type(args[1]) is Lifted:
+def quotient(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
+    """Division by a constant; other divisions go by dual numbers."""
+    if len(args) != 2 or kwargs or type(args[1]) is DualTensor:
         return by_dual_numbers(func, *args, **kwargs)
     a, b = args
-    slot = a.slot
-    return func(a.value, b), lambda move: func(move(slot), b)
+    ref = a.tangent
+    return func(a.primal, b), lambda resolve: func(resolve(ref), b)
 
 
-def any_lifted(parts: Iterable[Any]) -> bool:
-    return bool(lifted_among(parts))
+def any_dual(arguments: Iterable[Any]) -> bool:
+    return bool(dual_tensors_among(arguments))
 
 
-def _slot(x: Any) -> Slot | None:
-    return x.slot if type(x) is Lifted else None
+def _tangent_ref(x: Any) -> TangentRef | None:
+    return x.tangent if type(x) is DualTensor else None
 
 
 def _random_state(beside: Tensor) -> bytes:
-    """Of the global generator there; none beside tensors without data, which draw nothing."""
+    """The state of the global generator on this tensor's device.
+
+    It is empty for tensors without data, for which nothing is drawn.
+    """
     if type(beside) is not Tensor:
         return b""
     device = beside.device
@@ -187,6 +193,6 @@ def _random_state(beside: Tensor) -> bytes:
 
 
 def _tangent(dual: Any) -> Tensor | None:
-    tangent = forward_ad.unpack_dual(dual).tangent if moves(dual) else None
-    # Rules of torch for mixed precision give tangents of another kind than the value's.
+    tangent = forward_ad.unpack_dual(dual).tangent if can_have_tangent(dual) else None
+    # In mixed precision some of torch's rules give a tangent of another dtype than the value's.
     return None if tangent is None else tangent.to(dual.dtype)

@@ -1,4 +1,4 @@
-"""Which rule moves which function."""
+"""The table of rules: which function has which."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from zoo.derivatives.dual_tensors.layers import (
 )
 from zoo.derivatives.dual_tensors.rules import (
     PRODUCTS,
-    as_other,
     by_dual_numbers,
+    concatenation,
     constant,
-    joined,
+    like_another,
     linear_in_first,
     product,
     quotient,
-    summed,
-    viewed,
+    signed_sum,
+    view,
 )
-from zoo.derivatives.dual_tensors.tensor import Rule
+from zoo.derivatives.dual_tensors.tensor import JvpRule
 
 aten = torch.ops.aten
 
 
-def rule_of(func: Any) -> Rule:
-    """By dual numbers unless it has a rule of its own."""
+def rule_of(func: Any) -> JvpRule:
+    """The rule of a function; `by_dual_numbers` for a function that is not in the table."""
     return RULES.get(func, by_dual_numbers)
 
 
@@ -45,12 +45,14 @@ def _methods(*names: str) -> list[Any]:
     return [getattr(Tensor, name) for name in names]
 
 
-READ = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "data")
-CONSTANT = (
+CONSTANT_ATTRIBUTES = (
+    *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "data"),
+)
+CONSTANT_FUNCTIONS = (
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     *(torch.rand_like, torch.randn_like, torch.detach),
 )
-CONSTANTS = (
+CONSTANT_METHODS = (
     *("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "detach"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 )
@@ -63,19 +65,21 @@ LAYERS = (
     *(F.linear, F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 )
-RULES: dict[Any, Rule] = {
-    **{getattr(Tensor, name).__get__: constant for name in READ},
-    **dict.fromkeys((*CONSTANT, *_methods(*CONSTANTS)), constant),
+RULES: dict[Any, JvpRule] = {
+    **{getattr(Tensor, name).__get__: constant for name in CONSTANT_ATTRIBUTES},
+    **dict.fromkeys((*CONSTANT_FUNCTIONS, *_methods(*CONSTANT_METHODS)), constant),
     **dict.fromkeys(_methods(*VIEWS, "__getitem__", "__neg__"), linear_in_first),
-    **dict.fromkeys(_methods("view", "view_as"), viewed),
-    **dict.fromkeys(_methods("type_as", "expand_as", "reshape_as"), as_other),
+    **dict.fromkeys(_methods("view", "view_as"), view),
+    **dict.fromkeys(_methods("type_as", "expand_as", "reshape_as"), like_another),
     **{getattr(torch, n): linear_in_first for n in VIEWS if callable(getattr(torch, n, None))},
     **dict.fromkeys((F.interpolate, F.avg_pool2d, F.pixel_shuffle), linear_in_first),
     **dict.fromkeys(LAYERS, layer),
-    **dict.fromkeys((torch.cat, torch.concat, torch.stack), joined),
-    **dict.fromkeys((torch.add, *_methods("add", "__add__", "__radd__")), partial(summed, (1, 1))),
-    **dict.fromkeys((torch.sub, *_methods("sub", "__sub__")), partial(summed, (1, -1))),
-    Tensor.__rsub__: partial(summed, (-1, 1)),
+    **dict.fromkeys((torch.cat, torch.concat, torch.stack), concatenation),
+    **dict.fromkeys(
+        (torch.add, *_methods("add", "__add__", "__radd__")), partial(signed_sum, (1, 1))
+    ),
+    **dict.fromkeys((torch.sub, *_methods("sub", "__sub__")), partial(signed_sum, (1, -1))),
+    Tensor.__rsub__: partial(signed_sum, (-1, 1)),
     **dict.fromkeys(PRODUCTS, product),
     **dict.fromkeys((torch.matmul, torch.bmm, *_methods("matmul", "bmm", "__matmul__")), product),
     **dict.fromkeys((torch.div, *_methods("div", "__truediv__")), quotient),

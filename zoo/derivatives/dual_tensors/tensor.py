@@ -1,16 +1,17 @@
-"""Tensors that know how they move: forward mode inside an ordinary forward.
+"""A tensor with a tangent: forward-mode differentiation inside an ordinary forward pass.
 
-A `Lifted` stands for a value and, beside it, for the value's derivative along tangents of the
-inputs. What a network does to it is done to the value as ever: by the same kernels, with the graph
-that its gradient needs. The derivative follows by rules (rules.py, layers.py) that read values and
-keep no graph. So one forward gives both, where dual numbers of torch take a second forward, or a
-graph of the derivative and no fused attention.
+A `DualTensor` holds a value, its primal, and the derivative of that value along the tangents of
+the inputs. A function that is called with it computes its value as usual: with the same kernels,
+and with the graph that the gradient needs. The tangent follows by a rule (rules.py, layers.py) that
+reads primals and keeps no graph. One forward pass therefore gives both. torch's own dual numbers
+need a second forward pass, or a graph of the derivative and attention without its fused kernel.
 
-The tangents of the inputs may be known before the pass (`Flowing`), or only after it, because they
-are made of what the pass gives (`Tape`).
+The tangents of the inputs may be known before the pass (`EagerRecord`), or only after it, because
+they are made of the outputs of the pass (`LinearizedRecord`).
 
-Nothing is lost in silence: an autograd.Function or compiled code, which get hold of a `Lifted`
-behind the rules, end in an error that says so. A .detach() cuts as it cuts dual numbers.
+No tangent is lost in silence. An autograd.Function and compiled code use a `DualTensor` without
+calling the rules, so both end in an error that says so. A .detach() removes the tangent, as it does
+for torch's dual numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-Slot = Any  # a tangent, or its number on a tape
-Push = Callable[[Callable[[Slot], Tensor]], Any]  # by the inputs' tangents, those of the outputs
-Rule = Callable[..., tuple[Any, Push | None]]  # None: nothing here moves
+TangentRef = Any  # a tangent (EagerRecord), or the number that stands for one (LinearizedRecord)
+Resolve = Callable[[TangentRef], Tensor]  # from a reference to the tangent itself
+JvpFn = Callable[[Resolve], Any]  # the tangents of the outputs, from those of the inputs
+RuleOutput = tuple[Any, JvpFn | None]  # the outputs; None if none of them has a tangent
+JvpRule = Callable[..., RuleOutput]  # called with the function and its arguments
 
 IN_PLACE = {
     f"__{name}__"
@@ -36,13 +39,15 @@ IN_PLACE = {
 REMEDY = "choose @dual(), whose derivative takes a pass of its own"
 
 
-class Record(Protocol):
-    """What rules there are, and what becomes of those that move the outputs of operations."""
+class TangentRecord(Protocol):
+    """Finds the rule of a function, and decides when the rule's `jvp` is called."""
 
-    rule_of: Callable[[Any], Rule]
+    rule_of: Callable[[Any], JvpRule]
 
-    def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
-        """A slot for each of `out`; None for what does not move."""
+    def output_tangents(
+        self, jvp: JvpFn, inputs: Sequence[TangentRef], outputs: Sequence[Tensor]
+    ) -> Sequence[TangentRef]:
+        """A reference for each of `outputs`; None for an output without a tangent."""
         ...
 
 
@@ -52,32 +57,33 @@ def _refuse_gradient(gradient: Tensor) -> NoReturn:
     )
 
 
-# What such a Function gives bears no mark, but its gradient would end here and not at the value.
+# The output of such a Function is an ordinary tensor, which no check meets. Its gradient would end
+# at the outer tensor and never reach the primal, so a hook on the outer tensor refuses it.
 GUARD: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
 
 
-class Lifted(Tensor):
-    """`value`, with its graph, and the `slot` of its tangent in a `record`."""
+class DualTensor(Tensor):
+    """A `primal` with its graph, and a reference to its `tangent`, which `record` resolves."""
 
-    value: Tensor
-    slot: Slot
-    record: Record
+    primal: Tensor
+    tangent: TangentRef
+    record: TangentRecord
 
     @staticmethod
-    def __new__(cls, value: Tensor, slot: Slot, record: Record) -> Lifted:
-        # The outer tensor has no data. It asks for a gradient where the value has one, so that an
-        # autograd.Function, which sees the outer tensor alone, leaves its mark on what it gives.
-        lifted: Lifted = Tensor._make_wrapper_subclass(
+    def __new__(cls, primal: Tensor, tangent: TangentRef, record: TangentRecord) -> DualTensor:
+        # The outer tensor has no data. It requires a gradient where the primal does. An
+        # autograd.Function sees the outer tensor alone, and so leaves a grad_fn on its output.
+        made: DualTensor = Tensor._make_wrapper_subclass(
             cls,
-            value.shape,
-            dtype=value.dtype,
-            device=value.device,
-            requires_grad=value.requires_grad,
+            primal.shape,
+            dtype=primal.dtype,
+            device=primal.device,
+            requires_grad=primal.requires_grad,
         )
-        if value.requires_grad:
-            lifted._backward_hooks = GUARD
-        lifted.value, lifted.slot, lifted.record = value, slot, record
-        return lifted
+        if primal.requires_grad:
+            made._backward_hooks = GUARD
+        made.primal, made.tangent, made.record = primal, tangent, record
+        return made
 
     @classmethod
     def __torch_function__(
@@ -89,13 +95,13 @@ class Lifted(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            given = lifted_among((*args, *kwargs.values()) if kwargs else args)
+            given = dual_tensors_among((*args, *kwargs.values()) if kwargs else args)
             for one in given:
                 _check_followed(one)
             _check_writes_nowhere(func, kwargs)
             record = given[0].record
-            out, push = record.rule_of(func)(func, *args, **kwargs)
-            return out if push is None else _lifted(out, push, record, given)
+            out, jvp = record.rule_of(func)(func, *args, **kwargs)
+            return out if jvp is None else _with_tangents(out, jvp, record, given)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -104,117 +110,132 @@ class Lifted(Tensor):
         raise NotImplementedError(f"one_pass cannot follow {func} into compiled code; {REMEDY}")
 
 
-class Flowing:
-    """The tangents of the inputs are known, and every operation moves its outputs at once.
+class EagerRecord:
+    """For tangents of the inputs that are known: each operation computes its output's at once.
 
-    Until the pass has `ended`: blocks that checkpointing computes again do without tangents.
+    When the pass has `ended`, outputs get no tangents any more: activation checkpointing computes
+    blocks again in the backward pass, and needs their values alone.
     """
 
-    def __init__(self, rule_of: Callable[[Any], Rule]):
+    def __init__(self, rule_of: Callable[[Any], JvpRule]):
         self.rule_of = rule_of
         self.ended = False
 
-    def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
+    def output_tangents(
+        self, jvp: JvpFn, inputs: Sequence[TangentRef], outputs: Sequence[Tensor]
+    ) -> Sequence[TangentRef]:
         if self.ended:
-            return [None] * len(out)
+            return [None] * len(outputs)
         with torch.no_grad():
-            return _listed(push(_itself))
+            return _listed(jvp(_identity))
 
 
-class Tape:
-    """The rules are kept, in the order of the operations, until the inputs' tangents are known.
+class LinearizedRecord:
+    """For tangents of the inputs that are not known yet: it keeps the `jvp` of each operation.
 
-    They leave the tape of a pass when it ends: blocks under checkpointing hold their inputs, those
-    hold the tape of the pass, and rules hold values, whose graph holds the blocks.
+    `new_tangent` gives the number of each input's tangent, and `replay` later computes one tangent
+    from those of the inputs.
+
+    `finished` moves what was kept into another record, because of activation checkpointing: its
+    blocks hold their inputs, the inputs hold this record, and a `jvp` holds primals, whose graph
+    holds the blocks. That circle would keep all of it in memory.
     """
 
-    def __init__(self, rule_of: Callable[[Any], Rule]):
+    def __init__(self, rule_of: Callable[[Any], JvpRule]):
         self.rule_of = rule_of
         self._count = 0
-        self._rules: list[tuple[Push, Sequence[int], Sequence[int]]] | None = []
+        self._operations: list[tuple[JvpFn, Sequence[int], Sequence[int]]] | None = []
 
-    def slot(self) -> int:
+    def new_tangent(self) -> int:
         self._count += 1
         return self._count - 1
 
-    def slots(self, push: Push, parents: Sequence[Slot], out: Sequence[Tensor]) -> Sequence[Slot]:
-        if self._rules is None:  # a block under checkpointing is computed again
-            return [None] * len(out)
-        slots = [self.slot() for _ in out]
-        self._rules.append((push, parents, slots))
-        return slots
+    def output_tangents(
+        self, jvp: JvpFn, inputs: Sequence[TangentRef], outputs: Sequence[Tensor]
+    ) -> Sequence[TangentRef]:
+        if self._operations is None:  # activation checkpointing computes a block again
+            return [None] * len(outputs)
+        numbers = [self.new_tangent() for _ in outputs]
+        self._operations.append((jvp, inputs, numbers))
+        return numbers
 
-    def taken(self) -> Tape:
-        """A tape with the rules so far; this one keeps no more of them."""
-        other = Tape(self.rule_of)
-        other._rules, self._rules = self._rules, None
+    def finished(self) -> LinearizedRecord:
+        """A record with the operations so far; this one gives no more tangents."""
+        other = LinearizedRecord(self.rule_of)
+        other._operations, self._operations = self._operations, None
         return other
 
     def replay(self, tangents: Sequence[Tensor], wanted: int) -> Tensor:
-        """The tangent of the slot `wanted`, by those of the slots that were taken first. Once."""
-        rules, self._rules = self._useful(wanted), None
-        uses = Counter(slot for _, parents, _ in rules for slot in parents)
-        uses[wanted] += 1
-        moved = dict(enumerate(tangents))
-        rules.reverse()
-        with torch.no_grad():
-            while rules:
-                push, parents, slots = rules.pop()  # and let go of the values that it holds
-                moved |= zip(slots, _listed(push(moved.__getitem__)), strict=True)
-                uses.subtract(parents)
-                for slot in (*parents, *slots):
-                    if not uses[slot]:
-                        moved.pop(slot, None)
-        return moved[wanted]
+        """The tangent number `wanted`, given those of the inputs, in the order of their numbers.
 
-    def _useful(self, wanted: int) -> list[tuple[Push, Sequence[int], Sequence[int]]]:
-        """The rules that `wanted` depends on, in their order."""
-        if self._rules is None:
-            raise RuntimeError("one_pass gives the derivative of a forward once, and has given it")
+        It can be called once, since it releases the primals as it goes.
+        """
+        operations, self._operations = self._needed_for(wanted), None
+        uses = Counter(number for _, inputs, _ in operations for number in inputs)
+        uses[wanted] += 1
+        known = dict(enumerate(tangents))
+        operations.reverse()
+        with torch.no_grad():
+            while operations:
+                jvp, inputs, outputs = operations.pop()  # which releases the primals that it holds
+                known |= zip(outputs, _listed(jvp(known.__getitem__)), strict=True)
+                uses.subtract(inputs)
+                for number in (*inputs, *outputs):
+                    if not uses[number]:
+                        known.pop(number, None)
+        return known[wanted]
+
+    def _needed_for(self, wanted: int) -> list[tuple[JvpFn, Sequence[int], Sequence[int]]]:
+        """The operations that the tangent `wanted` depends on, in their order."""
+        if self._operations is None:
+            raise RuntimeError(
+                "one_pass gives the derivative of a forward pass once, and has given this one; "
+                "run the forward pass again"
+            )
         needed, useful = {wanted}, []
-        for rule in reversed(self._rules):
-            _, parents, slots = rule
-            if needed.intersection(slots):
-                needed.update(parents)
-                useful.append(rule)
+        for operation in reversed(self._operations):
+            _, inputs, outputs = operation
+            if needed.intersection(outputs):
+                needed.update(inputs)
+                useful.append(operation)
         return useful[::-1]
 
 
-def value_of(x: Any) -> Any:
-    """The value of a `Lifted`; anything else as it is."""
-    return x.value if type(x) is Lifted else x
+def unwrapped(x: Any) -> Any:
+    """The primal of a `DualTensor` argument; any other argument as it is."""
+    return x.primal if type(x) is DualTensor else x
 
 
-def settled(x: Tensor) -> Tensor:
-    """The value of what a network gave."""
-    if type(x) is not Lifted:
+def primal_of(x: Tensor) -> Tensor:
+    """The primal of a network's output; NotImplementedError if an autograd.Function made it."""
+    if type(x) is not DualTensor:
         return x
     with torch._C.DisableTorchFunctionSubclass():
         _check_followed(x)
-        return x.value
+        return x.primal
 
 
 def name_of(func: Any) -> str:
     return str(func) if isinstance(func, OpOverload) else getattr(func, "__name__", str(func))
 
 
-def moves(x: Any) -> bool:
-    """Whether it is of a kind that may have a tangent: real and complex numbers."""
+def can_have_tangent(x: Any) -> bool:
+    """Whether x is a tensor of real or complex numbers."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
-def lifted_among(parts: Iterable[Any]) -> list[Lifted]:
-    """Those among arguments, and in their lists."""
+def dual_tensors_among(arguments: Iterable[Any]) -> list[DualTensor]:
+    """The dual tensors among arguments, and in lists and tuples among them."""
     found = []
-    for part in parts:
-        if type(part) is Lifted:
-            found.append(part)
-        elif isinstance(part, (list, tuple)):
-            found += lifted_among(part)
+    for argument in arguments:
+        if type(argument) is DualTensor:
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += dual_tensors_among(argument)
     return found
 
 
-def _check_followed(one: Lifted) -> None:
+def _check_followed(one: DualTensor) -> None:
     if one.grad_fn is not None:
         raise NotImplementedError(
             f"one_pass cannot follow {one.grad_fn.name()}, an autograd.Function; {REMEDY}"
@@ -236,26 +257,28 @@ def _writes(func: Any) -> bool:
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def _lifted(out: Any, push: Push, record: Record, given: Sequence[Lifted]) -> Any:
-    parents = [one.slot for one in given]
+def _with_tangents(out: Any, jvp: JvpFn, record: TangentRecord, given: Sequence[DualTensor]) -> Any:
+    inputs = [one.tangent for one in given]
     if isinstance(out, Tensor):
-        if not moves(out):
+        if not can_have_tangent(out):
             return out
-        return _with_slot(out, record.slots(push, parents, [out])[0], record)
+        return _with_tangent(out, record.output_tangents(jvp, inputs, [out])[0], record)
     flat, spec = pytree.tree_flatten(out)
-    slots = record.slots(push, parents, flat)
-    moving = [_with_slot(one, slot, record) for one, slot in zip(flat, slots, strict=True)]
-    return pytree.tree_unflatten(moving, spec)
+    refs = record.output_tangents(jvp, inputs, flat)
+    made = [_with_tangent(one, ref, record) for one, ref in zip(flat, refs, strict=True)]
+    return pytree.tree_unflatten(made, spec)
 
 
-def _with_slot(value: Any, slot: Slot, record: Record) -> Any:
-    return Lifted(value, slot, record) if slot is not None and moves(value) else value
+def _with_tangent(value: Any, ref: TangentRef, record: TangentRecord) -> Any:
+    if ref is None or not can_have_tangent(value):
+        return value
+    return DualTensor(value, ref, record)
 
 
 def _listed(tangents: Any) -> Sequence[Any]:
     return [tangents] if tangents is None or isinstance(tangents, Tensor) else list(tangents)
 
 
-def _itself(tangent: Slot) -> Tensor:
-    found: Tensor = tangent
-    return found
+def _identity(ref: TangentRef) -> Tensor:
+    tangent: Tensor = ref
+    return tangent

@@ -5,25 +5,23 @@
     heun       the trapezoidal rule on v, two evaluations a step; second order
     restart    jump to t=0, renoise to the next time with fresh noise, jump again
     mix        flow map from noise to the first time, Euler on v, then one jump to t=0
-    cfg, input_guidance   another sampler with guidance, by two rows a sample or told to the network
 
-`restart` keeps the data's law exactly when the jump is exact. A head that was trained at r=0 only
-must be sampled by `restart`: recombining its jump with the noise that it started from,
-`(1 - t') x0hat + t' x1hat`, has the wrong variance.
+`restart` keeps the data's law if the jump is exact. A head that was trained at r=0 only must be
+sampled by `restart`. To combine its jump with the noise that the jump started from,
+`(1 - t') x0hat + t' x1hat`, would give the wrong variance.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from registry import paths, samplers
-from registry.protocols import Cond, Network, Path, Reference, Sampler
-from zoo.guidance import check_interval, inside, unlabelled, velocity_at
+from registry import samplers
+from registry.protocols import Cond, Network, Path, Reference
+from zoo.guidance import velocity_at
 from zoo.ops import normal_like
 from zoo.paths import Linear
 
@@ -48,7 +46,7 @@ class FlowMap:
     nfe: int = 1
 
     def __post_init__(self) -> None:
-        _check_nfe("flow_map", self.nfe)
+        check_nfe("flow_map", self.nfe)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         x, times = x1, even_times(self.nfe)
@@ -68,7 +66,7 @@ class Euler:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_nfe("euler", self.nfe)
+        check_nfe("euler", self.nfe)
         _check_shift("euler", self.shift)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
@@ -89,7 +87,7 @@ class Heun:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_nfe("heun", self.nfe)
+        check_nfe("heun", self.nfe)
         _check_shift("heun", self.shift)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
@@ -108,7 +106,7 @@ class Heun:
 @samplers.register("restart")
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Jump to the data, add fresh noise, jump again; as consistency models are sampled."""
+    """The sampler of consistency models: jump to the data, add fresh noise, jump again."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
     reference: ClassVar = Reference(
@@ -116,15 +114,15 @@ class Restart:
     )
 
     nfe: int = 1
-    t_min: float | None = None  # the last time noise is added; None spaces all times evenly
+    t_min: float | None = None  # the last time that noise is added; None spaces all times evenly
     path: Path = field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        _check_nfe("restart", self.nfe)
+        check_nfe("restart", self.nfe)
         _check_time("restart.t_min", self.t_min)
 
     def times(self) -> list[float]:
-        """The nfe times that are jumped from, the first being 1."""
+        """The nfe times at which jumps start; the first is 1."""
         low = 1 / self.nfe if self.t_min is None else self.t_min
         return _between(1.0, low, self.nfe)
 
@@ -139,7 +137,7 @@ class Restart:
 @samplers.register("mix")
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Noise-to-noisy jump, Euler steps on the velocity, one jump to the data; DE-CM's own.
+    """DE-CM's sampler: a noise-to-noisy jump, Euler steps, one jump to the data.
 
     The paper's switch point is not public: `t_switch` is the time of the last jump (our reading).
     """
@@ -153,11 +151,11 @@ class Mix:
     t_switch: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_nfe("mix", self.nfe)
+        check_nfe("mix", self.nfe)
         _check_time("mix.t_switch", self.t_switch)
 
     def times(self) -> list[float]:
-        """The nfe times that the network is evaluated at, the first being 1."""
+        """The nfe times at which the network is evaluated; the first is 1."""
         return _between(1.0, self.t_switch, self.nfe)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
@@ -170,96 +168,6 @@ class Mix:
         return jump(net, x, times[-1], 0.0, cond)
 
 
-class _Wrapping:
-    """A sampler that changes what another one, its field `sampler`, is given."""
-
-    heads: ClassVar[tuple[str, ...]] = ()  # those of the other
-
-    nfe: int
-    sampler: Sampler
-    scale: float
-    interval: tuple[float, float]
-
-    @property
-    def guidance_scale(self) -> float:
-        return self.scale
-
-    def inner(self) -> Sampler:
-        replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
-        return replace(self.sampler, nfe=self.nfe)
-
-    def __post_init__(self) -> None:
-        name = samplers.name_of(self)
-        _check_nfe(name, self.nfe)
-        check_interval(f"{name}.interval", self.interval)
-        self.inner()
-
-
-@samplers.register("cfg")
-@dataclass(frozen=True, kw_only=True)
-class ClassifierFree(_Wrapping):
-    """Classifier-free guidance inside an interval of times: null + scale (given - null).
-
-    Both are rows of one network call, so that a call inside the interval costs as much as two.
-    """
-
-    reference: ClassVar = Reference(
-        title="Applying Guidance in a Limited Interval Improves Sample and Distribution Quality",
-        authors="Kynkäänniemi et al.",
-        year=2024,
-        arxiv="2404.07724",
-    )
-
-    nfe: int = 50
-    sampler: Sampler = field(default_factory=Euler)
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        guided = guided_network(net, self.scale, self.interval)
-        return self.inner()(guided, x1, cond, rng)
-
-
-@samplers.register("input_guidance")
-@dataclass(frozen=True, kw_only=True)
-class InputGuidance(_Wrapping):
-    """The scale and interval of guidance as inputs of a network that was trained with them."""
-
-    nfe: int = 1
-    sampler: Sampler = field(default_factory=FlowMap)
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scale >= 1:
-            raise ValueError(
-                f"input_guidance.scale = {self.scale!r} must be at least 1, where there is none"
-            )
-
-    def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        told = x1.new_tensor([self.scale, *self.interval]).expand(len(x1), 3)
-        return self.inner()(net, x1, {**(cond or {}), "guidance": told}, rng)
-
-
-def guided_network(net: Network, scale: float, interval: tuple[float, float]) -> Network:
-    """The network whose u and v are guided at times inside the interval, the same for all rows."""
-
-    def guided(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
-        if scale == 1 or not bool(inside(t, interval).all()):
-            return net(x, t, r, cond)
-        null = unlabelled(cond)
-        both = {name: torch.cat([value, null[name]]) for name, value in (cond or {}).items()}
-        out = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([r, r]), both)
-        halves = {key: value.chunk(2) for key, value in out.items()}
-        return {
-            key: without + scale * (given - without) if key in ("u", "v") else given
-            for key, (given, without) in halves.items()
-        }
-
-    return guided
-
-
 def jump(net: Network, x: Tensor, t: float, r: float, cond: Cond | None) -> Tensor:
     """The flow map x - (t - r) u(x, t, r) at equal times for all rows."""
     return x - (t - r) * net(x, _full(x, t), _full(x, r), cond)["u"]
@@ -270,34 +178,10 @@ def euler_step(net: Network, x: Tensor, t: float, r: float, cond: Cond | None) -
     return x - (t - r) * velocity_at(net, x, _full(x, t), cond)
 
 
-def valid_samplers(objective: Any) -> tuple[str, ...]:
-    """The samplers that the objective names, else every one whose outputs it trains."""
-    declared = getattr(objective, "samplers", None)
-    if declared is not None:
-        return tuple(declared)
-    return tuple(
-        name for name in samplers.names() if set(samplers.get(name).heads) & set(objective.heads)
-    )
-
-
-def check_sampler(name: str, objective: Any, sampler: Any) -> None:
-    """ValueError unless the sampler is valid for the objective `name`, and on the same path."""
-    if isinstance(sampler, _Wrapping):
-        return check_sampler(name, objective, sampler.sampler)
-    valid = valid_samplers(objective)
-    chosen = samplers.name_of(sampler)
-    if chosen not in valid:
-        raise ValueError(
-            f"objective {name!r} cannot use sampler {chosen!r}: it trains the outputs "
-            f"{', '.join(objective.heads)} and is valid for {', '.join(valid) or 'no sampler'}. "
-            f"Bind run.sampler = @{valid[0] if valid else 'SAMPLER'}()"
-        )
-    path = getattr(objective, "path", None)
-    if path is not None and getattr(sampler, "path", path) != path:
-        raise ValueError(
-            f"sampler {chosen!r} adds noise along {sampler.path}, but objective {name!r} trains on "
-            f"{path}. Bind {chosen}.path = @{paths.name_of(path)}()"
-        )
+def check_nfe(name: str, nfe: int) -> None:
+    """ValueError unless nfe is a positive integer; `name` is the sampler's registered name."""
+    if not (isinstance(nfe, int) and nfe >= 1):
+        raise ValueError(f"{name}.nfe = {nfe!r} must be a positive integer")
 
 
 def _full(x: Tensor, t: float) -> Tensor:
@@ -307,11 +191,6 @@ def _full(x: Tensor, t: float) -> Tensor:
 def _between(first: float, last: float, n: int) -> list[float]:
     """n equally spaced values from first to last; for n = 1 the first alone."""
     return [first + (last - first) * i / max(n - 1, 1) for i in range(n)]
-
-
-def _check_nfe(name: str, nfe: int) -> None:
-    if not (isinstance(nfe, int) and nfe >= 1):
-        raise ValueError(f"{name}.nfe = {nfe!r} must be a positive integer")
 
 
 def _check_shift(name: str, shift: float) -> None:
