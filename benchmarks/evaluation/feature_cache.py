@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.metrics.evaluate import BLOCK
-from benchmarks.metrics.features import Extractor
+from registry.protocols import Extractor
 from trainers import progress, ranks
 
 log = logging.getLogger(__name__)

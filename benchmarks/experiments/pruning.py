@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from benchmarks.records.jsonl import RECORD, Record, read_record
-from benchmarks.records.recorders import Null
-from registry import pruners
+from registry import pruners, recorders
 from registry.core import did_you_mean
+from registry.protocols import IntermediateValue, Pruner, Recorder, keeps_records
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.callbacks import Callback
@@ -33,25 +33,6 @@ SEED, GROUP, PRUNED = "run.seed", "group", "pruned"  # a param and two tags of a
 
 class Pruned(Exception):
     """A cell was stopped early, for being weak."""
-
-
-@dataclass(frozen=True, order=True)
-class Report:
-    """What an evaluation of a cell found."""
-
-    time: int  # ms since 1970
-    cell: str
-    step: int
-    value: float
-
-
-class Pruner(Protocol):
-    """Whether the cell of the last report, being one of those that compete, is to stop there."""
-
-    metric: str
-    min_steps: int
-
-    def __call__(self, reports: Sequence[Report]) -> bool: ...
 
 
 @pruners.register("successive_halving")
@@ -78,8 +59,8 @@ class SuccessiveHalving:
             if not (isinstance(value, int) and value >= least):
                 raise ValueError(f"successive_halving.{name} = {value!r} must be {least} or more")
 
-    def __call__(self, reports: Sequence[Report]) -> bool:
-        """Replays the reports to Optuna, which keeps what it needs in a study of its own."""
+    def __call__(self, values: Sequence[IntermediateValue]) -> bool:
+        """Replay the values to Optuna, which decides in a study that is made anew each time."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -89,11 +70,11 @@ class SuccessiveHalving:
         direction: Literal["minimize", "maximize"]
         direction = "minimize" if self.better == "lower" else "maximize"
         study = optuna.create_study(pruner=pruner, direction=direction)
-        trials = {cell: study.ask() for cell in dict.fromkeys(r.cell for r in reports)}
+        trials = {cell: study.ask() for cell in dict.fromkeys(v.cell for v in values)}
         verdict = False
-        for report in reports:
-            trials[report.cell].report(report.value, report.step)
-            verdict = trials[report.cell].should_prune()
+        for value in values:
+            trials[value.cell].report(value.value, value.step)
+            verdict = trials[value.cell].should_prune()
         return verdict
 
 
@@ -124,29 +105,30 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
     for cell in cells:
         if cell.tags.get(PRUNED) and cell.tags.get(GROUP, cell.name) == own.tags.get(GROUP):
             return f"{cell.name}, the same with another seed, was pruned"
-    reports = sorted(
-        report
+    values = sorted(
+        value
         for cell in cells
         if cell.params.get(SEED) == own.params.get(SEED)
-        for report in _reports(cell, pruner.metric)
+        for value in _values(cell, pruner.metric)
     )
-    last = max(_reports(own, pruner.metric), key=lambda report: report.step)
-    reports = reports[: reports.index(last) + 1]
-    if not pruner(reports):
+    last = max(_values(own, pruner.metric), key=lambda value: value.step)
+    values = values[: values.index(last) + 1]
+    if not pruner(values):
         return ""
-    num = len({report.cell for report in reports})
+    num = len({value.cell for value in values})
     return f"{pruner.metric} = {last.value:.4g} is not among the best of {num} cells"
 
 
 def check_pruner(
-    pruner: Pruner, recorder: object, every: int, budget: Budget, measured: Sequence[str]
+    pruner: Pruner, recorder: Recorder, every: int, budget: Budget, measured: Sequence[str]
 ) -> None:
     """ValueError if the pruner could not act in a run that measures this, as often as this."""
     name = pruners.name_of(pruner)
-    if isinstance(recorder, Null):
+    if not keeps_records(recorder):
         raise ValueError(
             f"run.pruner = @{name}() reads what the other cells recorded, and run.recorder = "
-            "@null() keeps nothing; take @jsonl() or @mlflow()"
+            f"@{recorders.name_of(recorder)}() keeps no record.jsonl. Bind run.recorder = @jsonl() "
+            "or @mlflow()"
         )
     if not every:
         raise ValueError(
@@ -165,9 +147,12 @@ def check_pruner(
         )
 
 
-def _reports(cell: Record, metric: str) -> list[Report]:
+def _values(cell: Record, metric: str) -> list[IntermediateValue]:
     history = cell.metrics.get(metric)
     if history is None:
         return []
     points = zip(history.times, history.steps, history.values, strict=True)
-    return [Report(int(time), cell.name, int(step), float(value)) for time, step, value in points]
+    return [
+        IntermediateValue(int(time), cell.name, int(step), float(value))
+        for time, step, value in points
+    ]

@@ -21,10 +21,11 @@ from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared, Setting
 from benchmarks.grids.cell import Cell, build
 from benchmarks.grids.request import Request
-from benchmarks.launchers.launcher import InProcess, Launcher
+from benchmarks.launchers.launcher import InProcess
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, pruners, recorders
 from registry.gin_errors import said
+from registry.protocols import Launcher, Recorder
 from trainers import progress
 from trainers.zero.engine import WITHOUT_EFFECT
 
@@ -57,7 +58,7 @@ class Plan:
     notes: tuple[str, ...]  # on axes without effect
     config: str  # of all cells
     launcher: Launcher
-    recorder: Any
+    recorder: Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class _Draft:
     headline: str
     config: str
     operative: str
-    recorder: Any
+    recorder: Recorder
     prunes: bool
     cost: Any
 

@@ -29,13 +29,12 @@ from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import average, result_table
-from benchmarks.launchers.launcher import Job, close_lost
+from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
-from benchmarks.records.mlflow_store import open_hint
 from benchmarks.records.provenance import commit
-from benchmarks.records.recorders import Mlflow
 from benchmarks.runs.result import RESULT, SAMPLES, Result
 from registry import gin_setup
+from registry.protocols import Job, Recorder, RunRecord, store_of
 
 GRID, LOCK = "grid.json", "grid.lock"
 NUM_COLUMNS = 20  # samples per line of the picture
@@ -94,8 +93,8 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
             _check_same(one, state.folder)
         states[one.cell.name] = state
     missing = {o.cell.id: o for o in planned.cells if states[o.cell.name].status != "finished"}
-    if isinstance(planned.recorder, Mlflow):
-        found = finished_elsewhere(planned.recorder.store, missing)
+    if store := store_of(planned.recorder):
+        found = finished_elsewhere(store, missing)
         states |= {missing[id].cell.name: state for id, state in found.items()}
     return states
 
@@ -128,7 +127,7 @@ def _run(
     return results
 
 
-def _launch(planned: Plan, jobs: Sequence[Job], parent: Any, again: str) -> dict[str, str]:
+def _launch(planned: Plan, jobs: Sequence[Job], parent: RunRecord, again: str) -> dict[str, str]:
     """Run the jobs; why each failed that did."""
     failed = {}
     try:
@@ -167,7 +166,9 @@ def _about(planned: Plan, states: Mapping[str, State]) -> str:
     return json.dumps({"grid": planned.name, **about}, indent=1) + "\n"
 
 
-def _report(parent: Any, planned: Plan, states: Mapping[str, State], out: Path) -> list[Result]:
+def _report(
+    parent: RunRecord, planned: Plan, states: Mapping[str, State], out: Path
+) -> list[Result]:
     """The table on the terminal and as table.md, and the picture of the first cell of each group.
 
     A row is the mean over the cells of a group, which differ in their seeds.
@@ -196,15 +197,14 @@ def _by_nfe(item: tuple[str, Any]) -> int:
     return int(item[0].removeprefix("nfe"))
 
 
-def _say_where(recorder: Any, out: Path, seconds: float) -> None:
+def _say_where(recorder: Recorder, out: Path, seconds: float) -> None:
     print(f"\n{seconds / 60:.1f} minutes")
     print(f"table     {out / 'table.md'}")
     if (out / "samples.png").exists():
         print(f"samples   {out / 'samples.png'}")
     print(f"gin text  {out}/*/config.gin, operative.gin")
-    if isinstance(recorder, Mlflow):
-        uri = recorder.store.name
-        print(f"MLflow    {uri}; open it with\n          {open_hint(uri)}")
+    if store := store_of(recorder):
+        print(f"records   {store.name}; open them with\n          {store.open_hint()}")
 
 
 def _other_code(states: Iterable[State]) -> list[str]:

@@ -4,10 +4,7 @@
     subprocesses    several at a time on this machine (benchmarks/launchers/subprocesses.py)
     ray_cluster     wherever Ray finds room (benchmarks/launchers/ray_cluster.py)
 
-A launcher is configuration. It is called with jobs and with the function that runs one of them; it
-runs each and yields how each ended, as they end.
-After SIGINT or SIGTERM it starts no more of them, yields those that ran, most as "stopped" with a
-checkpoint saved, and raises KeyboardInterrupt. A second signal acts at once.
+A launcher is configuration; its contract is registry.protocols.Launcher.
 """
 
 from __future__ import annotations
@@ -16,50 +13,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar
 
 from benchmarks.records.jsonl import read_record, read_start
 from registry import launchers
+from registry.protocols import Ended, Job, RunCell, RunRecord
 
 OUTPUT = "output.log"  # what a cell in a process of its own printed
 TELL_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One cell: its name, and the folder that the grid prepared for it."""
-
-    name: str
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How one cell ended; `reason` is empty for a finished one."""
-
-    name: str
-    status: Literal["finished", "failed", "stopped", "pruned"]
-    reason: str = ""
-
-
-RunCell = Callable[[Path], Ended]  # runs the cell that was prepared in a folder
-
-
-class Launcher(Protocol):
-    """Runs the jobs by `run_cell`, a function of a module; yields how each ended, as they end."""
-
-    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]: ...
 
 
 @launchers.register("in_process")
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
     """Runs the cells one after the other in this process."""
+
+    serial: ClassVar = True
 
     def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
         for job in jobs:
@@ -112,7 +86,7 @@ def interruptible() -> Iterator[list[str]]:
         restore()
 
 
-def close_lost(job: Job, reason: str, parent: Any) -> None:
+def close_lost(job: Job, reason: str, parent: RunRecord) -> None:
     """Close the record of a cell whose process died without doing so, as FAILED for this reason.
 
     `parent` is the open record of the grid.

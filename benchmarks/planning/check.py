@@ -30,9 +30,8 @@ from benchmarks.planning.zero_memory import Setting, Sizes, largest
 from benchmarks.runs.peak_memory import PeakMemory
 from registry.protocols import LossOutput, required_heads
 from trainers import AdamW, Budget, Callback, TrainState, fit, ranks
-from trainers.engines import TrainStep
+from trainers.engines import TrainStep, as_trained
 from trainers.zero.engine import ZeroEngine
-from zoo.derivatives.one_pass import apart
 
 OBJECTIVES, STAGES = ("flow_matching", "mean_flow", "dumo"), (0, 1, 2, 3)
 SHAPE, CLASSES, BATCH, DECAYS = (4, 16, 16), 10, 16, (0.999,)
@@ -73,7 +72,7 @@ def measured(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing:
     fit(
         net=network(required_heads(objective), dim, depth, checkpointing),
         objective=objective,
-        dataset=Noise(),  # type: ignore[arg-type]  # all that a training run asks of one
+        dataset=Noise(),  # it has all that a training asks of a data set
         batch_size=BATCH,
         budget=Budget(steps=STEPS),
         engine=engine,
@@ -90,8 +89,7 @@ def predicted(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing
     bare = copy.deepcopy(objective)
     with torch.device("meta"):
         net = network(required_heads(objective), dim, depth, checkpointing)
-        moved = apart(objective) if engine.stage == 3 else objective
-        step = TrainStep(net, moved, DECAYS).train()
+        step = TrainStep(net, as_trained(objective, engine), DECAYS).train()
     outline = Outline(
         arm="", step=step, bare=bare, engine=engine, optimizer=AdamW(), batch_size=BATCH,
         shape=SHAPE, num_classes=CLASSES, shape_from="", images=None,

@@ -16,6 +16,7 @@ import torch
 
 import registry
 from backbones.network import build_network
+from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import bound
 from benchmarks.experiments.build import run
 from benchmarks.grids.request import Request
@@ -67,8 +68,8 @@ def outline(
             arm=arm,
             bare=copy.deepcopy(objective),
             step=_train_step(objective, arm, data[0], data[1]),
-            engine=_value("engine", arm) or registry.engines.build("torch_engine"),
-            optimizer=_value("optimizer", arm) or registry.optimizers.build("adamw"),
+            engine=_value("engine", arm) or defaults.engine(),
+            optimizer=_value("optimizer", arm) or defaults.optimizer(),
             batch_size=batch_size,
             shape=data[0],
             num_classes=data[1],

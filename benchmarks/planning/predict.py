@@ -22,9 +22,9 @@ from benchmarks.grids.request import Request
 from benchmarks.planning.outline import outline
 from benchmarks.planning.simulation import Simulation, mean_over_steps
 from benchmarks.planning.zero_memory import Memory, Setting, Sizes, largest
-from trainers.engines import TorchEngine
+from registry.protocols import runs_in_several_processes
+from trainers.engines import as_trained
 from trainers.zero.engine import ZeroEngine
-from zoo.derivatives.one_pass import apart
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -141,12 +141,12 @@ class _Case:
 
     @cached_property
     def _sharded(self) -> Simulation:
-        """At stage 3, where derivatives take passes of their own."""
-        objective = self._outline.step.objective
-        if apart(objective) is objective:
+        """At stage 3, where an objective may differentiate otherwise."""
+        objective, engine = self._outline.step.objective, self._at(3, {})
+        if as_trained(objective, engine) is objective:
             return self._simulation
         made = outline(self._request, self._arm, **self._data)
-        made.step.objective = apart(made.step.objective)
+        made.step.objective = as_trained(made.step.objective, engine)
         return Simulation(made)
 
     def _simulated(self, stage: int | None) -> Simulation:
@@ -164,12 +164,12 @@ class _Case:
     def prediction(self, stages: Sequence[int]) -> Prediction:
         made = self._outline
         fits = [self._best(stage) for stage in stages]
-        if self._machine.gpus == 1 and isinstance(made.engine, TorchEngine):
+        if self._machine.gpus == 1 and not runs_in_several_processes(made.engine):
             fits.insert(0, self._best(None))
         fits = [fit if fit.fits else replace(fit, remedy=self._remedy(fit.stage)) for fit in fits]
         run = self._simulated(fits[0].stage)
         flops = run.activity(self._rows, self._rows).flops / self._rows
-        bare = apart(made.bare) if run is self._sharded else made.bare
+        bare = as_trained(made.bare, self._at(3, {})) if run is self._sharded else made.bare
         flops *= mean_over_steps(bare, made.shape, made.num_classes > 0)
         speed = self._machine.images_per_second
         if self._machine.tflops:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from benchmarks.records.jsonl import RECORD, RecordWriter, now_ms, numbers, read_record, read_start
 from benchmarks.records.mlflow_store import Store
@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Null:
     """Records nothing."""
+
+    keeps_records: ClassVar = False
 
     def start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import registry
@@ -15,6 +16,8 @@ from benchmarks.runs.result import finished_run
 from benchmarks.runs.samples import draw_samples
 from registry import gin_setup
 from trainers.checkpoints.weights import load_module
+
+log = logging.getLogger(__name__)
 
 
 def open_run(
@@ -96,5 +99,5 @@ def export_file(file: Path, out: Path, layout: str = "", num_heads: int | None =
     imported = import_file(file, layout, num_heads)
     save_exported(imported.network(), out, layout=imported.layout, source=file.name)
     for name, reason in imported.unused.items():
-        print(f"not needed: {name} ({reason})")
+        log.info("not needed: %s (%s)", name, reason)
     return out

@@ -38,7 +38,7 @@ def load_pretrained(path: Path, layout: str = "", num_heads: int | None = None) 
     return import_file(path, layout, num_heads).network()
 
 
-def load_teacher(experiment: Experiment) -> None:
+def load_initial_weights(experiment: Experiment) -> None:
     """Give the run's networks the weights, of its teacher and its own, that were made before."""
     if experiment.start_from:
         with _naming("run.start_from", experiment.start_from):
@@ -54,7 +54,7 @@ def load_teacher(experiment: Experiment) -> None:
             _check_backbone(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
-        _attach(experiment, teacher, network)
+        attach_teacher(experiment, teacher, network)
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _check_backbone(experiment: Experiment, folder: Path) -> None:
         raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
 
 
-def _attach(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+def attach_teacher(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
     """The teacher, and the student that starts from it unless it starts from other weights."""
     teacher.attach(network.to(experiment.device))
     if not experiment.start_from:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks.experiments.experiment import Experiment
-from registry.protocols import Batch
+from registry.protocols import Batch, to_device
 from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.derivatives.dual_tensors import Lifted, settled
@@ -48,8 +48,7 @@ def passes_per_step(experiment: Experiment) -> Passes:
 
     def batch(number: int) -> Batch:
         x0, cond = dataset.batch(number, rows, experiment.seed)
-        cond = cond and {name: value.to(device) for name, value in cond.items()}
-        return Batch(x0.to(device), cond, LATE + number, 1.0)
+        return Batch(x0.to(device), to_device(cond, device), LATE + number, 1.0)
 
     with experiment.engine.autocast(device):
         return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)

@@ -26,7 +26,7 @@ from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.runs.result import REAL, SAMPLES
-from registry.protocols import Coded, Dataset
+from registry.protocols import Coded, Dataset, to_device
 from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
@@ -41,8 +41,7 @@ def draw_samples(
 ) -> dict[int, Tensor]:
     """`num` samples at each NFE from the same noise and labels."""
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
-    cond = experiment.dataset.sample_labels(num)
-    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
+    cond = to_device(experiment.dataset.sample_labels(num), experiment.device)
     return {
         n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
         for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()

@@ -13,7 +13,7 @@ hold before anything is built.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,20 +30,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import registry
+from benchmarks.experiments import defaults
 from benchmarks.grids.request import Request
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.passes import passes_per_step
 from benchmarks.runs.peak_memory import PeakMemory
-from benchmarks.speed.cases import Case, Training
+from benchmarks.speed.cases import Case, SteppedRun
 from benchmarks.speed.overheads import Overheads, bare_loop, logging_seconds, sampling_pair
-from benchmarks.speed.table import Cost, Speed, machine, speed_table
+from benchmarks.speed.table import Speed, StepCost, machine, speed_table
 from registry import gin_setup
 from registry.protocols import Batch, Engine, LossOutput
 from zoo.derivatives.dual_tensors import Tape
 
 STEPS_PER_TURN = 3  # DE-CM's cycle
 MEMORY_STEPS = 4
+
+log = logging.getLogger(__name__)
 
 
 def run_bench(
@@ -56,15 +58,15 @@ def run_bench(
 ) -> Speed:
     """Measure every group; the table, speed.json and the metrics of a record are kept in `out`."""
     request.parse()
-    recorder = gin_setup.build("run.recorder") or registry.recorders.build("mlflow")
-    costs: list[Cost] = []
+    recorder = gin_setup.build("run.recorder") or defaults.recorder()
+    costs: list[StepCost] = []
     overheads: list[Overheads] = []
     with recorder.start(out.name, out) as record:
         for group, cases in groups.items():
-            _tell(f"{group}: {turns} turns of {STEPS_PER_TURN} steps, {len(cases)} cases")
+            log.info("%s: %d turns of %d steps, %d cases", group, turns, STEPS_PER_TURN, len(cases))
             measured, own = measure_group(cases, turns)
             if memory:
-                _tell(f"{group}: peak memory, a process for each case")
+                log.info("%s: peak memory, a process for each case", group)
                 measured = with_memory(cases, measured)
             costs += measured
             overheads.append(own)
@@ -76,7 +78,7 @@ def run_bench(
     return speed
 
 
-def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overheads]:
+def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[StepCost], Overheads]:
     """The costs of cases that share a baseline, which comes first, and the framework's own."""
     experiments = [case.build() for case in cases]
     passes = [passes_per_step(experiment).total for experiment in experiments]
@@ -87,7 +89,7 @@ def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overhe
     drawn, called = by_turns(sampling_pair(base), turns, base.device, each=1)
     outside = [outside_share(training) for training in trainings]
     costs = [
-        Cost(
+        StepCost(
             case=case.name,
             group=group,
             seconds=median(times[i]),
@@ -123,10 +125,10 @@ def by_turns(
     return [of_one[1:] for of_one in seconds]
 
 
-def outside_share(training: Training) -> float:
+def outside_share(training: SteppedRun) -> float:
     """The share of a turn that is spent neither in the networks, moved or not, nor backward."""
     state, engine = training.state, training.state.engine
-    clock = _Clock(state.device)
+    clock = _Stopwatch(state.device)
     handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
     handles += [net.register_forward_hook(clock.stop) for net in training.networks]
     state.engine = _TimedBackward(engine, clock)
@@ -141,7 +143,7 @@ def outside_share(training: Training) -> float:
     return 1 - clock.seconds / whole
 
 
-class _Clock:
+class _Stopwatch:
     """Seconds between start and stop, with what is queued on a GPU."""
 
     def __init__(self, device: torch.device):
@@ -155,7 +157,7 @@ class _Clock:
 
 
 @contextmanager
-def _replays_on(clock: _Clock) -> Iterator[None]:
+def _replays_on(clock: _Stopwatch) -> Iterator[None]:
     """Derivatives that follow behind a network's call are on the clock too."""
     replay = Tape.replay
 
@@ -172,7 +174,7 @@ def _replays_on(clock: _Clock) -> Iterator[None]:
 class _TimedBackward:
     """An engine whose backward is on a clock."""
 
-    def __init__(self, engine: Engine, clock: _Clock):
+    def __init__(self, engine: Engine, clock: _Stopwatch):
         self._engine, self._clock = engine, clock
 
     def __getattr__(self, name: str) -> Any:
@@ -187,7 +189,7 @@ class _TimedBackward:
         self._clock.stop()
 
 
-def with_memory(cases: Sequence[Case], costs: Sequence[Cost]) -> list[Cost]:
+def with_memory(cases: Sequence[Case], costs: Sequence[StepCost]) -> list[StepCost]:
     """The costs with their peak memory, where it can be known."""
     peaks = [peak_memory(case) for case in cases]
     base = peaks[0]
@@ -230,10 +232,6 @@ def _seconds(step: Callable[[], object], device: torch.device, num: int = STEPS_
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return median(mine / theirs for mine, theirs in zip(times, base, strict=True))
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _now(device: torch.device) -> float:

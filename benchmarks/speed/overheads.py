@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.records.recorders import Jsonl
-from registry.protocols import LossOutput
+from registry.protocols import LossOutput, rows_of, to_device
 from trainers.callbacks import MetricsLog
 from trainers.engines import compile_in_place
 from trainers.state import TrainState
@@ -52,7 +52,7 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
         x0 = images[rows].to(device)
         x1, t = torch.randn_like(x0), torch.rand(n, device=device)
         s = t.view(-1, *[1] * (x0.ndim - 1))
-        given = cond and {name: value[rows].to(device) for name, value in cond.items()}
+        given = to_device(rows_of(cond, rows), device)
         with experiment.engine.autocast(device):
             loss = ((net((1 - s) * x0 + s * x1, t, t, given)["v"] - (x1 - x0)) ** 2).mean()
         loss.backward()
@@ -69,8 +69,7 @@ def sampling_pair(experiment: Experiment) -> tuple[Callable[[], object], Callabl
     """The same Euler steps by `evaluate.draw` and by bare calls of the network."""
     net, n = experiment.net, experiment.batch_size
     x1 = evaluate.noise(experiment.dataset.shape, n, 0).to(experiment.device)
-    cond = experiment.dataset.sample_labels(n)
-    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
+    cond = to_device(experiment.dataset.sample_labels(n), experiment.device)
 
     def ours() -> object:
         return evaluate.draw(net, Euler(nfe=SAMPLING_NFE), x1, cond)

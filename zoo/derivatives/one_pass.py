@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from registry import derivatives
-from registry.protocols import Cond, Derivative, Network
+from registry.protocols import Cond, Derivative, JointDerivative, Network
 from zoo.derivatives.dual_tensors import Flowing, Lifted, Record, Tape, rule_of, settled
 from zoo.derivatives.methods import (
     NO_TANGENT,
@@ -43,6 +43,10 @@ class OnePass:
     """Exact, by the forward that makes the prediction; not in ZeRO stage 3, not compiled."""
 
     needs_forward_ad: ClassVar = True
+
+    @property
+    def in_own_pass(self) -> Derivative:
+        return Dual()
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
@@ -97,8 +101,12 @@ class OnePass:
 
 
 def apart(objective: Any) -> Any:
-    """The same objective with `dual` in place of `one_pass`."""
-    return with_derivatives(objective, lambda d: Dual() if isinstance(d, OnePass) else d)
+    """The same objective with each of its derivatives in a pass of its own."""
+
+    def choose(derivative: Derivative) -> Derivative:
+        return derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+
+    return with_derivatives(objective, choose)
 
 
 def outputs_and_derivative(
@@ -110,7 +118,7 @@ def outputs_and_derivative(
     """
     k, (x, t, r) = len(tangents[0]), point
     given, first = first_rows(cond, k), (x[:k], t[:k], r[:k])
-    if not isinstance(derivative, OnePass):
+    if not isinstance(derivative, JointDerivative):
         out = dict(net(*point, cond))
         if derivative is None:
             return out, torch.zeros_like(tangents[0])
@@ -128,7 +136,7 @@ def outputs_then_derivative(
     derivative: Derivative | None, net: Network, cond: Cond | None, point: Point
 ) -> tuple[dict[str, Tensor], Moved]:
     """The network's outputs at (x, t, r), and du/ds by tangents that may depend on them; once."""
-    if isinstance(derivative, OnePass):
+    if isinstance(derivative, JointDerivative):
         return derivative.linearized(lambda x, t, r: net(x, t, r, cond), point, "u")
 
     def moved(tangents: Point) -> Tensor:
