@@ -82,7 +82,7 @@ class Experiment:
 
     @property
     def distilled(self) -> tuple[Frozen, FlowNetwork] | None:
-        """The frozen teacher and its network."""
+        """The frozen teacher and its network; None for a run without one."""
         if self.teacher is None or not isinstance(self.teacher.network, FlowNetwork):
             return None
         return self.teacher, self.teacher.network

@@ -1,15 +1,15 @@
-"""Weak cells of a grid are stopped early: successive halving, asked at each periodic evaluation.
+"""Stops weak cells of a grid early, by successive halving at each periodic evaluation.
 
     run.pruner = @successive_halving()
     successive_halving.metric = 'nfe1/fd_efficientnetlite0'
     successive_halving.min_steps = 200
     run.evaluate_every = 200
 
-No process decides for the others. A cell that has just been evaluated reads what the cells beside
-it recorded, and asks. It competes with the cells of its own seed alone, which see the same data,
-noise and initial weights; and where one seed of an arm is pruned, so are those that still run,
-since the mean over the seeds that survived would be too good. A pruned cell keeps a checkpoint and
-no result.json, its record ends as KILLED with the tag `pruned`.
+Each cell decides for itself. When it has been evaluated, it reads what the cells beside it
+recorded, and asks the pruner. It competes with the cells of its own seed alone, which see the same
+data, noise and initial weights. Where one seed of an arm is pruned, the seeds of that arm that
+still run are pruned too, since the mean over the others would be too good. A pruned cell keeps a
+checkpoint and has no result.json. Its record ends as KILLED, with the tag `pruned`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ SEED, GROUP, PRUNED = "run.seed", "group", "pruned"  # a param and two tags of a
 
 
 class Pruned(Exception):
-    """A cell was stopped early, for being weak."""
+    """A cell was stopped early because it was weak."""
 
 
 @pruners.register("successive_halving")
 @dataclass(frozen=True, kw_only=True)
 class SuccessiveHalving:
-    """At min_steps x reduction^k, for k = 0, 1 ..., the best 1/reduction of those there go on.
+    """Lets the best 1/reduction of the cells go on at min_steps x reduction^k steps, k = 0, 1, ...
 
-    The asynchronous kind: nobody waits, a cell is compared with those that came there before it,
-    and the best so far always goes on. Li et al., arXiv 1810.05934, as in Optuna.
+    It is the asynchronous kind: no cell waits for another. A cell is compared with those that
+    reached the same step before it, and the best so far always goes on. Li et al., arXiv
+    1810.05934, as in Optuna.
     """
 
     metric: str = ""
@@ -51,7 +52,9 @@ class SuccessiveHalving:
 
     def __post_init__(self) -> None:
         if not self.metric:
-            raise ValueError("successive_halving.metric is not bound; 'nfe1/fd_pixels' is one, say")
+            raise ValueError(
+                "successive_halving.metric is not bound; bind it to a measured name, such as 'nfe1/fd_pixels'"
+            )
         if self.better not in ("lower", "higher"):
             raise ValueError(f"successive_halving.better = {self.better!r}: 'lower' or 'higher'")
         for name, least in (("min_steps", 1), ("reduction", 2)):
@@ -95,9 +98,9 @@ class Pruning(Callback):
 
 
 def why_pruned(pruner: Pruner, folder: Path) -> str:
-    """Why the cell whose folder this is should stop after its last evaluation; "" if it should not.
+    """Why the cell in this folder should stop after its last evaluation; "" if it should not.
 
-    Its rivals are the other cells of the grid with the same seed, in the folders beside it.
+    It competes with the cells of the grid that have its seed, in the folders beside it.
     """
     own = read_record(folder)
     beside = [read_record(path.parent) for path in sorted(folder.parent.glob(f"*/{RECORD}"))]
@@ -122,7 +125,10 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
 def check_pruner(
     pruner: Pruner, recorder: Recorder, every: int, budget: Budget, measured: Sequence[str]
 ) -> None:
-    """ValueError if the pruner could not act in a run that measures this, as often as this."""
+    """ValueError if the pruner could not act in a run with these settings.
+
+    `every` is the number of steps between evaluations, `measured` the names of their values.
+    """
     name = pruners.name_of(pruner)
     if not keeps_records(recorder):
         raise ValueError(

@@ -1,9 +1,9 @@
 """`objective-zoo plan FILE --gpus N --memory 80GB`: does it fit, with which micro-batch, how long.
 
-Nothing trains and no data are read. planner_outline.py makes the run on the meta device,
-planner_simulation.py measures its loss and backward on tensors without data, planner_stages.py
-divides what lasts by the ZeRO stage. The global batch is kept: `accumulate` is what the largest
-micro-batch that fits leaves. benchmarks/planning/check.py compares the sums with processes.
+Nothing trains and no data are read. outline.py makes the run on the meta device, simulation.py
+measures its loss and backward on tensors without data, zero_memory.py divides what lasts by the
+ZeRO stage. The global batch is kept: `accumulate` is the number of micro-batches that it is cut
+into, each as large as fits. check.py compares the sums with the memory of real processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import registry
 from benchmarks.grids.request import Request
 from benchmarks.planning.outline import outline
 from benchmarks.planning.simulation import Simulation, mean_over_steps
-from benchmarks.planning.zero_memory import Memory, Setting, Sizes, largest
+from benchmarks.planning.zero_memory import Memory, Sizes, StepSplit, largest
 from registry.protocols import runs_in_several_processes
 from trainers.engines import as_trained
 from trainers.zero.engine import ZeroEngine
@@ -39,8 +39,8 @@ class Machine:
     gpus: int
     memory: float  # bytes of each
     tflops: float = 0.0  # reached by each, in 10^12 operations a second
-    images_per_second: float = 0.0  # of all together
-    host: bool = False  # a CPU process, whose memory counts once it is written
+    images_per_second: float = 0.0  # of all GPUs together
+    host: bool = False  # processes on a CPU, where memory counts once it is written
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -53,15 +53,15 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """One stage with its largest micro-batch, or with one row where not even that fits."""
+class StageFit:
+    """One ZeRO stage with the largest micro-batch that fits, or one row if nothing fits."""
 
     stage: int | None  # None is plain PyTorch
     fits: bool
     micro_batch: int
     accumulate: int
     memory: Memory
-    deepspeed: int | None  # its own estimate of the states, for 16-bit weights
+    deepspeed: int | None  # DeepSpeed's own estimate of the states, for 16-bit weights
     remedy: str = ""  # bindings with which it would fit
 
 
@@ -80,7 +80,7 @@ class Prediction:
     images: int | None
     flops_per_image: float
     images_per_second: float
-    fits: tuple[Fit, ...]
+    fits: tuple[StageFit, ...]
 
     @property
     def images_per_day(self) -> float:
@@ -154,7 +154,10 @@ class _Case:
 
     @cached_property
     def _engine(self) -> ZeroEngine:
-        """The file's own, or the one that trainer/zero2.gin would bind, in the same precision."""
+        """The file's own ZeroEngine, or the one of trainer/zero2.gin, in the file's precision.
+
+        A type is asked for here, since the plan is made of this engine's own stages and buckets.
+        """
         engine = self._outline.engine
         if isinstance(engine, ZeroEngine):
             return engine
@@ -189,14 +192,14 @@ class _Case:
             fits=tuple(fits),
         )
 
-    def _best(self, stage: int | None, **changes: Any) -> Fit:
-        """With the largest micro-batch that fits, else with one row."""
+    def _best(self, stage: int | None, **changes: Any) -> StageFit:
+        """The stage with the largest micro-batch that fits, else with one row."""
         micros = [m for m in range(self._rows, 0, -1) if self._rows % m == 0]
         for micro in micros:
             memory = self._memory(stage, micro, changes)
             if fits := memory.total <= self._machine.memory:
                 break
-        return Fit(
+        return StageFit(
             stage=stage,
             fits=fits,
             micro_batch=micro,
@@ -207,16 +210,16 @@ class _Case:
 
     def _memory(self, stage: int | None, micro: int, changes: Mapping[str, Any]) -> Memory:
         engine = None if stage is None else self._at(stage, changes)
-        setting = Setting(
+        split = StepSplit(
             gpus=self._machine.gpus,
             accumulate=self._rows // micro,
             touched=self._machine.host,
         )
         activity = self._simulated(stage).activity(micro, self._rows)
-        return largest(self._sizes, engine, setting, activity)
+        return largest(self._sizes, engine, split, activity)
 
     def _at(self, stage: int, changes: Mapping[str, Any]) -> ZeroEngine:
-        """The engine at a stage, without the offloading that the stage does not know."""
+        """The engine at another stage, without the offloading that this stage does not have."""
         own = {
             "offload_optimizer": self._engine.offload_optimizer and stage > 0,
             "offload_weights": self._engine.offload_weights and stage == 3,
@@ -250,7 +253,7 @@ class _Case:
             yield _Case(request, self._arm, self._machine, self._data), [binding]
 
     def _estimate(self, stage: int | None) -> int | None:
-        """DeepSpeed's own, of a machine's GPUs all in one node."""
+        """DeepSpeed's own estimate, for all GPUs of the machine in one node."""
         if stage not in (2, 3):
             return None
         if not torch.cuda.is_available():

@@ -3,9 +3,9 @@
 The run's folder holds
 
     config.gin  operative.gin  objective.txt     what it was
-    record.jsonl                                 what happened, step by step (see tracking.py)
+    record.jsonl                                 what happened, step by step (records/jsonl.py)
     checkpoints/  teacher/checkpoints/           to continue it
-    ema_snapshots/                               for averages of any width (trainers/ema_snapshots)
+    ema_snapshots/                               averages of any width (trainers/ema/snapshots.py)
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
     samples/  real.safetensors                   for a report: samples while it trained, real data
@@ -47,10 +47,10 @@ class Texts:
 def execute(
     experiment: Experiment, texts: Texts, record: RunRecord, folder: Path, *, resume: bool = False
 ) -> Result:
-    """Run it in `folder`, or continue what is there; returns and saves the result."""
+    """Run it in `folder`, or continue what is there; the result is saved and returned."""
     folder.mkdir(parents=True, exist_ok=True)
     _describe(experiment, texts, record)
-    # By reference: a store of records is no place for gigabytes.
+    # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
     record.tags({name: str(path.resolve()) for name, path in where.items()})
     teacher = prepare_teacher(experiment, record, folder / "teacher", resume)
@@ -131,7 +131,7 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
 
 
 def _guidance(experiment: Experiment) -> str:
-    """The guidance of the samples, from training and from the sampler."""
+    """The guidance of the samples in words: that of training and that of the sampler."""
     found = [
         f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
         for part, interval, name in (

@@ -22,9 +22,9 @@ from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.derivatives.dual_tensors import Lifted, settled
 
-COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
-LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
-COUNTED_ROWS = 64  # at most: quotas are rounded to rows, and a large batch would take long
+COUNTED_STEPS = 6  # the mean is exact for what is done at every 2nd, 3rd or 6th step
+LATE = 6_000_000  # the first counted step, by which schedules over steps have settled
+COUNTED_ROWS = 64  # at most: more rows take longer, fewer round quotas more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Passes:
 
 
 def passes_per_step(experiment: Experiment) -> Passes:
-    """The mean over steps late in a run."""
+    """The mean over `COUNTED_STEPS` steps late in the run."""
     dataset, device = experiment.dataset, experiment.device
     step = TrainStep(experiment.net, experiment.objective).to(device).train()
     rows = min(experiment.batch_size, COUNTED_ROWS)
@@ -82,7 +82,7 @@ class _Call:
 
 
 class _Calls:
-    """The calls of these networks inside the `with` block."""
+    """Collects the calls of these networks inside the `with` block."""
 
     def __init__(self, *networks: nn.Module):
         self.networks = networks

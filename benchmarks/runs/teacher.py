@@ -1,4 +1,4 @@
-"""Where the networks of a run start: from pretrained weights, or from a teacher trained first."""
+"""The frozen teacher that a run trains first, and what that takes of the run's budget."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Spent:
+    """What the training of the teacher took; nothing where it came from elsewhere."""
+
     steps: int = 0
     images: int = 0
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""The training of one experiment, with its records, averages, checkpoints and evaluations."""
+"""Trains one experiment, with its records, averages, checkpoints and evaluations."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 Each case is a run of the training loop, built from a gin file as `objective-zoo run` builds it. All
 cases of a backbone and a precision are built, warmed up, and then take turns of a few steps, so
-that whatever else the machine does hits all alike. A ratio is the median over turns of the time
+that other work of the machine slows all of them alike. A ratio is the median over turns of the time
 relative to the baseline's in the same turn.
 
-The theoretical ratio counts passes of the network (passes.py); the gap is what the step takes above
-it. The share outside the network is measured in a turn of its own, in which the network's calls and
-the backward are timed. Peak memory is that of a fresh process per case, less what the libraries
-hold before anything is built.
+The theoretical ratio counts passes of the network (runs/passes.py); the gap is what the step takes
+above it. The share outside the network is measured in a turn of its own, in which the network's
+calls and the backward are timed. Peak memory is that of a fresh process per case, less what the
+libraries hold before anything is built.
 """
 
 from __future__ import annotations
@@ -120,19 +120,19 @@ def by_turns(
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(turns + 1):
         for i in range(len(steps)):
-            which = (i + turn) % len(steps)  # each begins a turn once in a while
+            which = (i + turn) % len(steps)  # another one begins each turn
             seconds[which].append(_seconds(steps[which], device, each) / each)
     return [of_one[1:] for of_one in seconds]
 
 
 def outside_share(training: SteppedRun) -> float:
-    """The share of a turn that is spent neither in the networks, moved or not, nor backward."""
+    """The share of a turn that is spent outside the networks, their tangents and the backward."""
     state, engine = training.state, training.state.engine
     clock = _Stopwatch(state.device)
     handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
     handles += [net.register_forward_hook(clock.stop) for net in training.networks]
     state.engine = _TimedBackward(engine, clock)
-    if training.experiment.compile:  # with its hooks the network is compiled anew
+    if training.experiment.compile:  # the hooks make torch compile the network anew
         _seconds(training.step, state.device)
         clock.seconds = 0.0
     with _replays_on(clock):
@@ -144,7 +144,7 @@ def outside_share(training: SteppedRun) -> float:
 
 
 class _Stopwatch:
-    """Seconds between start and stop, with what is queued on a GPU."""
+    """Adds up the seconds between start and stop; waits for what is queued on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self._since = device, 0.0, 0.0
@@ -158,7 +158,7 @@ class _Stopwatch:
 
 @contextmanager
 def _replays_on(clock: _Stopwatch) -> Iterator[None]:
-    """Derivatives that follow behind a network's call are on the clock too."""
+    """Time the derivatives that are replayed after a network's call too."""
     replay = Tape.replay
 
     def timed(tape: Tape, *args: Any) -> Tensor:
@@ -172,7 +172,7 @@ def _replays_on(clock: _Stopwatch) -> Iterator[None]:
 
 
 class _TimedBackward:
-    """An engine whose backward is on a clock."""
+    """The engine, with its backward timed."""
 
     def __init__(self, engine: Engine, clock: _Stopwatch):
         self._engine, self._clock = engine, clock
@@ -190,7 +190,7 @@ class _TimedBackward:
 
 
 def with_memory(cases: Sequence[Case], costs: Sequence[StepCost]) -> list[StepCost]:
-    """The costs with their peak memory, where it can be known."""
+    """The costs with their peak memory, where the system tells it."""
     peaks = [peak_memory(case) for case in cases]
     base = peaks[0]
     if base is None:
@@ -209,7 +209,7 @@ def peak_memory(case: Case) -> float | None:
 
 
 def _peak_here(case: Case) -> float | None:
-    device = _train(case, 1)  # loads what a step loads
+    device = _train(case, 1)  # a first step loads libraries
     before = PeakMemory(device).mib
     peak = PeakMemory(device)
     _train(case, MEMORY_STEPS)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: cases, and each of them as a training that goes a step at a time."""
+"""The cases that a benchmark measures, and a run of one that trains a step at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Case:
     bindings: tuple[str, ...]
     group: str = ""  # backbone/precision: what is compared with one baseline
     arm: str
-    derivative: str = ""  # where the objective has none
+    derivative: str = ""  # registered; "" for an objective without one
     published: bool = False  # trained by the paper's algorithm
 
     @property
@@ -38,7 +38,7 @@ class Case:
         return "/".join(filter(None, (self.arm, "published" * self.published or self.derivative)))
 
     def build(self) -> Experiment:
-        """With its derivative chosen before it is probed."""
+        """Its run, with the derivative of the case chosen before it is probed."""
         self.request.parse([*self.bindings, "run.recorder = @null()"])
         with gin_setup.arm(self.arm):
             if not self.derivative:
@@ -48,7 +48,7 @@ class Case:
             return run(objective=with_derivatives(objective, lambda _: chosen))
 
     def training(self, experiment: Experiment | None = None) -> SteppedRun:
-        """Of the experiment that `build` gave."""
+        """A run of the experiment that `build` gave."""
         experiment = self.build() if experiment is None else experiment
         if self.published:
             ours = experiment.objective
@@ -66,9 +66,9 @@ def cases_of(
     derivatives: Sequence[str] = ("one_pass",),
     published: bool = False,
 ) -> dict[str, list[Case]]:
-    """By group, the baseline first; objectives without a derivative come once.
+    """The cases by group, each with the baseline first; an arm without a derivative comes once.
 
-    `objectives` are arms of the file, by default all of them; the backbone is the file's own too.
+    `objectives` are arms of the file, by default all. The backbone is the file's own by default.
     `published` adds MeanFlow by its paper's algorithm.
     """
     known = request.arms()

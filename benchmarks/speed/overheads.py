@@ -1,4 +1,4 @@
-"""What the framework itself costs: a hand-written loop and bare network calls to compare with."""
+"""What the framework costs beside a loop written by hand and bare calls of the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING_NFE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Overheads:
-    """Shares that the framework adds to flow matching."""
+    """What the framework adds to flow matching, as shares."""
 
     group: str
     loop: float  # of the hand-written step
@@ -42,7 +42,7 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
     params: list[Tensor] = list(net.parameters())
     averages: list[tuple[float, list[Tensor]]] = [
         (decay, list(copy.deepcopy(net).requires_grad_(False).parameters()))
-        for decay in (*experiment.ema_decay, *experiment.power_emas)  # at equal cost
+        for decay in (*experiment.ema_decay, *experiment.power_emas)  # both kinds cost the same
     ]
     optimizer = experiment.optimizer.build(net.parameters())
     device, n = experiment.device, experiment.batch_size
