@@ -24,6 +24,7 @@ from benchmarks.metrics import evaluate
 from registry.protocols import (
     Dataset,
     Engine,
+    JointDerivative,
     Metric,
     Objective,
     Optimizer,
@@ -156,10 +157,14 @@ def _as_trained(objective: Objective, engine: Engine, compile: bool) -> Objectiv
     """The objective with derivatives that this engine and the compiler can follow."""
     changed = as_trained(objective, engine, compile)
     if changed is not objective:
-        name = registry.engines.name_of(engine)
+        name = registry.derivatives.name_of
+        why = f"run.engine = @{registry.engines.name_of(engine)}() shards the weights"
+        why = "run.compile = True" if compile else why
+        joint = [part for _, part in parts(objective) if isinstance(part, JointDerivative)]
         log.warning(
-            "%s: derivatives take a pass of their own (@dual() where @one_pass() is bound)",
-            "run.compile = True" if compile else f"run.engine = @{name}() shards the weights",
+            "%s: derivatives take a pass of their own, %s",
+            why,
+            ", ".join(sorted({f"@{name(d.in_own_pass)}() for @{name(d)}()" for d in joint})),
         )
     return changed
 

@@ -53,10 +53,13 @@ class SuccessiveHalving:
     def __post_init__(self) -> None:
         if not self.metric:
             raise ValueError(
-                "successive_halving.metric is not bound; bind it to a measured name, such as 'nfe1/fd_pixels'"
+                "successive_halving.metric is not bound; bind it to a measured name, such as "
+                "'nfe1/fd_pixels'"
             )
         if self.better not in ("lower", "higher"):
-            raise ValueError(f"successive_halving.better = {self.better!r}: 'lower' or 'higher'")
+            raise ValueError(
+                f"successive_halving.better = {self.better!r} must be 'lower' or 'higher'"
+            )
         for name, least in (("min_steps", 1), ("reduction", 2)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least):

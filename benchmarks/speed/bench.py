@@ -202,7 +202,11 @@ def with_memory(cases: Sequence[Case], costs: Sequence[StepCost]) -> list[StepCo
 
 
 def peak_memory(case: Case) -> float | None:
-    """MiB of a training in a fresh process, above what the libraries hold there."""
+    """MiB of a training in a fresh process, above what the libraries hold there.
+
+    A spawned process imports from where this one does: no folder `benchmarks` that happens to be in
+    the current directory takes the place of ours.
+    """
     quiet = partial(warnings.filterwarnings, "ignore", ".*torch.jit.script.*", FutureWarning)
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet) as process:
         return process.submit(_peak_here, case).result()

@@ -1,6 +1,6 @@
 """How fast the processes of a run read their batches, beside a plain copy of the same bytes.
 
-    python -m benchmarks.speed.loading FOLDER --ranks 8 --batch 1024
+    python -P -m benchmarks.speed.loading FOLDER --ranks 8 --batch 1024
 
 FOLDER holds latents or pictures. Without it, latents of noise are made, each as large as those of
 Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with the next
@@ -86,6 +86,8 @@ def open_folder(folder: Path, resolution: int) -> Dataset:
 def measure(work: Work) -> tuple[Rates, Rates]:
     """The rates of reading and of plain copying."""
     open_folder(work.folder, work.resolution)  # an error comes once, before any process
+    # A spawned process imports from where this one does: no folder `benchmarks` that happens to be
+    # in the current directory takes the place of ours.
     context: Any = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(work.ranks), context.Queue()
     processes = [
@@ -131,7 +133,9 @@ def _rank(work: Work, rank: int, barrier: Any, results: Any) -> None:
 
 def main() -> None:
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.loading", description=about)
+    parser = argparse.ArgumentParser(
+        prog="python -P -m benchmarks.speed.loading", description=about
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; none: noise")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1024, help="of all processes together")
