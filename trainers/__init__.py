@@ -13,7 +13,7 @@ from trainers.callbacks import (
     StopOnNonFinite,
 )
 from trainers.engines import TorchEngine, TrainStep
-from trainers.loop import fit
+from trainers.loop import Training, fit
 from trainers.optim import AdamW, ConstantLr, Cosine, RAdam
 from trainers.state import TrainState
 
@@ -33,5 +33,6 @@ __all__ = [
     "TorchEngine",
     "TrainState",
     "TrainStep",
+    "Training",
     "fit",
 ]

@@ -26,17 +26,20 @@ from backbones.pretrained.tensors import save_tensors
 from registry import engines
 from registry.protocols import (
     Batch,
+    Engine,
     LossOutput,
     Objective,
     Optimizer,
     Share,
     Teacher,
     couples_rows,
+    has_whole_weights,
     parts,
 )
 from trainers import ranks
 from trainers.checkpoints.weights import copied, copied_state, load_module, read_state, save_state
 from trainers.ema.averages import Ema, PowerEma, frozen_copy
+from zoo.derivatives.one_pass import apart
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +116,18 @@ class TrainStep(nn.Module):
             teacher.update(self.net, step)
         for ema in self._emas:
             ema.update(step)
+
+
+def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> Objective:
+    """The objective as it is trained on this engine, by torch.compile or not.
+
+    A derivative that is taken together with the value follows the network's forward. Where weights
+    are not whole meanwhile, or the network is compiled, it takes a pass of its own instead.
+    """
+    if has_whole_weights(engine) and not compile:
+        return objective
+    separate: Objective = apart(objective)
+    return separate
 
 
 @engines.register("torch_engine")

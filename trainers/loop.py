@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from registry.protocols import (
     Schedule,
     Share,
     read_share,
+    to_device,
 )
 from trainers import ranks
 from trainers.budget import Budget
@@ -37,77 +39,76 @@ from trainers.rng import generator, seed_dropout
 from trainers.state import Callback, TrainState
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The settings of one training, for `fit`.
+
+    `ema_decays` and `power_emas` ask for averages of the weights: one for each decay, then one for
+    each relative width (trainers/ema). `compile` trains the network, and evaluates its teachers, by
+    torch.compile.
+    """
+
+    net: nn.Module
+    objective: Objective
+    dataset: Dataset
+    batch_size: int
+    budget: Budget
+    engine: Engine = field(default_factory=TorchEngine)
+    optimizer: Optimizer = AdamW()  # noqa: RUF009  frozen
+    schedule: Schedule = ConstantLr()  # noqa: RUF009  frozen
+    ema_decays: Sequence[float] = ()
+    power_emas: Sequence[float] = ()
+    compile: bool = False
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def train_step(self) -> TrainStep:
+        """Network, objective, teachers and averages as one module."""
+        return TrainStep(self.net, self.objective, self.ema_decays, self.power_emas)
+
+
 def fit(
+    training: Training | None = None,
     *,
-    net: nn.Module,
-    objective: Objective,
-    dataset: Dataset,
-    batch_size: int,
-    budget: Budget,
-    engine: Engine | None = None,
-    optimizer: Optimizer = AdamW(),  # noqa: B008  frozen
-    schedule: Schedule = ConstantLr(),  # noqa: B008  frozen
-    ema_decays: Sequence[float] = (),
-    power_emas: Sequence[float] = (),
-    compile: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
     callbacks: Sequence[Callback] = (),
     folder: Path | None = None,
     resume: bool = False,
+    **settings: Any,
 ) -> TrainState:
-    """Train `net` in place until the budget is spent or a callback sets `state.stop`.
+    """Train a network in place until the budget is spent or a callback sets `state.stop`.
 
-    `state.emas` are averages of the weights, one per decay and then one per relative width of
-    `power_emas` (post_hoc_ema.py); the first is `state.ema_net`.
-    A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
-    `folder`; `resume` continues from the newest whole one, or starts where there is none.
+    What is trained is a Training, or the settings of one: fit(net=..., objective=..., dataset=...,
+    batch_size=..., budget=...). `state.emas` are its averages of the weights, in the order of the
+    settings; the first is `state.ema_net`. Unless `callbacks` bring a StopOnNonFinite, one is put
+    before them. Checkpoints live in `folder`; `resume` continues from the newest whole one, or
+    starts where there is none.
     """
-    state = prepared(
-        TrainStep(net, objective, ema_decays, power_emas),
-        batch_size=batch_size,
-        budget=budget,
-        engine=TorchEngine() if engine is None else engine,
-        optimizer=optimizer,
-        compile=compile,
-        seed=seed,
-        device=torch.device(device),
-        callbacks=callbacks,
-        folder=folder,
-    )
+    training = Training(**settings) if training is None else replace(training, **settings)
+    state = prepared(training, callbacks, folder)
     if resume:
         checkpoint.restore(state)
 
-    for _ in updates(state, dataset, optimizer.lr, schedule):
+    for _ in updates(state, training):
         pass
     return state
 
 
 def prepared(
-    train_step: TrainStep,
-    *,
-    batch_size: int,
-    budget: Budget,
-    engine: Engine,
-    optimizer: Optimizer,
-    compile: bool,
-    seed: int,
-    device: torch.device,
-    callbacks: Sequence[Callback],
-    folder: Path | None = None,
+    training: Training, callbacks: Sequence[Callback], folder: Path | None = None
 ) -> TrainState:
     """A run before its first step, its network in the engine."""
-    if compile:
+    train_step, device = training.train_step(), torch.device(training.device)
+    if training.compile:
         train_step.compile_networks()
-    engine.prepare(train_step, optimizer, device, batch_size)
+    training.engine.prepare(train_step, training.optimizer, device, training.batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
     return TrainState(
         net=train_step.net,
-        engine=engine,
-        budget=budget,
-        seed=seed,
-        batch_size=batch_size,
+        engine=training.engine,
+        budget=training.budget,
+        seed=training.seed,
+        batch_size=training.batch_size,
         device=device,
         folder=folder,
         callbacks=tuple(callbacks),
@@ -115,10 +116,12 @@ def prepared(
     )
 
 
-def updates(
-    state: TrainState, dataset: Dataset, lr: float, schedule: Schedule
-) -> Iterator[LossOutput]:
-    """Train step by step, yielding each step's losses; `on_end` comes when it is closed too."""
+def updates(state: TrainState, training: Training) -> Iterator[LossOutput]:
+    """Train step by step, yielding each step's losses.
+
+    The callbacks' `on_end` comes after the last step, and also when the generator is closed before.
+    """
+    dataset, lr, schedule = training.dataset, training.optimizer.lr, training.schedule
     with ExitStack() as ends:
         for callback in state.callbacks:
             callback.on_start(state)
@@ -168,9 +171,7 @@ def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
-    cond = batch.cond and {
-        name: value.to(device, non_blocking=True) for name, value in batch.cond.items()
-    }
+    cond = to_device(batch.cond, device, non_blocking=True)
     return replace(batch, x0=batch.x0.to(device, non_blocking=True), cond=cond)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from registry.protocols import Cond
+from registry.protocols import Cond, rows_of
 
 
 def like(s: Tensor, x: Tensor) -> Tensor:
@@ -46,12 +46,12 @@ def clipped(g: Tensor, bound: float, by: str) -> Tensor:
 
 def first_rows(cond: Cond | None, k: int) -> Cond | None:
     """The conditioning of the first k rows."""
-    return None if cond is None else {name: value[:k] for name, value in cond.items()}
+    return rows_of(cond, slice(k))
 
 
 def rows_from(cond: Cond | None, k: int) -> Cond | None:
     """The conditioning of the rows after the first k."""
-    return None if cond is None else {name: value[k:] for name, value in cond.items()}
+    return rows_of(cond, slice(k, None))
 
 
 def repeat_rows(cond: Cond | None, times: int) -> Cond | None:

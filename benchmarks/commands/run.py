@@ -97,11 +97,8 @@ def show(comparison: Comparison) -> None:
     if (out / "samples.png").exists():
         print(f"samples   {out / 'samples.png'}")
     print(f"gin text  {out}/*/config.gin, operative.gin")
-    if comparison.store:
-        from benchmarks.records.mlflow_store import open_hint
-
-        hint = open_hint(comparison.store)
-        print(f"MLflow    {comparison.store}; open it with\n          {hint}")
+    if store := comparison.store:
+        print(f"records   {store.name}; open them with\n          {store.open_hint()}")
 
 
 def goes_on(words: list[str]) -> KeyboardInterrupt:

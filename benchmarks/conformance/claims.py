@@ -45,7 +45,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
 def one_loss_per_row(subject: Subject) -> Result:
     """The others need this one."""
     batch = random_batch()
-    contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols.py"
+    contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols"
     out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
     if not isinstance(out, LossOutput):
         raise Broken(

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.metrics.evaluate import BLOCK
-from benchmarks.metrics.features import Extractor
 from registry import progress
+from registry.protocols import Extractor
 from trainers import ranks
 from trainers.checkpoints.whole_files import whole_file, write_text
 

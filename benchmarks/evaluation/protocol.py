@@ -35,12 +35,12 @@ from benchmarks.markdown import markdown
 from benchmarks.metrics import evaluate
 from benchmarks.metrics.distances import VectorMetric
 from benchmarks.metrics.feature_metrics import named
-from benchmarks.metrics.features import Extractor, best_available
+from benchmarks.metrics.features import best_available
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.finished import arm_of_run, open_run
 from benchmarks.runs.result import finished_run
 from registry import gin_setup
-from registry.protocols import Cond, Network, Sampler
+from registry.protocols import Cond, Extractor, Network, Sampler
 from trainers import ranks
 from trainers.checkpoints.whole_files import remembered_sha256, write_json
 

@@ -11,7 +11,7 @@ import registry
 from benchmarks.evaluation.reference import Real
 from benchmarks.metrics.distances import Frechet, Values, VectorMetric
 from benchmarks.metrics.feature_metrics import named
-from benchmarks.metrics.features import Extractor
+from registry.protocols import Extractor
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What `run` is given, each argument by itself: checked, and told by its name in gin."""
+"""Checks of the single arguments of `run`; their errors name them as gin files do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.ema.power_function import exponent
 
 
 def bound(name: str, part: Any, kind: registry.Registry) -> Any:
-    """The part; ValueError if there is none, or something else that gin can write."""
+    """The part as it was given; ValueError for None and for a plain value, such as a number."""
     if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
         return part
     given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
@@ -23,7 +23,7 @@ def bound(name: str, part: Any, kind: registry.Registry) -> Any:
 
 
 def check_counts(nfe: Any, **counts: int) -> None:
-    """ValueError unless nfe is a tuple and the others are positive whole numbers."""
+    """ValueError unless nfe is a tuple and the counts are positive; evaluate_every may be 0."""
     if isinstance(nfe, int):
         raise ValueError(f"run.nfe = {nfe} must be a tuple, such as run.nfe = ({nfe},)")
     for name, count in counts.items():
@@ -32,7 +32,7 @@ def check_counts(nfe: Any, **counts: int) -> None:
 
 
 def decays(given: float | Sequence[float]) -> tuple[float, ...]:
-    """Of run.ema_decay; ValueError for one outside [0, 1) or given twice."""
+    """The decays of run.ema_decay; ValueError for one outside [0, 1) and for one given twice."""
     found = tuple(given) if isinstance(given, Sequence) else (given,)
     if not found or len(set(found)) < len(found) or not all(0 <= d < 1 for d in found):
         raise ValueError(
@@ -42,7 +42,7 @@ def decays(given: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def power_widths(widths: Any, snapshots: int) -> tuple[float, ...]:
-    """Of run.power_emas, where snapshots are bound too; ValueError for one without the other."""
+    """The widths of run.power_emas; ValueError unless run.ema_snapshots is bound with them."""
     given = tuple(widths) if isinstance(widths, Sequence) else (widths,)
     for width in given:
         try:
@@ -60,7 +60,7 @@ def power_widths(widths: Any, snapshots: int) -> tuple[float, ...]:
 
 
 def one_budget(**amounts: Any) -> Budget:
-    """Of steps, images and seconds; ValueError unless one of them is given."""
+    """The budget from steps, images and seconds; ValueError unless exactly one is given."""
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     if len(given) > 1:
         raise ValueError(

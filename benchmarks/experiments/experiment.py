@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 import registry
 from backbones.network import FlowNetwork
-from benchmarks.experiments.pruning import Pruner
-from registry.protocols import Dataset, Engine, Metric, Objective, Optimizer, Sampler, Schedule
+from registry.protocols import (
+    Dataset,
+    Engine,
+    Metric,
+    Objective,
+    Optimizer,
+    Pruner,
+    Recorder,
+    Sampler,
+    Schedule,
+)
 from trainers.budget import Budget
+from trainers.loop import Training
 from trainers.sharding import shape_of
 from zoo.teachers import Frozen
 
@@ -32,7 +41,7 @@ class Experiment:
     teacher_optimizer: Optimizer
     schedule: Schedule
     metric: Metric
-    recorder: Any
+    recorder: Recorder
     budget: Budget
     batch_size: int
     seed: int
@@ -53,8 +62,27 @@ class Experiment:
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
 
     @property
+    def training(self) -> Training:
+        """Its training, for trainers.fit."""
+        return Training(
+            net=self.net,
+            objective=self.objective,
+            dataset=self.dataset,
+            batch_size=self.batch_size,
+            budget=self.budget,
+            engine=self.engine,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            ema_decays=self.ema_decay,
+            power_emas=self.power_emas,
+            compile=self.compile,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    @property
     def distilled(self) -> tuple[Frozen, FlowNetwork] | None:
-        """The frozen teacher and its network."""
+        """The frozen teacher and its network; None for a run without one."""
         if self.teacher is None or not isinstance(self.teacher.network, FlowNetwork):
             return None
         return self.teacher, self.teacher.network

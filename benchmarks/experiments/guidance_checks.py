@@ -1,6 +1,6 @@
-"""Guidance that the network or the data cannot follow, refused before a run begins.
+"""Refuses guidance that the network or the data cannot follow, before a run begins.
 
-Without these checks it would have no effect, or end the run where it is sampled first.
+Without these checks such guidance would have no effect, or the run would fail at its first samples.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 def check_guidance(
     name: str, objective: Objective, sampler: Sampler, net: FlowNetwork, num_classes: int
 ) -> None:
-    """ValueError unless guidance in training and sampling is of labels, and told where it must.
+    """ValueError for guidance without labels, or with a scale that the network has no input for.
 
-    A warning where it is against an output that was never trained.
+    Warns of guidance that compares with an output which is never trained.
     """
     drawn = getattr(objective, "guidance", None) is not None
     told = _inside(sampler, InputGuidance)
@@ -41,7 +41,7 @@ def check_guidance(
     if (drawn or told) and not getattr(net.trunk, "fields", {}).get("guidance_input"):
         what = f"{name}.guidance draws a scale for each row" if drawn else "input_guidance has one"
         raise ValueError(
-            f"{what}, which the network has to be told. Bind "
+            f"{what}, and the network has no input for it. Bind "
             f"{registry.backbones.name_of(net.trunk)}.guidance_input = True, and train with it"
             + ("" if drawn else "; @cfg() guides a network without it")
         )
@@ -54,7 +54,7 @@ def check_guidance(
 
 
 def _inside(sampler: object, kind: type[Part]) -> Part | None:
-    """The sampler of this kind among those that wrap one another."""
+    """The sampler of this kind: this one, or one of those that it wraps."""
     while sampler is not None and not isinstance(sampler, kind):
         sampler = getattr(sampler, "sampler", None)
     return sampler

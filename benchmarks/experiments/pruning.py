@@ -1,15 +1,15 @@
-"""Weak cells of a grid are stopped early: successive halving, asked at each periodic evaluation.
+"""Stops weak cells of a grid early, by successive halving at each periodic evaluation.
 
     run.pruner = @successive_halving()
     successive_halving.metric = 'nfe1/fd_efficientnetlite0'
     successive_halving.min_steps = 200
     run.evaluate_every = 200
 
-No process decides for the others. A cell that has just been evaluated reads what the cells beside
-it recorded, and asks. It competes with the cells of its own seed alone, which see the same data,
-noise and initial weights; and where one seed of an arm is pruned, so are those that still run,
-since the mean over the seeds that survived would be too good. A pruned cell keeps a checkpoint and
-no result.json, its record ends as KILLED with the tag `pruned`.
+Each cell decides for itself. When it has been evaluated, it reads what the cells beside it
+recorded, and asks the pruner. It competes with the cells of its own seed alone, which see the same
+data, noise and initial weights. Where one seed of an arm is pruned, the seeds of that arm that
+still run are pruned too, since the mean over the others would be too good. A pruned cell keeps a
+checkpoint and has no result.json. Its record ends as KILLED, with the tag `pruned`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from benchmarks.records.jsonl import RECORD, Record, read_record
-from benchmarks.records.recorders import Null
-from registry import pruners
+from registry import pruners, recorders
 from registry.core import did_you_mean
+from registry.protocols import IntermediateValue, Pruner, Recorder, keeps_records
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.callbacks import Callback
@@ -32,35 +32,17 @@ SEED, GROUP, PRUNED = "run.seed", "group", "pruned"  # a param and two tags of a
 
 
 class Pruned(Exception):
-    """A cell was stopped early, for being weak."""
-
-
-@dataclass(frozen=True, order=True)
-class Report:
-    """What an evaluation of a cell found."""
-
-    time: int  # ms since 1970
-    cell: str
-    step: int
-    value: float
-
-
-class Pruner(Protocol):
-    """Whether the cell of the last report, being one of those that compete, is to stop there."""
-
-    metric: str
-    min_steps: int
-
-    def __call__(self, reports: Sequence[Report]) -> bool: ...
+    """A cell was stopped early because it was weak."""
 
 
 @pruners.register("successive_halving")
 @dataclass(frozen=True, kw_only=True)
 class SuccessiveHalving:
-    """At min_steps x reduction^k, for k = 0, 1 ..., the best 1/reduction of those there go on.
+    """Lets the best 1/reduction of the cells go on at min_steps x reduction^k steps, k = 0, 1, ...
 
-    The asynchronous kind: nobody waits, a cell is compared with those that came there before it,
-    and the best so far always goes on. Li et al., arXiv 1810.05934, as in Optuna.
+    It is the asynchronous kind: no cell waits for another. A cell is compared with those that
+    reached the same step before it, and the best so far always goes on. Li et al., arXiv
+    1810.05934, as in Optuna.
     """
 
     metric: str = ""
@@ -70,16 +52,21 @@ class SuccessiveHalving:
 
     def __post_init__(self) -> None:
         if not self.metric:
-            raise ValueError("successive_halving.metric is not bound; 'nfe1/fd_pixels' is one, say")
+            raise ValueError(
+                "successive_halving.metric is not bound; bind it to a measured name, such as "
+                "'nfe1/fd_pixels'"
+            )
         if self.better not in ("lower", "higher"):
-            raise ValueError(f"successive_halving.better = {self.better!r}: 'lower' or 'higher'")
+            raise ValueError(
+                f"successive_halving.better = {self.better!r} must be 'lower' or 'higher'"
+            )
         for name, least in (("min_steps", 1), ("reduction", 2)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least):
                 raise ValueError(f"successive_halving.{name} = {value!r} must be {least} or more")
 
-    def __call__(self, reports: Sequence[Report]) -> bool:
-        """Replays the reports to Optuna, which keeps what it needs in a study of its own."""
+    def __call__(self, values: Sequence[IntermediateValue]) -> bool:
+        """Replay the values to Optuna, which decides in a study that is made anew each time."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -89,11 +76,11 @@ class SuccessiveHalving:
         direction: Literal["minimize", "maximize"]
         direction = "minimize" if self.better == "lower" else "maximize"
         study = optuna.create_study(pruner=pruner, direction=direction)
-        trials = {cell: study.ask() for cell in dict.fromkeys(r.cell for r in reports)}
+        trials = {cell: study.ask() for cell in dict.fromkeys(v.cell for v in values)}
         verdict = False
-        for report in reports:
-            trials[report.cell].report(report.value, report.step)
-            verdict = trials[report.cell].should_prune()
+        for value in values:
+            trials[value.cell].report(value.value, value.step)
+            verdict = trials[value.cell].should_prune()
         return verdict
 
 
@@ -114,9 +101,9 @@ class Pruning(Callback):
 
 
 def why_pruned(pruner: Pruner, folder: Path) -> str:
-    """Why the cell whose folder this is should stop after its last evaluation; "" if it should not.
+    """Why the cell in this folder should stop after its last evaluation; "" if it should not.
 
-    Its rivals are the other cells of the grid with the same seed, in the folders beside it.
+    It competes with the cells of the grid that have its seed, in the folders beside it.
     """
     own = read_record(folder)
     beside = [read_record(path.parent) for path in sorted(folder.parent.glob(f"*/{RECORD}"))]
@@ -124,29 +111,33 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
     for cell in cells:
         if cell.tags.get(PRUNED) and cell.tags.get(GROUP, cell.name) == own.tags.get(GROUP):
             return f"{cell.name}, the same with another seed, was pruned"
-    reports = sorted(
-        report
+    values = sorted(
+        value
         for cell in cells
         if cell.params.get(SEED) == own.params.get(SEED)
-        for report in _reports(cell, pruner.metric)
+        for value in _values(cell, pruner.metric)
     )
-    last = max(_reports(own, pruner.metric), key=lambda report: report.step)
-    reports = reports[: reports.index(last) + 1]
-    if not pruner(reports):
+    last = max(_values(own, pruner.metric), key=lambda value: value.step)
+    values = values[: values.index(last) + 1]
+    if not pruner(values):
         return ""
-    num = len({report.cell for report in reports})
+    num = len({value.cell for value in values})
     return f"{pruner.metric} = {last.value:.4g} is not among the best of {num} cells"
 
 
 def check_pruner(
-    pruner: Pruner, recorder: object, every: int, budget: Budget, measured: Sequence[str]
+    pruner: Pruner, recorder: Recorder, every: int, budget: Budget, measured: Sequence[str]
 ) -> None:
-    """ValueError if the pruner could not act in a run that measures this, as often as this."""
+    """ValueError if the pruner could not act in a run with these settings.
+
+    `every` is the number of steps between evaluations, `measured` the names of their values.
+    """
     name = pruners.name_of(pruner)
-    if isinstance(recorder, Null):
+    if not keeps_records(recorder):
         raise ValueError(
             f"run.pruner = @{name}() reads what the other cells recorded, and run.recorder = "
-            "@null() keeps nothing; take @jsonl() or @mlflow()"
+            f"@{recorders.name_of(recorder)}() keeps no record.jsonl. Bind run.recorder = @jsonl() "
+            "or @mlflow()"
         )
     if not every:
         raise ValueError(
@@ -165,9 +156,12 @@ def check_pruner(
         )
 
 
-def _reports(cell: Record, metric: str) -> list[Report]:
+def _values(cell: Record, metric: str) -> list[IntermediateValue]:
     history = cell.metrics.get(metric)
     if history is None:
         return []
     points = zip(history.times, history.steps, history.values, strict=True)
-    return [Report(int(time), cell.name, int(step), float(value)) for time, step, value in points]
+    return [
+        IntermediateValue(int(time), cell.name, int(step), float(value))
+        for time, step, value in points
+    ]

@@ -17,22 +17,21 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.experiments import defaults
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, check_pruner
-from benchmarks.launchers.launcher import Ended
 from benchmarks.locks import alone
 from benchmarks.records.jsonl import read_record, read_start
 from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
-from benchmarks.runs.initial_weights import load_teacher
+from benchmarks.runs.initial_weights import load_initial_weights
 from benchmarks.runs.measure import measured_names
 from benchmarks.runs.result import RESULT
-from registry import gin_setup, recorders
+from registry import gin_setup
 from registry.gin_errors import said
-from registry.protocols import Recorder
+from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
 from trainers.checkpoints.whole_files import write_json, write_text
 
@@ -107,7 +106,7 @@ def follow() -> None:
             ranks.fail_together(said(error))
 
 
-def _execute(cell: Cell, folder: Path, record: Any) -> None:
+def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:
     def built() -> Experiment:
         gin_setup.parse([folder / CONFIG])
         return build(cell.arm)
@@ -121,7 +120,7 @@ def build(arm: str) -> Experiment:
     """Build the run of an arm ('' is outside every arm) from what was parsed last."""
     with gin_setup.arm(arm):
         experiment = run()
-    load_teacher(experiment)
+    load_initial_weights(experiment)
     if pruner := experiment.pruner:
         every, budget = experiment.evaluate_every, experiment.budget
         measured = measured_names(experiment, pruner.metric)
@@ -143,4 +142,4 @@ def _outlived(folder: Path) -> dict[str, str]:
 
 
 def _recorder(arm: str) -> Recorder:
-    return gin_setup.build("run.recorder", arm) or recorders.build("mlflow")
+    return gin_setup.build("run.recorder", arm) or defaults.recorder()

@@ -10,9 +10,9 @@ from typing import Literal
 
 from benchmarks.experiments.pruning import PRUNED
 from benchmarks.records.jsonl import read_record, read_start
-from benchmarks.records.mlflow_store import Store
 from benchmarks.records.mlflow_sync import reason
 from benchmarks.runs.result import RESULT
+from registry.protocols import RecordStore
 
 log = logging.getLogger(__name__)
 
@@ -46,30 +46,20 @@ def state_in(folder: Path) -> State:
     return State("half-done", folder)
 
 
-def finished_elsewhere(store: Store, ids: Iterable[str]) -> dict[str, State]:
+def finished_elsewhere(store: RecordStore, ids: Iterable[str]) -> dict[str, State]:
     """The cells that have finished by the store, by id; {} and a warning if it does not answer."""
-    if store.file is not None and not store.file.exists():
-        return {}
-    found = {}
     try:
-        client = store.client()
-        experiment = client.get_experiment_by_name(store.experiment)
-        if experiment is None:
-            return {}
-        for wanted in ids:
-            runs = client.search_runs(
-                [experiment.experiment_id],
-                f"tags.`cell.id` = '{wanted}' and attributes.status = 'FINISHED'",
-                max_results=1,
-            )
-            for run in runs:
-                folder, commit = (run.data.tags.get(t, "") for t in ("cell.folder", "commit"))
-                note = f"MLflow run {run.info.run_id}"
-                found[wanted] = State("finished", Path(folder), note, commit)
-    except Exception as error:  # whatever MLflow and its transports raise
+        found = store.finished(ids)
+    except Exception as error:  # whatever the store's library and its transports raise
         log.warning(
-            "the MLflow store %s does not answer (%s): finished cells are told by their folders "
-            "here alone",
+            "the store of records %s does not answer (%s): finished cells are told by their "
+            "folders here alone",
             *(store.name, reason(error)),
         )
-    return found
+        return {}
+    return {
+        id: State(
+            "finished", Path(run.tags.get("cell.folder", "")), run.name, run.tags.get("commit", "")
+        )
+        for id, run in found.items()
+    }

@@ -22,10 +22,11 @@ from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared, Setting
 from benchmarks.grids.cell import Cell, build
 from benchmarks.grids.request import Request
-from benchmarks.launchers.launcher import InProcess, Launcher
+from benchmarks.launchers.launcher import InProcess
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, progress, pruners, recorders
 from registry.gin_errors import said
+from registry.protocols import Launcher, Recorder
 from trainers.zero.engine import WITHOUT_EFFECT
 
 NO_PART_OF_ID = {
@@ -58,7 +59,7 @@ class Plan:
     notes: tuple[str, ...]  # on axes without effect
     config: str  # of all cells
     launcher: Launcher
-    recorder: Any
+    recorder: Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class _Draft:
     command: str  # that runs this cell alone
     config: str
     operative: str
-    recorder: Any
+    recorder: Recorder
     prunes: bool
     cost: Any
 

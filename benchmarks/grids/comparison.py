@@ -30,13 +30,13 @@ from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import average, result_table
-from benchmarks.launchers.launcher import Job, close_lost
+from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
-from benchmarks.records.recorders import Mlflow
 from benchmarks.runs.result import RESULT, SAMPLES, Result
 from registry import gin_setup
+from registry.protocols import Job, RecordStore, RunRecord, store_of
 
 GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture
@@ -66,7 +66,7 @@ class Comparison:
     rows: Mapping[str, Row]  # by name; a row without a finished run is left out
     failed: Mapping[str, str]  # why, by the name of the cell
     seconds: float
-    store: str  # the address of the MLflow store; '' without one
+    store: RecordStore | None  # where the records are copied to
 
     def results(self, by: str = "") -> dict[Any, list[Result]]:
         """The results of the seeds of each row; with `by`, of each value of this axis.
@@ -157,8 +157,8 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
             _check_same(one, state.folder)
         states[one.cell.name] = state
     missing = {o.cell.id: o for o in planned.cells if states[o.cell.name].status != "finished"}
-    if isinstance(planned.recorder, Mlflow):
-        found = finished_elsewhere(planned.recorder.store, missing)
+    if store := store_of(planned.recorder):
+        found = finished_elsewhere(store, missing)
         states |= {missing[id].cell.name: state for id, state in found.items()}
     return states
 
@@ -188,7 +188,7 @@ def _run(
             rows=_rows(planned, states),
             failed=failed,
             seconds=time.monotonic() - started,
-            store=planned.recorder.store.name if isinstance(planned.recorder, Mlflow) else "",
+            store=store_of(planned.recorder),
         )
         _keep(comparison, parent)
         parent.close("FAILED" if failed else "FINISHED")
@@ -197,7 +197,7 @@ def _run(
     return comparison
 
 
-def _launch(planned: Plan, jobs: Sequence[Job], parent: Any) -> dict[str, str]:
+def _launch(planned: Plan, jobs: Sequence[Job], parent: RunRecord) -> dict[str, str]:
     """Run the jobs; returns why each of those failed that did."""
     failed = {}
     for number, ended in enumerate(planned.launcher(jobs, run_cell) if jobs else (), 1):
@@ -245,7 +245,7 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
     return rows
 
 
-def _keep(comparison: Comparison, parent: Any) -> None:
+def _keep(comparison: Comparison, parent: RunRecord) -> None:
     """Write table.md, and a picture with the samples of the first run of each row."""
     if not comparison.rows:
         return

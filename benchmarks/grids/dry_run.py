@@ -19,15 +19,14 @@ from benchmarks.grids.cell_status import State
 from benchmarks.grids.cells import Plan, plan
 from benchmarks.grids.comparison import states_of
 from benchmarks.grids.request import Request
-from benchmarks.launchers.launcher import InProcess
 from benchmarks.runs.measure import measure
+from benchmarks.runs.teacher import as_teacher
 from registry import launchers
-from registry.protocols import LossOutput
+from registry.protocols import LossOutput, is_serial
 from trainers.budget import Budget
 from trainers.callbacks import Callback
 from trainers.loop import fit
 from trainers.state import TrainState
-from zoo.objectives.flow_matching import FlowMatching
 
 TIMED_STEPS = 3  # after one to warm up
 TIMED_SAMPLES = 200
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Cost:
+class TimeEstimate:
     """The estimated seconds of a cell."""
 
     training: float
@@ -49,7 +48,7 @@ class Estimator:
 
     known: dict[Hashable, float] = field(default_factory=dict)
 
-    def __call__(self, experiment: Experiment) -> Cost:
+    def __call__(self, experiment: Experiment) -> TimeEstimate:
         steps = _num_steps(experiment)
         if steps is None:
             training = float(experiment.budget.amount)
@@ -57,14 +56,15 @@ class Estimator:
         else:
             training = self._training(experiment, steps)
         every = experiment.evaluate_every
-        return Cost(training, self._measure(experiment) * (1 + (steps // every if every else 0)))
+        return TimeEstimate(
+            training, self._measure(experiment) * (1 + (steps // every if every else 0))
+        )
 
     def _training(self, experiment: Experiment, steps: float) -> float:
         share = experiment.teacher.pretrain if experiment.teacher else 0.0
         seconds = steps * (1 - share) * self._step(experiment)
         if share and experiment.distilled is not None:
-            network = experiment.distilled[1].requires_grad_(True)
-            teaching = replace(experiment, objective=FlowMatching(), net=network, teacher=None)
+            teaching = as_teacher(experiment, experiment.distilled[1])
             seconds += steps * share * self._step(teaching)
         return seconds
 
@@ -88,33 +88,22 @@ class Estimator:
 
 def seconds_per_step(experiment: Experiment) -> float:
     """Seconds per training step, timed on a few steps; they change the weights of the network."""
-    clock = _Clock()
-    fit(
-        net=experiment.net,
-        objective=experiment.objective,
-        dataset=experiment.dataset,
-        batch_size=experiment.batch_size,
-        budget=Budget(steps=1 + TIMED_STEPS),
-        engine=experiment.engine,
-        optimizer=experiment.optimizer,
-        ema_decays=experiment.ema_decay,
-        power_emas=experiment.power_emas,
-        seed=experiment.seed,
-        device=experiment.device,
-        callbacks=[clock],
-    )
-    return (clock.times[-1] - clock.times[0]) / TIMED_STEPS
+    times = _StepTimes()
+    budget = Budget(steps=1 + TIMED_STEPS)
+    # To compile would take longer than the steps.
+    fit(experiment.training, budget=budget, compile=False, callbacks=[times])
+    return (times.seconds[-1] - times.seconds[0]) / TIMED_STEPS
 
 
 @dataclass(kw_only=True, eq=False)
-class _Clock(Callback):
+class _StepTimes(Callback):
     """The training seconds after each step."""
 
-    times: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def on_step(self, state: TrainState, out: LossOutput) -> None:
         with state.paused():  # waits for the device
-            self.times.append(state.seconds)
+            self.seconds.append(state.seconds)
 
 
 def _num_steps(experiment: Experiment) -> float | None:
@@ -159,7 +148,7 @@ def _estimate(planned: Plan, states: dict[str, State], workers: int | None) -> s
     where = "in one process"
     if workers is not None:
         where += f"; with {workers} workers this much divided by at best {workers}"
-    elif not isinstance(planned.launcher, InProcess):
+    elif not is_serial(planned.launcher):
         where += f"; what @{launchers.name_of(planned.launcher)}() gains is not estimated"
     return (
         f"\n{len(planned.cells)} cells, {len(left)} to run: about {_time(training + measuring)} "

@@ -4,10 +4,10 @@
     subprocesses    several at a time on this machine (benchmarks/launchers/subprocesses.py)
     ray_cluster     wherever Ray finds room (benchmarks/launchers/ray_cluster.py)
 
-A launcher is configuration. It is called with jobs and with the function that runs one of them. It
-runs each job and yields how it ended, in the order in which they end. After SIGINT or SIGTERM it
-starts no more jobs, waits for those that run (most end as "stopped", with a checkpoint), yields
-them and raises KeyboardInterrupt. A second signal acts at once.
+A launcher is configuration; its contract is registry.protocols.Launcher. It runs each job and
+yields how it ended, in the order in which they end. After SIGINT or SIGTERM it starts no more jobs,
+waits for those that run (most end as "stopped", with a checkpoint), yields them and raises
+KeyboardInterrupt. A second signal acts at once.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar
 
 from benchmarks.records.jsonl import read_record, read_start
 from registry import launchers
+from registry.protocols import Ended, Job, RunCell, RunRecord
 
 OUTPUT = "output.log"  # stdout and stderr of a cell that has a process of its own
 TELL_SECONDS = 30.0
@@ -32,36 +33,12 @@ TELL_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One cell: its name, and the folder that the grid prepared for it."""
-
-    name: str
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How one cell ended; `reason` is empty for a finished one."""
-
-    name: str
-    status: Literal["finished", "failed", "stopped", "pruned"]
-    reason: str = ""
-
-
-RunCell = Callable[[Path], Ended]  # runs the cell that was prepared in a folder
-
-
-class Launcher(Protocol):
-    """Runs the jobs by `run_cell`, a function of a module; yields how each ended, as they end."""
-
-    def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]: ...
-
-
 @launchers.register("in_process")
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
     """Runs the cells one after the other in this process."""
+
+    serial: ClassVar = True
 
     def __call__(self, jobs: Sequence[Job], run_cell: RunCell) -> Iterator[Ended]:
         for job in jobs:
@@ -114,7 +91,7 @@ def interruptible() -> Iterator[list[str]]:
         restore()
 
 
-def close_lost(job: Job, reason: str, parent: Any) -> None:
+def close_lost(job: Job, reason: str, parent: RunRecord) -> None:
     """Close the record of a cell whose process died without doing so, as FAILED for this reason.
 
     `parent` is the open record of the grid.

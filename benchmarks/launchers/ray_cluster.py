@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.console import shown
-from benchmarks.launchers.launcher import OUTPUT, Ended, Job, Progress, RunCell, interruptible
+from benchmarks.launchers.launcher import OUTPUT, Progress, interruptible
 from benchmarks.launchers.subprocesses import Worker
 from benchmarks.records.mlflow_sync import reason
 from benchmarks.records.provenance import version_of
 from registry import launchers
+from registry.protocols import Ended, Job, RunCell
 
 PACKAGE = "objective-zoo"
 

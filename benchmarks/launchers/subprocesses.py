@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from benchmarks.launchers.launcher import OUTPUT, Ended, Job, Progress, RunCell, interruptible
+from benchmarks.launchers.launcher import OUTPUT, Progress, interruptible
 from registry import launchers
+from registry.protocols import Ended, Job, RunCell
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

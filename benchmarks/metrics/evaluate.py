@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data.pictures import to_uint8
-from registry.protocols import Coded, Cond, Dataset, Metric, Network, Sampler
+from registry.protocols import Coded, Cond, Dataset, Metric, Network, Sampler, rows_of
 
 BLOCK = 256  # rows whose noise is from one generator; part of what a seed means
 DECODED = 64  # codes whose pixels are held in float32 at a time
@@ -127,7 +127,7 @@ def draw(
         for start in range(0, len(x1), BLOCK):
             rows = slice(start, start + BLOCK)
             rng = _generator(seed, _SAMPLER, first + start, x1.device)
-            part = None if cond is None else {name: c[rows] for name, c in cond.items()}
+            part = rows_of(cond, rows)
             blocks.append(sampler(_in_batches(net, batch_size), x1[rows], part, rng))
     samples = torch.cat(blocks)
     broken = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()
@@ -149,7 +149,7 @@ def _in_batches(net: Network, size: int) -> Network:
         parts = []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            part = None if cond is None else {name: c[rows] for name, c in cond.items()}
+            part = rows_of(cond, rows)
             parts.append(net(x[rows], t[rows], r[rows], part))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -15,9 +15,10 @@ from functools import lru_cache
 from torch import Tensor
 
 from benchmarks.metrics.distances import Frechet, Kid, Values, VectorMetric
-from benchmarks.metrics.features import Extractor, best_available
+from benchmarks.metrics.features import best_available
 from benchmarks.metrics.precision_recall import PrecisionRecall
 from registry import metrics
+from registry.protocols import Extractor
 
 
 @metrics.register("feature_metrics")

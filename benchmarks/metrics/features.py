@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.data.pictures import to_uint8
 from registry import extractors
-from registry.protocols import Reference
+from registry.protocols import Extractor, Reference
 from trainers.checkpoints.whole_files import remembered_sha256
 
 if TYPE_CHECKING:
@@ -39,21 +39,6 @@ INCEPTION_URL = (
 WEIGHTS_VARIABLE = "OBJECTIVE_ZOO_WEIGHTS"
 
 _log = logging.getLogger(__name__)
-
-
-class Extractor(Protocol):
-    """Images [n c h w], uint8 or in [-1, 1] -> float32 features [n d] on the CPU.
-
-    `label` names the values; `canonical` gives the names that the literature keeps for these
-    features, such as {"fd": "fid"}. `provenance` says what a number depends on beside the images.
-    """
-
-    canonical: ClassVar[dict[str, str]]
-
-    @property
-    def label(self) -> str: ...
-    def __call__(self, images: Tensor) -> Tensor: ...
-    def provenance(self) -> dict[str, str]: ...
 
 
 @extractors.register("inception_v3")

@@ -1,4 +1,4 @@
-"""Does a run fit into memory, with which micro-batch, and how long it takes: without running it.
+"""Predicts whether a run fits into memory, with which micro-batch, and how long it takes.
 
-Nothing here may know of commands.
+Nothing here trains, but for check.py, or knows of commands.
 """

@@ -1,8 +1,8 @@
-"""What the planner predicts beside the peak memory of processes: `make plan-check`.
+"""Compares what the planner predicts with the peak memory of real processes: `make plan-check`.
 
 Each case trains a DiT for a few steps in the processes that torchrun starts, on CPUs, and reads the
 resident peak of a step over what was resident before the network was made. Allocations above 64
-KiB are given back at once, so that the peak is that of live tensors. The processes' largest counts.
+KiB are given back at once, so that the peak is that of live tensors. The largest process counts.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from backbones.network import FlowNetwork, build_network
 from benchmarks.markdown import markdown
 from benchmarks.planning.outline import Outline
 from benchmarks.planning.simulation import Simulation
-from benchmarks.planning.zero_memory import Setting, Sizes, largest
+from benchmarks.planning.zero_memory import Sizes, StepSplit, largest
 from benchmarks.runs.peak_memory import PeakMemory
 from registry.protocols import LossOutput, required_heads
 from trainers import AdamW, Budget, Callback, TrainState, fit, ranks
-from trainers.engines import TrainStep
+from trainers.engines import TrainStep, as_trained
 from trainers.zero.engine import ZeroEngine
-from zoo.derivatives.one_pass import apart
 
 OBJECTIVES, STAGES = ("flow_matching", "mean_flow", "dumo"), (0, 1, 2, 3)
 SHAPE, CLASSES, BATCH, DECAYS = (4, 16, 16), 10, 16, (0.999,)
-BUCKET = 4_000_000  # smaller than the network, so that buckets fill up
+BUCKET = 4_000_000  # smaller than the network, so that buckets become full
 STEPS = 3
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
@@ -73,7 +72,7 @@ def measured(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing:
     fit(
         net=network(required_heads(objective), dim, depth, checkpointing),
         objective=objective,
-        dataset=Noise(),  # type: ignore[arg-type]  # all that a training run asks of one
+        dataset=Noise(),  # it has all that a training asks of a data set
         batch_size=BATCH,
         budget=Budget(steps=STEPS),
         engine=engine,
@@ -90,16 +89,15 @@ def predicted(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing
     bare = copy.deepcopy(objective)
     with torch.device("meta"):
         net = network(required_heads(objective), dim, depth, checkpointing)
-        moved = apart(objective) if engine.stage == 3 else objective
-        step = TrainStep(net, moved, DECAYS).train()
+        step = TrainStep(net, as_trained(objective, engine), DECAYS).train()
     outline = Outline(
         arm="", step=step, bare=bare, engine=engine, optimizer=AdamW(), batch_size=BATCH,
         shape=SHAPE, num_classes=CLASSES, shape_from="", images=None,
     )  # fmt: skip
     simulation, rows = Simulation(outline), BATCH // ranks.count()
-    setting = Setting(gpus=ranks.count(), accumulate=engine.accumulate, touched=True)
+    split = StepSplit(gpus=ranks.count(), accumulate=engine.accumulate, touched=True)
     activity = simulation.activity(rows // engine.accumulate, rows // engine.accumulate)
-    return largest(Sizes.of(step, simulation.update()), engine, setting, activity).total
+    return largest(Sizes.of(step, simulation.update()), engine, split, activity).total
 
 
 def main() -> None:
@@ -118,7 +116,7 @@ def main() -> None:
     ranks.join()
     rows, worst = [], 0.0
     cases = list(itertools.product(asked.objectives, asked.checkpointing, asked.stages))
-    for stage in asked.stages:  # which loads libraries
+    for stage in asked.stages:  # the first run at a stage loads libraries
         measured(asked.objectives[0], ZeroEngine(stage=stage), 64, 1, False)
     for name, checkpointing, stage in cases:
         engine = ZeroEngine(stage=stage, reduce_bucket=BUCKET, accumulate=asked.accumulate)

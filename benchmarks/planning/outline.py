@@ -1,7 +1,7 @@
-"""What a run would train, from its gin file alone: networks without memory, no data.
+"""What a run would train, made from its gin file alone: no data, and networks without memory.
 
-The shape of the data is the one asked for, else the data set's own where its files are there, else
-that of the macros DATA_SHAPE and DATA_CLASSES, which the recipes set.
+The shape of the data is the one that was asked for. Otherwise it is the data set's own, or, where
+the files of the data are not there, that of the macros DATA_SHAPE and DATA_CLASSES of the recipes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 import registry
 from backbones.network import build_network
+from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import bound
 from benchmarks.experiments.build import run
 from benchmarks.grids.request import Request
@@ -58,7 +59,9 @@ def outline(
 ) -> Outline:
     """One arm's run; ValueError for what is not bound, or where nothing tells the data's shape."""
     request.parse()
-    request.parse([f"{key} = ''" for key in gin_setup.required(arm)])  # paths that a plan needs not
+    request.parse(
+        [f"{key} = ''" for key in gin_setup.required(arm)]
+    )  # the plan needs none of these paths
     with gin_setup.arm(arm):
         objective = bound("objective", _value("objective", arm), registry.objectives)
         data = _data(arm, tuple(shape), num_classes)
@@ -67,8 +70,8 @@ def outline(
             arm=arm,
             bare=copy.deepcopy(objective),
             step=_train_step(objective, arm, data[0], data[1]),
-            engine=_value("engine", arm) or registry.engines.build("torch_engine"),
-            optimizer=_value("optimizer", arm) or registry.optimizers.build("adamw"),
+            engine=_value("engine", arm) or defaults.engine(),
+            optimizer=_value("optimizer", arm) or defaults.optimizer(),
             batch_size=batch_size,
             shape=data[0],
             num_classes=data[1],

@@ -1,9 +1,9 @@
 """`objective-zoo plan FILE --gpus N --memory 80GB`: does it fit, with which micro-batch, how long.
 
-Nothing trains and no data are read. planner_outline.py makes the run on the meta device,
-planner_simulation.py measures its loss and backward on tensors without data, planner_stages.py
-divides what lasts by the ZeRO stage. The global batch is kept: `accumulate` is what the largest
-micro-batch that fits leaves. benchmarks/planning/check.py compares the sums with processes.
+Nothing trains and no data are read. outline.py makes the run on the meta device, simulation.py
+measures its loss and backward on tensors without data, zero_memory.py divides what lasts by the
+ZeRO stage. The global batch is kept: `accumulate` is the number of micro-batches that it is cut
+into, each as large as fits. check.py compares the sums with the memory of real processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import registry
 from benchmarks.grids.request import Request
 from benchmarks.planning.outline import outline
 from benchmarks.planning.simulation import Simulation, mean_over_steps
-from benchmarks.planning.zero_memory import Memory, Setting, Sizes, largest
-from trainers.engines import TorchEngine
+from benchmarks.planning.zero_memory import Memory, Sizes, StepSplit, largest
+from registry.protocols import runs_in_several_processes
+from trainers.engines import as_trained
 from trainers.zero.engine import ZeroEngine
-from zoo.derivatives.one_pass import apart
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -39,8 +39,8 @@ class Machine:
     gpus: int
     memory: float  # bytes of each
     tflops: float = 0.0  # reached by each, in 10^12 operations a second
-    images_per_second: float = 0.0  # of all together
-    host: bool = False  # a CPU process, whose memory counts once it is written
+    images_per_second: float = 0.0  # of all GPUs together
+    host: bool = False  # processes on a CPU, where memory counts once it is written
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -53,15 +53,15 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """One stage with its largest micro-batch, or with one row where not even that fits."""
+class StageFit:
+    """One ZeRO stage with the largest micro-batch that fits, or one row if nothing fits."""
 
     stage: int | None  # None is plain PyTorch
     fits: bool
     micro_batch: int
     accumulate: int
     memory: Memory
-    deepspeed: int | None  # its own estimate of the states, for 16-bit weights
+    deepspeed: int | None  # DeepSpeed's own estimate of the states, for 16-bit weights
     remedy: str = ""  # bindings with which it would fit
 
 
@@ -80,7 +80,7 @@ class Prediction:
     images: int | None
     flops_per_image: float
     images_per_second: float
-    fits: tuple[Fit, ...]
+    fits: tuple[StageFit, ...]
 
     @property
     def images_per_day(self) -> float:
@@ -141,12 +141,12 @@ class _Case:
 
     @cached_property
     def _sharded(self) -> Simulation:
-        """At stage 3, where derivatives take passes of their own."""
-        objective = self._outline.step.objective
-        if apart(objective) is objective:
+        """At stage 3, where an objective may differentiate otherwise."""
+        objective, engine = self._outline.step.objective, self._at(3, {})
+        if as_trained(objective, engine) is objective:
             return self._simulation
         made = outline(self._request, self._arm, **self._data)
-        made.step.objective = apart(made.step.objective)
+        made.step.objective = as_trained(made.step.objective, engine)
         return Simulation(made)
 
     def _simulated(self, stage: int | None) -> Simulation:
@@ -154,7 +154,10 @@ class _Case:
 
     @cached_property
     def _engine(self) -> ZeroEngine:
-        """The file's own, or the one that trainer/zero2.gin would bind, in the same precision."""
+        """The file's own ZeroEngine, or the one of trainer/zero2.gin, in the file's precision.
+
+        A type is asked for here, since the plan is made of this engine's own stages and buckets.
+        """
         engine = self._outline.engine
         if isinstance(engine, ZeroEngine):
             return engine
@@ -164,12 +167,12 @@ class _Case:
     def prediction(self, stages: Sequence[int]) -> Prediction:
         made = self._outline
         fits = [self._best(stage) for stage in stages]
-        if self._machine.gpus == 1 and isinstance(made.engine, TorchEngine):
+        if self._machine.gpus == 1 and not runs_in_several_processes(made.engine):
             fits.insert(0, self._best(None))
         fits = [fit if fit.fits else replace(fit, remedy=self._remedy(fit.stage)) for fit in fits]
         run = self._simulated(fits[0].stage)
         flops = run.activity(self._rows, self._rows).flops / self._rows
-        bare = apart(made.bare) if run is self._sharded else made.bare
+        bare = as_trained(made.bare, self._at(3, {})) if run is self._sharded else made.bare
         flops *= mean_over_steps(bare, made.shape, made.num_classes > 0)
         speed = self._machine.images_per_second
         if self._machine.tflops:
@@ -189,14 +192,14 @@ class _Case:
             fits=tuple(fits),
         )
 
-    def _best(self, stage: int | None, **changes: Any) -> Fit:
-        """With the largest micro-batch that fits, else with one row."""
+    def _best(self, stage: int | None, **changes: Any) -> StageFit:
+        """The stage with the largest micro-batch that fits, else with one row."""
         micros = [m for m in range(self._rows, 0, -1) if self._rows % m == 0]
         for micro in micros:
             memory = self._memory(stage, micro, changes)
             if fits := memory.total <= self._machine.memory:
                 break
-        return Fit(
+        return StageFit(
             stage=stage,
             fits=fits,
             micro_batch=micro,
@@ -207,16 +210,16 @@ class _Case:
 
     def _memory(self, stage: int | None, micro: int, changes: Mapping[str, Any]) -> Memory:
         engine = None if stage is None else self._at(stage, changes)
-        setting = Setting(
+        split = StepSplit(
             gpus=self._machine.gpus,
             accumulate=self._rows // micro,
             touched=self._machine.host,
         )
         activity = self._simulated(stage).activity(micro, self._rows)
-        return largest(self._sizes, engine, setting, activity)
+        return largest(self._sizes, engine, split, activity)
 
     def _at(self, stage: int, changes: Mapping[str, Any]) -> ZeroEngine:
-        """The engine at a stage, without the offloading that the stage does not know."""
+        """The engine at another stage, without the offloading that this stage does not have."""
         own = {
             "offload_optimizer": self._engine.offload_optimizer and stage > 0,
             "offload_weights": self._engine.offload_weights and stage == 3,
@@ -250,7 +253,7 @@ class _Case:
             yield _Case(request, self._arm, self._machine, self._data), [binding]
 
     def _estimate(self, stage: int | None) -> int | None:
-        """DeepSpeed's own, of a machine's GPUs all in one node."""
+        """DeepSpeed's own estimate, for all GPUs of the machine in one node."""
         if stage not in (2, 3):
             return None
         if not torch.cuda.is_available():

@@ -1,13 +1,13 @@
 """What a training step holds in memory and computes, found by running it on tensors without data.
 
 The objective's own loss and its backward run on fake tensors, which have shapes and no contents, so
-a network of any size takes no memory and a few seconds. A dispatch mode sees every tensor come and,
-by weak references to storages, go: passes without graph, recomputed blocks, dual numbers and
-attention matrices of forward-mode derivatives are counted because they happen. Workspaces inside a
-kernel are not seen. Attention is the fused kernel where training takes it.
+a network of any size takes no memory and a few seconds. A dispatch mode sees every tensor that is
+made and, by weak references to storages, when it is freed. So passes without graph, recomputed
+blocks, dual numbers and attention matrices of forward-mode derivatives are counted as they happen.
+Workspaces inside a kernel are not seen. Attention is the fused kernel where training takes it.
 
-A loss that looks at values (a coupling, a mask) cannot run on fake tensors; two small shares of it
-are measured on real ones instead.
+A loss that looks at values (a coupling, a mask) cannot run on fake tensors. Two small shares of it
+are measured on real tensors instead.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 class Activity:
     """Bytes of one share's loss and backward beside weights, and its floating-point operations.
 
-    `kept` waits for the backward pass. `moments` are the peaks between one gradient of a weight and
-    the next, without these gradients, each with the bytes of gradients that were made by then.
+    `kept` waits for the backward pass. `moments` are the peaks between one weight's gradient and
+    the next. Each has the bytes of the gradients made by then, which are no part of the peak.
     """
 
     kept: float
@@ -56,7 +56,7 @@ class Activity:
         return max(peak for peak, _ in self.moments)
 
     def towards(self, other: Activity, share: float) -> Activity:
-        """Between the two, this one at 0 and the other at 1."""
+        """On the line between the two: this one at share 0, the other at share 1."""
 
         def mean(a: float, b: float) -> float:
             return a + share * (b - a)
@@ -91,9 +91,9 @@ class Simulation:
             _remake(outline.step, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
     def activity(self, rows: int, most: int) -> Activity:
-        """Of a share of `rows` rows, at most `most`: exact at 1 and `most`, a line between them.
+        """The activity of a share of `rows` rows, from 1 to `most`: exact at both, linear between.
 
-        Peaks are the largest of sums that are linear in the rows, but for quotas of whole rows.
+        A peak is the largest of sums that are linear in the rows, but quotas are whole rows.
         """
         low, high = self._ends(most)
         if rows in (low, high):
@@ -101,7 +101,7 @@ class Simulation:
         return self._at(low).towards(self._at(high), (rows - low) / (high - low))
 
     def update(self) -> Update:
-        """Of one update of all weights."""
+        """What one update of all weights takes."""
         net = self._outline.step.net
         with self._fake or nullcontext(), _Live(self._fake) as live:
             params = [nn.Parameter(torch.empty(p.shape)) for p in net.parameters()]
@@ -120,7 +120,7 @@ class Simulation:
             try:
                 self._at(most)
                 return 1, most
-            except RuntimeError as error:  # what is wrong without this reason is wrong again below
+            except RuntimeError as error:  # an error of another reason comes again on real rows
                 log.warning(
                     "the loss of %s looks at values, and is measured on few real rows: %s",
                     self._outline.objective,
@@ -165,7 +165,7 @@ _ATTENTION = {  # torch counts the fused attention of GPUs, by these formulas
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that are alive and belong to none of the modules; operations done."""
+    """Counts the bytes of live storages that are not the modules' own, and the operations."""
 
     def __init__(self, fake: FakeTensorMode | None, *known: nn.Module):
         super().__init__()
@@ -194,17 +194,17 @@ class _Live(TorchDispatchMode):
 
     @property
     def moment(self) -> tuple[float, float]:
-        """The peak since the last one, and what was taken out before."""
+        """The peak since the last moment ended, and the bytes taken out before."""
         return self._peak, self._made
 
     def close(self, taken: float = 0.0) -> None:
-        """End a moment."""
+        """End a moment; `taken` bytes leave at its end."""
         self.moments.append(self.moment)
         self._peak, self._made = self.bytes, self._made + taken
 
     @contextmanager
     def gradients_of(self, net: nn.Module) -> Iterator[None]:
-        """Gradients of weights leave as they are made, and are summed up apart."""
+        """Free each weight's gradient as soon as it is made, and add up its bytes separately."""
 
         def taken(param: Tensor) -> None:
             param.grad = None
@@ -218,7 +218,7 @@ class _Live(TorchDispatchMode):
                 handle.remove()
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # Its result has the size of a storage that is not in the key of fake tensors' cache.
+        # The cache of fake tensors does not know the storage's size, which its result depends on.
         whole = torch.ops.aten._new_zeros_with_same_feature_meta.default
         if self._fake is None or func is not whole:
             return func(*args, **kwargs)
@@ -252,9 +252,9 @@ def _remake(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def mean_over_steps(objective: Objective, shape: Sequence[int], labelled: bool) -> float:
-    """Network passes of a mean step over those of step `LATE`, where all that recurs takes part.
+    """The network passes of a mean step, relative to step `LATE`, where all that recurs happens.
 
-    Counted on a network of one weight; `objective` must have no teacher's network yet.
+    They are counted on a network of one weight. No teacher of the objective may have one yet.
     """
     alone = _OneWeight(required_heads(objective))
     for _, part in parts(objective):
@@ -269,7 +269,7 @@ def mean_over_steps(objective: Objective, shape: Sequence[int], labelled: bool) 
 
 
 class _OneWeight(nn.Module):
-    """A network that makes the outputs and is nothing else."""
+    """A network of one weight with the outputs that are asked for."""
 
     def __init__(self, keys: Sequence[str]):
         super().__init__()

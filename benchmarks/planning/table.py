@@ -1,11 +1,11 @@
-"""A plan as text: for one arm what is in memory at each stage, for several a row each."""
+"""A plan as text: one arm with its memory at each stage, or several arms with a row each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
-from benchmarks.planning.predict import Fit, Machine, Prediction
+from benchmarks.planning.predict import Machine, Prediction, StageFit
 from benchmarks.planning.zero_memory import KINDS
 
 SAID = {
@@ -53,7 +53,7 @@ def _header(p: Prediction, machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _stages(fits: Sequence[Fit]) -> str:
+def _stages(fits: Sequence[StageFit]) -> str:
     kinds = [k for k in KINDS if any(f.memory.kinds.get(k, 0) for f in fits)]
     rows = [[SAID.get(k, k), *(size(f.memory.kinds.get(k, 0)) for f in fits)] for k in kinds]
     rows.append(["total on a GPU", *(size(f.memory.total) for f in fits)])
@@ -69,7 +69,7 @@ def _stages(fits: Sequence[Fit]) -> str:
 
 
 def _arms(found: Sequence[Prediction]) -> str:
-    def cell(f: Fit) -> str:
+    def cell(f: StageFit) -> str:
         return f"{size(f.memory.total)}, micro-batch {f.micro_batch}" if f.fits else "does not fit"
 
     header = ["arm", *(_stage(f) for f in found[0].fits)]
@@ -86,5 +86,5 @@ def _remedies(found: Sequence[Prediction]) -> list[str]:
     ]
 
 
-def _stage(fit: Fit) -> str:
+def _stage(fit: StageFit) -> str:
     return "torch_engine" if fit.stage is None else f"stage {fit.stage}"

@@ -5,9 +5,9 @@
     update       flattened gradients, the optimizer's workspace
 
 Everything that lasts is float32 in every precision: weights, gradients, optimizer state, averages
-and teachers. DeepSpeed's part is as of 0.19: stages 1 and 2 keep a float32 copy of the piece of the
-weights that a process updates, buckets have their full size on a GPU, and stage 3 keeps weights
-gathered that are used again in the same step, up to zero_engine.max_live.
+and teachers. DeepSpeed is taken as it is in version 0.19. Stages 1 and 2 keep a float32 copy of the
+piece of the weights that a process updates. Buckets have their full size on a GPU. Stage 3 keeps
+weights gathered that are used again in the same step, up to zero_engine.max_live.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sizes:
     weights: float
     averages: float
     teachers: float
-    block: float  # the weights of one, where the network has blocks
+    block: float  # the weights of the largest block, 0 for a network without blocks
     recomputed: bool  # by activation checkpointing, block by block
     update: Update
 
@@ -67,8 +67,8 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a step is cut up; `touched` counts of a buffer what is written, as on a CPU."""
+class StepSplit:
+    """How a step is divided. With `touched` a buffer counts by what is written, as on a CPU."""
 
     gpus: int
     accumulate: int
@@ -76,20 +76,20 @@ class Setting:
 
 
 def largest(
-    sizes: Sizes, engine: ZeroEngine | None, setting: Setting, activity: Activity
+    sizes: Sizes, engine: ZeroEngine | None, split: StepSplit, activity: Activity
 ) -> Memory:
-    """The moment of the largest memory; no engine is plain PyTorch on one GPU."""
+    """The moment of the largest memory. An engine of None stands for plain PyTorch on one GPU."""
     if engine is None or engine.stage == 0:
-        found = _whole(sizes, engine is not None, setting, activity)
+        found = _whole(sizes, engine is not None, split, activity)
     elif engine.stage < 3:
-        found = _pieces(sizes, engine, setting, activity)
+        found = _pieces(sizes, engine, split, activity)
     else:
-        found = _sharded(sizes, engine, setting, activity)
+        found = _sharded(sizes, engine, split, activity)
     return max(found, key=lambda memory: memory.total)
 
 
-def _whole(sizes: Sizes, averaged: bool, setting: Setting, activity: Activity) -> Iterator[Memory]:
-    """Nothing sharded: gradients grow while activations go."""
+def _whole(sizes: Sizes, averaged: bool, split: StepSplit, activity: Activity) -> Iterator[Memory]:
+    """Nothing is sharded; gradients are made while activations are freed."""
     lasting = {
         "weights": sizes.weights,
         "optimizer": sizes.update.state,
@@ -98,7 +98,7 @@ def _whole(sizes: Sizes, averaged: bool, setting: Setting, activity: Activity) -
     }
     whole = {"gradients": sizes.weights}
     for peak, made in activity.moments:
-        gradients = whole if setting.accumulate > 1 else {"gradients": made}
+        gradients = whole if split.accumulate > 1 else {"gradients": made}
         yield Memory(moment="backward", kinds=lasting | gradients | _active(activity, peak))
     if averaged:
         bucket = {"buckets": min(sizes.weights, FLOAT * ALWAYS_BUCKET)}
@@ -108,11 +108,11 @@ def _whole(sizes: Sizes, averaged: bool, setting: Setting, activity: Activity) -
 
 
 def _pieces(
-    sizes: Sizes, engine: ZeroEngine, setting: Setting, activity: Activity
+    sizes: Sizes, engine: ZeroEngine, split: StepSplit, activity: Activity
 ) -> Iterator[Memory]:
-    """Stages 1 and 2: weights whole; the rest in one piece for each process."""
-    piece, away = sizes.weights / setting.gpus, engine.offload_optimizer
-    state = sizes.update.state / setting.gpus + piece
+    """Stages 1 and 2: weights are whole, and each process has a piece of the rest."""
+    piece, away = sizes.weights / split.gpus, engine.offload_optimizer
+    state = sizes.update.state / split.gpus + piece
     host = state + 2 * piece if away else 0.0
     lasting = {
         "weights": sizes.weights,
@@ -121,64 +121,67 @@ def _pieces(
         "teachers": sizes.teachers,
     }
     before = 0.0  # gradients of the micro-batches that came first
-    if setting.accumulate > 1:
+    if split.accumulate > 1:
         before = sizes.weights if engine.stage == 1 else 0.0 if away else piece
     for peak, made in activity.moments:
-        own = made / setting.gpus if setting.touched else piece
+        own = made / split.gpus if split.touched else piece
         gradients = {"gradients": before + (0.0 if away else own)}
-        buckets = {"buckets": _buckets(sizes, engine, setting, made)}
+        buckets = {"buckets": _buckets(sizes, engine, split, made)}
         kinds = lasting | gradients | buckets | _active(activity, peak)
         yield Memory(moment="backward", kinds=kinds, host=host)
     gradients = {"gradients": before + (0.0 if away else piece)}
-    buckets = {"buckets": _buckets(sizes, engine, setting, sizes.weights, last=True)}
+    buckets = {"buckets": _buckets(sizes, engine, split, sizes.weights, last=True)}
     yield Memory(moment="reduction", kinds=lasting | gradients | buckets, host=host)
     if not away:
-        workspace = {"workspace": sizes.update.workspace / setting.gpus}
+        workspace = {"workspace": sizes.update.workspace / split.gpus}
         kinds = lasting | {"gradients": 2 * piece} | workspace
         yield Memory(moment="update", kinds=kinds, host=host)
 
 
 def _sharded(
-    sizes: Sizes, engine: ZeroEngine, setting: Setting, activity: Activity
+    sizes: Sizes, engine: ZeroEngine, split: StepSplit, activity: Activity
 ) -> Iterator[Memory]:
-    """Stage 3: everything in pieces; layers are gathered to be used, and kept if used again."""
-    piece, away = sizes.weights / setting.gpus, engine.offload_optimizer
-    state = sizes.update.state / setting.gpus + piece
+    """Stage 3: everything is in pieces. Layers are gathered for use, and kept if used again."""
+    piece, away = sizes.weights / split.gpus, engine.offload_optimizer
+    state = sizes.update.state / split.gpus + piece
     host = (state + piece if away else 0.0) + (piece if engine.offload_weights else 0.0)
     lasting = {
         "weights": 0.0 if engine.offload_weights else piece,
         "gradients": 0.0 if away else piece,
         "optimizer": 0.0 if away else state,
-        "averages": sizes.averages / setting.gpus,
-        "teachers": sizes.teachers / setting.gpus,
+        "averages": sizes.averages / split.gpus,
+        "teachers": sizes.teachers / split.gpus,
     }
     gathered = {"gathered": _gathered(sizes, engine)}
     for peak, made in activity.moments:
-        buckets = {"buckets": _buckets(sizes, engine, setting, made)}
+        buckets = {"buckets": _buckets(sizes, engine, split, made)}
         kinds = lasting | gathered | buckets | _active(activity, peak)
         yield Memory(moment="backward", kinds=kinds, host=host)
-    buckets = {"buckets": _buckets(sizes, engine, setting, sizes.weights, last=True)}
+    buckets = {"buckets": _buckets(sizes, engine, split, sizes.weights, last=True)}
     yield Memory(moment="reduction", kinds=lasting | buckets, host=host)
     if not away:
-        workspace = {"workspace": sizes.update.workspace / setting.gpus}
+        workspace = {"workspace": sizes.update.workspace / split.gpus}
         kinds = lasting | {"gradients": 2 * piece} | buckets | workspace
         yield Memory(moment="update", kinds=kinds, host=host)
 
 
 def _buckets(
-    sizes: Sizes, engine: ZeroEngine, setting: Setting, made: float, last: bool = False
+    sizes: Sizes, engine: ZeroEngine, split: StepSplit, made: float, last: bool = False
 ) -> float:
-    """The buckets, and the copy of one that is averaged as it is full or the backward ends."""
+    """The buckets, and the copy of a bucket that is averaged when it is full or at the end."""
     bucket = FLOAT * engine.reduce_bucket
     both = 2 * bucket if engine.overlap and engine.stage < 3 else bucket
-    full = made >= bucket if setting.touched else sizes.weights > bucket
+    full = made >= bucket if split.touched else sizes.weights > bucket
     copy = min(bucket, sizes.weights) if full or last else 0.0
-    return (min(both, made) if setting.touched else both) + copy
+    return (min(both, made) if split.touched else both) + copy
 
 
 def _gathered(sizes: Sizes, engine: ZeroEngine) -> float:
-    """Weights that are used again in the step stay up to max_live, and without checkpointing all
-    that the backward reads, held by what autograd saved; beside them the bucket of a prefetch."""
+    """The gathered weights of stage 3, and the bucket of a prefetch beside them.
+
+    Weights that are used again in the step stay, up to max_live. Without checkpointing all weights
+    stay that the backward reads, since autograd saved them.
+    """
     called = sizes.weights + sizes.teachers
     held = sizes.block if sizes.recomputed else sizes.weights
     prefetch = min(FLOAT * engine.prefetch_bucket + sizes.block, called)

@@ -11,6 +11,7 @@ import os
 import shlex
 import sqlite3
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from benchmarks.locks import locked
+from registry.protocols import StoredRun
 from trainers.checkpoints.whole_files import whole_file
 
 if TYPE_CHECKING:
@@ -94,14 +96,31 @@ class Store:
             log.debug("another process made the experiment first: %s", error)
             return found.experiment_id
 
+    def open_hint(self) -> str:
+        """The command that opens the store's page in a browser, or the page's address."""
+        if self.file is None:
+            return self.name
+        beside = Path(sys.executable).with_name("mlflow")
+        return shlex.join([str(beside), "ui", "--backend-store-uri", self.uri])
 
-def open_hint(tracking_uri: str) -> str:
-    """The command that serves the store's page, or the address of a server's page."""
-    store = Store.of(tracking_uri, "")
-    if store.file is None:
-        return store.name
-    beside = Path(sys.executable).with_name("mlflow")
-    return shlex.join([str(beside), "ui", "--backend-store-uri", store.uri])
+    def finished(self, ids: Iterable[str]) -> dict[str, StoredRun]:
+        """The finished cells among those with these ids, by id; raises what MLflow raises."""
+        if self.file is not None and not self.file.exists():
+            return {}
+        client = self.client()
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            return {}
+        found = {}
+        for wanted in ids:
+            runs = client.search_runs(
+                [experiment.experiment_id],
+                f"tags.`cell.id` = '{wanted}' and attributes.status = 'FINISHED'",
+                max_results=1,
+            )
+            for run in runs:
+                found[wanted] = StoredRun(f"MLflow run {run.info.run_id}", run.data.tags)
+        return found
 
 
 def _make_tables(file: Path) -> None:

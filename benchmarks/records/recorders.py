@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.records.mlflow_store import Store
 from benchmarks.records.open_run import CopySettings, NullRun, Run
@@ -24,6 +25,8 @@ from registry import recorders
 @dataclass(frozen=True, kw_only=True)
 class Null:
     """Records nothing."""
+
+    keeps_records: ClassVar = False
 
     def start(
         self,

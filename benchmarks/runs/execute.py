@@ -3,9 +3,9 @@
 The run's folder holds
 
     config.gin  operative.gin  objective.txt     what it was
-    record.jsonl                                 what happened, step by step (see tracking.py)
+    record.jsonl                                 what happened, step by step (records/jsonl.py)
     checkpoints/  teacher/checkpoints/           to continue it
-    ema_snapshots/                               for averages of any width (trainers/ema_snapshots)
+    ema_snapshots/                               averages of any width (trainers/ema/snapshots.py)
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
     samples/  real.safetensors                   for a report: samples while it trained, real data
@@ -14,7 +14,6 @@ The run's folder holds
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,11 @@ from benchmarks.runs.measure import measure
 from benchmarks.runs.passes import passes_per_step
 from benchmarks.runs.result import MODEL, RESULT, Result
 from benchmarks.runs.samples import final_samples, keep_all
-from benchmarks.runs.teacher import prepare_teacher, rest
+from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
-from registry.protocols import parts
+from registry.protocols import RunRecord, parts, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
-from trainers.zero.engine import ZeroEngine
 from zoo.guidance import Guided
 
 
@@ -47,21 +45,20 @@ class Texts:
 
 
 def execute(
-    experiment: Experiment, texts: Texts, record: Any, folder: Path, *, resume: bool = False
+    experiment: Experiment, texts: Texts, record: RunRecord, folder: Path, *, resume: bool = False
 ) -> Result:
-    """Run it in `folder`, or continue what is there; returns and saves the result."""
+    """Run it in `folder`, or continue what is there; the result is saved and returned."""
     folder.mkdir(parents=True, exist_ok=True)
     _describe(experiment, texts, record)
-    # By reference: a store of records is no place for gigabytes.
+    # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
     record.tags({name: str(path.resolve()) for name, path in where.items()})
     teacher = prepare_teacher(experiment, record, folder / "teacher", resume)
-    budget = experiment.budget
-    if teacher.steps and experiment.teacher:
-        budget = rest(budget, experiment.teacher.pretrain)
+    if teacher.steps:
+        experiment = after_teacher(experiment)
 
     record.metrics({"cost/passes_per_step": passes_per_step(experiment).total}, 0)
-    state = fit_experiment(experiment, record, folder, resume, budget=budget)
+    state = fit_experiment(experiment, record, folder, resume)
     net = state.ema_net
     save_module(folder / MODEL, net)
     values = dict(measure(experiment, net))
@@ -90,7 +87,11 @@ def execute(
 
 
 def _keep_samples(
-    experiment: Experiment, net: Callable[..., Any], images_seen: int, record: Any, folder: Path
+    experiment: Experiment,
+    net: Callable[..., Any],
+    images_seen: int,
+    record: RunRecord,
+    folder: Path,
 ) -> None:
     points = is_points(experiment.dataset.shape)
     samples = final_samples(experiment, net)
@@ -104,7 +105,7 @@ def _keep_samples(
         record.artifact(path)
 
 
-def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
+def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
     record.tags(
         {
             "objective": experiment.objective_name,
@@ -122,16 +123,15 @@ def _describe(experiment: Experiment, texts: Texts, record: Any) -> None:
     record.params({**texts.params, "parameters": experiment.num_params})
     if experiment.derivative_error:
         record.metrics(experiment.derivative_error, step=0)
-    if isinstance(experiment.engine, ZeroEngine):
-        config = experiment.engine.deepspeed_config(experiment.batch_size, ranks.count())
-        record.text(json.dumps(config, indent=2) + "\n", "deepspeed.json")
+    for name, text in provider_files(experiment.engine, experiment.batch_size).items():
+        record.text(text, name)
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")
 
 
 def _guidance(experiment: Experiment) -> str:
-    """The guidance of the samples, from training and from the sampler."""
+    """The guidance of the samples in words: that of training and that of the sampler."""
     found = [
         f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
         for part, interval, name in (

@@ -1,7 +1,8 @@
-"""Samples from a finished run, by the configuration that the run kept."""
+"""Opens a finished run by the configuration that it kept, to draw samples or to export it."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import registry
@@ -16,6 +17,8 @@ from benchmarks.runs.samples import draw_samples
 from registry import gin_setup
 from trainers.checkpoints.weights import load_module
 
+log = logging.getLogger(__name__)
+
 
 def open_run(
     folder: Path,
@@ -25,11 +28,11 @@ def open_run(
 ) -> tuple[Experiment, FlowNetwork]:
     """The finished run in `folder` with the weights that were measured, on its device.
 
-    `bindings`, a registered `sampler` and a file of `weights` go before those of the run.
+    `bindings`, a registered `sampler` and a file of `weights` take the place of the run's own.
     """
     measured = finished_run(folder)
     if sampler:
-        registry.samplers.get(sampler)  # says which there are
+        registry.samplers.get(sampler)  # raises an error that lists the known names
         gin_setup.parse([folder / "config.gin"])
         arm = arm_of_run()
         bindings = (
@@ -77,9 +80,9 @@ def sample_run(
 def export_run(
     run: Path, out: Path, weights: Path | None = None, bindings: tuple[str, ...] = ()
 ) -> Path:
-    """Write the weights of a finished run, and what they belong to, into `out`.
+    """Write the network of a finished run into the folder `out`, which needs no gin to be read.
 
-    They are those that were measured, unless a file of others is given.
+    Its weights are those that were measured, unless a file of other `weights` is given.
     """
     experiment, net = open_run(run, bindings, weights=weights)
     return save_exported(
@@ -92,9 +95,9 @@ def export_run(
 
 
 def export_file(file: Path, out: Path, layout: str = "", num_heads: int | None = None) -> Path:
-    """Convert a public checkpoint; says which of its tensors were not needed."""
+    """Convert a public checkpoint into the folder `out`; logs which of its tensors had no use."""
     imported = import_file(file, layout, num_heads)
     save_exported(imported.network(), out, layout=imported.layout, source=file.name)
     for name, reason in imported.unused.items():
-        print(f"not needed: {name} ({reason})")
+        log.info("not needed: %s (%s)", name, reason)
     return out

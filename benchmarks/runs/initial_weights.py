@@ -1,7 +1,7 @@
-"""Networks that were trained before: by a run, exported, or by a public code.
+"""Loads networks that were trained before: by a run of ours, exported, or by public code.
 
 folder with result.json    a finished run of ours
-folder with config.json    an exported network (exported.py)
+folder with config.json    an exported network (backbones/pretrained/exported.py)
 .safetensors, .pt, ...     a public checkpoint, read without executing it
 """
 
@@ -38,8 +38,8 @@ def load_pretrained(path: Path, layout: str = "", num_heads: int | None = None) 
     return import_file(path, layout, num_heads).network()
 
 
-def load_teacher(experiment: Experiment) -> None:
-    """Give the run's networks the weights, of its teacher and its own, that were made before."""
+def load_initial_weights(experiment: Experiment) -> None:
+    """Load the weights that run.start_from and frozen.checkpoint name into the run's networks."""
     if experiment.start_from:
         with _naming("run.start_from", experiment.start_from):
             source = _pretrained(experiment, experiment.start_from, experiment.start_layout)
@@ -54,7 +54,7 @@ def load_teacher(experiment: Experiment) -> None:
             _check_backbone(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
-        _attach(experiment, teacher, network)
+        attach_teacher(experiment, teacher, network)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _naming(key: str, value: str) -> Iterator[None]:
 
 
 def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
-    """An exported network or a public code's, for data of the run's shape."""
+    """An exported network or that of a public checkpoint; ValueError for data of another shape."""
     fields = getattr(experiment.net.trunk, "fields", {})
     num_heads = None if fields.get("dim") in NUM_HEADS else fields.get("num_heads")
     network = load_pretrained(Path(path), layout, num_heads)
@@ -84,7 +84,10 @@ def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
 
 
 def _check_backbone(experiment: Experiment, folder: Path) -> None:
-    """Shapes alone do not tell everything that a backbone is built with, its heads for one."""
+    """ValueError unless both backbones have the same settings.
+
+    Some settings, such as the number of attention heads, change no shape of a weight.
+    """
     name = f"{experiment.backbone_name}."
     was, now = (
         {
@@ -99,8 +102,8 @@ def _check_backbone(experiment: Experiment, folder: Path) -> None:
         raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
 
 
-def _attach(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
-    """The teacher, and the student that starts from it unless it starts from other weights."""
+def attach_teacher(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
+    """Give the teacher its network; the student starts from it unless run.start_from is bound."""
     teacher.attach(network.to(experiment.device))
     if not experiment.start_from:
         _start_from(experiment, network)
@@ -109,7 +112,7 @@ def _attach(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> No
 def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
     if isinstance(network, NoiseNetwork):
         raise ValueError(
-            "it predicts noise, so a network of velocities cannot start as its equal; as a teacher "
-            "it needs run.start_from, other weights for the student"
+            "it predicts noise, and the run's network predicts velocities, which cannot start from "
+            "it. To keep it as the teacher, bind run.start_from to other weights for the student"
         )
     warm_start(experiment.net, network)

@@ -1,4 +1,4 @@
-"""What an evaluation of a run gives."""
+"""The values that an evaluation of a run gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PROBE_SAMPLES = 16
 
 
 def measured_names(experiment: Experiment, wanted: str) -> tuple[str, ...]:
-    """The names of what an evaluation gives, from a small one, at the wanted name's NFE if any."""
+    """The names of the values that an evaluation gives, found by a small evaluation.
+
+    It runs at the NFE that `wanted` names, or at all of the run's if it names none.
+    """
     nfe = tuple(n for n in experiment.nfe if wanted.startswith(f"nfe{n}/")) or experiment.nfe
     return tuple(measure(replace(experiment, nfe=nfe, num_samples=PROBE_SAMPLES), experiment.net))
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks.experiments.experiment import Experiment
-from registry.protocols import Batch
+from registry.protocols import Batch, to_device
 from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.derivatives.dual_tensors import DualTensor, primal_of
 
-COUNTED_STEPS = 6  # what comes every 2nd, 3rd or 6th step is averaged exactly
-LATE = 6_000_000  # the number of the first of them: schedules over steps have settled there
-COUNTED_ROWS = 64  # at most: quotas are rounded to rows, and a large batch would take long
+COUNTED_STEPS = 6  # the mean is exact for what is done at every 2nd, 3rd or 6th step
+LATE = 6_000_000  # the first counted step, by which schedules over steps have settled
+COUNTED_ROWS = 64  # at most: more rows take longer, fewer round quotas more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,14 @@ class Passes:
 
 
 def passes_per_step(experiment: Experiment) -> Passes:
-    """The mean over steps late in a run."""
+    """The mean over `COUNTED_STEPS` steps late in the run."""
     dataset, device = experiment.dataset, experiment.device
     step = TrainStep(experiment.net, experiment.objective).to(device).train()
     rows = min(experiment.batch_size, COUNTED_ROWS)
 
     def batch(number: int) -> Batch:
         x0, cond = dataset.batch(number, rows, experiment.seed)
-        cond = cond and {name: value.to(device) for name, value in cond.items()}
-        return Batch(x0.to(device), cond, LATE + number, 1.0)
+        return Batch(x0.to(device), to_device(cond, device), LATE + number, 1.0)
 
     with experiment.engine.autocast(device):
         return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
@@ -83,7 +82,7 @@ class _Call:
 
 
 class _Calls:
-    """The calls of these networks inside the `with` block."""
+    """Collects the calls of these networks inside the `with` block."""
 
     def __init__(self, *networks: nn.Module):
         self.networks = networks

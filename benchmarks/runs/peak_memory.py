@@ -1,8 +1,8 @@
 """The peak memory of training: allocated bytes on CUDA, the process's resident peak on Linux.
 
-A resident peak belongs to the process: the libraries (about 600 MiB) and what the metrics keep are
-in it. It is reset where training begins, after what was freed before has been given back, so that
-runs one after the other in one process do not inherit each other's peaks.
+A resident peak is that of the whole process: it contains the libraries (about 600 MiB) and what
+the metrics keep. It is reset where training begins, after freed memory was given back to the
+system. So runs that follow each other in one process do not inherit each other's peaks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PeakMemory:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Memory that does not count."""
+        """Leave the memory of the block out of the peak."""
         self._highest = max(self._highest, self._read() or 0.0)
         try:
             yield
@@ -56,4 +56,4 @@ class PeakMemory:
         elif self._device.type == "cpu" and _RESET.exists():
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
                 libc.malloc_trim(0)
-            _RESET.write_text("5")  # the kernel's word for: the peak is what is resident now
+            _RESET.write_text("5")  # Linux then sets the peak to what is resident now

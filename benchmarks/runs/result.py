@@ -31,7 +31,7 @@ class Result:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of the objective's own steps."""
+        """Seconds that one step of the run takes; the steps of its teacher are left out."""
         return (self.seconds - self.teacher_seconds) / (self.steps - self.teacher_steps)
 
     def save(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a run keeps for people to look at, so that a report needs neither network nor data.
+"""The samples that a run keeps, so that a report can show them without network and data.
 
-    samples.safetensors                nfe1, nfe2, ...: samples at the end, float32
+    samples.safetensors                nfe1, nfe2, ...: the samples at the end, float32
     samples/step_00000400.safetensors  the first of the same samples at an evaluation
     real.safetensors                   what real data are beside them; for pictures label [k],
                                        nearest_nfe1 [k c h w], distance_nfe1 [k], ... and
@@ -26,7 +26,7 @@ from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.runs.result import REAL, SAMPLES
-from registry.protocols import Coded, Cond, Dataset
+from registry.protocols import Coded, Cond, Dataset, to_device
 from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
@@ -49,8 +49,7 @@ def draw_samples(
     `labels` is the class of all, or one for each; None stands for the frequencies of the data.
     """
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
-    cond = _chosen(experiment.dataset, num, labels)
-    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
+    cond = to_device(_chosen(experiment.dataset, num, labels), experiment.device)
     return {
         n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
         for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
@@ -77,7 +76,7 @@ def final_samples(experiment: Experiment, net: Callable[..., Any]) -> dict[int, 
 
 
 def keep_samples(experiment: Experiment, net: Callable[..., Any], folder: Path, step: int) -> None:
-    """The first of the run's samples as they are at this step."""
+    """Save the first of the run's samples, drawn at this step."""
     samples = _first(final_samples(experiment, net))
     if ranks.leads():
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def keep_samples(experiment: Experiment, net: Callable[..., Any], folder: Path, 
 def keep_all(
     experiment: Experiment, samples: Mapping[int, Tensor], images_seen: int, folder: Path
 ) -> None:
-    """The run's samples, and the real data to hold beside them."""
+    """Save the run's samples, and the real data that a report shows beside them."""
     save_file({f"nfe{n}": x.contiguous() for n, x in samples.items()}, folder / SAMPLES)
     dataset, real = experiment.dataset, {}
     if is_points(dataset.shape):
@@ -116,7 +115,7 @@ def _first(samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
 def _nearest_pictures(
     dataset: Dataset, samples: Mapping[int, Tensor], num: int, seed: int
 ) -> dict[str, Tensor]:
-    """Nearest training pictures of the first samples, and those of training pictures."""
+    """The nearest training pictures of the first samples, and of some training pictures."""
     shown = {n: x[:NUM_KEPT] for n, x in samples.items()}
     itself, _ = dataset.batch(0, min(num, _CHUNK), seed)
     found, distance = _nearest(torch.cat(list(shown.values())), dataset, num, seed)

@@ -1,16 +1,15 @@
-"""The training of one experiment, with its records, averages, checkpoints and evaluations."""
+"""Trains one experiment, with its records, averages, checkpoints and evaluations."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, Pruning
 from benchmarks.runs.measure import measure
 from benchmarks.runs.peak_memory import PeakMemory
 from benchmarks.runs.samples import keep_samples
-from trainers.budget import Budget
+from registry.protocols import RunRecord
 from trainers.callbacks import (
     Callback,
     CheckpointCallback,
@@ -30,14 +29,16 @@ class Stopped(KeyboardInterrupt):
 
 def fit_experiment(
     experiment: Experiment,
-    record: Any,
+    record: RunRecord,
     folder: Path,
     resume: bool,
     *,
-    budget: Budget,
     prefix: str = "",
 ) -> TrainState:
-    """Train what `experiment` says for this budget; Stopped if a signal ended it, or Pruned."""
+    """Train what `experiment` says; raises Stopped if a signal ended it, Pruned if its pruner did.
+
+    `prefix` begins the names of what is recorded. A run's own training has none.
+    """
     peak = PeakMemory(experiment.device)
 
     def log(values: dict[str, float], step: int) -> None:
@@ -54,34 +55,14 @@ def fit_experiment(
         MetricsLog(record=log, every=experiment.log_every),
         ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
     ]
-    if not prefix:
-        callbacks.append(
-            PeriodicEvaluation(fn=evaluation, every=experiment.evaluate_every, at_end=False)
-        )
-    power_emas = () if prefix else experiment.power_emas
-    if power_emas:
-        callbacks.append(EmaSnapshots(widths=power_emas, count=experiment.ema_snapshots))
+    if every := experiment.evaluate_every:
+        callbacks.append(PeriodicEvaluation(fn=evaluation, every=every, at_end=False))
+    if widths := experiment.power_emas:
+        callbacks.append(EmaSnapshots(widths=widths, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
-    state = fit(
-        net=experiment.net,
-        objective=experiment.objective,
-        dataset=experiment.dataset,
-        batch_size=experiment.batch_size,
-        budget=budget,
-        engine=experiment.engine,
-        optimizer=experiment.optimizer,
-        schedule=experiment.schedule,
-        ema_decays=experiment.ema_decay,
-        power_emas=power_emas,
-        compile=experiment.compile,
-        seed=experiment.seed,
-        device=experiment.device,
-        callbacks=callbacks,
-        folder=folder,
-        resume=resume,
-    )
+    state = fit(experiment.training, callbacks=callbacks, folder=folder, resume=resume)
     if pruning.reason:
         record.tags({PRUNED: pruning.reason})
         record.close("KILLED")

@@ -2,18 +2,18 @@
 
 Each case is a run of the training loop, built from a gin file as `objective-zoo run` builds it. All
 cases of a backbone and a precision are built, warmed up, and then take turns of a few steps, so
-that whatever else the machine does hits all alike. A ratio is the median over turns of the time
+that other work of the machine slows all of them alike. A ratio is the median over turns of the time
 relative to the baseline's in the same turn.
 
-The theoretical ratio counts passes of the network (passes.py); the gap is what the step takes above
-it. The share outside the network is measured in a turn of its own, in which the network's calls and
-the backward are timed. Peak memory is that of a fresh process per case, less what the libraries
-hold before anything is built.
+The theoretical ratio counts passes of the network (runs/passes.py); the gap is what the step takes
+above it. The share outside the network is measured in a turn of its own, in which the network's
+calls and the backward are timed. Peak memory is that of a fresh process per case, less what the
+libraries hold before anything is built.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,20 +30,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import registry
+from benchmarks.experiments import defaults
 from benchmarks.grids.request import Request
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.passes import passes_per_step
 from benchmarks.runs.peak_memory import PeakMemory
-from benchmarks.speed.cases import Case, Training
+from benchmarks.speed.cases import Case, SteppedRun
 from benchmarks.speed.overheads import Overheads, bare_loop, logging_seconds, sampling_pair
-from benchmarks.speed.table import Cost, Speed, machine, speed_table
+from benchmarks.speed.table import Speed, StepCost, machine, speed_table
 from registry import gin_setup
 from registry.protocols import Batch, Engine, LossOutput
 from zoo.derivatives.dual_tensors import LinearizedRecord
 
 STEPS_PER_TURN = 3  # DE-CM's cycle
 MEMORY_STEPS = 4
+
+log = logging.getLogger(__name__)
 
 
 def run_bench(
@@ -56,15 +58,15 @@ def run_bench(
 ) -> Speed:
     """Measure every group; the table, speed.json and the metrics of a record are kept in `out`."""
     request.parse()
-    recorder = gin_setup.build("run.recorder") or registry.recorders.build("mlflow")
-    costs: list[Cost] = []
+    recorder = gin_setup.build("run.recorder") or defaults.recorder()
+    costs: list[StepCost] = []
     overheads: list[Overheads] = []
     with recorder.start(out.name, out) as record:
         for group, cases in groups.items():
-            _tell(f"{group}: {turns} turns of {STEPS_PER_TURN} steps, {len(cases)} cases")
+            log.info("%s: %d turns of %d steps, %d cases", group, turns, STEPS_PER_TURN, len(cases))
             measured, own = measure_group(cases, turns)
             if memory:
-                _tell(f"{group}: peak memory, a process for each case")
+                log.info("%s: peak memory, a process for each case", group)
                 measured = with_memory(cases, measured)
             costs += measured
             overheads.append(own)
@@ -76,7 +78,7 @@ def run_bench(
     return speed
 
 
-def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overheads]:
+def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[StepCost], Overheads]:
     """The costs of cases that share a baseline, which comes first, and the framework's own."""
     experiments = [case.build() for case in cases]
     passes = [passes_per_step(experiment).total for experiment in experiments]
@@ -87,7 +89,7 @@ def measure_group(cases: Sequence[Case], turns: int) -> tuple[list[Cost], Overhe
     drawn, called = by_turns(sampling_pair(base), turns, base.device, each=1)
     outside = [outside_share(training) for training in trainings]
     costs = [
-        Cost(
+        StepCost(
             case=case.name,
             group=group,
             seconds=median(times[i]),
@@ -118,19 +120,19 @@ def by_turns(
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(turns + 1):
         for i in range(len(steps)):
-            which = (i + turn) % len(steps)  # each begins a turn once in a while
+            which = (i + turn) % len(steps)  # another one begins each turn
             seconds[which].append(_seconds(steps[which], device, each) / each)
     return [of_one[1:] for of_one in seconds]
 
 
-def outside_share(training: Training) -> float:
-    """The share of a turn that is spent neither in the networks, moved or not, nor backward."""
+def outside_share(training: SteppedRun) -> float:
+    """The share of a turn that is spent outside the networks, their tangents and the backward."""
     state, engine = training.state, training.state.engine
-    clock = _Clock(state.device)
+    clock = _Stopwatch(state.device)
     handles = [net.register_forward_pre_hook(clock.start) for net in training.networks]
     handles += [net.register_forward_hook(clock.stop) for net in training.networks]
     state.engine = _TimedBackward(engine, clock)
-    if training.experiment.compile:  # with its hooks the network is compiled anew
+    if training.experiment.compile:  # the hooks make torch compile the network anew
         _seconds(training.step, state.device)
         clock.seconds = 0.0
     with _replays_on(clock):
@@ -141,8 +143,8 @@ def outside_share(training: Training) -> float:
     return 1 - clock.seconds / whole
 
 
-class _Clock:
-    """Seconds between start and stop, with what is queued on a GPU."""
+class _Stopwatch:
+    """Adds up the seconds between start and stop; waits for what is queued on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self._since = device, 0.0, 0.0
@@ -155,8 +157,8 @@ class _Clock:
 
 
 @contextmanager
-def _replays_on(clock: _Clock) -> Iterator[None]:
-    """Derivatives that follow behind a network's call are on the clock too."""
+def _replays_on(clock: _Stopwatch) -> Iterator[None]:
+    """Time the derivatives that are replayed after a network's call too."""
     replay = LinearizedRecord.replay
 
     def timed(record: LinearizedRecord, *args: Any) -> Tensor:
@@ -170,9 +172,9 @@ def _replays_on(clock: _Clock) -> Iterator[None]:
 
 
 class _TimedBackward:
-    """An engine whose backward is on a clock."""
+    """The engine, with its backward timed."""
 
-    def __init__(self, engine: Engine, clock: _Clock):
+    def __init__(self, engine: Engine, clock: _Stopwatch):
         self._engine, self._clock = engine, clock
 
     def __getattr__(self, name: str) -> Any:
@@ -187,8 +189,8 @@ class _TimedBackward:
         self._clock.stop()
 
 
-def with_memory(cases: Sequence[Case], costs: Sequence[Cost]) -> list[Cost]:
-    """The costs with their peak memory, where it can be known."""
+def with_memory(cases: Sequence[Case], costs: Sequence[StepCost]) -> list[StepCost]:
+    """The costs with their peak memory, where the system tells it."""
     peaks = [peak_memory(case) for case in cases]
     base = peaks[0]
     if base is None:
@@ -200,14 +202,18 @@ def with_memory(cases: Sequence[Case], costs: Sequence[Cost]) -> list[Cost]:
 
 
 def peak_memory(case: Case) -> float | None:
-    """MiB of a training in a fresh process, above what the libraries hold there."""
+    """MiB of a training in a fresh process, above what the libraries hold there.
+
+    A spawned process imports from where this one does: no folder `benchmarks` that happens to be in
+    the current directory takes the place of ours.
+    """
     quiet = partial(warnings.filterwarnings, "ignore", ".*torch.jit.script.*", FutureWarning)
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet) as process:
         return process.submit(_peak_here, case).result()
 
 
 def _peak_here(case: Case) -> float | None:
-    device = _train(case, 1)  # loads what a step loads
+    device = _train(case, 1)  # a first step loads libraries
     before = PeakMemory(device).mib
     peak = PeakMemory(device)
     _train(case, MEMORY_STEPS)
@@ -230,10 +236,6 @@ def _seconds(step: Callable[[], object], device: torch.device, num: int = STEPS_
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return median(mine / theirs for mine, theirs in zip(times, base, strict=True))
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _now(device: torch.device) -> float:

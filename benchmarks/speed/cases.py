@@ -1,4 +1,4 @@
-"""What a benchmark measures: cases, and each of them as a training that goes a step at a time."""
+"""The cases that a benchmark measures, and a run of one that trains a step at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.speed.published_mean_flow import PublishedMeanFlow
 from registry import gin_setup
 from registry.protocols import Derivative, LossOutput, parts
 from trainers.callbacks import MetricsLog
-from trainers.engines import TrainStep
+from trainers.engines import as_trained
 from trainers.loop import prepared, updates
 from zoo.derivatives.methods import with_derivatives
 from zoo.objectives.mean_flow import MeanFlow
@@ -30,7 +30,7 @@ class Case:
     bindings: tuple[str, ...]
     group: str = ""  # backbone/precision: what is compared with one baseline
     arm: str
-    derivative: str = ""  # where the objective has none
+    derivative: str = ""  # registered; "" for an objective without one
     published: bool = False  # trained by the paper's algorithm
 
     @property
@@ -38,7 +38,7 @@ class Case:
         return "/".join(filter(None, (self.arm, "published" * self.published or self.derivative)))
 
     def build(self) -> Experiment:
-        """With its derivative chosen before it is probed."""
+        """Its run, with the derivative of the case chosen before it is probed."""
         self.request.parse([*self.bindings, "run.recorder = @null()"])
         with gin_setup.arm(self.arm):
             if not self.derivative:
@@ -47,14 +47,14 @@ class Case:
             chosen = registry.derivatives.build(self.derivative)
             return run(objective=with_derivatives(objective, lambda _: chosen))
 
-    def training(self, experiment: Experiment | None = None) -> Training:
-        """Of the experiment that `build` gave."""
+    def training(self, experiment: Experiment | None = None) -> SteppedRun:
+        """A run of the experiment that `build` gave."""
         experiment = self.build() if experiment is None else experiment
         if self.published:
             ours = experiment.objective
             assert isinstance(ours, MeanFlow)
             experiment = replace(experiment, objective=PublishedMeanFlow.of(ours))
-        return Training(experiment)
+        return SteppedRun(experiment)
 
 
 def cases_of(
@@ -66,9 +66,9 @@ def cases_of(
     derivatives: Sequence[str] = ("one_pass",),
     published: bool = False,
 ) -> dict[str, list[Case]]:
-    """By group, the baseline first; objectives without a derivative come once.
+    """The cases by group, each with the baseline first; an arm without a derivative comes once.
 
-    `objectives` are arms of the file, by default all of them; the backbone is the file's own too.
+    `objectives` are arms of the file, by default all. The backbone is the file's own by default.
     `published` adds MeanFlow by its paper's algorithm.
     """
     known = request.arms()
@@ -87,39 +87,31 @@ def cases_of(
         case = replace(case, group=group)
         differs = any(isinstance(part, Derivative) for _, part in parts(built.objective))
         cases = groups.setdefault(group, [])
-        chosen_here = [_as_run(d, built.compile) for d in derivatives] if differs else [""]
+        chosen_here = [_as_run(d, built) for d in derivatives] if differs else [""]
         cases += [replace(case, derivative=d) for d in dict.fromkeys(chosen_here)]
         if published and isinstance(built.objective, MeanFlow):
             cases.append(replace(case, published=True))
     return groups
 
 
-def _as_run(derivative: str, compiled: bool) -> str:
-    """The name of what a run takes for it."""
-    return "dual" if compiled and derivative == "one_pass" else derivative
+def _as_run(derivative: str, experiment: Experiment) -> str:
+    """The name of the derivative that a run takes where this one is bound."""
+    taken = as_trained(
+        registry.derivatives.build(derivative), experiment.engine, experiment.compile
+    )
+    return registry.derivatives.name_of(taken)
 
 
-class Training:
+class SteppedRun:
     """A run that trains a step at a time, with the callbacks that every run has."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
-        averages = experiment.ema_decay, experiment.power_emas
-        step = TrainStep(experiment.net, experiment.objective, *averages)
-        self.networks = [step.net, *step.teachers.values()]
-        self.state = prepared(
-            step,
-            batch_size=experiment.batch_size,
-            budget=experiment.budget,
-            engine=experiment.engine,
-            optimizer=experiment.optimizer,
-            compile=experiment.compile,
-            seed=experiment.seed,
-            device=experiment.device,
-            callbacks=[MetricsLog(record=lambda values, step: None, every=experiment.log_every)],
-        )
-        lr, schedule = experiment.optimizer.lr, experiment.schedule
-        self._updates = updates(self.state, experiment.dataset, lr, schedule)
+        log = MetricsLog(record=lambda values, step: None, every=experiment.log_every)
+        self.state = prepared(experiment.training, [log])
+        module = self.state.engine.module
+        self.networks = [module.net, *module.teachers.values()]
+        self._updates = updates(self.state, experiment.training)
 
     def step(self) -> LossOutput:
         return next(self._updates)

@@ -1,12 +1,12 @@
 """How fast the processes of a run read their batches, beside a plain copy of the same bytes.
 
-    python -m benchmarks.speed.loading FOLDER --ranks 8 --batch 1024
+    python -P -m benchmarks.speed.loading FOLDER --ranks 8 --batch 1024
 
-FOLDER holds latents or pictures; without one, latents of noise are made, as many numbers each as
-those of Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with
-the next batch read ahead, and consumes it at once: what comes out is the most that a run could
-take. The first batch is not counted. Images per second are those of all processes together; where
-there are more processes than cores, the rate per second of CPU time tells more.
+FOLDER holds latents or pictures. Without it, latents of noise are made, each as large as those of
+Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with the next
+batch read ahead, and drops it at once. So the result is the highest rate that a run could use. The
+first batch is not counted. Images per second are those of all processes together. Where there are
+more processes than cores, the rate per second of CPU time tells more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from registry.protocols import Dataset, Share, read_share
 
 SHAPE = (4, 32, 32)
 SHARD_ROWS = 1024
-COPIED = 2**28  # bytes that copying goes round in, so that no cache holds them
+COPIED = 2**28  # bytes that are copied in turn, more than any cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Rates:
 
 
 class NoVae:
-    """In place of the VAE that latents of noise do not have."""
+    """Stands for the VAE that latents of noise do not have."""
 
     def provenance(self) -> dict[str, str]:
         return {"kind": "none", "path": "", "subfolder": "", "sha256": "none"}
@@ -84,8 +84,10 @@ def open_folder(folder: Path, resolution: int) -> Dataset:
 
 
 def measure(work: Work) -> tuple[Rates, Rates]:
-    """Of reading and of copying."""
-    open_folder(work.folder, work.resolution)  # what is wrong with it is said here, and once
+    """The rates of reading and of plain copying."""
+    open_folder(work.folder, work.resolution)  # an error comes once, before any process
+    # A spawned process imports from where this one does: no folder `benchmarks` that happens to be
+    # in the current directory takes the place of ours.
     context: Any = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(work.ranks), context.Queue()
     processes = [
@@ -131,7 +133,9 @@ def _rank(work: Work, rank: int, barrier: Any, results: Any) -> None:
 
 def main() -> None:
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.loading", description=about)
+    parser = argparse.ArgumentParser(
+        prog="python -P -m benchmarks.speed.loading", description=about
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; none: noise")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1024, help="of all processes together")

@@ -1,4 +1,4 @@
-"""What the framework itself costs: a hand-written loop and bare network calls to compare with."""
+"""What the framework costs beside a loop written by hand and bare calls of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.records.recorders import Jsonl
-from registry.protocols import LossOutput
+from registry.protocols import LossOutput, rows_of, to_device
 from trainers.callbacks import MetricsLog
 from trainers.engines import compile_in_place
 from trainers.state import TrainState
@@ -26,7 +26,7 @@ SAMPLING_NFE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Overheads:
-    """Shares that the framework adds to flow matching."""
+    """What the framework adds to flow matching, as shares."""
 
     group: str
     loop: float  # of the hand-written step
@@ -42,7 +42,7 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
     params: list[Tensor] = list(net.parameters())
     averages: list[tuple[float, list[Tensor]]] = [
         (decay, list(copy.deepcopy(net).requires_grad_(False).parameters()))
-        for decay in (*experiment.ema_decay, *experiment.power_emas)  # at equal cost
+        for decay in (*experiment.ema_decay, *experiment.power_emas)  # both kinds cost the same
     ]
     optimizer = experiment.optimizer.build(net.parameters())
     device, n = experiment.device, experiment.batch_size
@@ -52,7 +52,7 @@ def bare_loop(experiment: Experiment) -> Iterator[None]:
         x0 = images[rows].to(device)
         x1, t = torch.randn_like(x0), torch.rand(n, device=device)
         s = t.view(-1, *[1] * (x0.ndim - 1))
-        given = cond and {name: value[rows].to(device) for name, value in cond.items()}
+        given = to_device(rows_of(cond, rows), device)
         with experiment.engine.autocast(device):
             loss = ((net((1 - s) * x0 + s * x1, t, t, given)["v"] - (x1 - x0)) ** 2).mean()
         loss.backward()
@@ -69,8 +69,7 @@ def sampling_pair(experiment: Experiment) -> tuple[Callable[[], object], Callabl
     """The same Euler steps by `evaluate.draw` and by bare calls of the network."""
     net, n = experiment.net, experiment.batch_size
     x1 = evaluate.noise(experiment.dataset.shape, n, 0).to(experiment.device)
-    cond = experiment.dataset.sample_labels(n)
-    cond = cond and {name: value.to(experiment.device) for name, value in cond.items()}
+    cond = to_device(experiment.dataset.sample_labels(n), experiment.device)
 
     def ours() -> object:
         return evaluate.draw(net, Euler(nfe=SAMPLING_NFE), x1, cond)

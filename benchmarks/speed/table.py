@@ -17,7 +17,7 @@ TOLERANCE = 0.1  # a ratio may grow by this share; between runs on a busy machin
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class StepCost:
     """What a step of a case costs; ratios are to flow matching of its group."""
 
     case: str
@@ -41,7 +41,7 @@ class Speed:
     """Everything that one benchmark measured."""
 
     machine: str
-    costs: Sequence[Cost]
+    costs: Sequence[StepCost]
     overheads: Sequence[Overheads]
 
     def json(self) -> str:
@@ -51,7 +51,7 @@ class Speed:
     def load(cls, path: Path) -> Speed:
         try:
             read = json.loads(path.read_text())
-            costs = [Cost(**cost) for cost in read["costs"]]
+            costs = [StepCost(**cost) for cost in read["costs"]]
             overheads = [Overheads(**own) for own in read["overheads"]]
             return cls(machine=read["machine"], costs=costs, overheads=overheads)
         except (KeyError, TypeError, ValueError) as error:
@@ -91,7 +91,7 @@ def speed_table(speed: Speed) -> str:
 HEADER = ["case", "time", "passes", "gap", "images/s", "outside network", "peak memory"]
 
 
-def _row(cost: Cost) -> list[str]:
+def _row(cost: StepCost) -> list[str]:
     memory = "-" if cost.memory_ratio is None else f"{cost.memory_ratio:.2f}"
     if cost.memory_mib is not None:
         memory += f" ({cost.memory_mib:,.0f} MiB)"
@@ -125,7 +125,7 @@ def compare(new: Speed, old: Speed, tolerance: float = TOLERANCE) -> tuple[list[
     return lines, grown
 
 
-def _pairs(new: Cost, old: Cost) -> Iterator[tuple[str, float, float]]:
+def _pairs(new: StepCost, old: StepCost) -> Iterator[tuple[str, float, float]]:
     yield "time", new.ratio, old.ratio
     if new.memory_ratio is not None and old.memory_ratio is not None:
         yield "memory", new.memory_ratio, old.memory_ratio

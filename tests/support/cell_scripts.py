@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.launchers.launcher import Ended
+from registry.protocols import Ended
 
 
 def run_cell(folder: Path) -> Ended:

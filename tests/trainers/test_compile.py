@@ -96,7 +96,7 @@ def test_a_missing_compiler_is_said_before_training(monkeypatch):
 
 def test_zero_stage_3_is_refused_and_the_others_are_not():
     engine = "run.engine = @zero_engine()"
-    with pytest.raises(ValueError, match=r"Set zero_engine.stage = 2 or run.compile = False"):
+    with pytest.raises(ValueError, match=r"zero_engine.stage = 2, .* run.compile = False"):
         built(engine, "zero_engine.stage = 3")
     assert built(engine, "zero_engine.stage = 2").compile
 

@@ -16,7 +16,7 @@ from torch import nn
 import registry
 from backbones.mlp import MLP
 from benchmarks.data.mixtures import Gaussian
-from benchmarks.experiments import build
+from benchmarks.experiments import build, checks
 from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.execute import Texts, execute
 from registry.protocols import Derivative, parts, required_heads
@@ -475,7 +475,7 @@ def test_run_records_the_figure_and_trains_as_without_the_probe(tmp_path, monkey
     assert probed[0]["step"] == 0
     assert probed[0]["values"] == dict(experiment.derivative_error)
 
-    monkeypatch.setattr(build, "probe_derivatives", lambda *_: {})
+    monkeypatch.setattr(checks, "probe_derivatives", lambda *_: {})
     experiment = run()
     assert experiment.derivative_error == {}
     plain = recorded(experiment, tmp_path / "plain")

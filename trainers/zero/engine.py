@@ -11,6 +11,7 @@ is compiled and no compiler needed. Tested on CPU processes (gloo), written for 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from registry import engines
 from registry.protocols import Batch, LossOutput, Optimizer, Reference, Share
 from trainers import ranks
-from trainers.engines import TrainStep
+from trainers.engines import TrainStep, as_trained
 from trainers.sharding import shards
 from trainers.zero import checkpoint
 from trainers.zero.derivatives import (
@@ -36,7 +37,6 @@ from trainers.zero.derivatives import (
     needs_forward_mode,
 )
 from zoo.derivatives.methods import FiniteDifference, with_derivatives
-from zoo.derivatives.one_pass import apart
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -69,6 +69,8 @@ class ZeroEngine:
         year=2019,
         arxiv="1910.02054",
     )
+
+    several_processes: ClassVar = True
 
     stage: int = 2
     precision: str = "fp32"
@@ -110,6 +112,15 @@ class ZeroEngine:
                     f"zero_engine.{name} needs zero_engine.stage = {first} or more; it is "
                     f"{self.stage}"
                 )
+
+    @property
+    def whole_weights(self) -> bool:
+        """Stage 3 gathers weights layer by layer, by autograd.Functions round every layer."""
+        return self.stage < 3
+
+    def provider_files(self, batch_size: int) -> dict[str, str]:
+        config = self.deepspeed_config(batch_size, ranks.count())
+        return {"deepspeed.json": json.dumps(config, indent=2) + "\n"}
 
     def deepspeed_config(self, batch_size: int, processes: int) -> dict[str, Any]:
         """What DeepSpeed is given; ValueError if the batch cannot be shared out equally."""
@@ -155,8 +166,7 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
-        if self.stage == 3:  # which puts autograd.Functions round every layer
-            module.objective = apart(module.objective)
+        module.objective = as_trained(module.objective, self)
         if self._deepspeed is not None:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())

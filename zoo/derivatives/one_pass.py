@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from registry import derivatives
-from registry.protocols import Cond, Derivative, Network
+from registry.protocols import Cond, Derivative, JointDerivative, Network
 from zoo.derivatives.dual_tensors import (
     DualTensor,
     EagerRecord,
@@ -50,6 +50,10 @@ class OnePass:
     """Exact, in the forward pass of the prediction; not for ZeRO stage 3, nor compiled networks."""
 
     needs_forward_ad: ClassVar = True
+
+    @property
+    def in_own_pass(self) -> Derivative:
+        return Dual()
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
@@ -110,8 +114,12 @@ class OnePass:
 
 
 def apart(objective: Any) -> Any:
-    """The same objective with `dual` in place of `one_pass`."""
-    return with_derivatives(objective, lambda d: Dual() if isinstance(d, OnePass) else d)
+    """The same objective with each of its derivatives in a pass of its own."""
+
+    def choose(derivative: Derivative) -> Derivative:
+        return derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+
+    return with_derivatives(objective, choose)
 
 
 def outputs_and_derivative(
@@ -124,7 +132,7 @@ def outputs_and_derivative(
     """
     k, (x, t, r) = len(tangents[0]), point
     given, first = first_rows(cond, k), (x[:k], t[:k], r[:k])
-    if not isinstance(derivative, OnePass):
+    if not isinstance(derivative, JointDerivative):
         out = dict(net(*point, cond))
         if derivative is None:
             return out, torch.zeros_like(tangents[0])
@@ -145,7 +153,7 @@ def outputs_then_derivative(
 
     The tangents may depend on the outputs. The function can be called once.
     """
-    if isinstance(derivative, OnePass):
+    if isinstance(derivative, JointDerivative):
         return derivative.linearized(lambda x, t, r: net(x, t, r, cond), point, "u")
 
     def du_along(tangents: Point) -> Tensor:

@@ -218,7 +218,7 @@ def test_run_starts_from_an_exported_folder_and_ends_in_one(pictures, tmp_path):
     words = ("--layout", "lightning_dit", "--num-heads", HEADS)
     done = zoo("export", tmp_path / "public.safetensors", "--out", tmp_path / "start", *words)
     assert done.status == 0, done.err
-    assert "not needed: pos_embed (the fixed positions)" in done.out
+    assert "not needed: pos_embed (the fixed positions)" in done.err
 
     start = f"run.start_from = '{tmp_path / 'start'}'"
     done = run(pictures, "mean_flow", tmp_path / "out", start, "adamw.lr = 1e-12")

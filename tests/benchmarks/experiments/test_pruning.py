@@ -11,17 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import entries, zoo
 
-from benchmarks.experiments.pruning import (
-    PRUNED,
-    Report,
-    SuccessiveHalving,
-    check_pruner,
-    why_pruned,
-)
+from benchmarks.experiments.pruning import PRUNED, SuccessiveHalving, check_pruner, why_pruned
 from benchmarks.records.jsonl import RECORD, read_record
 from benchmarks.records.open_run import Run
 from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.result import RESULT
+from registry.protocols import IntermediateValue
 from trainers.budget import Budget
 
 METRIC = "nfe1/fd"
@@ -31,9 +26,9 @@ def halving(**settings: Any) -> SuccessiveHalving:
     return SuccessiveHalving(**{"metric": METRIC, "min_steps": 10, "reduction": 2, **settings})
 
 
-def reports(*values: tuple[str, int, float]) -> list[Report]:
+def reports(*values: tuple[str, int, float]) -> list[IntermediateValue]:
     """In the order of time."""
-    return [Report(time, *value) for time, value in enumerate(values)]
+    return [IntermediateValue(time, *value) for time, value in enumerate(values)]
 
 
 def test_first_cell_at_a_rung_goes_on() -> None:
@@ -90,11 +85,11 @@ def test_cells_that_run_at_once_are_halved_as_the_paper_says(
 ) -> None:
     pruner, exact = halving(min_steps=min_steps, reduction=reduction), Rungs(min_steps, reduction)
     running = dict(enumerate(values))
-    done: list[Report] = []
+    done: list[IntermediateValue] = []
     while running:
         cell = order.choice(sorted(running))
         step = sum(report.cell == str(cell) for report in done) + 1
-        done.append(Report(len(done), str(cell), step, running[cell][step - 1]))
+        done.append(IntermediateValue(len(done), str(cell), step, running[cell][step - 1]))
         stops = exact.stops(step, done[-1].value)
         assert pruner(done) is stops
         if stops or step == len(running[cell]):

@@ -24,11 +24,12 @@ from cell_scripts import run_cell
 from tiny_runs import entries
 
 from benchmarks.launchers import launcher, subprocesses
-from benchmarks.launchers.launcher import OUTPUT, Ended, InProcess, Job, close_lost
+from benchmarks.launchers.launcher import OUTPUT, InProcess, close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.records.jsonl import read_record
 from benchmarks.records.recorders import Jsonl
 from benchmarks.runs.result import Result
+from registry.protocols import Ended, Job
 
 WAITS = """
 import time
@@ -252,7 +253,7 @@ def test_killed_parent_takes_its_workers_and_theirs_along(jobs: Callable[..., li
 import sys
 from pathlib import Path
 from benchmarks.launchers import subprocesses
-from benchmarks.launchers.launcher import Job
+from registry.protocols import Job
 import cell_scripts
 from cell_scripts import run_cell
 subprocesses._gpus = list

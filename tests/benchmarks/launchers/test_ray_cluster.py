@@ -18,8 +18,9 @@ import cell_scripts
 import pytest
 from cell_scripts import run_cell
 
-from benchmarks.launchers.launcher import OUTPUT, Ended, Job
+from benchmarks.launchers.launcher import OUTPUT
 from benchmarks.launchers.ray_cluster import RayCluster
+from registry.protocols import Ended, Job
 
 DIES_ONCE = """
 import os

@@ -21,7 +21,7 @@ from benchmarks.grids.request import Request
 from benchmarks.planning.outline import outline
 from benchmarks.planning.predict import Machine, predict, read_memory
 from benchmarks.planning.simulation import Activity, Simulation, Update, mean_over_steps
-from benchmarks.planning.zero_memory import Setting, Sizes, largest
+from benchmarks.planning.zero_memory import Sizes, StepSplit, largest
 from registry.protocols import Batch, Share
 from trainers.rng import generator
 from trainers.zero.engine import ZeroEngine
@@ -146,7 +146,7 @@ SMALL = {"reduce_bucket": 25_000_000, "prefetch_bucket": 0}  # 0.1 GB
 
 def memory(stage: int | None, gpus: int = 4, accumulate: int = 1, **changes):
     engine = None if stage is None else ZeroEngine(stage=stage, **{**SMALL, **changes})
-    return largest(SIZES, engine, Setting(gpus=gpus, accumulate=accumulate), STEP)
+    return largest(SIZES, engine, StepSplit(gpus=gpus, accumulate=accumulate), STEP)
 
 
 def test_stages_divide_what_they_say():
@@ -164,9 +164,9 @@ def test_stages_divide_what_they_say():
 
 def test_update_is_the_largest_moment_where_little_is_kept():
     idle = replace(STEP, kept=0.0, moments=((0.1 * GB, 0.0), (0.0, 4 * GB)))
-    setting = Setting(gpus=2, accumulate=1)
-    assert largest(SIZES, ZeroEngine(stage=0), setting, idle).moment == "reduction"
-    found = largest(SIZES, ZeroEngine(stage=2, **SMALL), setting, idle)
+    split = StepSplit(gpus=2, accumulate=1)
+    assert largest(SIZES, ZeroEngine(stage=0), split, idle).moment == "reduction"
+    found = largest(SIZES, ZeroEngine(stage=2, **SMALL), split, idle)
     assert found.moment == "update"
     assert found.kinds["gradients"] == pytest.approx(4 * GB)  # and flattened
 
@@ -187,7 +187,7 @@ def test_more_gpus_and_higher_stages_never_need_more(weights, kept, stage, gpus)
 
     def total(stage: int, gpus: int) -> float:
         engine = ZeroEngine(stage=stage, **SMALL)
-        found = largest(sizes, engine, Setting(gpus=gpus, accumulate=1), step)
+        found = largest(sizes, engine, StepSplit(gpus=gpus, accumulate=1), step)
         return found.total - found.kinds.get("gathered", 0) - found.kinds.get("buckets", 0)
 
     assert total(stage, 2 * gpus) <= total(stage, gpus) * (1 + 1e-12)

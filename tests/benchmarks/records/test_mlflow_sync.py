@@ -26,7 +26,7 @@ import pytest
 
 from benchmarks.records import mlflow_store
 from benchmarks.records.jsonl import RECORD, read_record
-from benchmarks.records.mlflow_store import Store, _import_mlflow, open_hint
+from benchmarks.records.mlflow_store import Store, _import_mlflow
 from benchmarks.records.mlflow_sync import ID_TAG, SENT, Copy, Follower, send
 from benchmarks.records.open_run import Run
 from benchmarks.records.recorders import Jsonl, Mlflow
@@ -353,7 +353,7 @@ def test_hint_opens_the_page_of_a_local_store(uri: str, tmp_path: Path) -> None:
         run.text("x = 1", "config/operative.gin")
     run_id = mlflow_run(uri, tmp_path).info.run_id
     port = free_port()
-    command = [*shlex.split(open_hint(uri)), "--port", str(port), "--workers", "1"]
+    command = [*shlex.split(Store.of(uri, "").open_hint()), "--port", str(port), "--workers", "1"]
     with serving(command, f"http://127.0.0.1:{port}", tmp_path):
         query = f"path=config%2Foperative.gin&run_uuid={run_id}"
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/get-artifact?{query}") as answer:

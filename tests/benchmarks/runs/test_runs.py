@@ -149,7 +149,7 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
 
     fit = training.fit
 
-    def stopping(**given):
+    def stopping(trained, **given):
         """Ends the first fit of a teacher after one step, as a signal would."""
         if when == "teacher" and not (tmp_path / "mark").exists():
             (tmp_path / "mark").touch()
@@ -159,7 +159,7 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
                     state.stop = "SIGTERM"
 
             given["callbacks"] = [Stop(), *given["callbacks"]]
-        return fit(**given)
+        return fit(trained, **given)
 
     monkeypatch.setattr(training, "fit", stopping)
     student = ["decm/run.objective = @stopped()", "stopped.teacher = @frozen()"]

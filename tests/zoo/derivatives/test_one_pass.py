@@ -352,7 +352,7 @@ def test_another_derivative_replaces_it_in_every_part():
 
 @pytest.mark.parametrize(
     ("binding", "said"),
-    [("run.compile = True", "run.compile"), ("run.engine = @zero_engine()", "zero_engine.stage")],
+    [("run.compile = True", "run.compile"), ("run.engine = @zero_engine()", "@zero_engine()")],
 )
 def test_compiled_and_sharded_runs_take_the_derivative_in_a_pass_of_its_own(binding, said, caplog):
     tiny = ["dit.dim = 16", "dit.depth = 1", "dit.num_heads = 2", "run.recorder = @null()"]

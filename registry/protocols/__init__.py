@@ -1,0 +1,124 @@
+"""The contracts between the parts; see each class for shapes, units and ranges.
+
+    methods        what a method of training brings: an objective and its parts, a sampler
+    networks       what a network is, and what a backbone and a head bring
+    batches        what an objective is given and what it returns
+    data           what a data set brings
+    runs           what surrounds a run: engine, optimizer, metric, recorder, launcher, pruner
+    capabilities   what a part of a run may declare beside its contract, and the defaults
+    parts          what is asked of any part: its source, the parts inside it
+
+Time runs from t=0 (data) to t=1 (noise); `0 <= r <= t <= 1`, float32, shape [b]. `v` is the
+velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) u`.
+
+People import from here; the modules of this folder import each other directly.
+"""
+
+from __future__ import annotations
+
+from registry.protocols.batches import (
+    NULL_LABEL,
+    Batch,
+    Cond,
+    LossOutput,
+    Share,
+    rows_of,
+    to_device,
+)
+from registry.protocols.capabilities import (
+    has_whole_weights,
+    is_serial,
+    keeps_records,
+    provider_files,
+    runs_in_several_processes,
+    store_of,
+)
+from registry.protocols.data import Coded, Dataset, Shareable, Vae, read_share
+from registry.protocols.methods import (
+    Coupling,
+    Derivative,
+    GuidanceLaw,
+    JointDerivative,
+    Objective,
+    Path,
+    PathSample,
+    Residual,
+    Sampler,
+    Teacher,
+    TimeLaw,
+    Weight,
+)
+from registry.protocols.networks import Head, Network, Trunk
+from registry.protocols.parts import Reference, couples_rows, parts, required_heads
+from registry.protocols.runs import (
+    Ended,
+    Engine,
+    Extractor,
+    IntermediateValue,
+    Job,
+    Launcher,
+    Metric,
+    Optimizer,
+    Pruner,
+    Recorder,
+    RecordStore,
+    RunCell,
+    RunRecord,
+    Schedule,
+    StoredRun,
+)
+
+__all__ = [
+    "NULL_LABEL",
+    "Batch",
+    "Coded",
+    "Cond",
+    "Coupling",
+    "Dataset",
+    "Derivative",
+    "Ended",
+    "Engine",
+    "Extractor",
+    "GuidanceLaw",
+    "Head",
+    "IntermediateValue",
+    "Job",
+    "JointDerivative",
+    "Launcher",
+    "LossOutput",
+    "Metric",
+    "Network",
+    "Objective",
+    "Optimizer",
+    "Path",
+    "PathSample",
+    "Pruner",
+    "RecordStore",
+    "Recorder",
+    "Reference",
+    "Residual",
+    "RunCell",
+    "RunRecord",
+    "Sampler",
+    "Schedule",
+    "Share",
+    "Shareable",
+    "StoredRun",
+    "Teacher",
+    "TimeLaw",
+    "Trunk",
+    "Vae",
+    "Weight",
+    "couples_rows",
+    "has_whole_weights",
+    "is_serial",
+    "keeps_records",
+    "parts",
+    "provider_files",
+    "read_share",
+    "required_heads",
+    "rows_of",
+    "runs_in_several_processes",
+    "store_of",
+    "to_device",
+]

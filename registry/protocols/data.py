@@ -1,0 +1,75 @@
+"""What a data set brings, and what it may bring beside that: shares, codes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from registry.protocols.batches import Cond, Share
+
+
+class Dataset(Protocol):
+    """Training batches by step, and a fixed reference to measure against.
+
+    `shape` is that of one sample. `num_classes` is 0 for data without labels. `size` is the number
+    of samples, 0 for data that are drawn without end. `identity` says which data these are, by
+    name, count and a hash of the content. `batch` gives the n rows of a step. `reference` gives n
+    rows that are the same at every step. `sample_labels` gives the conditions for n generated
+    samples, with the frequencies of the data.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def identity(self) -> str: ...
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]: ...
+    def sample_labels(self, n: int) -> Cond | None: ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A data set that can read one share of a batch, so that each process reads its rows alone."""
+
+    def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
+        """As `batch`, with x0 of the share's rows alone. The conditions are those of all rows."""
+        ...
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A data set of codes, such as a VAE's latents. People and metrics see the decoded pixels."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[n *shape] -> pixels [n c h w] in [-1, 1], on the device of the codes."""
+        ...
+
+
+class Vae(Protocol):
+    """Frozen weights between pixels in [-1, 1] [n c h w] and latents [n k h' w'].
+
+    `encode` gives the posterior's mean and log-variance, which is None for a deterministic encoder.
+    Neither `encode` nor `decode` scales or shifts. `constants` gives the scale and the shift of
+    each channel, to be applied as (latent - shift) scale.
+    """
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def provenance(self) -> dict[str, str]: ...
+    def constants(self, channels: int) -> tuple[list[float], list[float]]: ...
+
+
+def read_share(
+    dataset: Any, step: int, n: int, seed: int, share: Share
+) -> tuple[Tensor, Cond | None]:
+    """`batch_share` of any data set; one that is not Shareable reads the whole batch for it."""
+    if isinstance(dataset, Shareable):
+        return dataset.batch_share(step, n, seed, share)
+    x0, cond = dataset.batch(step, n, seed)
+    return share.rows(x0)[0], cond

@@ -1,0 +1,190 @@
+"""What a method of training brings: an objective, the parts that it is made of, a sampler.
+
+Time runs from t=0 (data) to t=1 (noise); `0 <= r <= t <= 1`, float32, shape [b]. `v` is the
+velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) u`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from registry.protocols.batches import Batch, Cond, LossOutput
+from registry.protocols.networks import Network
+
+
+class Objective(Protocol):
+    """A frozen dataclass with one method; every choice that a paper varies is a field.
+
+    `heads` names the outputs that it trains. Everything else is optional:
+
+    `samplers`        the registered samplers that are valid for it, best first; the default is
+                      every sampler whose outputs it trains
+    `reference`       a Reference, the paper that it comes from
+    `couples_rows`    True if a row's loss depends on other rows
+    `full_gradient`   True if targets are differentiated too
+    `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
+                      default), for the "distribution" alone, or "none"
+    `exact_with`      the fields {name: value} with which it is one, besides `unweighted` weights
+
+    The last three are for `objective-zoo check`.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput: ...
+
+
+class Path(Protocol):
+    """x_t = alpha(t) x0 + sigma(t) x1, with x_0 = x0 and x_1 = x1."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample: ...
+    def to_x0(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
+    def to_x1(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor: ...
+    def to_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """A point of a path and its conditional velocity d x_t / dt at fixed x0, x1."""
+
+    x_t: Tensor
+    velocity: Tensor
+
+
+class Coupling(Protocol):
+    """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0.
+
+    `couples_rows = True` declares that a row's noise depends on other rows of the batch. Such a
+    coupling changes the velocity field.
+    """
+
+    def __call__(self, x0: Tensor, x1: Tensor) -> Tensor: ...
+
+
+class GuidanceLaw(Protocol):
+    """Draws cond["guidance"] [n 3]: a scale >= 1 and an interval of times, low <= high, per row."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> Tensor: ...
+
+
+class TimeLaw(Protocol):
+    """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone."""
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
+    def num_off_diagonal(self, n: int) -> int: ...
+
+
+@runtime_checkable
+class Derivative(Protocol):
+    """(fn, primals, tangents) -> d/ds fn(primals + s tangents) at s=0, without gradient.
+
+    It takes a pass of its own, unless it is a JointDerivative. `needs_forward_ad` says whether
+    every operation of the network needs a forward-mode rule.
+    """
+
+    needs_forward_ad: ClassVar[bool]
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor: ...
+
+
+@runtime_checkable
+class JointDerivative(Derivative, Protocol):
+    """A derivative that can be taken together with the value, in the forward of the prediction.
+
+    `fn` gives the outputs by name, and the derivative is that of the output `key`. `with_value`
+    returns the outputs with their graph and the derivative without. `linearized` returns the
+    outputs and a function from tangents to the derivative, which may be called once. `in_own_pass`
+    is the derivative that takes its place where the forward cannot be followed: where weights are
+    not whole while the network runs, and where networks are compiled.
+    """
+
+    @property
+    def in_own_pass(self) -> Derivative: ...
+    def with_value(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]: ...
+    def linearized(
+        self, fn: Callable[..., Mapping[str, Tensor]], primals: Sequence[Tensor], key: str
+    ) -> tuple[dict[str, Tensor], Callable[[Sequence[Tensor]], Tensor]]: ...
+
+
+class Residual(Protocol):
+    """How far a predicted average velocity u [b *d] is from self-consistency, without gradient.
+
+    `direction` is the velocity along which the state is moved; `teacher` evaluates targets. The
+    residual vanishes at the truth and has the sign of an error in u. `du_along` gives du/ds along
+    tangents of (x, t, r), by `derivative`. A residual whose `derivative` is None must not call it.
+    """
+
+    @property
+    def derivative(self) -> Derivative | None: ...
+
+    def __call__(
+        self,
+        du_along: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor],
+        teacher: Network,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None,
+        u: Tensor,
+        direction: Tensor,
+    ) -> Tensor: ...
+
+
+class Weight(Protocol):
+    """Turns a squared error [b] into the loss [b]; `heads` names the outputs that it reads."""
+
+    heads: ClassVar[tuple[str, ...]]
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """net -> a Network without gradient.
+
+    A teacher that `needs_copy` owns weights. The trainer makes the module, hands it over with
+    `attach`, shards, checkpoints and restores it, and calls `update` after each optimizer step.
+    Before `attach` the teacher is the network itself, which is the state at step 0. A teacher that
+    `distils` is another network, trained before: its velocity takes the place of the conditional
+    velocity as the target.
+    """
+
+    needs_copy: ClassVar[bool]
+    distils: ClassVar[bool]
+
+    def __call__(self, net: Network) -> Network: ...
+    def attach(self, network: torch.nn.Module) -> None: ...
+    def update(self, net: torch.nn.Module, step: int) -> None: ...
+
+
+class Sampler(Protocol):
+    """(net, x1 noise, cond, rng) -> x0, in `nfe` network calls; a dataclass with the field nfe.
+
+    It needs one of the outputs in `heads`. Its construction raises ValueError for an nfe that the
+    method cannot have.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+
+    @property
+    def nfe(self) -> int: ...
+    def __call__(
+        self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator
+    ) -> Tensor: ...

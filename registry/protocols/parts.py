@@ -1,0 +1,54 @@
+"""What is asked of any part: where it comes from, and which parts are inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a part comes from; `arxiv` is the bare identifier, such as "2505.13447"."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+
+    def __str__(self) -> str:
+        where = f"arXiv {self.arxiv}" if self.arxiv else str(self.year)
+        return f"{self.authors}, {self.title}, {where}"
+
+    def bibtex(self) -> str:
+        key = self.authors.split()[0].strip(",").lower() + str(self.year)
+        lines = [f"  title = {{{self.title}}}", f"  author = {{{self.authors}}}"]
+        lines += [f"  year = {{{self.year}}}"]
+        if self.arxiv:
+            lines += [f"  eprint = {{{self.arxiv}}}", "  archivePrefix = {arXiv}"]
+        return f"@misc{{{key},\n" + ",\n".join(lines) + "\n}"
+
+
+def parts(obj: object) -> Iterator[tuple[str, Any]]:
+    """The (field name, value) pairs of a dataclass, and of the dataclasses inside it."""
+    if is_dataclass(obj) and not isinstance(obj, type):
+        for f in fields(obj):
+            value = getattr(obj, f.name)
+            yield f.name, value
+            for inner, part in parts(value):
+                yield f"{f.name}.{inner}", part
+
+
+def couples_rows(objective: Any) -> bool:
+    """Whether a row's loss depends on other rows, by the objective or by one of its parts."""
+    inside = (objective, *(part for _, part in parts(objective)))
+    return any(getattr(part, "couples_rows", False) for part in inside)
+
+
+def required_heads(objective: Any) -> tuple[str, ...]:
+    """The outputs that the objective trains, and then those that its weights read."""
+    names = list(objective.heads)
+    for _, part in parts(objective):
+        if callable(part) and isinstance(getattr(type(part), "heads", None), tuple):
+            names += type(part).heads
+    return tuple(dict.fromkeys(names))
