@@ -11,6 +11,7 @@ import importlib.util
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -60,31 +61,46 @@ def portable(name: str | Path) -> str:
     return shipped[0].as_posix() if shipped else str(path)
 
 
+@dataclass
+class Reading:
+    """How far gin is in its texts: the files opened so far, and those that are still open.
+
+    Each open file is included by the one before it.
+    """
+
+    opened: list[Path] = field(default_factory=list)
+    open: list[Path] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The text that is being read."""
+        return str(self.open[-1]) if self.open else "the bindings given beside the files"
+
+
 @contextmanager
-def reader() -> Iterator[list[Path]]:
-    """While it is open, gin opens its files through `resolve`; yields the files opened so far.
+def reader() -> Iterator[Reading]:
+    """While it is open, gin opens its files through `resolve`; yields how far it is.
 
     gin's own second reader logs an error at the root for every name that it does not know.
     """
-    opened: list[Path] = []
-    including: list[Path] = []
+    reading = Reading()
 
     @contextmanager
     def read(name: str) -> Iterator[IO[str]]:
-        path = resolve(name, including[-1].parent if including else None)
-        if path in including:
+        path = resolve(name, reading.open[-1].parent if reading.open else None)
+        if path in reading.open:
             raise ValueError(f"{path} includes itself")
-        opened.append(path)
-        including.append(path)
+        reading.opened.append(path)
+        reading.open.append(path)
         _make_imports_work(path)
         with open(str(path), encoding="utf-8") as file:
             yield file
-        including.pop()
+        reading.open.pop()
 
     before = list(config._FILE_READERS)
     config._FILE_READERS[:] = [(read, lambda name: True)]
     try:
-        yield opened
+        yield reading
     finally:
         config._FILE_READERS[:] = before
 

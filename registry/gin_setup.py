@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import gin
 from gin import config, config_parser
 
 from registry.core import did_you_mean
+from registry.former_names import accepted, former_name, present_name
 from registry.gin_errors import collected, explain, explain_syntax
 from registry.gin_files import Verbatim, reader
 from registry.gin_files import import_folders as import_folders
@@ -41,11 +42,12 @@ def parse(
     load_plugins()
     gin.clear_config()
     paths = [str(resolve(file)) for file in files]
-    with reader() as opened, nullcontext() if troubles is None else collected(troubles):
+    trouble = nullcontext() if troubles is None else collected(troubles)
+    with reader() as reading, accepted(reading), trouble:
         try:
             gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         except (SyntaxError, tokenize.TokenError) as error:
-            raise explain_syntax(error, opened) from None
+            raise explain_syntax(error, reading.opened) from None
         except (ValueError, ModuleNotFoundError) as error:
             raise explain(error) from None
     try:
@@ -54,7 +56,7 @@ def parse(
         if troubles is None:
             raise
         troubles.append(str(error))
-    return tuple(dict.fromkeys(opened))
+    return tuple(dict.fromkeys(reading.opened))
 
 
 @contextmanager
@@ -101,7 +103,8 @@ def query(key: str, default: Any = None) -> Any:
     scope, selector, parameter = config_parser.parse_binding_key(key)
     owner = config._REGISTRY.get_match(selector)
     found = config._CONFIG.get((scope, owner.selector), {}) if owner else {}
-    return _without_macros(found[parameter]) if parameter in found else default
+    name = present_name(selector, parameter)
+    return _without_macros(found[name]) if name in found else default
 
 
 def build(key: str, scope: str = "") -> Any:
@@ -155,13 +158,17 @@ def operative_values() -> dict[str, str]:
 
 
 def bindings_of(text: str) -> dict[str, str]:
-    """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}."""
+    """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}.
+
+    A parameter that the text calls by a former name has its name of now.
+    """
     found = {}
     for statement in config_parser.ConfigParser(text, Verbatim()):
         if isinstance(statement, config_parser.BindingStatement):
             scope, selector, parameter, value, _ = statement
             key = f"{scope}/{selector}" if scope else selector
-            found[f"{key}.{parameter}" if parameter else key] = repr(value)
+            name = present_name(selector, parameter)
+            found[f"{key}.{name}" if name else key] = repr(value)
     return found
 
 
@@ -196,12 +203,24 @@ def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
 
 
 def own_key(key: str) -> str:
-    """The key in its shortest spelling, 'dumo.path' for 'objective.dumo.path'."""
+    """The key as the other functions here give it: in its shortest spelling and its name of now.
+
+    That is 'dumo.path' for 'objective.dumo.path'.
+    """
+    return _respelt(key, present_name)
+
+
+def former_key(key: str) -> str:
+    """The key as `own_key` gave it before its parameter was renamed."""
+    return _respelt(key, former_name)
+
+
+def _respelt(key: str, name: Callable[[str, str], str]) -> str:
     if "." not in key:
         return key
     scope, selector, parameter = config_parser.parse_binding_key(key)
     owner = config._REGISTRY.get_match(selector)
-    return _key(scope, owner.selector, parameter) if owner else key
+    return _key(scope, owner.selector, name(selector, parameter)) if owner else key
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:

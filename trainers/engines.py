@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -120,9 +120,14 @@ class TrainStep(nn.Module):
 class TorchEngine:
     """Plain PyTorch on one device, in fp32 or with bf16 autocast."""
 
+    renamed_parameters: ClassVar = {
+        "clip": "max_grad_norm",
+        "accumulate": "gradient_accumulation_steps",
+    }
+
     precision: str = "fp32"
-    clip: float = 0.0  # largest norm of the gradient; 0 is off
-    accumulate: int = 1  # micro-batches per step
+    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 is off
+    gradient_accumulation_steps: int = 1  # micro-batches per step
 
     module: TrainStep = field(init=False, repr=False)
 
@@ -131,10 +136,16 @@ class TorchEngine:
             raise ValueError(
                 f"torch_engine.precision = {self.precision!r} is neither fp32 nor bf16"
             )
-        if not self.clip >= 0:
-            raise ValueError(f"torch_engine.clip = {self.clip!r} must not be negative (0 is off)")
-        if self.accumulate < 1:
-            raise ValueError(f"torch_engine.accumulate = {self.accumulate!r} must be 1 or more")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(
+                f"torch_engine.max_grad_norm = {self.max_grad_norm!r} must not be negative (0 is "
+                "off)"
+            )
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                "torch_engine.gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps!r} must be 1 or more"
+            )
 
     def prepare(
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
@@ -144,10 +155,11 @@ class TorchEngine:
                 f"torch_engine runs in one process, and there are {ranks.count()}; "
                 "include 'trainer/zero2.gin' or bind run.engine = @zero_engine()"
             )
-        if batch_size % self.accumulate:
+        if batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"a batch of {batch_size} cannot be cut into torch_engine.accumulate = "
-                f"{self.accumulate} equal micro-batches; choose a divisor of the batch size"
+                f"a batch of {batch_size} cannot be cut into "
+                f"torch_engine.gradient_accumulation_steps = {self.gradient_accumulation_steps} "
+                "equal micro-batches; choose a divisor of the batch size"
             )
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
@@ -159,8 +171,8 @@ class TorchEngine:
         self._losses: list[Tensor] = []
 
     def shares(self, batch: Batch) -> Iterator[Batch]:
-        for number in range(self.accumulate):
-            yield replace(batch, share=Share(number, self.accumulate))
+        for number in range(self.gradient_accumulation_steps):
+            yield replace(batch, share=Share(number, self.gradient_accumulation_steps))
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         return self.module(batch, rng)
@@ -174,7 +186,8 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())
-        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        steps = self.gradient_accumulation_steps
+        (loss / steps if steps > 1 else loss).backward()
 
     def step(self, lr_factor: float) -> Tensor:
         """One update, but none from a loss or gradient that is not finite, on a CPU (where looking
@@ -228,8 +241,8 @@ class TorchEngine:
             yield f"ema_{name}", average
 
     def _gradient_norm(self) -> Tensor:
-        if self.clip:
-            return nn.utils.clip_grad_norm_(self._params, self.clip)
+        if self.max_grad_norm:
+            return nn.utils.clip_grad_norm_(self._params, self.max_grad_norm)
         return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
 
 

@@ -18,8 +18,8 @@ POLICIES = ("stop", "skip")
 MAX_SKIPPED = 20  # updates in a row
 ADVICE = (
     "\nWhat to try: a lower learning rate or more warm-up steps, gradient clipping "
-    "(torch_engine.clip = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a time "
-    "law that keeps away from the times named here"
+    "(torch_engine.max_grad_norm = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a "
+    "time law that keeps away from the times named here"
 )
 _SHOWN = 5  # rows, terms and parameters that a message names
 

@@ -97,8 +97,12 @@ def predicted(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing
         shape=SHAPE, num_classes=CLASSES, shape_from="", images=None,
     )  # fmt: skip
     simulation, rows = Simulation(outline), BATCH // ranks.count()
-    setting = Setting(gpus=ranks.count(), accumulate=engine.accumulate, touched=True)
-    activity = simulation.activity(rows // engine.accumulate, rows // engine.accumulate)
+    setting = Setting(
+        gpus=ranks.count(), accumulate=engine.gradient_accumulation_steps, touched=True
+    )
+    activity = simulation.activity(
+        rows // engine.gradient_accumulation_steps, rows // engine.gradient_accumulation_steps
+    )
     return largest(Sizes.of(step, simulation.update()), engine, setting, activity).total
 
 
@@ -121,7 +125,9 @@ def main() -> None:
     for stage in asked.stages:  # which loads libraries
         measured(asked.objectives[0], ZeroEngine(stage=stage), 64, 1, False)
     for name, checkpointing, stage in cases:
-        engine = ZeroEngine(stage=stage, reduce_bucket=BUCKET, accumulate=asked.accumulate)
+        engine = ZeroEngine(
+            stage=stage, reduce_bucket_size=BUCKET, gradient_accumulation_steps=asked.accumulate
+        )
         network = (asked.dim, asked.depth, bool(checkpointing))
         found = measured(name, engine, *network)
         said = predicted(name, engine, *network) if ranks.leads() else found

@@ -7,7 +7,7 @@
 Everything that lasts is float32 in every precision: weights, gradients, optimizer state, averages
 and teachers. DeepSpeed's part is as of 0.19: stages 1 and 2 keep a float32 copy of the piece of the
 weights that a process updates, buckets have their full size on a GPU, and stage 3 keeps weights
-gathered that are used again in the same step, up to zero_engine.max_live.
+gathered that are used again in the same step, up to zero_engine.stage3_max_live_parameters.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def _sharded(
     """Stage 3: everything in pieces; layers are gathered to be used, and kept if used again."""
     piece, away = sizes.weights / setting.gpus, engine.offload_optimizer
     state = sizes.update.state / setting.gpus + piece
-    host = (state + piece if away else 0.0) + (piece if engine.offload_weights else 0.0)
+    host = (state + piece if away else 0.0) + (piece if engine.offload_param else 0.0)
     lasting = {
-        "weights": 0.0 if engine.offload_weights else piece,
+        "weights": 0.0 if engine.offload_param else piece,
         "gradients": 0.0 if away else piece,
         "optimizer": 0.0 if away else state,
         "averages": sizes.averages / setting.gpus,
@@ -169,20 +169,23 @@ def _buckets(
     sizes: Sizes, engine: ZeroEngine, setting: Setting, made: float, last: bool = False
 ) -> float:
     """The buckets, and the copy of one that is averaged as it is full or the backward ends."""
-    bucket = FLOAT * engine.reduce_bucket
-    both = 2 * bucket if engine.overlap and engine.stage < 3 else bucket
+    bucket = FLOAT * engine.reduce_bucket_size
+    both = 2 * bucket if engine.overlap_comm and engine.stage < 3 else bucket
     full = made >= bucket if setting.touched else sizes.weights > bucket
     copy = min(bucket, sizes.weights) if full or last else 0.0
     return (min(both, made) if setting.touched else both) + copy
 
 
 def _gathered(sizes: Sizes, engine: ZeroEngine) -> float:
-    """Weights that are used again in the step stay up to max_live, and without checkpointing all
-    that the backward reads, held by what autograd saved; beside them the bucket of a prefetch."""
+    """Weights that are used again in the step stay, up to stage3_max_live_parameters.
+
+    Without checkpointing all that the backward reads stay, held by what autograd saved; beside
+    them lies the bucket of a prefetch.
+    """
     called = sizes.weights + sizes.teachers
     held = sizes.block if sizes.recomputed else sizes.weights
-    prefetch = min(FLOAT * engine.prefetch_bucket + sizes.block, called)
-    return max(min(called, FLOAT * engine.max_live), held) + prefetch
+    prefetch = min(FLOAT * engine.stage3_prefetch_bucket_size + sizes.block, called)
+    return max(min(called, FLOAT * engine.stage3_max_live_parameters), held) + prefetch
 
 
 def _active(activity: Activity, peak: float) -> dict[str, float]:

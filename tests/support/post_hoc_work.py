@@ -41,7 +41,7 @@ def _share(state: TrainState) -> float:
 
 def sharded(folder: Path) -> dict[str, Any]:
     told = {
-        "2": go(ZeroEngine(stage=2, accumulate=2), folder / "2"),
+        "2": go(ZeroEngine(stage=2, gradient_accumulation_steps=2), folder / "2"),
         "3": go(ZeroEngine(stage=3, **SMALL), folder / "3"),
     }
     stopped = folder / "resumed"

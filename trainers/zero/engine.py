@@ -44,9 +44,17 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "precision": tuple(PRECISIONS),
     "without_exact": ("refuse", "finite_difference"),
 }
-WITHOUT_EFFECT = (  # on what a run comes to; a run may be resumed with others
-    *("stage", "accumulate", "offload_optimizer", "offload_weights", "overlap"),
-    *("reduce_bucket", "gather_bucket", "prefetch_bucket", "max_live", "timeout_minutes"),
+WITHOUT_EFFECT = (  # on what a run comes to: a run may be resumed with other values of these
+    "stage",
+    "gradient_accumulation_steps",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "timeout_minutes",
 )
 FIRST_SCALE, SCALE_EVERY = 2.0**16, 2000  # of the loss in fp16, as torch's GradScaler
 
@@ -70,17 +78,28 @@ class ZeroEngine:
         arxiv="1910.02054",
     )
 
+    renamed_parameters: ClassVar = {
+        "clip": "max_grad_norm",
+        "accumulate": "gradient_accumulation_steps",
+        "offload_weights": "offload_param",
+        "overlap": "overlap_comm",
+        "reduce_bucket": "reduce_bucket_size",
+        "gather_bucket": "allgather_bucket_size",
+        "prefetch_bucket": "stage3_prefetch_bucket_size",
+        "max_live": "stage3_max_live_parameters",
+    }
+
     stage: int = 2
     precision: str = "fp32"
-    clip: float = 0.0  # largest norm of the gradient; 0 is off
-    accumulate: int = 1  # micro-batches per process and step
+    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 is off
+    gradient_accumulation_steps: int = 1  # micro-batches per process and step
     offload_optimizer: bool = False
-    offload_weights: bool = False
-    overlap: bool = True  # communication beside computation
-    reduce_bucket: int = 500_000_000
-    gather_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    max_live: int = 1_000_000_000  # gathered weights at a time in stage 3
+    offload_param: bool = False
+    overlap_comm: bool = True  # communication beside computation
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_max_live_parameters: int = 1_000_000_000  # gathered weights at a time in stage 3
     without_exact: str = "refuse"
     timeout_minutes: float = 30.0
 
@@ -95,16 +114,19 @@ class ZeroEngine:
                     f"zero_engine.{name} = {getattr(self, name)!r}; "
                     f"allowed: {', '.join(map(repr, allowed))}"
                 )
-        if not self.clip >= 0:
-            raise ValueError(f"zero_engine.clip = {self.clip!r} must not be negative (0 is off)")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(
+                f"zero_engine.max_grad_norm = {self.max_grad_norm!r} must not be negative (0 is "
+                "off)"
+            )
         if not self.timeout_minutes > 0:
             raise ValueError(
                 f"zero_engine.timeout_minutes = {self.timeout_minutes!r} must be above 0"
             )
-        for name in ("accumulate", "reduce_bucket", "gather_bucket"):
+        for name in ("gradient_accumulation_steps", "reduce_bucket_size", "allgather_bucket_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"zero_engine.{name} = {getattr(self, name)!r} must be 1 or more")
-        for name, first in (("offload_optimizer", 1), ("offload_weights", 3)):
+        for name, first in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(self, name) and self.stage < first:
                 raise ValueError(
                     f"zero_engine.{name} needs zero_engine.stage = {first} or more; it is "
@@ -113,38 +135,38 @@ class ZeroEngine:
 
     def deepspeed_config(self, batch_size: int, processes: int) -> dict[str, Any]:
         """What DeepSpeed is given; ValueError if the batch cannot be shared out equally."""
-        parts = processes * self.accumulate
+        parts = processes * self.gradient_accumulation_steps
         if batch_size % parts:
             raise ValueError(
                 f"a batch of {batch_size} cannot be shared out equally to {processes} processes "
-                f"with zero_engine.accumulate = {self.accumulate}; run.batch_size must be a "
-                f"multiple of {parts}"
+                "with zero_engine.gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps}; run.batch_size must be a multiple of {parts}"
             )
         zero: dict[str, Any] = {
             "stage": self.stage,
-            "overlap_comm": self.overlap,
+            "overlap_comm": self.overlap_comm,
             "contiguous_gradients": True,
-            "reduce_bucket_size": self.reduce_bucket,
-            "allgather_bucket_size": self.gather_bucket,
+            "reduce_bucket_size": self.reduce_bucket_size,
+            "allgather_bucket_size": self.allgather_bucket_size,
         }
         if self.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
-        if self.offload_weights:
+        if self.offload_param:
             zero["offload_param"] = {"device": "cpu"}
         if self.stage == 3:
             zero |= {
                 "memory_efficient_linear": False,  # it has no forward-mode rule
                 "stage3_param_persistence_threshold": 0,  # averages follow the shards alone
-                "stage3_prefetch_bucket_size": self.prefetch_bucket,
-                "stage3_max_live_parameters": self.max_live,
-                "stage3_max_reuse_distance": self.max_live,
+                "stage3_prefetch_bucket_size": self.stage3_prefetch_bucket_size,
+                "stage3_max_live_parameters": self.stage3_max_live_parameters,
+                "stage3_max_reuse_distance": self.stage3_max_live_parameters,
             }
         return {
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // parts,
-            "gradient_accumulation_steps": self.accumulate,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             # 1.0 if it were not written; in stage 0 `step` clips
-            "gradient_clipping": float(self.clip if self.stage else 0),
+            "gradient_clipping": float(self.max_grad_norm if self.stage else 0),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # compiled; torch's own is fused too
@@ -183,7 +205,7 @@ class ZeroEngine:
             allow_forward_mode(module)
 
     def shares(self, batch: Batch) -> Iterator[Batch]:
-        count = ranks.count() * self.accumulate
+        count = ranks.count() * self.gradient_accumulation_steps
         for number in range(ranks.number(), count, ranks.count()):
             yield replace(batch, share=Share(number, count))
 
@@ -212,8 +234,8 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
             if not norm.isfinite():
                 self._deepspeed.zero_grad()
-            elif self.clip:
-                nn.utils.clip_grads_with_norm_(self._params, self.clip, norm)
+            elif self.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(self._params, self.max_grad_norm, norm)
             self._deepspeed.step()
         else:
             self._deepspeed.step()

@@ -62,7 +62,10 @@ def trained(folder: Path, steps: int = 9, every: int = 3, keep: int = 10, **more
     [
         {"optimizer": AdamW(lr=1e-2), "budget": Budget(steps=12)},
         {"optimizer": RAdam(lr=1e-2), "budget": Budget(images=96)},
-        {"optimizer": AdamW(lr=1e-2), "engine": {"accumulate": 2, "clip": 0.5}},
+        {
+            "optimizer": AdamW(lr=1e-2),
+            "engine": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        },
         {"optimizer": AdamW(lr=1e-2), "engine": {"precision": "bf16"}},
     ],
     ids=["adamw", "radam", "accumulate", "bf16"],
