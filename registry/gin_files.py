@@ -55,7 +55,10 @@ def resolve(name: str | Path, folder: Path | None = None) -> Path:
 
 
 def portable(name: str | Path) -> str:
-    """A name for the file that works in every folder: a shipped one's own, else the whole path."""
+    """A name by which the file is found from every folder.
+
+    A shipped file has a name of its own; for others it is the whole path.
+    """
     path = resolve(name)
     shipped = [path.relative_to(root) for root in roots() if path.is_relative_to(root)]
     return shipped[0].as_posix() if shipped else str(path)
@@ -106,7 +109,10 @@ def reader() -> Iterator[Reading]:
 
 
 def _make_imports_work(path: Path) -> None:
-    """Let a gin file import the Python files next to it, and none that only looks like them."""
+    """Let a gin file import the Python files next to it.
+
+    ValueError if another module of the same name would be imported instead.
+    """
     names, folders = imports_of(path)
     for name in names:
         near = [folder for folder in (path.parent, *folders) if _holds(folder, name)]
@@ -160,12 +166,14 @@ def _holds(folder: Path, name: str) -> bool:
 
 
 class _Text(str):
+    """A text whose repr is the text itself."""
+
     def __repr__(self) -> str:
         return str(self)
 
 
 class Verbatim(config_parser.ParserDelegate):
-    """Reads gin text without knowing any part: references and macros stay their own text."""
+    """Reads gin text without knowing any part: a reference or a macro is kept as its own text."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
         return _Text(f"@{scoped_configurable_name}{'()' if evaluate else ''}")

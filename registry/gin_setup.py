@@ -3,7 +3,7 @@
 An arm is a gin scope, a named bundle of bindings (`mean_flow/run.objective = @mean_flow()`), in
 force inside `with arm("mean_flow"):`. After the run's arguments are built nothing looks at gin.
 
-gin-config has no public way to ask for most of this, hence the private names; it is pinned.
+gin-config has no public functions for most of this, so we use private ones; its version is pinned.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def parse(
 ) -> tuple[Path, ...]:
     """Forget every binding, then read the files and the bindings; returns the files read, in order.
 
-    A file may import the Python files next to it (`import my_loss`). Given `troubles`, it collects
-    there what is wrong with bindings, and reads on without them.
+    A file may import the Python files next to it (`import my_loss`). Where `troubles` is given, it
+    gets what is wrong with a binding, and reading goes on without that binding.
     """
     load_plugins()
     gin.clear_config()
@@ -77,7 +77,7 @@ def arm(name: str = "") -> Iterator[None]:
 
 
 def arms() -> tuple[str, ...]:
-    """The arms in `Grid.arms`; without one, every scope that holds bindings."""
+    """The arms in `Grid.arms`; where that is not bound, every scope that holds bindings."""
     declared = query("Grid.arms")
     scopes = (scope.split("/")[0] for (scope, selector), _ in _bound() if selector != MACRO)
     return tuple(declared if declared is not None else dict.fromkeys(s for s in scopes if s))
@@ -108,7 +108,10 @@ def query(key: str, default: Any = None) -> Any:
 
 
 def build(key: str, scope: str = "") -> Any:
-    """The part bound to a key such as 'run.recorder' in a scope or else outside, built; or None."""
+    """Build what is bound to a key such as 'run.recorder'; None if nothing is.
+
+    What is bound in the scope goes before what is bound outside.
+    """
     outside = query(key)
     with gin.config_scope(scope):
         # gin's own way to build the references inside a value.
@@ -251,7 +254,10 @@ def _without_macros(value: Any) -> Any:
 
 
 def _check_macros(bindings: Sequence[str]) -> None:
-    """Every macro that is read is set; one set by hand, or under an arm, is read."""
+    """ValueError for a macro that is read and not set, and for one that nothing reads.
+
+    The second is for macros that are set by hand or under an arm: files may set more than is read.
+    """
     macros = [scope for (scope, selector), _ in _bound() if selector == MACRO]
     read = set()
     for (scope, selector), values in _bound():

@@ -58,10 +58,10 @@ def fit(
 ) -> TrainState:
     """Train `net` in place until the budget is spent or a callback sets `state.stop`.
 
-    `state.emas` are averages of the weights, one per decay and then one per relative width of
-    `power_emas` (post_hoc_ema.py); the first is `state.ema_net`.
-    A StopOnNonFinite of its own comes first unless `callbacks` bring one. Checkpoints live in
-    `folder`; `resume` continues from the newest whole one, or starts where there is none.
+    `state.emas` are averages of the weights: one for each decay, then one for each relative width
+    in `power_emas` (ema/power_function.py). The first of them is `state.ema_net`. If `callbacks`
+    have no StopOnNonFinite, one is put before them. Checkpoints are in `folder`; `resume` continues
+    from the newest one that is whole, or starts from the beginning if there is none.
     """
     state = prepared(
         TrainStep(net, objective, ema_decays, power_emas),
@@ -96,7 +96,7 @@ def prepared(
     callbacks: Sequence[Callback],
     folder: Path | None = None,
 ) -> TrainState:
-    """A run before its first step, its network in the engine."""
+    """The state of a run before its first step; the engine is prepared with its network."""
     if compile:
         train_step.compile_networks()
     engine.prepare(train_step, optimizer, device, batch_size)
@@ -118,7 +118,10 @@ def prepared(
 def updates(
     state: TrainState, dataset: Dataset, lr: float, schedule: Schedule
 ) -> Iterator[LossOutput]:
-    """Train step by step, yielding each step's losses; `on_end` comes when it is closed too."""
+    """Train step by step and yield each step's losses.
+
+    `on_end` is called at the end, and also when the iterator is closed before.
+    """
     with ExitStack() as ends:
         for callback in state.callbacks:
             callback.on_start(state)
@@ -156,7 +159,7 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
 
 
 def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
-    """The global batch on the device; NaN in rows that are left to other processes to read."""
+    """The global batch on the device; the rows that other processes read are NaN here."""
     step, n, seed = state.step, state.batch_size, state.seed
     mine = Share(ranks.number(), ranks.count())
     if mine.count == 1 or state.engine.module.needs_whole:

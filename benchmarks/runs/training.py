@@ -60,7 +60,7 @@ def fit_experiment(
         )
     power_emas = () if prefix else experiment.power_emas
     if power_emas:
-        callbacks.append(EmaSnapshots(widths=power_emas, count=experiment.ema_snapshots))
+        callbacks.append(EmaSnapshots(sigma_rels=power_emas, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))

@@ -25,7 +25,7 @@ def go(engine: Any, folder: Path, *more: Any, resume: bool = False) -> dict[str,
     state, _ = train(
         "flow_matching", engine, optimizer=Sgd(lr=0.1), budget=Budget(steps=5),
         folder=folder, resume=resume, ema_decays=(), power_emas=WIDTHS,
-        callbacks=[EmaSnapshots(widths=WIDTHS, count=4), CheckpointCallback(), *more],
+        callbacks=[EmaSnapshots(sigma_rels=WIDTHS, count=4), CheckpointCallback(), *more],
     )  # fmt: skip
     emas = {name: gathered_state(ema) for name, ema in state.emas.items()}
     return {"emas": emas, "share": _share(state)}

@@ -40,6 +40,7 @@ from trainers.checkpoints.checkpoint import checkpoints
 from trainers.finite import POLICIES, NonFiniteLoss, StopOnNonFinite
 from trainers.sharding import gathered_state, is_sharded, whole
 from trainers.zero import engine as zero_module
+from trainers.zero import loss_scale
 from trainers.zero.engine import ZeroEngine
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.residuals import Exact
@@ -345,7 +346,7 @@ RESUMED = [(stage, name) for stage in STAGES for name in names() if stage >= 2 o
 def resume(folder: Path) -> dict[Any, Any]:
     """Every objective stopped and resumed in two processes, and one in fp16."""
     half = {}
-    with patch.multiple(zero_module, FIRST_SCALE=2.0**14, SCALE_EVERY=2):
+    with patch.multiple(loss_scale, FIRST_SCALE=2.0**14, SCALE_EVERY=2):
         for stage in (2, 3):
             half[stage, "fp16"] = _resumed("dumo", stage, folder / f"fp16{stage}", precision="fp16")
     return half | {

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind the seam of the plain engine: optimizer, gradients and weights sharded.
+"""DeepSpeed ZeRO as an engine: optimizer state, gradients and weights are sharded.
 
     stage 0    gradients averaged, nothing sharded
     stage 1    optimizer state        stage 2    and gradients        stage 3    and weights
@@ -6,15 +6,15 @@
 Stage 3 shards averages and teachers too. Weights, averages and optimizer state are float32 in every
 precision; bf16 and fp16 are autocast, fp16 with a dynamic loss scale. Every process makes the same
 global batch and computes its share, so losses and gradients are those of one process. No operator
-is compiled and no compiler needed. Tested on CPU processes (gloo), written for CUDA too.
+is compiled, and no compiler is needed. It is tested on CPU processes (gloo), and written for CUDA
+too.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,14 @@ from trainers import ranks
 from trainers.engines import TrainStep
 from trainers.sharding import shards
 from trainers.zero import checkpoint
+from trainers.zero.deepspeed_import import quiet_deepspeed
 from trainers.zero.derivatives import (
     NoExactDerivative,
     allow_forward_mode,
     check_exact,
     needs_forward_mode,
 )
+from trainers.zero.loss_scale import LossScale
 from zoo.derivatives.methods import FiniteDifference, with_derivatives
 from zoo.derivatives.one_pass import apart
 
@@ -56,7 +58,6 @@ WITHOUT_EFFECT = (  # on what a run comes to: a run may be resumed with other va
     "stage3_max_live_parameters",
     "timeout_minutes",
 )
-FIRST_SCALE, SCALE_EVERY = 2.0**16, 2000  # of the loss in fp16, as torch's GradScaler
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,12 @@ log = logging.getLogger(__name__)
 class ZeroEngine:
     """DeepSpeed's ZeRO over the processes of a launcher, or over one.
 
-    Bucket sizes count elements. Offloading keeps optimizer state (stages 1-3) and weights (3) in
-    the memory of the host. `without_exact` says what becomes of exact derivatives in stage 3 where
-    DeepSpeed does not let them through. Who stops answering is waited for `timeout_minutes`.
+    The fields from `offload_optimizer` to `stage3_max_live_parameters` have the names that they
+    have in DeepSpeed's "zero_optimization". Bucket sizes count elements. Offloading keeps optimizer
+    state (stages 1-3) and weights (stage 3) in the memory of the host. `without_exact` says what
+    happens in stage 3 if exact derivatives do not work through DeepSpeed: the run is refused, or
+    takes central differences. If a process stops answering, the others wait `timeout_minutes` and
+    then raise an error.
     """
 
     reference: ClassVar = Reference(
@@ -99,7 +103,7 @@ class ZeroEngine:
     reduce_bucket_size: int = 500_000_000
     allgather_bucket_size: int = 500_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
-    stage3_max_live_parameters: int = 1_000_000_000  # gathered weights at a time in stage 3
+    stage3_max_live_parameters: int = 1_000_000_000  # elements gathered at a time
     without_exact: str = "refuse"
     timeout_minutes: float = 30.0
 
@@ -134,7 +138,7 @@ class ZeroEngine:
                 )
 
     def deepspeed_config(self, batch_size: int, processes: int) -> dict[str, Any]:
-        """What DeepSpeed is given; ValueError if the batch cannot be shared out equally."""
+        """The configuration for DeepSpeed; ValueError if the batch cannot be cut equally."""
         parts = processes * self.gradient_accumulation_steps
         if batch_size % parts:
             raise ValueError(
@@ -156,7 +160,7 @@ class ZeroEngine:
         if self.stage == 3:
             zero |= {
                 "memory_efficient_linear": False,  # it has no forward-mode rule
-                "stage3_param_persistence_threshold": 0,  # averages follow the shards alone
+                "stage3_param_persistence_threshold": 0,  # averages need every weight sharded
                 "stage3_prefetch_bucket_size": self.stage3_prefetch_bucket_size,
                 "stage3_max_live_parameters": self.stage3_max_live_parameters,
                 "stage3_max_reuse_distance": self.stage3_max_live_parameters,
@@ -165,11 +169,11 @@ class ZeroEngine:
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // parts,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            # 1.0 if it were not written; in stage 0 `step` clips
+            # Written even where it is 0, since DeepSpeed's default is 1.0. In stage 0 `step` clips.
             "gradient_clipping": float(self.max_grad_norm if self.stage else 0),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # compiled; torch's own is fused too
+            "zero_force_ds_cpu_optimizer": False,  # it is compiled; torch's is fused too
             "steps_per_print": 2**31,
         }
 
@@ -177,14 +181,14 @@ class ZeroEngine:
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
         ranks.join()
-        if self.stage == 3:  # which puts autograd.Functions round every layer
+        if self.stage == 3:  # it puts autograd.Functions around every layer
             module.objective = apart(module.objective)
         if self._deepspeed is not None:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
-        with _quiet_deepspeed(device) as deepspeed:
-            deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes over what is joined
-            if self.stage == 3:  # weight by weight, so that no device ever holds them all
+        with quiet_deepspeed(device) as deepspeed:
+            deepspeed.init_distributed(auto_mpi_discovery=False)  # uses the group of `join`
+            if self.stage == 3:  # shard weight by weight, so that no device ever holds them all
                 deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config))
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
@@ -193,7 +197,7 @@ class ZeroEngine:
         if self._scale is not None:
             for p in self._params:
                 p.register_hook(self._scale.undo)
-        with _quiet_deepspeed(device) as deepspeed:
+        with quiet_deepspeed(device) as deepspeed:
             self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer.build(self._params), config=dict(self.config)
             )
@@ -227,7 +231,7 @@ class ZeroEngine:
             self._deepspeed.step()
 
     def step(self, lr_factor: float) -> Tensor:
-        """One update, but none from a gradient that is not finite, on any process."""
+        """Update the weights once; a gradient that is not finite makes no update on any process."""
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * lr_factor
         if self.stage == 0:
@@ -261,7 +265,7 @@ class ZeroEngine:
             self._scale.value, self._scale.good = about["loss_scale"]
 
     def _keep(self, module: nn.Module, inputs: Any, out: LossOutput) -> Tensor:
-        """DeepSpeed's hooks look for tensors in what a module gives."""
+        """Keep the output and return the losses: DeepSpeed's hooks look for tensors there."""
         self._out = out
         return out.per_sample
 
@@ -280,46 +284,3 @@ class ZeroEngine:
             self.module.objective = with_derivatives(
                 self.module.objective, lambda _: FiniteDifference()
             )
-
-
-class LossScale:
-    """fp16's dynamic loss scale; gradients are scaled back as each weight receives its own."""
-
-    def __init__(self) -> None:
-        self.value = FIRST_SCALE
-        self.good = 0  # steps since it was halved
-
-    def undo(self, gradient: Tensor) -> Tensor:
-        return gradient / self.value
-
-    def follow(self, norm: Tensor) -> Tensor:
-        """Halve after an overflow, which costs a step and no more; double after many good steps."""
-        if bool(norm.isfinite()):
-            self.good += 1
-            if self.good % SCALE_EVERY == 0:
-                self.value *= 2
-        elif self.value > 1:
-            self.value, self.good = self.value / 2, 0
-            return torch.zeros_like(norm)
-        return norm
-
-
-@contextmanager
-def _quiet_deepspeed(device: torch.device) -> Iterator[Any]:
-    """The package, and on a CPU without the operator that it compiles at every start.
-
-    Quiet meanwhile: it warns of every optimizer that is not its own.
-    """
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_number()))
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference alone
-    deepspeed_log = logging.getLogger("DeepSpeed")
-    deepspeed_log.setLevel(logging.ERROR)
-    try:
-        yield deepspeed
-    finally:
-        deepspeed_log.setLevel(logging.WARNING)

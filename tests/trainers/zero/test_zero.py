@@ -23,7 +23,8 @@ from trainers.checkpoints.checkpoint import latest
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.sharding import Piece
 from trainers.zero.checkpoint import Pieces, consolidate
-from trainers.zero.engine import LossScale, ZeroEngine
+from trainers.zero.engine import ZeroEngine
+from trainers.zero.loss_scale import LossScale
 from zoo.derivatives.methods import FiniteDifference
 
 # --- what DeepSpeed is given
