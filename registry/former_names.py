@@ -1,11 +1,11 @@
 """Former names of parameters, which go on working for one release.
 
-A part whose parameter was renamed says so in a class attribute, by former name:
+A part declares the parameters that were renamed in a class attribute, {former name: present name}:
 
     renamed_parameters: ClassVar = {"clip": "max_grad_norm"}
 
-A binding under the former name then binds the parameter, and one warning gives the name that it has
-now. The keys of gin text that an older version recorded are read in the same way.
+A binding under a former name then binds the parameter, and a warning gives the present name. The
+keys of gin text that an older version recorded are read in the same way.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 
 
 def present_name(selector: str, parameter: str) -> str:
-    """What this parameter of a part is called now, by its name of now or by a former one."""
+    """The present name of a part's parameter, which may be given by a former name."""
     return _renamed(selector).get(parameter, parameter)
 
 
 def former_name(selector: str, parameter: str) -> str:
-    """What this parameter of a part was called before; its name if it always had it."""
+    """The former name of a part's parameter, or its name if it was never renamed."""
     return {now: former for former, now in _renamed(selector).items()}.get(parameter, parameter)
 
 
 @contextmanager
 def accepted(reading: Reading) -> Iterator[None]:
-    """While it is open, gin takes a former name for the parameter itself.
+    """While it is open, a binding under a former name binds the parameter itself.
 
-    A later text may bind again what an earlier one binds, under either name, and wins as usual. But
-    one text (a file, or the bindings given beside the files) that binds a parameter under both of
-    its names in one scope is a ValueError.
+    A later text may bind the parameter again, under either name, and wins as usual. But ValueError
+    if one text (a file, or the bindings given beside the files) binds a parameter under both of its
+    names in one scope.
     """
     bind = config.bind_parameter
     written: dict[tuple[str, str, str, str], str] = {}  # the name under which each was bound

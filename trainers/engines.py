@@ -1,11 +1,11 @@
-"""What the loop drives: one module of network, objective and teachers, and an engine round it.
+"""The engine that the loop drives, and the module of network, objective and teachers that it runs.
 
 The objective runs inside `TrainStep.forward`, so every network call of a step passes through the
-hooks that an engine may put on that module. An engine shares the global batch out (to processes,
-and to micro-batches of gradient accumulation). An objective draws for the whole batch and computes
-a share of its rows, and the mean over equal shares of mean losses is the mean over the batch: so
-how a batch is shared out changes neither noise, times, labels, couplings and quotas, nor the
-gradient. Dropout alone draws for each share.
+hooks that an engine may put on that module. An engine shares the global batch out to processes, and
+to micro-batches of gradient accumulation. An objective draws for the whole batch and computes the
+loss of a share of its rows, and the mean over equal shares of their mean losses is the mean over
+the batch. So neither the noise, times, labels, couplings and quotas nor the gradient depend on how
+a batch is shared out. Only dropout draws for each share.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TrainStep(nn.Module):
         return {ema.name: ema.net for ema in self._emas}
 
     def compile_networks(self) -> None:
-        """The network and its teachers by torch.compile; everything round them stays eager."""
+        """Compile the network and its teachers; everything around them stays eager."""
         for net in (self.net, *self.teachers.values()):
             compile_in_place(net)
 

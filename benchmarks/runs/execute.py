@@ -5,7 +5,7 @@ The run's folder holds
     config.gin  operative.gin  objective.txt     what it was
     record.jsonl                                 what happened, step by step (see tracking.py)
     checkpoints/  teacher/checkpoints/           to continue it
-    ema_snapshots/                               for averages of any width (trainers/ema_snapshots)
+    ema_snapshots/                               for averages of any width (trainers/ema)
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
     samples/  real.safetensors                   for a report: samples while it trained, real data

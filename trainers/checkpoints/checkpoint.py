@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, synced, then renamed into place.
+"""Writes and reads checkpoints, each of which is whole or not there.
 
 Training waits only until a copy is in memory; files are written and hashed while it goes on.
 
@@ -82,7 +82,7 @@ class PendingCheckpoint:
         return self._target
 
     def drop(self) -> None:
-        """Give it up and delete what is written of it."""
+        """Give it up, and delete the files that are written so far."""
         self._pool.shutdown()
         shutil.rmtree(self._partial, ignore_errors=True)
 

@@ -46,7 +46,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "precision": tuple(PRECISIONS),
     "without_exact": ("refuse", "finite_difference"),
 }
-WITHOUT_EFFECT = (  # on what a run comes to: a run may be resumed with other values of these
+# They have no effect on the result of a run, which may be resumed with other values of them.
+WITHOUT_EFFECT = (
     "stage",
     "gradient_accumulation_steps",
     "offload_optimizer",
