@@ -38,7 +38,7 @@ def accepted(reading: Reading) -> Iterator[None]:
     """While it is open, a binding under a former name binds the parameter itself.
 
     A later text may bind the parameter again, under either name, and wins as usual. But ValueError
-    if one text (a file, or the bindings given beside the files) binds a parameter under both of its
+    if one text (a file, or the bindings beside the files) binds a parameter under both of its
     names in one scope.
     """
     bind = config.bind_parameter

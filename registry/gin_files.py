@@ -77,7 +77,9 @@ class Reading:
     @property
     def place(self) -> str:
         """The text that is being read."""
-        return str(self.open[-1]) if self.open else "the bindings given beside the files"
+        return (
+            str(self.open[-1]) if self.open else "the bindings beside the files (--set, Grid.axes)"
+        )
 
 
 @contextmanager

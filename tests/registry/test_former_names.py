@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 
 from benchmarks.grids import axes
 from benchmarks.grids.request import Request
-from registry import former_names, gin_setup, weights
+from registry import former_names, gin_setup, kinds, weights
+from registry.plugins import load_plugins
 
 OLD, NEW = "test_robust.offset", "test_robust.floor"
 
@@ -116,7 +118,7 @@ def test_former_name_is_told_once_for_each_text(tmp_path, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     assert f"{OLD} is called {NEW} now" in lines[0]
-    for line, where in zip(lines, (str(one), str(two), "beside the files"), strict=True):
+    for line, where in zip(lines, (str(one), str(two), "--set"), strict=True):
         assert where in line
     caplog.clear()
     gin_setup.parse([write(tmp_path, f"{NEW} = 1.0", "three.gin")])
@@ -135,6 +137,17 @@ def test_both_names_in_one_text_and_scope_are_refused(tmp_path, scope, order):
     troubles: list[str] = []
     gin_setup.parse([file], troubles=troubles)
     assert [OLD in trouble and NEW in trouble for trouble in troubles] == [True]
+
+
+def test_shipped_parts_declare_former_names_of_parameters_that_they_have():
+    load_plugins()
+    parts = [kind.get(name) for kind in kinds for name in kind.names()]
+    renaming = [part for part in parts if hasattr(part, "renamed_parameters")]
+    assert len(renaming) >= 2
+    for part in renaming:
+        has = set(inspect.signature(part).parameters)
+        assert has.issuperset(part.renamed_parameters.values()), part
+        assert has.isdisjoint(part.renamed_parameters), part
 
 
 # Axes
