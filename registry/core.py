@@ -62,7 +62,7 @@ class Registry:
             raise KeyError(_unknown(self, name)) from None
 
     def build(self, name: str, **kwargs: Any) -> Any:
-        """An instance, its other arguments injected by gin."""
+        """Build an instance; gin gives it the arguments that are not given here."""
         return gin.get_configurable(self.get(name))(**kwargs)
 
     def names(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class Registry:
 
     @contextmanager
     def temporary(self, name: str, cls: type) -> Iterator[type]:
-        """Register for the length of a `with` block; for tests."""
+        """Register the class inside a `with` block only; for tests."""
         self._add(name, cls)
         try:
             yield cls
@@ -112,7 +112,7 @@ class Registry:
         if self._check is not None:
             self._check(name, cls)
         if owner is not None:
-            self._remove(name)  # the same definition, run a second time
+            self._remove(name)  # the same definition was run a second time
         gin.register(name, module=self.kind.replace(" ", "_"))(cls)
         self._classes[name] = cls
         _OWNERS[name] = self
@@ -127,12 +127,13 @@ class Registry:
 
 def summary(cls: type) -> str:
     """The first line of the class's docstring, without its full stop."""
-    text = inspect.cleandoc(cls.__doc__ or "")  # its own: nn.Module's would say nothing
+    # Its own docstring: an inherited one, such as that of nn.Module, says nothing about the class.
+    text = inspect.cleandoc(cls.__doc__ or "")
     return text.split("\n", 1)[0].rstrip(".")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean 'mean_flow'?', or nothing."""
+    """A hint such as " Did you mean 'mean_flow'?", or '' if no known name is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""What gin's complaints mean for the person who wrote the file."""
+"""Turns gin's errors into ones that tell the person who wrote the file what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_GIVEN = re.compile(
 
 
 def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFoundError:
-    """The same error, saying what exists and what to do."""
+    """The error in words that say what exists and what to do, where we know such words."""
     text = str(error)
     if match := _UNKNOWN.match(text):
         name = match[2]
@@ -50,9 +50,9 @@ def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFo
 
 @contextmanager
 def collected(troubles: list[str]) -> Iterator[None]:
-    """While it is open, gin leaves out bindings that it cannot make, and `troubles` says why."""
+    """While it is open, gin leaves out each binding that it cannot make; `troubles` gets why."""
     bind, refer = config.bind_parameter, config.ParserDelegate.configurable_reference
-    unknown: list[ValueError] = []  # the references of the binding that is read
+    unknown: list[ValueError] = []  # one for each unknown reference of the binding being read
 
     def refer_or_note(self: Any, name: str, evaluate: bool) -> Any:
         try:
@@ -83,7 +83,10 @@ def collected(troubles: list[str]) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """An error as one reads it: a complaint by its text alone, a fault with its kind."""
+    """The error as one line for the user.
+
+    If the user can mend it, that is its text alone; else it begins with the type of the error.
+    """
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])  # str() would quote it
     if isinstance(error, ValueError | OSError | ImportError):
@@ -101,7 +104,10 @@ def said(error: BaseException) -> str:
 def explain_syntax(
     error: SyntaxError | tokenize.TokenError, opened: Sequence[Path]
 ) -> ValueError | SyntaxError:
-    """A ValueError with the place, for gin text; an error in a Python file stays as it is."""
+    """A ValueError that names the place in the gin text.
+
+    A syntax error in a Python file is returned as it is.
+    """
     if not isinstance(error, SyntaxError):
         where = opened[-1] if opened else "the bindings"
         return ValueError(f"{where}: a bracket or a quote is not closed ({error.args[0]})")

@@ -11,6 +11,7 @@ import importlib.util
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -54,43 +55,66 @@ def resolve(name: str | Path, folder: Path | None = None) -> Path:
 
 
 def portable(name: str | Path) -> str:
-    """A name for the file that works in every folder: a shipped one's own, else the whole path."""
+    """A name by which the file is found from every folder.
+
+    A shipped file has a name of its own; for others it is the whole path.
+    """
     path = resolve(name)
     shipped = [path.relative_to(root) for root in roots() if path.is_relative_to(root)]
     return shipped[0].as_posix() if shipped else str(path)
 
 
+@dataclass
+class Reading:
+    """How far gin is in its texts: the files opened so far, and those that are still open.
+
+    Each open file is included by the one before it.
+    """
+
+    opened: list[Path] = field(default_factory=list)
+    open: list[Path] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The text that is being read."""
+        return (
+            str(self.open[-1]) if self.open else "the bindings beside the files (--set, Grid.axes)"
+        )
+
+
 @contextmanager
-def reader() -> Iterator[list[Path]]:
-    """While it is open, gin opens its files through `resolve`; yields the files opened so far.
+def reader() -> Iterator[Reading]:
+    """While it is open, gin opens its files through `resolve`; yields how far it is.
 
     gin's own second reader logs an error at the root for every name that it does not know.
     """
-    opened: list[Path] = []
-    including: list[Path] = []
+    reading = Reading()
 
     @contextmanager
     def read(name: str) -> Iterator[IO[str]]:
-        path = resolve(name, including[-1].parent if including else None)
-        if path in including:
+        path = resolve(name, reading.open[-1].parent if reading.open else None)
+        if path in reading.open:
             raise ValueError(f"{path} includes itself")
-        opened.append(path)
-        including.append(path)
+        reading.opened.append(path)
+        reading.open.append(path)
         _make_imports_work(path)
         with open(str(path), encoding="utf-8") as file:
             yield file
-        including.pop()
+        reading.open.pop()
 
     before = list(config._FILE_READERS)
     config._FILE_READERS[:] = [(read, lambda name: True)]
     try:
-        yield opened
+        yield reading
     finally:
         config._FILE_READERS[:] = before
 
 
 def _make_imports_work(path: Path) -> None:
-    """Let a gin file import the Python files next to it, and none that only looks like them."""
+    """Let a gin file import the Python files next to it.
+
+    ValueError if another module of the same name would be imported instead.
+    """
     names, folders = imports_of(path)
     for name in names:
         near = [folder for folder in (path.parent, *folders) if _holds(folder, name)]
@@ -144,12 +168,14 @@ def _holds(folder: Path, name: str) -> bool:
 
 
 class _Text(str):
+    """A text whose repr is the text itself."""
+
     def __repr__(self) -> str:
         return str(self)
 
 
 class Verbatim(config_parser.ParserDelegate):
-    """Reads gin text without knowing any part: references and macros stay their own text."""
+    """Reads gin text without knowing any part: a reference or a macro is kept as its own text."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
         return _Text(f"@{scoped_configurable_name}{'()' if evaluate else ''}")

@@ -3,7 +3,7 @@
 An arm is a gin scope, a named bundle of bindings (`mean_flow/run.objective = @mean_flow()`), in
 force inside `with arm("mean_flow"):`. After the run's arguments are built nothing looks at gin.
 
-gin-config has no public way to ask for most of this, hence the private names; it is pinned.
+gin-config has no public functions for most of this, so we use private ones; its version is pinned.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import gin
 from gin import config, config_parser
 
 from registry.core import did_you_mean
+from registry.former_names import accepted, former_name, present_name
 from registry.gin_errors import collected, explain, explain_syntax
 from registry.gin_files import Verbatim, reader
 from registry.gin_files import import_folders as import_folders
@@ -37,17 +38,18 @@ def parse(
 ) -> tuple[Path, ...]:
     """Forget every binding, then read the files and the bindings; returns the files read, in order.
 
-    A file may import the Python files next to it (`import my_loss`). Given `troubles`, it collects
-    there what is wrong with bindings, and reads on without them.
+    A file may import the Python files next to it (`import my_loss`). Where `troubles` is given, it
+    gets what is wrong with a binding, and reading goes on without that binding.
     """
     load_plugins()
     gin.clear_config()
     paths = [str(resolve(file)) for file in files]
-    with reader() as opened, nullcontext() if troubles is None else collected(troubles):
+    trouble = nullcontext() if troubles is None else collected(troubles)
+    with reader() as reading, accepted(reading), trouble:
         try:
             gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         except (SyntaxError, tokenize.TokenError) as error:
-            raise explain_syntax(error, opened) from None
+            raise explain_syntax(error, reading.opened) from None
         except (ValueError, ModuleNotFoundError) as error:
             raise explain(error) from None
     try:
@@ -56,7 +58,7 @@ def parse(
         if troubles is None:
             raise
         troubles.append(str(error))
-    return tuple(dict.fromkeys(opened))
+    return tuple(dict.fromkeys(reading.opened))
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def arm(name: str = "") -> Iterator[None]:
 
 
 def arms() -> tuple[str, ...]:
-    """The arms in `Grid.arms`; without one, every scope that holds bindings."""
+    """The arms in `Grid.arms`; where that is not bound, every scope that holds bindings."""
     declared = query("Grid.arms")
     scopes = (scope.split("/")[0] for (scope, selector), _ in _bound() if selector != MACRO)
     return tuple(declared if declared is not None else dict.fromkeys(s for s in scopes if s))
@@ -126,11 +128,15 @@ def query(key: str, default: Any = None) -> Any:
     scope, selector, parameter = config_parser.parse_binding_key(key)
     owner = config._REGISTRY.get_match(selector)
     found = config._CONFIG.get((scope, owner.selector), {}) if owner else {}
-    return _without_macros(found[parameter]) if parameter in found else default
+    name = present_name(selector, parameter)
+    return _without_macros(found[name]) if name in found else default
 
 
 def build(key: str, scope: str = "") -> Any:
-    """The part bound to a key such as 'run.recorder' in a scope or else outside, built; or None."""
+    """Build what is bound to a key such as 'run.recorder'; None if nothing is.
+
+    What is bound in the scope goes before what is bound outside.
+    """
     outside = query(key)
     with gin.config_scope(scope):
         # gin's own way to build the references inside a value.
@@ -180,13 +186,17 @@ def operative_values() -> dict[str, str]:
 
 
 def bindings_of(text: str) -> dict[str, str]:
-    """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}."""
+    """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}.
+
+    A parameter that the text calls by a former name has its name of now.
+    """
     found = {}
     for statement in config_parser.ConfigParser(text, Verbatim()):
         if isinstance(statement, config_parser.BindingStatement):
             scope, selector, parameter, value, _ = statement
             key = f"{scope}/{selector}" if scope else selector
-            found[f"{key}.{parameter}" if parameter else key] = repr(value)
+            name = present_name(selector, parameter)
+            found[f"{key}.{name}" if name else key] = repr(value)
     return found
 
 
@@ -221,12 +231,24 @@ def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
 
 
 def own_key(key: str) -> str:
-    """The key in its shortest spelling, 'dumo.path' for 'objective.dumo.path'."""
+    """The key as the other functions here give it: in its shortest spelling and its name of now.
+
+    That is 'dumo.path' for 'objective.dumo.path'.
+    """
+    return _respelt(key, present_name)
+
+
+def former_key(key: str) -> str:
+    """The key as `own_key` gave it before its parameter was renamed."""
+    return _respelt(key, former_name)
+
+
+def _respelt(key: str, name: Callable[[str, str], str]) -> str:
     if "." not in key:
         return key
     scope, selector, parameter = config_parser.parse_binding_key(key)
     owner = config._REGISTRY.get_match(selector)
-    return _key(scope, owner.selector, parameter) if owner else key
+    return _key(scope, owner.selector, name(selector, parameter)) if owner else key
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
@@ -257,7 +279,10 @@ def _without_macros(value: Any) -> Any:
 
 
 def _check_macros(bindings: Sequence[str]) -> None:
-    """Every macro that is read is set; one set by hand, or under an arm, is read."""
+    """ValueError for a macro that is read and not set, and for one that nothing reads.
+
+    The second is for macros that are set by hand or under an arm: files may set more than is read.
+    """
     macros = [scope for (scope, selector), _ in _bound() if selector == MACRO]
     read = set()
     for (scope, selector), values in _bound():

@@ -22,7 +22,8 @@ BUILT_IN = "objective_zoo"  # the name of our own entry point in that group
 def load_plugins() -> tuple[str, ...]:
     """Import the built-in parts and every plug-in that is installed; returns the plug-ins' names.
 
-    The built-in parts come first, so that a name that is taken is told of the plug-in.
+    The built-in parts are imported first, so that the error about a name that is taken twice names
+    the plug-in.
     """
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name != BUILT_IN)
     if not (found and found[0].name == BUILT_IN):

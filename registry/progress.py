@@ -32,9 +32,9 @@ def shown(yes: bool = True) -> Iterator[None]:
 
 
 def bar(items: Iterable[Any] | None, label: str, *, worth: bool = True, **options: Any) -> tqdm:
-    """A bar over the items, or one that is moved by hand where they are None, with tqdm's options.
+    """A bar over the items, with tqdm's options; where they are None, the caller moves the bar.
 
-    `worth` is False where the work is too short for a bar.
+    A caller whose work is too short for a bar gives `worth=False`.
     """
     if not (worth and is_shown()):
         options["disable"] = True

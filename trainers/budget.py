@@ -1,4 +1,7 @@
-"""How long a run trains: steps, images or seconds. Schedules read the share that is spent."""
+"""How long a run trains: a number of steps, images or seconds.
+
+Schedules read the share of it that is spent.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Spent(Protocol):
+class Counters(Protocol):
     """What a run has used so far; `seconds` counts training alone."""
 
     step: int
@@ -18,7 +21,10 @@ class Spent(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Exactly one of steps, images and training seconds (evaluation and checkpoints are free)."""
+    """Exactly one of steps, images and seconds; only training counts as seconds.
+
+    Evaluation and checkpoints take none of them.
+    """
 
     steps: int | None = None
     images: int | None = None
@@ -28,7 +34,8 @@ class Budget:
         given = {name: amount for name, amount in vars(self).items() if amount is not None}
         if len(given) != 1:
             raise ValueError(
-                f"a budget is one of steps, images and seconds; given: {given or 'none of them'}"
+                f"a budget is exactly one of steps, images and seconds; given: "
+                f"{given or 'none of them'}"
             )
         if not self.amount > 0:
             raise ValueError(f"the budget of {self.amount} {self.unit} must be positive")
@@ -43,15 +50,15 @@ class Budget:
     def amount(self) -> float:
         return next(a for a in (self.steps, self.images, self.seconds) if a is not None)
 
-    def spent(self, state: Spent) -> float:
-        """In the budget's own unit."""
+    def spent(self, state: Counters) -> float:
+        """What is spent, in the budget's own unit."""
         if self.steps is not None:
             return state.step
         return state.images if self.images is not None else state.seconds
 
-    def progress(self, state: Spent) -> float:
+    def progress(self, state: Counters) -> float:
         """The share that is spent, in [0, 1]."""
         return min(1.0, self.spent(state) / self.amount)
 
-    def done(self, state: Spent) -> bool:
+    def done(self, state: Counters) -> bool:
         return self.spent(state) >= self.amount

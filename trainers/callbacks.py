@@ -1,6 +1,6 @@
-"""What happens round the updates: records, evaluation, checkpoints, the progress bar.
+"""What happens around the updates: records, evaluation, checkpoints, the progress bar.
 
-`fit` calls them in the order given.
+`fit` calls the callbacks in the order in which it is given them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ __all__ = [
 
 @dataclass(kw_only=True, eq=False)
 class MetricsLog(Callback):
-    """Sends means over `every` steps to `record(values, step)`, and evaluations as they come.
+    """Sends means over `every` steps to `record(values, step)`, and each evaluation when it comes.
 
-    Between two records it only keeps references: no arithmetic and no wait for the device.
+    Between two records it only keeps references: it computes nothing and never waits for the
+    device.
     """
 
     record: Callable[[dict[str, float], int], None]
@@ -77,7 +78,7 @@ class MetricsLog(Callback):
 
     def _send(self, state: TrainState) -> None:
         held, self._held = self._held, defaultdict(list)
-        # Each mean over all rows of the window, since terms and diagnostics may concern a few rows.
+        # Each mean is over all rows of the window, since a term may concern few rows of a step.
         rows = {name: torch.cat([v.reshape(-1) for v in vs]) for name, vs in held.items()}
         values = _means({name: value for name, value in rows.items() if len(value)})
         images, seconds = self._since
@@ -89,7 +90,7 @@ class MetricsLog(Callback):
 
 
 def _means(rows: Mapping[str, Tensor]) -> dict[str, float]:
-    """By name, over the rows of all processes."""
+    """The mean of each name over the rows of all processes."""
     means = torch.stack([value.float().mean() for value in rows.values()]).tolist()
     own = {name: (mean, len(rows[name])) for name, mean in zip(rows, means, strict=True)}
     pairs: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -104,9 +105,10 @@ def _means(rows: Mapping[str, Tensor]) -> dict[str, float]:
 
 @dataclass(kw_only=True, eq=False)
 class PeriodicEvaluation(Callback):
-    """Calls `fn(state) -> values` every `every` steps (0: never) and at the end, off the clock.
+    """Calls `fn(state) -> values` every `every` steps (0: never) and at the end.
 
-    The network is in eval mode meanwhile and there is no gradient. Every callback hears the values.
+    Meanwhile the clock stops, the network is in eval mode and no gradient is kept. Every callback
+    gets the values.
     """
 
     fn: Callable[[TrainState], Mapping[str, float]]
@@ -137,7 +139,7 @@ class PeriodicEvaluation(Callback):
 
 @dataclass(kw_only=True, eq=False)
 class ProgressBar(Callback):
-    """Loss, images per second and time left on stderr: a bar, or lines where that is a file.
+    """Shows loss, images per second and time left on stderr: a bar on a terminal, else lines.
 
     It is silent unless progress is shown (registry/progress.py).
     """

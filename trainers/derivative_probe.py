@@ -1,11 +1,11 @@
-"""The start-up probe: the objective's derivative against differences, on the real network.
+"""The start-up probe: it compares the objective's derivative with differences on the real network.
 
-A network that cuts a derivative (a stray .detach(), a number taken out of a tensor) gives a wrong
-one without an error, and `dual` and `jvp` agree on it. So every Derivative of an objective is
-compared with a method that cannot share its failure: central differences of a float64 copy. Both
-see the same copy of the network, in training mode unless it draws random numbers, its weights
-perturbed so that layers which start at zero take part. x (along its path), t and r are moved one at
-a time, so that no direction hides a cut in another:
+A network that cuts a derivative (by a stray .detach(), or by a number taken out of a tensor) gives
+a wrong derivative without an error, and `dual` and `jvp` agree on it. So every Derivative of an
+objective is compared with a method that cannot fail in the same way: central differences of a
+float64 copy. Both see the same copy of the network. It is in training mode unless it draws random
+numbers, and its weights are perturbed so that layers which start at zero take part. x (along its
+path), t and r are moved one at a time, so that no direction hides a cut in another:
 
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
 """
@@ -13,6 +13,8 @@ a time, so that no direction hides a cut in another:
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -100,19 +102,28 @@ class Expected:
 
 @torch.no_grad()
 def perturbed(net: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on the device, with noise on its trainable weights: 1 / sqrt(fan-in); vectors, 0.1."""
+    """A copy on the device, with noise on its trainable weights."""
     net = copy.deepcopy(net).to(device)
     rng = generator(0, 0, 0, device)
     for p in net.parameters():
         if p.requires_grad and p.numel():
-            scale = (len(p) / p.numel()) ** 0.5 if p.ndim > 1 else 0.1
-            noise = torch.randn(p.shape, generator=rng, dtype=p.dtype, device=device)
-            p.add_(scale * noise)
+            add_noise(p, p.shape, rng)
     return net
 
 
+def add_noise(held: Tensor, shape: Sequence[int], rng: torch.Generator) -> None:
+    """Perturb a weight of this shape, or the piece of it that this process holds, in place.
+
+    The noise is of scale 1 / sqrt(fan-in), or 0.1 on vectors, so that the network stays as smooth
+    as it was when it was initialised.
+    """
+    scale = (shape[0] / math.prod(shape)) ** 0.5 if len(shape) > 1 else 0.1
+    noise = torch.randn(held.shape, generator=rng, dtype=held.dtype, device=held.device)
+    held.add_(scale * noise)
+
+
 def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
-    """On the straight path from data to noise."""
+    """The point, which lies on the straight path from data to noise."""
     k, n = len(TIMES), len(DIRECTIONS)
     x0, (t, r) = x0[:k], torch.tensor(TIMES, device=x0.device).T
     x1 = normal_like(x0, generator(0, 0, 1, x0.device))
@@ -127,7 +138,7 @@ def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
 
 
 def _settle(net: nn.Module, point: Point) -> bool:
-    """Leave a network that draws random numbers in eval mode; whether a seed repeats its draws."""
+    """Put a network that draws random numbers in eval mode; tell if a seed repeats its draws."""
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -151,7 +162,7 @@ def _expected(net: nn.Module, point: Point) -> Expected:
 
 
 def _differences(net: nn.Module, point: Point, dtype: torch.dtype) -> Tensor:
-    """In each row the finer of the two successive steps that agree best."""
+    """The derivative; each row is that of the finer of the two successive steps that agree best."""
     by_step = [point.derivative(FiniteDifference(step=s), net, dtype) for s in STEPS[dtype]]
     gaps = torch.stack([rms(fine - coarse) for coarse, fine in pairwise(by_step)])
     best = 1 + gaps.argmin(0)
@@ -192,7 +203,7 @@ def _bound(part: Derivative, net: nn.Module, expected: Expected) -> float:
 
 
 def _described(part: Derivative) -> str:
-    """As in gin: finite_difference(step=0.001)."""
+    """The part by its name in gin, such as finite_difference(step=0.001)."""
     return repr(part).replace(type(part).__name__, registry.derivatives.name_of(part), 1)
 
 

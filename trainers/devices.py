@@ -6,7 +6,7 @@ import torch
 
 
 def device_of(name: str, option: str) -> torch.device:
-    """A device by torch's name; ValueError where there is none such here."""
+    """The device that torch calls `name`; ValueError if this machine has no such device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

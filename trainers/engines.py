@@ -1,11 +1,11 @@
-"""What the loop drives: one module of network, objective and teachers, and an engine round it.
+"""The engine that the loop drives, and the module of network, objective and teachers that it runs.
 
 The objective runs inside `TrainStep.forward`, so every network call of a step passes through the
-hooks that an engine may put on that module. An engine shares the global batch out (to processes,
-and to micro-batches of gradient accumulation). An objective draws for the whole batch and computes
-a share of its rows, and the mean over equal shares of mean losses is the mean over the batch: so
-how a batch is shared out changes neither noise, times, labels, couplings and quotas, nor the
-gradient. Dropout alone draws for each share.
+hooks that an engine may put on that module. An engine shares the global batch out to processes, and
+to micro-batches of gradient accumulation. An objective draws for the whole batch and computes the
+loss of a share of its rows, and the mean over equal shares of their mean losses is the mean over
+the batch. So neither the noise, times, labels, couplings and quotas nor the gradient depend on how
+a batch is shared out. Only dropout draws for each share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 class TrainStep(nn.Module):
     """A network, its objective, teachers and averages, as one module whose call is the loss.
 
-    `needs_whole` tells whether the loss of a share reads data of other rows, which is so until the
-    objective is seen to keep to its share.
+    `needs_whole` tells whether the loss of a share may read data of other rows. It is True until a
+    call has shown that the objective computes its share alone.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainStep(nn.Module):
             elif isinstance(own := getattr(teacher, "network", None), nn.Module):
                 self.teachers[key] = own
         self._emas: list[Ema | PowerEma] = [Ema(net, decay) for decay in ema_decays]
-        self._emas += [PowerEma(net, width) for width in power_emas]
+        self._emas += [PowerEma(net, sigma_rel) for sigma_rel in power_emas]
         self.averages = nn.ModuleDict({_key(ema.name): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
@@ -102,11 +102,11 @@ class TrainStep(nn.Module):
 
     @property
     def emas(self) -> dict[str, nn.Module]:
-        """The averages by their decay, then by `power_name` of their widths."""
+        """The averages by their decay, then by `power_name` of their `sigma_rel`."""
         return {ema.name: ema.net for ema in self._emas}
 
     def compile_networks(self) -> None:
-        """The network and its teachers by torch.compile; everything round them stays eager."""
+        """Compile the network and its teachers; everything around them stays eager."""
         for net in (self.net, *self.teachers.values()):
             compile_in_place(net)
 
@@ -135,9 +135,14 @@ def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> O
 class TorchEngine:
     """Plain PyTorch on one device, in fp32 or with bf16 autocast."""
 
+    renamed_parameters: ClassVar = {
+        "clip": "max_grad_norm",
+        "accumulate": "gradient_accumulation_steps",
+    }
+
     precision: str = "fp32"
-    clip: float = 0.0  # largest norm of the gradient; 0 is off
-    accumulate: int = 1  # micro-batches per step
+    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 is off
+    gradient_accumulation_steps: int = 1  # micro-batches per step
 
     module: TrainStep = field(init=False, repr=False)
 
@@ -146,10 +151,16 @@ class TorchEngine:
             raise ValueError(
                 f"torch_engine.precision = {self.precision!r} is neither fp32 nor bf16"
             )
-        if not self.clip >= 0:
-            raise ValueError(f"torch_engine.clip = {self.clip!r} must not be negative (0 is off)")
-        if self.accumulate < 1:
-            raise ValueError(f"torch_engine.accumulate = {self.accumulate!r} must be 1 or more")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(
+                f"torch_engine.max_grad_norm = {self.max_grad_norm!r} must not be negative (0 is "
+                "off)"
+            )
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                "torch_engine.gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps!r} must be 1 or more"
+            )
 
     def prepare(
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
@@ -159,10 +170,11 @@ class TorchEngine:
                 f"torch_engine runs in one process, and there are {ranks.count()}; "
                 "include 'trainer/zero2.gin' or bind run.engine = @zero_engine()"
             )
-        if batch_size % self.accumulate:
+        if batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"a batch of {batch_size} cannot be cut into torch_engine.accumulate = "
-                f"{self.accumulate} equal micro-batches; choose a divisor of the batch size"
+                f"a batch of {batch_size} cannot be cut into "
+                f"torch_engine.gradient_accumulation_steps = {self.gradient_accumulation_steps} "
+                "equal micro-batches; choose a divisor of the batch size"
             )
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
@@ -174,8 +186,8 @@ class TorchEngine:
         self._losses: list[Tensor] = []
 
     def shares(self, batch: Batch) -> Iterator[Batch]:
-        for number in range(self.accumulate):
-            yield replace(batch, share=Share(number, self.accumulate))
+        for number in range(self.gradient_accumulation_steps):
+            yield replace(batch, share=Share(number, self.gradient_accumulation_steps))
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> LossOutput:
         return self.module(batch, rng)
@@ -189,11 +201,15 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())
-        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        steps = self.gradient_accumulation_steps
+        (loss / steps if steps > 1 else loss).backward()
 
     def step(self, lr_factor: float) -> Tensor:
-        """One update, but none from a loss or gradient that is not finite, on a CPU (where looking
-        is free): the weights stay clean and the gradients stay to be looked at."""
+        """Update the weights once.
+
+        On a CPU, where looking costs nothing, a loss or gradient that is not finite makes no
+        update: the weights stay clean, and the gradients stay for whoever looks for the cause.
+        """
         norm = self._gradient_norm()
         losses, self._losses = self._losses, []
         if self._device.type == "cpu" and not all(math.isfinite(x) for x in (norm, *losses)):
@@ -235,7 +251,7 @@ class TorchEngine:
         self._optimizer.load_state_dict(read_state(folder / "optimizer.pt"))
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
-        """By the names of their files."""
+        """The networks that a checkpoint keeps, by the names of their files."""
         yield "net", self.module.net
         for name, teacher in self.module.teachers.items():
             yield f"teacher_{name}", teacher
@@ -243,15 +259,16 @@ class TorchEngine:
             yield f"ema_{name}", average
 
     def _gradient_norm(self) -> Tensor:
-        if self.clip:
-            return nn.utils.clip_grad_norm_(self._params, self.clip)
+        if self.max_grad_norm:
+            return nn.utils.clip_grad_norm_(self._params, self.max_grad_norm)
         return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
 
 
 def compile_in_place(net: nn.Module) -> None:
-    """One kernel set for each number of rows, with eager's roundings.
+    """Compile the network: one set of kernels for each number of rows, with eager's roundings.
 
-    The compiler otherwise skips a cast down and up again, which moved time frequencies by 0.4 %.
+    Without `emulate_precision_casts` the compiler leaves out a cast down and up again, and that
+    moved time frequencies by 0.4 %.
     """
     net.compile(dynamic=False, options={"emulate_precision_casts": True})
 
@@ -259,15 +276,15 @@ def compile_in_place(net: nn.Module) -> None:
 @lru_cache  # once per class
 def _warn_of_waste(name: str) -> None:
     log.warning(
-        "%s.loss computes every row of the batch for each of its shares. The gradient is right and "
-        "the work repeated; to share it out, keep the rows of the share after all draws: "
+        "%s.loss computes every row of the batch for each of its shares. The gradient is right, "
+        "but the work is repeated; to share it out, keep the rows of the share after all draws: "
         "x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, batch.cond)",
         name,
     )
 
 
 def _key(path: str) -> str:
-    """As the name of a module, which holds no dots."""
+    """The path as the name of a module, which must not have dots."""
     return path.replace(".", "-")
 
 

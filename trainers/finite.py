@@ -1,4 +1,4 @@
-"""What becomes of a loss or gradient that is not finite, and where it came from."""
+"""Stops a run at a loss or gradient that is not finite, or skips it, and says where it arose."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ POLICIES = ("stop", "skip")
 MAX_SKIPPED = 20  # updates in a row
 ADVICE = (
     "\nWhat to try: a lower learning rate or more warm-up steps, gradient clipping "
-    "(torch_engine.clip = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a time "
-    "law that keeps away from the times named here"
+    "(torch_engine.max_grad_norm = 1.0), torch_engine.precision = 'fp32', data free of NaN, or a "
+    "time law that keeps away from the times named here"
 )
 _SHOWN = 5  # rows, terms and parameters that a message names
 
@@ -34,10 +34,10 @@ class NonFiniteLoss(FloatingPointError):
 class StopOnNonFinite(Callback):
     """Raises NonFiniteLoss, in all processes alike.
 
-    On a CPU at the very step, before the weights are touched (the engine holds the update back).
-    On a GPU every `every` steps, so that no step waits for the device; the weights are then spoilt,
-    and the last checkpoint is the one to continue from. With the policy "skip" such updates are
-    left out with a warning, up to MAX_SKIPPED in a row, and every step is looked at.
+    On a CPU it looks at every step, before the weights are changed (the engine holds the update
+    back). On a GPU it looks every `every` steps, so that no step waits for the device; the weights
+    may be spoilt by then, and the run can continue from its last checkpoint. With the policy "skip"
+    it looks at every step, and leaves such updates out with a warning, up to MAX_SKIPPED in a row.
     """
 
     every: int = 50
@@ -94,7 +94,7 @@ class StopOnNonFinite(Callback):
 
 
 def problem_of(state: TrainState, step: int, out: LossOutput, norm: Tensor | None) -> str:
-    """The same in every process: what is not finite and where; empty if all is well."""
+    """What is not finite and where, in the same words in every process; '' if all is well."""
     bad = ~out.per_sample.isfinite()
     problem = "\n".join(_describe_rows(out, bad)) if bad.any() else ""
     problems = [told for told in ranks.gathered(problem) if told]
@@ -125,7 +125,7 @@ def _describe_gradient(state: TrainState, out: LossOutput) -> Iterator[str]:
 
 
 def _times(out: LossOutput, rows: Tensor) -> Iterator[str]:
-    """The rows with their loss and times."""
+    """A line for each of these rows, with its times and loss."""
     for row in rows.tolist():
         times = [
             f"{name}={value[row].item():.6g}"

@@ -79,9 +79,9 @@ def fit(
 
     What is trained is a Training, or the settings of one: fit(net=..., objective=..., dataset=...,
     batch_size=..., budget=...). `state.emas` are its averages of the weights, in the order of the
-    settings; the first is `state.ema_net`. Unless `callbacks` bring a StopOnNonFinite, one is put
-    before them. Checkpoints live in `folder`; `resume` continues from the newest whole one, or
-    starts where there is none.
+    settings; the first is `state.ema_net`. If `callbacks` have no StopOnNonFinite, one is put
+    before them. Checkpoints are in `folder`; `resume` continues from the newest one that is whole,
+    or starts from the beginning if there is none.
     """
     training = Training(**settings) if training is None else replace(training, **settings)
     state = prepared(training, callbacks, folder)
@@ -96,7 +96,7 @@ def fit(
 def prepared(
     training: Training, callbacks: Sequence[Callback], folder: Path | None = None
 ) -> TrainState:
-    """A run before its first step, its network in the engine."""
+    """The state of a run before its first step; the engine is prepared with its network."""
     train_step, device = training.train_step(), torch.device(training.device)
     if training.compile:
         train_step.compile_networks()
@@ -117,9 +117,9 @@ def prepared(
 
 
 def updates(state: TrainState, training: Training) -> Iterator[LossOutput]:
-    """Train step by step, yielding each step's losses.
+    """Train step by step and yield each step's losses.
 
-    The callbacks' `on_end` comes after the last step, and also when the generator is closed before.
+    `on_end` is called at the end, and also when the iterator is closed before.
     """
     dataset, lr, schedule = training.dataset, training.optimizer.lr, training.schedule
     with ExitStack() as ends:
@@ -159,7 +159,7 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
 
 
 def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
-    """The global batch on the device; NaN in rows that are left to other processes to read."""
+    """The global batch on the device; the rows that other processes read are NaN here."""
     step, n, seed = state.step, state.batch_size, state.seed
     mine = Share(ranks.number(), ranks.count())
     if mine.count == 1 or state.engine.module.needs_whole:

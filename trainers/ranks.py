@@ -3,7 +3,7 @@
 Process 0 leads: it alone prints, records and writes what belongs to the whole run. Everything here
 also works in a single process, where it costs nothing. The processes find each other through
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which every launcher of torch sets.
-What they exchange here is a few numbers and texts, over gloo on the CPU: no GPU waits for it.
+The functions here exchange a few numbers and texts, over gloo on the CPU, so that no GPU waits.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-MINUTES = 30.0  # of waiting for another process
+MINUTES = 30.0  # that a process waits for another one
 
-_control: Any = None  # the group over gloo; None is the default group, which is
+# The group for exchanges over gloo. None stands for the default group, where that uses gloo.
+_control: Any = None
 
 
 def launched() -> bool:
-    """Whether a launcher started this process, and told it its place."""
+    """Whether a launcher started this process and told it its number."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join(minutes: float = MINUTES) -> None:
-    """Meet the other processes; whoever waits longer than this for them gives up with an error."""
+    """Meet the other processes; a process that waits longer for another one raises an error."""
     global _control
     if dist.is_initialized():
         return
@@ -46,9 +47,9 @@ def join(minutes: float = MINUTES) -> None:
 
 
 def wait_at_most(minutes: float = MINUTES) -> None:
-    """From now on; whoever waits longer for another process gives up with an error."""
+    """Change how long a process waits for another one before it raises an error."""
     c10d = dist.distributed_c10d
-    # older versions have it under a private name alone
+    # Older versions of torch have it under a private name only.
     set_timeout = dist.set_timeout if hasattr(dist, "set_timeout") else c10d._set_pg_timeout
     for group in list(c10d._world.pg_map):  # DeepSpeed makes groups of its own
         set_timeout(timedelta(minutes=minutes), group)
@@ -64,7 +65,7 @@ def number() -> int:
 
 
 def local_number() -> int:
-    """Among the processes of this machine."""
+    """The number of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -86,7 +87,7 @@ def largest(*values: float) -> list[float]:
 
 
 def gathered(value: T) -> list[T]:
-    """Everybody's value, in the order of the processes."""
+    """The values of all processes, in the order of their numbers."""
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
@@ -95,7 +96,7 @@ def gathered(value: T) -> list[T]:
 
 
 def from_leader(value: T) -> T:
-    """The leader's value."""
+    """The value that the leading process gives."""
     if count() == 1:
         return value
     box = [value]
@@ -104,7 +105,11 @@ def from_leader(value: T) -> T:
 
 
 def together(act: Callable[[], T], *expected: type[Exception]) -> T:
-    """What `act` returns; what one process raises of `expected`, all raise, and none goes on."""
+    """Call `act` in every process and return its result.
+
+    If one process raises an error of a type in `expected`, every process raises it, so that none
+    goes on without the others.
+    """
     problem: Exception | None = None
     try:
         result = act()
@@ -120,9 +125,9 @@ def together(act: Callable[[], T], *expected: type[Exception]) -> T:
 
 
 def fail_together(problem: str, seconds: float = 30.0) -> None:
-    """After an error: go on only if every process had one; else end this process at once.
+    """Call it after an error: it returns if every process had one, else it ends this process.
 
-    The others may be in the middle of an exchange with this one; its end ends them too.
+    The other processes may be waiting for this one in an exchange, and end when this one ends.
     """
     if count() == 1:
         return

@@ -1,8 +1,8 @@
-"""Random streams by (seed, rank, step): a step is reseeded, so that a resume needs no RNG state.
+"""Random streams by (seed, rank, step): every step is reseeded, so a resume needs no RNG state.
 
-`rank` counts the equal shares of a global batch: the data-parallel processes and the micro-batches
-of gradient accumulation alike, so four micro-batches in one process drop out what four processes
-do. Objectives draw for the whole batch, from the stream of rank 0.
+`rank` counts the equal shares of a global batch. Processes and micro-batches of gradient
+accumulation are counted alike, so four micro-batches in one process have the dropout masks of four
+processes. Objectives draw for the whole batch, from the stream of rank 0.
 
 torch's CPU generator keeps only the low 32 bits of a seed, and 32 random bits collide after some
 ten thousand steps. Here the low word is a keyed permutation of (step, rank): no two streams of one

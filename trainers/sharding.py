@@ -1,16 +1,16 @@
-"""Where this process's part of weights and optimizer state lies under ZeRO, as views of it.
+"""Finds this process's part of the weights and of the optimizer state under ZeRO, as views.
 
     stage 0     weights and optimizer state whole in every process
     stages 1-2  weights whole; state in flat partitions over all weights, cut anywhere
     stage 3     weights and state in equal pieces of each weight, the last one padded
 
-A `Piece` is a contiguous range of one flattened tensor. Whoever reads or writes pieces need not
-know the stage. The places are private names of DeepSpeed; its version is held in pyproject.toml.
+A `Piece` is a contiguous range of one flattened tensor. Code that reads or writes pieces need not
+know the stage. Where they lie is in private attributes of DeepSpeed, so pyproject.toml limits its
+version.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,22 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from trainers import ranks
-from trainers.rng import generator
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements start .. start + len(view) - 1 of a flattened tensor, where they lie."""
+    """Elements start .. start + len(view) - 1 of a flattened tensor; `view` shares their memory."""
 
     name: str
     start: int
     view: Tensor
-    everywhere: bool = False  # every process holds the same
+    everywhere: bool = False  # every process holds the same elements
 
 
 @dataclass(frozen=True)
 class StatePiece:
-    """The place of a weight's piece in a flat tensor, which keys the optimizer's state."""
+    """Where a weight's piece lies in a flat tensor, under which the optimizer keeps its state."""
 
     name: str
     start: int
@@ -73,7 +72,7 @@ def weight_pieces(module: nn.Module) -> Iterator[Piece]:
 
 
 def state_pieces(module: nn.Module, optimizer: Any) -> Iterator[StatePiece]:
-    """`optimizer` is what deepspeed.initialize gave back."""
+    """The pieces of all trainable weights; `optimizer` is what deepspeed.initialize returned."""
     params: Iterable[tuple[str, Any]] = module.named_parameters()
     for name, param in params:
         if not param.requires_grad:
@@ -107,11 +106,14 @@ def refresh_masters(module: nn.Module, optimizer: Any) -> None:
 
 @contextmanager
 def shards(module: nn.Module) -> Iterator[None]:
-    """Each parameter's data is this process's piece of it: arithmetic by element goes through."""
+    """Inside the `with` block a parameter's data is this process's piece of it.
+
+    So arithmetic by elements works on sharded weights.
+    """
     params: list[Any] = [p for p in module.parameters() if is_sharded(p)]
     for p in params:
         if p.data.numel():
-            p.partition()  # a gathered copy would go stale
+            p.partition()  # else a gathered copy would keep the old values
     kept = [p.data for p in params]
     try:
         for p in params:
@@ -122,32 +124,10 @@ def shards(module: nn.Module) -> Iterator[None]:
             p.data = data
 
 
-@contextmanager
-def shaken(module: nn.Module) -> Iterator[None]:
-    """Noise on all weights, and the weights themselves again afterwards.
-
-    Of 1 / sqrt(fan-in), and 0.1 on vectors, so that the network stays as smooth as it begins.
-    """
-    kept = []
-    with shards(module), torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            kept.append(p.detach().clone())
-            rng = generator(1, ranks.number(), i, p.device)
-            shape = shape_of(p)
-            scale = (shape[0] / math.prod(shape)) ** 0.5 if len(shape) > 1 else 0.1
-            p.add_(scale * torch.randn(p.shape, generator=rng, device=p.device))
-    try:
-        yield
-    finally:
-        with shards(module), torch.no_grad():
-            for p, before in zip(module.parameters(), kept, strict=True):
-                p.copy_(before)
-
-
 def gathered_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's whole state on the CPU of the leading process, one weight at a time.
 
-    Every process must call it; to the others it gives nothing.
+    Every process must call it; the others get an empty dictionary.
     """
     params: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
     found = {}

@@ -18,7 +18,10 @@ from trainers.budget import Budget
 
 
 class Callback(Protocol):
-    """Four moments of a run; on_end comes in every case, `state.finished` tells a proper end."""
+    """Is called at four moments of a run.
+
+    `on_end` is called in every case; `state.finished` tells whether there was no exception.
+    """
 
     def on_start(self, state: TrainState) -> None:
         """Before the first step, with a checkpoint already restored (`state.resumed`)."""
@@ -39,7 +42,7 @@ class Callback(Protocol):
 
 @dataclass
 class Stopwatch:
-    """Training seconds: what passes between start and stop, except while paused."""
+    """Counts training seconds: the time between `start` and `stop`."""
 
     elapsed: float = 0.0
     _since: float | None = None
@@ -109,9 +112,9 @@ class TrainState:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that does not count as training."""
+        """The time inside the `with` block does not count as training."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what is queued is training
+            torch.cuda.synchronize(self.device)  # the work that is queued still counts
         running = self.clock.running
         self.clock.stop()
         try:

@@ -20,9 +20,12 @@ def add_to(commands: Commands) -> None:
 
     ema = commands.add_parser("ema", help="an average of the weights whose width is chosen now")
     ema.add_argument("run", type=Path, help="the folder of a run with run.power_emas")
-    ema.add_argument("--width", type=float, required=True, help="in shares of the run, say 0.12")
+    ema.add_argument(
+        "--sigma-rel", "--width", type=float, required=True, dest="sigma_rel",
+        help="the width as a share of the run, say 0.12 (--width is the former name)",
+    )  # fmt: skip
     ema.add_argument("--step", type=int, help="default: the last snapshot's")
-    ema.add_argument("--out", type=Path, help="default: RUN/ema_width_WIDTH.safetensors")
+    ema.add_argument("--out", type=Path, help="default: RUN/ema_width_SIGMA_REL.safetensors")
     ema.set_defaults(command=_ema)
 
     whole = commands.add_parser("consolidate", help="a ZeRO checkpoint's weights as one file")
@@ -48,9 +51,9 @@ def _export(arguments: argparse.Namespace) -> None:
 def _ema(arguments: argparse.Namespace) -> None:
     from trainers.ema.reconstruction import reconstruct
 
-    made = reconstruct(arguments.run, arguments.width, arguments.step, arguments.out)
+    made = reconstruct(arguments.run, arguments.sigma_rel, arguments.step, arguments.out)
     print(
-        f"{made.path}: width {made.wanted.width:g} at step {made.wanted.step}, from "
+        f"{made.path}: sigma_rel {made.wanted.sigma_rel:g} at step {made.wanted.step}, from "
         f"{made.num_snapshots} snapshots; its profile is missed by {made.error:.2%}"
     )
 

@@ -101,7 +101,8 @@ def declared(folder: Path) -> Declared:
     )
     if found.mode not in MODES:
         raise ValueError(f"Grid.mode = {found.mode!r} is none of {', '.join(MODES)}")
-    if both := sorted(found.axes.keys() & found.repeat.keys()):
+    axes, repeat = ({gin_setup.own_key(key) for key in a} for a in (found.axes, found.repeat))
+    if both := sorted(axes & repeat):
         raise ValueError(f"{', '.join(both)} is in Grid.axes and in Grid.repeat; keep one of them")
     lengths = {key: len(values) for key, values in found.axes.items()}
     if found.mode == "zip" and len(set(lengths.values())) > 1:
@@ -116,7 +117,7 @@ def _read(name: str, folder: Path) -> dict[str, list[str]]:
     bound = gin_setup.query(name, {})
     if not isinstance(bound, dict):
         raise ValueError(f"{name} = {bound!r} must be a dict, such as {{'run.seed': [0, 1, 2]}}")
-    axes = {}
+    axes: dict[str, list[str]] = {}
     for key, values in bound.items():
         if not isinstance(key, str) or not isinstance(values, list | tuple) or not values:
             raise ValueError(
@@ -126,6 +127,8 @@ def _read(name: str, folder: Path) -> dict[str, list[str]]:
         texts = [_text(key, value, folder) for value in values]
         if twice := sorted({text for text in texts if texts.count(text) > 1}):
             raise ValueError(f"{name} gives {key} the value {', '.join(twice)} more than once")
+        if again := [other for other in axes if gin_setup.own_key(other) == gin_setup.own_key(key)]:
+            raise ValueError(f"{name} has {again[0]} and {key}, which are one parameter; keep one")
         axes[key] = texts
     return axes
 

@@ -179,7 +179,9 @@ def _draft(
 
 
 def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Planned:
-    readable = axes.slug(axes.label(draft.title, draft.setting))
+    # By former names, as `_id` has them: a grid goes on whichever name its axes use.
+    setting = tuple((gin_setup.former_key(key), value) for key, value in draft.setting)
+    readable = axes.slug(axes.label(draft.title, setting))
     name = f"{readable}-{draft.id[:8]}" if declared else draft.title
     bindings = axes.bindings(draft.arm, draft.setting)
     tags = {
@@ -210,11 +212,16 @@ def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Plann
 
 
 def _id(opened: Iterable[Path], data: str) -> str:
-    """The id of the cell that was built last."""
+    """The id of the cell that was built last.
+
+    Where a parameter was renamed, its former name counts, so that a grid which an earlier build of
+    this version began goes on. The package's version is part of the id too: when it is raised every
+    id changes, and `former_key` can go from here.
+    """
     kinds = (recorders, launchers, pruners)
     elsewhere = {name for kind in kinds for name in kind.names()}
     values = {
-        key: value
+        gin_setup.former_key(key): value
         for key, value in gin_setup.operative_values().items()
         if (plain := key.split("/")[-1]) not in NO_PART_OF_ID
         and plain.split(".")[0] not in elsewhere

@@ -70,11 +70,11 @@ class Request:
         ValueError if the request binds what an axis binds in every cell.
         """
         found = self.declared()
-        asked = {key.split("/", 1)[-1]: key for key in self.asked}
+        asked = {gin_setup.own_key(key.split("/", 1)[-1]): key for key in self.asked}
         for key in found.keys:
-            if key in asked:
+            if own := asked.get(gin_setup.own_key(key)):
                 raise ValueError(
-                    f"--set {asked[key]} has no effect: the file's axis {key} binds it in every "
+                    f"--set {own} has no effect: the file's axis {key} binds it in every "
                     f"cell. Change the axis: --set \"Grid.axes = {{'{key}': [...]}}\""
                 )
         return found

@@ -95,8 +95,9 @@ def predicted(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing
         shape=SHAPE, num_classes=CLASSES, shape_from="", images=None,
     )  # fmt: skip
     simulation, rows = Simulation(outline), BATCH // ranks.count()
-    split = StepSplit(gpus=ranks.count(), accumulate=engine.accumulate, touched=True)
-    activity = simulation.activity(rows // engine.accumulate, rows // engine.accumulate)
+    parts = engine.gradient_accumulation_steps
+    split = StepSplit(gpus=ranks.count(), accumulate=parts, touched=True)
+    activity = simulation.activity(rows // parts, rows // parts)
     return largest(Sizes.of(step, simulation.update()), engine, split, activity).total
 
 
@@ -119,7 +120,9 @@ def main() -> None:
     for stage in asked.stages:  # the first run at a stage loads libraries
         measured(asked.objectives[0], ZeroEngine(stage=stage), 64, 1, False)
     for name, checkpointing, stage in cases:
-        engine = ZeroEngine(stage=stage, reduce_bucket=BUCKET, accumulate=asked.accumulate)
+        engine = ZeroEngine(
+            stage=stage, reduce_bucket_size=BUCKET, gradient_accumulation_steps=asked.accumulate
+        )
         network = (asked.dim, asked.depth, bool(checkpointing))
         found = measured(name, engine, *network)
         said = predicted(name, engine, *network) if ranks.leads() else found

@@ -28,7 +28,11 @@ from trainers.zero.engine import ZeroEngine
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-SMALL_BUCKETS = {"reduce_bucket": 50_000_000, "prefetch_bucket": 10_000_000, "max_live": 0}
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 0,
+}
 SECONDS_A_DAY = 86_400
 
 
@@ -222,7 +226,7 @@ class _Case:
         """The engine at another stage, without the offloading that this stage does not have."""
         own = {
             "offload_optimizer": self._engine.offload_optimizer and stage > 0,
-            "offload_weights": self._engine.offload_weights and stage == 3,
+            "offload_param": self._engine.offload_param and stage == 3,
         }
         return replace(self._engine, stage=stage, **{**own, **changes})
 

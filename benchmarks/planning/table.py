@@ -61,7 +61,9 @@ def _stages(fits: Sequence[StageFit]) -> str:
         rows.append(["on the host, a process", *(size(f.memory.host) for f in fits)])
     rows.append(["largest during", *(f.memory.moment for f in fits)])
     rows.append(["micro-batch", *(str(f.micro_batch) if f.fits else "does not fit" for f in fits)])
-    rows.append(["accumulate", *(str(f.accumulate) if f.fits else "-" for f in fits)])
+    rows.append(
+        ["gradient_accumulation_steps", *(str(f.accumulate) if f.fits else "-" for f in fits)]
+    )
     if any(f.deepspeed for f in fits):
         estimates = [size(f.deepspeed) if f.deepspeed else "-" for f in fits]
         rows.append(["states by DeepSpeed's estimate", *estimates])

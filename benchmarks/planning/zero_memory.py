@@ -7,7 +7,8 @@
 Everything that lasts is float32 in every precision: weights, gradients, optimizer state, averages
 and teachers. DeepSpeed is taken as it is in version 0.19. Stages 1 and 2 keep a float32 copy of the
 piece of the weights that a process updates. Buckets have their full size on a GPU. Stage 3 keeps
-weights gathered that are used again in the same step, up to zero_engine.max_live.
+weights gathered that are used again in the same step, up to
+zero_engine.stage3_max_live_parameters.
 """
 
 from __future__ import annotations
@@ -144,9 +145,9 @@ def _sharded(
     """Stage 3: everything is in pieces. Layers are gathered for use, and kept if used again."""
     piece, away = sizes.weights / split.gpus, engine.offload_optimizer
     state = sizes.update.state / split.gpus + piece
-    host = (state + piece if away else 0.0) + (piece if engine.offload_weights else 0.0)
+    host = (state + piece if away else 0.0) + (piece if engine.offload_param else 0.0)
     lasting = {
-        "weights": 0.0 if engine.offload_weights else piece,
+        "weights": 0.0 if engine.offload_param else piece,
         "gradients": 0.0 if away else piece,
         "optimizer": 0.0 if away else state,
         "averages": sizes.averages / split.gpus,
@@ -169,8 +170,8 @@ def _buckets(
     sizes: Sizes, engine: ZeroEngine, split: StepSplit, made: float, last: bool = False
 ) -> float:
     """The buckets, and the copy of a bucket that is averaged when it is full or at the end."""
-    bucket = FLOAT * engine.reduce_bucket
-    both = 2 * bucket if engine.overlap and engine.stage < 3 else bucket
+    bucket = FLOAT * engine.reduce_bucket_size
+    both = 2 * bucket if engine.overlap_comm and engine.stage < 3 else bucket
     full = made >= bucket if split.touched else sizes.weights > bucket
     copy = min(bucket, sizes.weights) if full or last else 0.0
     return (min(both, made) if split.touched else both) + copy
@@ -179,13 +180,13 @@ def _buckets(
 def _gathered(sizes: Sizes, engine: ZeroEngine) -> float:
     """The gathered weights of stage 3, and the bucket of a prefetch beside them.
 
-    Weights that are used again in the step stay, up to max_live. Without checkpointing all weights
-    stay that the backward reads, since autograd saved them.
+    Weights that are used again in the step stay, up to stage3_max_live_parameters. Without
+    checkpointing all weights stay that the backward reads, since autograd saved them.
     """
     called = sizes.weights + sizes.teachers
     held = sizes.block if sizes.recomputed else sizes.weights
-    prefetch = min(FLOAT * engine.prefetch_bucket + sizes.block, called)
-    return max(min(called, FLOAT * engine.max_live), held) + prefetch
+    prefetch = min(FLOAT * engine.stage3_prefetch_bucket_size + sizes.block, called)
+    return max(min(called, FLOAT * engine.stage3_max_live_parameters), held) + prefetch
 
 
 def _active(activity: Activity, peak: float) -> dict[str, float]:

@@ -57,8 +57,8 @@ def fit_experiment(
     ]
     if every := experiment.evaluate_every:
         callbacks.append(PeriodicEvaluation(fn=evaluation, every=every, at_end=False))
-    if widths := experiment.power_emas:
-        callbacks.append(EmaSnapshots(widths=widths, count=experiment.ema_snapshots))
+    if sigma_rels := experiment.power_emas:
+        callbacks.append(EmaSnapshots(sigma_rels=sigma_rels, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))

@@ -47,7 +47,7 @@ def compiled(folder: Path) -> dict[Any, Any]:
         for name in EACH:
             torch.compiler.reset()
             with (compiler := Compiler(aot_eager)).takes_the_place():
-                engine = ZeroEngine(stage=stage, clip=1.0)
+                engine = ZeroEngine(stage=stage, max_grad_norm=1.0)
                 results[stage, name] = found(*train(name, engine, compile=True))
             results[stage, name]["calls"] = compiler.calls
     return results

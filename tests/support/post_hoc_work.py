@@ -25,7 +25,7 @@ def go(engine: Any, folder: Path, *more: Any, resume: bool = False) -> dict[str,
     state, _ = train(
         "flow_matching", engine, optimizer=Sgd(lr=0.1), budget=Budget(steps=5),
         folder=folder, resume=resume, ema_decays=(), power_emas=WIDTHS,
-        callbacks=[EmaSnapshots(widths=WIDTHS, count=4), CheckpointCallback(), *more],
+        callbacks=[EmaSnapshots(sigma_rels=WIDTHS, count=4), CheckpointCallback(), *more],
     )  # fmt: skip
     emas = {name: gathered_state(ema) for name, ema in state.emas.items()}
     return {"emas": emas, "share": _share(state)}
@@ -41,7 +41,7 @@ def _share(state: TrainState) -> float:
 
 def sharded(folder: Path) -> dict[str, Any]:
     told = {
-        "2": go(ZeroEngine(stage=2, accumulate=2), folder / "2"),
+        "2": go(ZeroEngine(stage=2, gradient_accumulation_steps=2), folder / "2"),
         "3": go(ZeroEngine(stage=3, **SMALL), folder / "3"),
     }
     stopped = folder / "resumed"

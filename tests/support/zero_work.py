@@ -40,6 +40,7 @@ from trainers.checkpoints.checkpoint import checkpoints
 from trainers.finite import POLICIES, NonFiniteLoss, StopOnNonFinite
 from trainers.sharding import gathered_state, is_sharded, whole
 from trainers.zero import engine as zero_module
+from trainers.zero import loss_scale
 from trainers.zero.engine import ZeroEngine
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.residuals import Exact
@@ -48,7 +49,8 @@ from zoo.times import LogitNormalPair
 
 STAGES = (0, 1, 2, 3)
 DECAYS = (0.5, 0.9)
-SMALL = {"max_live": 0, "prefetch_bucket": 0}  # nothing kept resident in stage 3
+# Nothing is kept resident in stage 3.
+SMALL = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def parity(folder: Path) -> dict[Any, Any]:
     """Every objective at every stage; bf16, fp16, accumulation and offload once."""
     results: dict[Any, Any] = {("gradients", how): _gradients(how) for how in GRADIENTS}
     for key, options in OPTIONS.items():
-        results[key] = found(*train("mean_flow", ZeroEngine(clip=1.0, **options)))
+        results[key] = found(*train("mean_flow", ZeroEngine(max_grad_norm=1.0, **options)))
     results["no rule"] = list(_without_the_rule())
     for stage in STAGES:
         for policy in POLICIES:
@@ -165,7 +167,7 @@ def parity(folder: Path) -> dict[Any, Any]:
         for name in names():
             if stage not in (2, 3) and name.startswith(("dumo_", "decm_")):
                 continue  # what stage 2 and 3 do not share is with the others
-            state, watch = train(name, ZeroEngine(stage=stage, clip=1.0, **SMALL))
+            state, watch = train(name, ZeroEngine(stage=stage, max_grad_norm=1.0, **SMALL))
             results[stage, name] = found(state, watch)
             results[stage, name]["same"] = _same_everywhere(state, watch)
     return results
@@ -174,9 +176,9 @@ def parity(folder: Path) -> dict[Any, Any]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"stage": 3, "precision": "bf16", **SMALL},
     "fp16": {"stage": 2, "precision": "fp16"},
-    "accumulate": {"stage": 3, "accumulate": 2, **SMALL},
-    "offload": {"stage": 3, "offload_optimizer": True, "offload_weights": True, **SMALL},
-    "offload 2": {"stage": 2, "offload_optimizer": True, "overlap": False},
+    "accumulate": {"stage": 3, "gradient_accumulation_steps": 2, **SMALL},
+    "offload": {"stage": 3, "offload_optimizer": True, "offload_param": True, **SMALL},
+    "offload 2": {"stage": 2, "offload_optimizer": True, "overlap_comm": False},
 }
 
 
@@ -195,7 +197,7 @@ class BadGradient(MeanFlow):
 
 def _bad_gradient(stage: int, policy: str) -> dict[str, Any]:
     """What each process comes to, and what one is told."""
-    watch, engine = Watch(), ZeroEngine(stage=stage, clip=1.0, **SMALL)
+    watch, engine = Watch(), ZeroEngine(stage=stage, max_grad_norm=1.0, **SMALL)
     told = ""
     try:
         train(
@@ -285,7 +287,7 @@ def _gradients(how: str) -> dict[str, Any]:
     """All gradients, from one step of descent, and those that differ between the processes."""
     stage = int(how[6])
     made = {"unreduced": Unreduced, "unwrapped": Unwrapped}.get(how[9:], ZeroEngine)
-    engine = made(stage=stage, accumulate=2 if stage == 3 else 1, **SMALL)
+    engine = made(stage=stage, gradient_accumulation_steps=2 if stage == 3 else 1, **SMALL)
     with own_rows_only() if how.endswith("own rows") else nullcontext():
         state, _ = train("mean_flow", engine, optimizer=Sgd(lr=1.0), budget=Budget(steps=1))
     return {
@@ -344,7 +346,7 @@ RESUMED = [(stage, name) for stage in STAGES for name in names() if stage >= 2 o
 def resume(folder: Path) -> dict[Any, Any]:
     """Every objective stopped and resumed in two processes, and one in fp16."""
     half = {}
-    with patch.multiple(zero_module, FIRST_SCALE=2.0**14, SCALE_EVERY=2):
+    with patch.multiple(loss_scale, FIRST_SCALE=2.0**14, SCALE_EVERY=2):
         for stage in (2, 3):
             half[stage, "fp16"] = _resumed("dumo", stage, folder / f"fp16{stage}", precision="fp16")
     return half | {
@@ -387,7 +389,7 @@ def four(folder: Path) -> dict[Any, Any]:
     """Every objective, in batches whose quotas are no multiples of four."""
     return {
         (stage, name): found(
-            *train(name, ZeroEngine(stage=stage, clip=1.0, **SMALL), batch_size=12)
+            *train(name, ZeroEngine(stage=stage, max_grad_norm=1.0, **SMALL), batch_size=12)
         )
         for stage, name in FOUR
     }

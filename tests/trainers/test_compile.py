@@ -106,7 +106,7 @@ def test_zero_stage_3_is_refused_and_the_others_are_not():
 def test_two_compiled_processes_train_as_one_that_is_not(tmp_path):
     results = zero_work.spawn(2, "compiled", tmp_path, file=compile_work.__file__)
     for name in compile_work.EACH:
-        state, watch = zero_work.train(name, TorchEngine(clip=1.0))
+        state, watch = zero_work.train(name, TorchEngine(max_grad_norm=1.0))
         plain = zero_work.found(state, watch)
         for stage in compile_work.COMPILED_STAGES:
             ours = results[stage, name]

@@ -20,7 +20,7 @@ from benchmarks.experiments import build, checks
 from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.execute import Texts, execute
 from registry.protocols import Derivative, parts, required_heads
-from trainers.derivative_probe import perturbed, probe_derivatives
+from trainers.derivative_probe import add_noise, perturbed, probe_derivatives
 from trainers.engines import TorchEngine
 from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
 from zoo.objectives.decm import DECM
@@ -405,6 +405,15 @@ def test_differences_of_a_network_whose_noise_cannot_be_repeated_are_refused():
 
 
 # what it leaves
+
+
+def test_noise_on_a_piece_has_the_scale_of_the_whole_weight():
+    rng = torch.Generator().manual_seed(0)
+    for shape, scale in (((1000, 25), 0.2), ((10, 4, 2, 2), 0.25), ((7,), 0.1)):
+        piece = torch.zeros(40_000)  # as of a weight that several processes hold in pieces
+        add_noise(piece, shape, rng)
+        assert piece.std().item() == pytest.approx(scale, rel=0.02)  # 5 standard errors
+        assert abs(piece.mean().item()) < 0.02 * scale
 
 
 @each_backbone

@@ -42,7 +42,7 @@ def losses_and_gradients(
         if isinstance(part, Frozen):
             part.attach(network(("v",)))
     net = network(required_heads(objective), checkpointing)
-    engine = TorchEngine(accumulate=accumulate)
+    engine = TorchEngine(gradient_accumulation_steps=accumulate)
     engine.prepare(TrainStep(net, objective), AdamW(), CPU, ROWS)
     drawn = torch.Generator().manual_seed(1)
     x0 = torch.randn(ROWS, 1, 4, 4, generator=drawn, dtype=torch.float64)

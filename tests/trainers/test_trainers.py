@@ -275,7 +275,11 @@ def test_fit_hands_callbacks_losses_without_their_graph() -> None:
             assert not out.per_sample.requires_grad
 
     run(callbacks=[Watching()], budget=Budget(steps=1))
-    run(callbacks=[Watching()], budget=Budget(steps=1), engine=TorchEngine(accumulate=2))
+    run(
+        callbacks=[Watching()],
+        budget=Budget(steps=1),
+        engine=TorchEngine(gradient_accumulation_steps=2),
+    )
 
 
 def test_fit_updates_the_teacher_after_the_weights_counting_from_zero() -> None:
@@ -323,7 +327,7 @@ def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
     for parts in (1, 4):
         state, losses = run(
             net=ToyNet(dropout=0.0), objective=Quadratic(), optimizer=Sgd(lr=0.1), batch_size=16,
-            engine=TorchEngine(accumulate=parts), budget=Budget(steps=3),
+            engine=TorchEngine(gradient_accumulation_steps=parts), budget=Budget(steps=3),
         )  # fmt: skip
         results[parts] = (state, torch.stack(losses))
     full, cut = results[1], results[4]
@@ -343,8 +347,8 @@ def test_accumulation_draws_for_the_batch_and_joins_the_outputs_in_its_order() -
 
     for parts in (1, 4):
         run(
-            net=ToyNet(dropout=0.0), engine=TorchEngine(accumulate=parts), callbacks=[Watching()],
-            budget=Budget(steps=1),
+            net=ToyNet(dropout=0.0), engine=TorchEngine(gradient_accumulation_steps=parts),
+            callbacks=[Watching()], budget=Budget(steps=1),
         )  # fmt: skip
     whole, out = seen
     assert out.per_sample.shape == out.terms["u"].shape == out.t.shape == (8,)
@@ -363,8 +367,8 @@ def test_accumulation_is_exact_and_told_for_an_objective_that_does_not_share_its
     found = {}
     for parts in (1, 2):
         state, losses = run(
-            net=ToyNet(dropout=0.0), objective=AllRows(), engine=TorchEngine(accumulate=parts),
-            budget=Budget(steps=2),
+            net=ToyNet(dropout=0.0), objective=AllRows(), budget=Budget(steps=2),
+            engine=TorchEngine(gradient_accumulation_steps=parts),
         )  # fmt: skip
         found[parts] = torch.stack([*losses, state.grad_norm.expand(8)])
     assert torch.allclose(found[1], found[2], atol=1e-6)  # float32
@@ -380,7 +384,7 @@ def test_accumulation_has_dropout_of_its_own_in_each_share() -> None:
     def halves(dropout: float) -> tuple[Tensor, Tensor]:
         _, losses = run(
             net=ToyNet(dropout=dropout), dataset=Twice(), objective=Quadratic(),
-            engine=TorchEngine(accumulate=2), budget=Budget(steps=1),
+            engine=TorchEngine(gradient_accumulation_steps=2), budget=Budget(steps=1),
         )  # fmt: skip
         return losses[0][::2], losses[0][1::2]  # rows 2 i and 2 i + 1 are the same point
 
@@ -389,17 +393,21 @@ def test_accumulation_has_dropout_of_its_own_in_each_share() -> None:
 
 
 def test_engine_refuses_what_it_cannot_do() -> None:
-    for wrong in ({"precision": "fp16"}, {"clip": -1.0}, {"accumulate": 0}):
+    for wrong in (
+        {"precision": "fp16"},
+        {"max_grad_norm": -1.0},
+        {"gradient_accumulation_steps": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             TorchEngine(**wrong)
     with pytest.raises(ValueError, match="equal micro-batches"):
-        run(engine=TorchEngine(accumulate=3))
+        run(engine=TorchEngine(gradient_accumulation_steps=3))
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before() -> None:
     before, after = ToyNet(), ToyNet()
     state, _ = run(
-        net=after, engine=TorchEngine(clip=0.01), optimizer=Sgd(), budget=Budget(steps=1)
+        net=after, engine=TorchEngine(max_grad_norm=0.01), optimizer=Sgd(), budget=Budget(steps=1)
     )
     free, _ = run(net=ToyNet(), optimizer=Sgd(), budget=Budget(steps=1))
     assert torch.equal(state.grad_norm, free.grad_norm)
@@ -510,7 +518,7 @@ def test_non_finite_loss_names_step_term_rows_and_times_and_spares_the_weights()
     t = torch.rand(8, generator=noise)
     for row in (1, 3, 5, 7):
         assert f"row {row}: t={t[row].item():.6g} r={t[row].item():.6g} loss nan" in message
-    assert "torch_engine.clip" in message
+    assert "torch_engine.max_grad_norm" in message
     for a, b in zip(net.parameters(), clean.net.parameters(), strict=True):
         assert torch.equal(a, b)
 

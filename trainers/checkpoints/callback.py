@@ -25,11 +25,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, eq=False)
 class CheckpointCallback(Callback):
-    """Saves each `every` steps and `every_seconds` (0 is off), at the end, on SIGTERM and SIGINT.
+    """Decides when a checkpoint is made, and waits until its files are written.
 
-    Files are written beside the steps that follow; the next save, and the end, wait for them. A
-    first signal ends the run after its step, with a checkpoint and without an error; a second one
-    acts at once. A save that fails for the disk's sake is a warning: training goes on.
+    One is made every `every` steps and every `every_seconds` (0 is off), at the end, and after
+    SIGTERM or SIGINT. Its files are written while training goes on; the next checkpoint, and the
+    end of the run, wait for them. A first signal ends the run after the current step, with a
+    checkpoint and without an error; a second one acts at once. If the disk fails, a warning is
+    given and training goes on.
     """
 
     every: int = 0
@@ -37,7 +39,7 @@ class CheckpointCallback(Callback):
     keep: int = 2
 
     _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
-    _saving: checkpoint.Saving | None = field(default=None, init=False, repr=False)
+    _pending: checkpoint.PendingCheckpoint | None = field(default=None, init=False, repr=False)
     _handlers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class CheckpointCallback(Callback):
     def on_step(self, state: TrainState, out: LossOutput) -> None:
         due = bool(self.every) and state.step % self.every == 0
         late = 0 < self.every_seconds <= time.monotonic() - self._last[1]
-        writing = self._saving is not None and not self._saving.written
+        writing = self._pending is not None and not self._pending.written
         wanted, writing = map(bool, ranks.largest(due or late, writing))
         if wanted or not writing:
             self._finish(state)
@@ -74,8 +76,8 @@ class CheckpointCallback(Callback):
                 self._save(state)
                 self._finish(state)
         finally:
-            if self._saving is not None:
-                self._saving.drop()
+            if self._pending is not None:
+                self._pending.drop()
             self._restore_handlers()
 
     def _save(self, state: TrainState) -> None:
@@ -84,20 +86,20 @@ class CheckpointCallback(Callback):
             if any(ranks.largest(not norm.isfinite())):
                 raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
             try:
-                self._saving = checkpoint.Saving(state)
+                self._pending = checkpoint.PendingCheckpoint(state)
             except OSError as problem:
                 _warn(state.step, problem)
             self._last = (state.step, time.monotonic())
 
     def _finish(self, state: TrainState) -> None:
-        saving, self._saving = self._saving, None
-        if saving is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
         with state.paused():
             try:
-                saving.finish(self.keep)
+                pending.finish(self.keep)
             except OSError as problem:
-                _warn(saving.step, problem)
+                _warn(pending.step, problem)
 
     def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
         def stop(number: int, frame: FrameType | None) -> None:

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or not there: written aside, synced, then renamed into place.
+"""Writes and reads checkpoints, each of which is whole or not there.
 
-Training waits for a copy in memory only; files are written and hashed beside it.
+Training waits only until a copy is in memory; files are written and hashed while it goes on.
 
     checkpoints/step_00001000/
         net.safetensors  ema_0.9999.safetensors  teacher_<field>.safetensors  optimizer.pt
         state.json       step, images and seconds so far, and what made them
         manifest.json    size and SHA-256 of every other file
 
-zero_engine writes other files (zero_checkpoint.py) and several processes write together. A folder
-whose files do not fit its manifest is refused by name, and the one before it is used. Loading
-executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
+zero_engine writes other files (zero/checkpoint.py), and several processes write together. If the
+files of a folder do not fit its manifest, a warning names the folder and the one before it is used.
+Loading executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _NAME = re.compile(r"step_(\d{8,})\Z")
 log = logging.getLogger(__name__)
 
 
-class Saving:
-    """A checkpoint on its way to the disk, under state.folder, while training goes on.
+class PendingCheckpoint:
+    """A checkpoint that is being written under state.folder while training goes on.
 
-    Making one copies what each process holds; a thread of each then writes its part. When all
-    have `written`, every process calls `finish`. What fails for the disk's sake raises OSError in
-    all of them, with what was there before intact.
+    When it is made, every process copies its part to memory, and a thread of the process writes
+    it. When all processes have `written` theirs, every one calls `finish`. If the disk fails, all
+    of them raise OSError, and older checkpoints stay as they are.
     """
 
     def __init__(self, state: TrainState):
@@ -62,11 +62,11 @@ class Saving:
 
     @property
     def written(self) -> bool:
-        """Whether this process has written its part, or failed to."""
+        """Whether this process has written its part or has failed to write it."""
         return self._marks.done()
 
     def finish(self, keep: int) -> Path:
-        """Make it one of the last `keep` checkpoints, once every process has written its part."""
+        """Wait for all processes, put it in its place, and keep the newest `keep` checkpoints."""
         try:
             parts = ranks.gathered(ranks.together(self._marks.result, OSError))
             manifest = {name: mark for part in parts for name, mark in part.items()}
@@ -82,7 +82,7 @@ class Saving:
         return self._target
 
     def drop(self) -> None:
-        """Leave nothing of it."""
+        """Give it up, and delete the files that are written so far."""
         self._pool.shutdown()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -106,7 +106,7 @@ class Saving:
 
 
 def _marked(write: Callable[[], Sequence[Path]]) -> dict[str, dict[str, Any]]:
-    """What this process has written, by name: sizes and hashes."""
+    """Write this process's files; returns size and hash of each by its name."""
     files = write()
     for file in files:
         sync(file)
@@ -114,7 +114,7 @@ def _marked(write: Callable[[], Sequence[Path]]) -> dict[str, dict[str, Any]]:
 
 
 def restore(state: TrainState) -> None:
-    """Continue from the newest whole checkpoint under state.folder; without any, from the start."""
+    """Continue from the newest whole checkpoint under state.folder; from the start without one."""
     path = ranks.from_leader(ranks.together(lambda: _latest_of(state), BrokenCheckpoint))
     if path is None:
         log.info("no checkpoint in %s: starting from the beginning", folder_of(state))
@@ -137,7 +137,10 @@ def _latest_of(state: TrainState) -> Path | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None if there never was one; broken ones are named aloud."""
+    """The newest whole checkpoint, or None if there is none at all.
+
+    A warning names each broken one. BrokenCheckpoint if all of them are.
+    """
     found = checkpoints(folder)
     for path in reversed(found):
         try:

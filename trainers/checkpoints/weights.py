@@ -1,5 +1,6 @@
-"""Weights and optimizer states as files. Loading executes nothing: weights are safetensors, the
-optimizer is read with `weights_only`.
+"""Weights and optimizer states as files.
+
+Loading executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def save_module(path: Path, module: nn.Module) -> None:
 
 
 def load_module(path: Path, module: nn.Module) -> None:
-    """As `load_into`; a file that is no safetensors file is a BrokenCheckpoint."""
+    """As `load_into`; BrokenCheckpoint for a file that is not a safetensors file."""
     try:
         load_into(path, module)
     except UnreadableTensors as problem:
@@ -46,12 +47,12 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """In the memory of the host, where training does not change it."""
+    """A copy in the memory of the host, which training does not change."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state, likewise."""
+    """An optimizer's state with copies of its tensors in the memory of the host."""
     kept = {
         number: {k: copied(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         for number, values in state["state"].items()

@@ -29,7 +29,7 @@ def aside_of(target: Path) -> Path:
 
 
 def begin(aside: Path) -> None:
-    """An empty folder to write into."""
+    """Make an empty folder to write into."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 
@@ -64,7 +64,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint so that no moment shows half of one."""
+    """Delete a checkpoint; at no moment is a part of one seen under its name."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.discarded")
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Averages of the weights while they are trained, and of any width afterwards.
+"""Averages of the weights: those kept while a run trains, and those made afterwards of any width.
 
 Nothing here may know of engines.
 """

@@ -2,11 +2,11 @@
 
     average <- decay_k average + (1 - decay_k) net,   decay_k = min(decay, (1 + k) / (10 + k))
 
-at update k = 0, 1, ... Until the limit is reached, what came before update j has a weight of about
-(j / k)^9, so the average forgets its start and looks back over the last tenth of the run. The
-same rule serves EMA teachers (zoo/teachers.py). `PowerEma` has the decay of an average that looks
-back over a share of the run, from which others are made after training (post_hoc_ema.py). Buffers
-are copied.
+at update k = 0, 1, ... Until decay_k reaches its limit, all weights from before update j together
+count for about (j / k)^9 of the average, so it forgets its start and looks back over the last tenth
+of the run. EMA teachers follow the same rule (zoo/teachers.py). `PowerEma` has another decay, with
+which the average always looks back over the same share of the run; averages of other widths are
+made from such ones after training (reconstruction.py). Buffers are copied, not averaged.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Ema:
 
 
 class PowerEma:
-    """An average of a network's weights of one relative width; `net` is in eval mode."""
+    """An average of a network's weights of relative width `sigma_rel`; `net` is in eval mode."""
 
-    def __init__(self, net: nn.Module, width: float):
-        self.name = power_name(width)
-        self._power = exponent(width) + 1
+    def __init__(self, net: nn.Module, sigma_rel: float):
+        self.name = power_name(sigma_rel)
+        self._power = exponent(sigma_rel) + 1
         self.net = frozen_copy(net)
         self._average = Average(self.net, net)
 
@@ -54,6 +54,6 @@ class PowerEma:
         self._average.update((step / (step + 1)) ** self._power)
 
 
-def power_name(width: float) -> str:
-    """What the average of this relative width is called among all averages of a run."""
-    return f"power_{width}"
+def power_name(sigma_rel: float) -> str:
+    """The name, among all averages of a run, of the one with this relative width."""
+    return f"power_{sigma_rel}"

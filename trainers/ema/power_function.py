@@ -1,19 +1,20 @@
 """Averages of the weights whose width is chosen after training.
 
-An average of relative width w at step T gives the weights of step s <= T the density
+At step T an average weighs the weights of step s <= T by the density
 
-    p(s) = (k + 1) s^k / T^(k + 1),    w = std(p) / T = sqrt((k + 1) / ((k + 2)^2 (k + 3)))
+    p(s) = (k + 1) s^k / T^(k + 1),    sigma_rel = std(p) / T = sqrt((k + 1) / ((k + 2)^2 (k + 3)))
 
-It looks back over a share of the run, whatever its length, and forgets the initial weights. Taking
-a step's weights to hold since the step before, it is kept exactly by
+`sigma_rel` is its relative width. Such an average looks back over the same share of the run at any
+time, and the initial weights have no part in it. If the weights after a step count for the whole
+time since the step before, this update keeps the average exactly:
 
     average <- (1 - 1/T)^(k + 1) average + (1 - (1 - 1/T)^(k + 1)) net,    T = 1, 2, ...
 
-Snapshots of such averages have densities p_i. A combination of them has the combination of these
-as its density, so the average of any width at any step is theirs with the coefficients x that
-minimise the integral of (sum_i x_i p_i - p)^2, sum_i x_i = 1: a linear system of integrals of
-products of powers. Exact is the system; approximate is the density, and `Mixture.error` says by how
-much.
+Snapshots of such averages have densities p_i, and a linear combination of the snapshots has the
+same combination of the p_i as its density. To make the average of any width at any step, we take
+the coefficients x, with sum_i x_i = 1, that minimise the integral of (sum_i x_i p_i - p)^2. They
+solve a linear system whose entries are integrals of products of powers. The system is exact. The
+density that comes out is an approximation, and `Mixture.error` says how good it is.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv
 2312.02696, section 3 and appendix C.
@@ -31,42 +32,43 @@ WIDEST = 12**-0.5  # the uniform average, k = 0
 
 
 @lru_cache
-def exponent(width: float) -> float:
-    """k of a relative width; ValueError unless the width lies between 0 and that of k = 0."""
-    if not 0 < width < WIDEST:
+def exponent(sigma_rel: float) -> float:
+    """The exponent k of a relative width; ValueError unless it lies between 0 and WIDEST."""
+    if not 0 < sigma_rel < WIDEST:
         raise ValueError(
-            f"the relative width {width!r} of an average must lie above 0 and below "
-            f"{WIDEST:.4f}, where all steps weigh the same; the usual ones are 0.05 and 0.1"
+            f"sigma_rel = {sigma_rel!r}: the relative width of an average must lie above 0 and "
+            f"below {WIDEST:.4f}, at which all steps weigh the same; usual ones are 0.05 and 0.1"
         )
-    s = width**-2  # k^3 + 7 k^2 + (16 - s) k + 12 - s = 0 has one positive root
+    s = sigma_rel**-2  # k^3 + 7 k^2 + (16 - s) k + 12 - s = 0 has one positive root
     return float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max())
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The density of an average of relative width `width` after `step` updates."""
+    """The density of an average of relative width `sigma_rel` after `step` updates."""
 
     step: int
-    width: float
+    sigma_rel: float
 
     def __post_init__(self) -> None:
-        exponent(self.width)
+        exponent(self.sigma_rel)
         if self.step < 1:
             raise ValueError(f"there is no average at step {self.step}; steps count from 1")
 
     def overlap(self, other: Profile) -> float:
         """The integral of the product of both densities."""
         early, late = sorted((self, other), key=lambda profile: profile.step)
-        k, m = exponent(early.width), exponent(late.width)
+        k, m = exponent(early.sigma_rel), exponent(late.sigma_rel)
         scale = (k + 1) * (m + 1) / (k + m + 1)
         return scale * (early.step / late.step) ** m / late.step
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Coefficients of given averages, of sum 1, that make another one.
+    """Coefficients, of sum 1, with which given averages are combined to another one.
 
-    `error` is the norm of what the density lacks, relative to that of the density wanted.
+    `error` is the norm of the difference between its density and the wanted one, relative to the
+    norm of the wanted one.
     """
 
     coefficients: tuple[float, ...]
@@ -74,14 +76,14 @@ class Mixture:
 
 
 def mixture(given: Sequence[Profile], wanted: Profile) -> Mixture:
-    """The combination of the given averages that comes closest to the wanted one."""
+    """The combination of the given averages whose density comes closest to the wanted one."""
     if wanted in given:
         return Mixture(tuple(float(profile == wanted) for profile in given), 0.0)
     norm = wanted.overlap(wanted)
     products = np.array([[a.overlap(b) for b in given] for a in given]) / norm
     target = np.array([a.overlap(wanted) for a in given]) / norm
-    # The last unknown is the multiplier of the condition on the sum. By least squares, since
-    # averages of almost the same width and step make the system almost singular.
+    # The last unknown is the multiplier of the condition on the sum. The system is solved by least
+    # squares because averages of almost the same width and step make it almost singular.
     n = len(given)
     system = np.ones((n + 1, n + 1))
     system[:n, :n], system[n, n] = products, 0.0

@@ -1,6 +1,6 @@
-"""An average of the weights whose width is chosen after training, from a run's snapshots.
+"""Makes an average of the weights from a run's snapshots; its width is chosen after training.
 
-Memory holds the result, and beside it two copies of one tensor at a time.
+The memory holds the result and, at any time, two more copies of one tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainers.checkpoints.whole_files import whole_file
 from trainers.ema.power_function import Profile, exponent, mixture
 from trainers.ema.snapshots import Stored, stored
 
-LARGE_ERROR = 0.1  # of a profile, worth a warning
+LARGE_ERROR = 0.1  # of a profile: above it a warning is given
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +36,30 @@ class Made:
     num_snapshots: int
 
 
-def reconstruct(run: Path, width: float, step: int | None = None, out: Path | None = None) -> Made:
-    """Write the average of any relative width at any step up to the last one, the default.
+def reconstruct(
+    run: Path, sigma_rel: float, step: int | None = None, out: Path | None = None
+) -> Made:
+    """Write the average of relative width `sigma_rel` as it was at `step`; default: the last step.
 
-    A warning says when the stored averages cannot make it well.
+    A warning is given if the stored averages cannot make it well. The file is called
+    ema_width_... as in version 0.1, so that scripts which name it, and evaluations of it, go on.
     """
-    exponent(width)
+    exponent(sigma_rel)
     averages = stored(run)
     profiles = [average.profile for average in averages]
     last = max(profile.step for profile in profiles)
-    wanted = Profile(last if step is None else step, width)
+    wanted = Profile(last if step is None else step, sigma_rel)
     if wanted.step > last:
-        raise ValueError(f"step {wanted.step} lies behind the last snapshot, that of step {last}")
+        raise ValueError(
+            f"step {wanted.step} comes after the last snapshot, which is of step {last}"
+        )
     found = mixture(profiles, wanted)
     if found.error > LARGE_ERROR:
         _warn(profiles, wanted, found.error)
     tensors = _combined(averages, found.coefficients, wanted.step)
-    name = f"ema_width_{width:g}" + ("" if step is None else f"_step_{step}")
+    name = f"ema_width_{sigma_rel:g}" + ("" if step is None else f"_step_{step}")
     out = out or run / f"{name}.safetensors"
-    about = {"width": str(width), "step": str(wanted.step), "error": str(found.error)}
+    about = {"width": str(sigma_rel), "step": str(wanted.step), "error": str(found.error)}
     with whole_file(out) as aside:
         save_tensors(aside, tensors, about)
     steps = {profile.step for profile in profiles}
@@ -62,12 +67,12 @@ def reconstruct(run: Path, width: float, step: int | None = None, out: Path | No
 
 
 def _warn(profiles: Sequence[Profile], wanted: Profile, error: float) -> None:
-    widths = sorted({profile.width for profile in profiles})
+    sigma_rels = sorted({profile.sigma_rel for profile in profiles})
     steps = sorted({profile.step for profile in profiles})
     log.warning(
-        "the profile of width %g at step %d is missed by %.0f %%. Stored are the widths %s at %d "
-        "steps, the nearest of which is %d",
-        *(wanted.width, wanted.step, 100 * error, ", ".join(f"{width:g}" for width in widths)),
+        "the profile of sigma_rel = %g at step %d is missed by %.0f %%. The snapshots have "
+        "sigma_rel = %s at %d steps, and the nearest of these is %d",
+        *(wanted.sigma_rel, wanted.step, 100 * error, ", ".join(f"{s:g}" for s in sigma_rels)),
         *(len(steps), min(steps, key=lambda there: abs(there - wanted.step))),
     )
 
@@ -75,7 +80,10 @@ def _warn(profiles: Sequence[Profile], wanted: Profile, error: float) -> None:
 def _combined(
     averages: Sequence[Stored], coefficients: Sequence[float], step: int
 ) -> dict[str, Tensor]:
-    """In float64, a tensor at a time; buffers are those of the last snapshot up to the step."""
+    """The sums, in float64 and one tensor at a time.
+
+    Buffers are not averaged: they are those of the last snapshot that is not after the step.
+    """
     earlier = [average for average in averages if average.profile.step <= step]
     current = max(earlier or averages[:1], key=lambda average: average.profile.step)
     with ExitStack() as files:

@@ -1,12 +1,16 @@
-"""Snapshots of power-function averages, stored while a run trains.
+"""Snapshots of power-function averages, which are stored while a run trains.
 
     ema_snapshots/step_00001000/
         width_0.05.safetensors   the whole average, float32
         snapshot.json            step, images, seconds; widths by file; the names of buffers
         manifest.json            size and SHA-256 of the other files
 
-Half precision would halve the files. But a reconstruction multiplies roundings with the sum of its
-coefficients' magnitudes: 1 to 5 between the stored widths, 10 to 500 below them.
+On disk sigma_rel is called "width", as in version 0.1: a run may be continued by a later version,
+and its folder then has snapshots of both.
+
+Half precision would halve the files. But a reconstruction multiplies rounding errors by the sum of
+the magnitudes of its coefficients. That sum is 1 to 5 for a sigma_rel between the stored ones, and
+10 to 500 below them.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from pathlib import Path
 from backbones.pretrained.tensors import save_tensors
 from registry.protocols import LossOutput
 from trainers import ranks
-from trainers.budget import Spent
+from trainers.budget import Counters
 from trainers.checkpoints.checkpoint import checkpoints
 from trainers.checkpoints.whole_files import sync, write_json
 from trainers.checkpoints.whole_folders import (
@@ -46,7 +50,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """What is stored of one step: relative widths by file, and the names of buffers, as copied."""
+    """The content of snapshot.json, field by field.
+
+    `widths` is sigma_rel by file. `buffers` are the tensors that are copied, not averaged.
+    """
 
     step: int
     images: int
@@ -59,24 +66,24 @@ class Snapshot:
 class EmaSnapshots(Callback):
     """Stores the averages of these relative widths `count` times, evenly over the budget.
 
-    It goes before a CheckpointCallback, so that no checkpoint is ahead of the snapshots. The leader
-    gathers one average at a time in its CPU's memory while training waits, off the clock. A disk
-    that is full is a warning: training goes on.
+    It must come before a CheckpointCallback, so that no checkpoint is ahead of the snapshots. The
+    leader gathers one average at a time in the memory of its CPU; training waits, and the clock
+    stops meanwhile. If the disk is full, a warning is given and training goes on.
     """
 
-    widths: Sequence[float]
+    sigma_rels: Sequence[float]
     count: int
 
     _done: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for width in self.widths:
-            exponent(width)
+        for sigma_rel in self.sigma_rels:
+            exponent(sigma_rel)
         if self.count < 1:
             raise ValueError(f"EmaSnapshots(count={self.count!r}) must be 1 or more")
 
     def on_start(self, state: TrainState) -> None:
-        """Snapshots of steps that are to be done again are dropped."""
+        """Delete the snapshots of steps that will be done again."""
         kept = ranks.from_leader(ranks.together(partial(_kept, state), OSError))
         self._done = 0 if kept is None else self._due(state, kept)
 
@@ -87,13 +94,13 @@ class EmaSnapshots(Callback):
             self._save(state)
 
     def on_end(self, state: TrainState) -> None:
-        """A budget of seconds may come to its end after the last step was looked at."""
+        """Store the last snapshot if a budget of seconds ended after `on_step` had looked at it."""
         if state.finished and not state.stop and self._done < self.count:
             self._done = self.count
             self._save(state)
 
-    def _due(self, state: TrainState, spent: Spent) -> int:
-        """How many snapshots there are to be by then."""
+    def _due(self, state: TrainState, spent: Counters) -> int:
+        """How many snapshots there must be when so much is spent."""
         budget = state.budget
         return int(budget.spent(spent) * self.count // budget.amount)
 
@@ -114,17 +121,17 @@ class EmaSnapshots(Callback):
                     shutil.rmtree(aside, ignore_errors=True)
 
     def _write(self, state: TrainState, aside: Path, target: Path) -> None:
-        """By all processes together; OSError in all of them."""
+        """Every process must call it; if writing fails, all of them raise OSError."""
         _lead(partial(begin, aside))
-        for width in self.widths:
-            tensors = gathered_state(state.emas[power_name(width)])
-            _lead(partial(save_tensors, aside / _file(width), tensors))
-        net = state.emas[power_name(self.widths[0])]
+        for sigma_rel in self.sigma_rels:
+            tensors = gathered_state(state.emas[power_name(sigma_rel)])
+            _lead(partial(save_tensors, aside / _file(sigma_rel), tensors))
+        net = state.emas[power_name(self.sigma_rels[0])]
         snapshot = Snapshot(
             step=state.step,
             images=state.images,
             seconds=state.seconds,
-            widths={_file(width): width for width in self.widths},
+            widths={_file(sigma_rel): sigma_rel for sigma_rel in self.sigma_rels},
             buffers=sorted(net.state_dict().keys() - dict(net.named_parameters()).keys()),
         )
         _lead(partial(_complete, aside, target, snapshot))
@@ -136,12 +143,12 @@ def folder_of(state: TrainState) -> Path:
     return state.folder / FOLDER
 
 
-def _file(width: float) -> str:
-    return f"width_{width}.safetensors"
+def _file(sigma_rel: float) -> str:
+    return f"width_{sigma_rel}.safetensors"
 
 
 def _kept(state: TrainState) -> Snapshot | None:
-    """The last snapshot up to the state's step, once later ones are gone."""
+    """Delete the snapshots after the state's step; returns the last one that is left and whole."""
     if not ranks.leads():
         return None
     folder = folder_of(state)
@@ -155,7 +162,7 @@ def _kept(state: TrainState) -> Snapshot | None:
 
 
 def _whole(folders: Iterable[Path]) -> Iterator[tuple[Path, Snapshot]]:
-    """Those that are as they were written; others are named aloud."""
+    """The folders that are as they were written; a warning names each of the others."""
     for folder in folders:
         try:
             verify(folder)
@@ -166,7 +173,7 @@ def _whole(folders: Iterable[Path]) -> Iterator[tuple[Path, Snapshot]]:
 
 
 def _lead(act: Callable[[], object]) -> None:
-    """Done by the leader; its OSError is everybody's."""
+    """Let the leading process act; if it raises OSError, every process does."""
     ranks.together(lambda: act() if ranks.leads() else None, OSError)
 
 
@@ -179,7 +186,7 @@ def _complete(aside: Path, target: Path, snapshot: Snapshot) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """One average of a snapshot."""
+    """One average of a snapshot: its file, and the tensors in it that are buffers."""
 
     profile: Profile
     path: Path
@@ -187,18 +194,18 @@ class Stored:
 
 
 def stored(run: Path) -> list[Stored]:
-    """The averages in a run's folder, by step; ValueError if there are none."""
+    """The averages in a run's folder, in the order of steps; ValueError if there are none."""
     folder = run / FOLDER
     found = [
-        Stored(Profile(snapshot.step, width), path / file, frozenset(snapshot.buffers))
+        Stored(Profile(snapshot.step, sigma_rel), path / file, frozenset(snapshot.buffers))
         for path, snapshot in _whole(checkpoints(folder))
-        for file, width in snapshot.widths.items()
+        for file, sigma_rel in snapshot.widths.items()
     ]
     if not found:
         inside = sorted(path.parent.name for path in run.glob(f"*/{FOLDER}"))
-        hint = f" There are some in its folders {', '.join(inside)}." if inside else ""
+        hint = f" These folders inside {run} have some: {', '.join(inside)}." if inside else ""
         raise ValueError(
-            f"{folder} holds no snapshot.{hint} A run makes them by run.power_emas = (0.05, 0.1) "
-            "and run.ema_snapshots = 32"
+            f"{folder} holds no snapshot.{hint} A run stores them if it binds, say, "
+            "run.power_emas = (0.05, 0.1) and run.ema_snapshots = 32"
         )
     return found

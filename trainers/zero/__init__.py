@@ -1,4 +1,4 @@
 """DeepSpeed's ZeRO: the engine, its checkpoints, and derivatives through sharded weights.
 
-DeepSpeed is imported nowhere else.
+It and `trainers/sharding.py` import DeepSpeed only inside functions, when a run needs it.
 """

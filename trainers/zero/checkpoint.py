@@ -1,12 +1,13 @@
-"""ZeRO checkpoints: every process writes what it holds, any number of them reads it, at any stage.
+"""ZeRO checkpoints: every process writes what it holds.
 
-    zero.json                  shapes by name, numbers of optimizer and engine, who wrote it
+    zero.json                  shapes by name, numbers of optimizer and engine, how many processes
     rank_00000.safetensors     pieces of weights, averages, teachers and optimizer state
 
-A piece is a range of a flattened tensor, "weight/NAME" or "KEY/NAME" for the optimizer's KEY; the
-file's metadata says where each starts. What every process holds whole is cut into equal pieces, so
-that nothing is written twice and nothing is gathered. Reading fills each process's own pieces from
-whatever files overlap them: the number of processes and the stage may have changed.
+A piece is a range of a flattened tensor. It is called "weight/NAME", "buffer/NAME", or "KEY/NAME"
+for the optimizer's KEY; the file's metadata says where each starts. A tensor that every process
+holds whole is cut into equal pieces, so that nothing is written twice and nothing is gathered. A
+process that reads a checkpoint fills its own pieces from all files that overlap them, so the number
+of processes and the stage may have changed since.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ INDEX = "zero.json"
 def save(
     module: nn.Module, optimizer: Any, engine: Mapping[str, Any], folder: Path
 ) -> Callable[[], list[Path]]:
-    """Copy this process's pieces; the result writes them, and gives the files.
+    """Copy this process's pieces; returns a function that writes them and lists the files.
 
-    `engine` is what the engine keeps there of itself. OSError if they cannot be written.
+    `engine` is what the engine keeps of itself in zero.json. The function raises OSError if the
+    files cannot be written.
     """
     tensors, starts = {}, {}
     for piece in _mine([*_weights(module), *_states(module, optimizer)]):
@@ -72,11 +74,11 @@ def save(
 
 
 def load(module: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
-    """Fill this process's pieces; what the index says. ValueError if it does not fit."""
+    """Fill this process's pieces; returns zero.json. ValueError if the checkpoint does not fit."""
     if not (folder / INDEX).exists():
         raise ValueError(
             f"{folder} was not made by zero_engine: go on with the engine that made it, or start "
-            "anew in another folder"
+            "a new run in another folder"
         )
     about = json.loads((folder / INDEX).read_text())
     there = {name: tuple(shape) for name, shape in about["shapes"].items()}
@@ -95,7 +97,7 @@ def load(module: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
 def consolidate(folder: Path, out: Path, decay: str = "") -> None:
     """Write the whole network of a checkpoint, or its average at `decay`, as one safetensors file.
 
-    Needs no other process. ValueError for a checkpoint that is not whole or has no such average.
+    It needs one process. ValueError for a checkpoint that is not whole or has no such average.
     """
     if not (folder / INDEX).exists():
         raise ValueError(f"{folder} is no checkpoint of zero_engine: it has no {INDEX}")
@@ -119,7 +121,7 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
 
 
 class Pieces:
-    """All pieces in a checkpoint's files, which are read only where they are wanted."""
+    """All pieces in a checkpoint's files; of a file only the elements that are needed are read."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -146,7 +148,7 @@ class Pieces:
         return {name.split("/")[0] for name in self._found}
 
     def fill(self, piece: Piece) -> None:
-        """BrokenCheckpoint if the files do not hold every element once."""
+        """Read the piece; BrokenCheckpoint if the files do not have each of its elements once."""
         first, last = piece.start, piece.start + len(piece.view)
         filled = 0
         for start, saved in self._found.get(piece.name, ()):
@@ -161,7 +163,7 @@ class Pieces:
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of all parameters and buffers that are kept."""
+    """The shapes of all parameters, and of the buffers that a state_dict has."""
     found = {name: shape_of(param) for name, param in module.named_parameters()}
     return found | {name: tuple(buffer.shape) for name, buffer in _buffers(module)}
 
@@ -183,7 +185,7 @@ def _states(module: nn.Module, optimizer: Any) -> Iterator[Piece]:
 
 
 def _mine(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """What this process has to write: its own pieces, and its part of what all hold whole."""
+    """What this process must write: its own pieces, and its part of what all processes hold."""
     for piece in pieces:
         n = len(piece.view)
         first, last = 0, n
@@ -199,7 +201,7 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _numbers(optimizer: Any) -> dict[str, float]:
-    """What the optimizer counts, the same for all weights, such as its steps."""
+    """The numbers that the optimizer keeps, such as its steps; they are equal for all weights."""
     states = torch_optimizer(optimizer).state.values()
     scalars = [(k, v) for state in states for k, v in state.items() if not getattr(v, "ndim", 0)]
     return {key: max(float(v) for k, v in scalars if k == key) for key, _ in scalars}
@@ -208,7 +210,7 @@ def _numbers(optimizer: Any) -> dict[str, float]:
 def _make_state(
     module: nn.Module, optimizer: Any, keys: Iterable[str], numbers: Mapping[str, float]
 ) -> None:
-    """The optimizer's state, which it makes itself at its first step alone."""
+    """Make the optimizer's state, which it would make itself only at its first step."""
     inner = torch_optimizer(optimizer)
     fused = any(group.get("fused") for group in inner.param_groups)
     for flat in {place.flat for place in state_pieces(module, optimizer)}:

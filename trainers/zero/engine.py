@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind the seam of the plain engine: optimizer, gradients and weights sharded.
+"""DeepSpeed ZeRO as an engine: optimizer state, gradients and weights are sharded.
 
     stage 0    gradients averaged, nothing sharded
     stage 1    optimizer state        stage 2    and gradients        stage 3    and weights
@@ -6,16 +6,16 @@
 Stage 3 shards averages and teachers too. Weights, averages and optimizer state are float32 in every
 precision; bf16 and fp16 are autocast, fp16 with a dynamic loss scale. Every process makes the same
 global batch and computes its share, so losses and gradients are those of one process. No operator
-is compiled and no compiler needed. Tested on CPU processes (gloo), written for CUDA too.
+is compiled, and no compiler is needed. It is tested on CPU processes (gloo), and written for CUDA
+too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,14 @@ from trainers import ranks
 from trainers.engines import TrainStep, as_trained
 from trainers.sharding import shards
 from trainers.zero import checkpoint
+from trainers.zero.deepspeed_import import quiet_deepspeed
 from trainers.zero.derivatives import (
     NoExactDerivative,
     allow_forward_mode,
     check_exact,
     needs_forward_mode,
 )
+from trainers.zero.loss_scale import LossScale
 from zoo.derivatives.methods import FiniteDifference, with_derivatives
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +46,19 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "precision": tuple(PRECISIONS),
     "without_exact": ("refuse", "finite_difference"),
 }
-WITHOUT_EFFECT = (  # on what a run comes to; a run may be resumed with others
-    *("stage", "accumulate", "offload_optimizer", "offload_weights", "overlap"),
-    *("reduce_bucket", "gather_bucket", "prefetch_bucket", "max_live", "timeout_minutes"),
+# They have no effect on the result of a run, which may be resumed with other values of them.
+WITHOUT_EFFECT = (
+    "stage",
+    "gradient_accumulation_steps",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "timeout_minutes",
 )
-FIRST_SCALE, SCALE_EVERY = 2.0**16, 2000  # of the loss in fp16, as torch's GradScaler
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +68,12 @@ log = logging.getLogger(__name__)
 class ZeroEngine:
     """DeepSpeed's ZeRO over the processes of a launcher, or over one.
 
-    Bucket sizes count elements. Offloading keeps optimizer state (stages 1-3) and weights (3) in
-    the memory of the host. `without_exact` says what becomes of exact derivatives in stage 3 where
-    DeepSpeed does not let them through. Who stops answering is waited for `timeout_minutes`.
+    The fields from `offload_optimizer` to `stage3_max_live_parameters` have the names that they
+    have in DeepSpeed's "zero_optimization". Bucket sizes count elements. Offloading keeps optimizer
+    state (stages 1-3) and weights (stage 3) in the memory of the host. `without_exact` says what
+    happens in stage 3 if exact derivatives do not work through DeepSpeed: the run is refused, or
+    takes central differences. If a process stops answering, the others wait `timeout_minutes` and
+    then raise an error.
     """
 
     reference: ClassVar = Reference(
@@ -71,18 +84,28 @@ class ZeroEngine:
     )
 
     several_processes: ClassVar = True
+    renamed_parameters: ClassVar = {
+        "clip": "max_grad_norm",
+        "accumulate": "gradient_accumulation_steps",
+        "offload_weights": "offload_param",
+        "overlap": "overlap_comm",
+        "reduce_bucket": "reduce_bucket_size",
+        "gather_bucket": "allgather_bucket_size",
+        "prefetch_bucket": "stage3_prefetch_bucket_size",
+        "max_live": "stage3_max_live_parameters",
+    }
 
     stage: int = 2
     precision: str = "fp32"
-    clip: float = 0.0  # largest norm of the gradient; 0 is off
-    accumulate: int = 1  # micro-batches per process and step
+    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 is off
+    gradient_accumulation_steps: int = 1  # micro-batches per process and step
     offload_optimizer: bool = False
-    offload_weights: bool = False
-    overlap: bool = True  # communication beside computation
-    reduce_bucket: int = 500_000_000
-    gather_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    max_live: int = 1_000_000_000  # gathered weights at a time in stage 3
+    offload_param: bool = False
+    overlap_comm: bool = True  # communication beside computation
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_max_live_parameters: int = 1_000_000_000  # elements gathered at a time
     without_exact: str = "refuse"
     timeout_minutes: float = 30.0
 
@@ -97,16 +120,19 @@ class ZeroEngine:
                     f"zero_engine.{name} = {getattr(self, name)!r}; "
                     f"allowed: {', '.join(map(repr, allowed))}"
                 )
-        if not self.clip >= 0:
-            raise ValueError(f"zero_engine.clip = {self.clip!r} must not be negative (0 is off)")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(
+                f"zero_engine.max_grad_norm = {self.max_grad_norm!r} must not be negative (0 is "
+                "off)"
+            )
         if not self.timeout_minutes > 0:
             raise ValueError(
                 f"zero_engine.timeout_minutes = {self.timeout_minutes!r} must be above 0"
             )
-        for name in ("accumulate", "reduce_bucket", "gather_bucket"):
+        for name in ("gradient_accumulation_steps", "reduce_bucket_size", "allgather_bucket_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"zero_engine.{name} = {getattr(self, name)!r} must be 1 or more")
-        for name, first in (("offload_optimizer", 1), ("offload_weights", 3)):
+        for name, first in (("offload_optimizer", 1), ("offload_param", 3)):
             if getattr(self, name) and self.stage < first:
                 raise ValueError(
                     f"zero_engine.{name} needs zero_engine.stage = {first} or more; it is "
@@ -123,42 +149,42 @@ class ZeroEngine:
         return {"deepspeed.json": json.dumps(config, indent=2) + "\n"}
 
     def deepspeed_config(self, batch_size: int, processes: int) -> dict[str, Any]:
-        """What DeepSpeed is given; ValueError if the batch cannot be shared out equally."""
-        parts = processes * self.accumulate
+        """The configuration for DeepSpeed; ValueError if the batch cannot be cut equally."""
+        parts = processes * self.gradient_accumulation_steps
         if batch_size % parts:
             raise ValueError(
                 f"a batch of {batch_size} cannot be shared out equally to {processes} processes "
-                f"with zero_engine.accumulate = {self.accumulate}; run.batch_size must be a "
-                f"multiple of {parts}"
+                "with zero_engine.gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps}; run.batch_size must be a multiple of {parts}"
             )
         zero: dict[str, Any] = {
             "stage": self.stage,
-            "overlap_comm": self.overlap,
+            "overlap_comm": self.overlap_comm,
             "contiguous_gradients": True,
-            "reduce_bucket_size": self.reduce_bucket,
-            "allgather_bucket_size": self.gather_bucket,
+            "reduce_bucket_size": self.reduce_bucket_size,
+            "allgather_bucket_size": self.allgather_bucket_size,
         }
         if self.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
-        if self.offload_weights:
+        if self.offload_param:
             zero["offload_param"] = {"device": "cpu"}
         if self.stage == 3:
             zero |= {
                 "memory_efficient_linear": False,  # it has no forward-mode rule
-                "stage3_param_persistence_threshold": 0,  # averages follow the shards alone
-                "stage3_prefetch_bucket_size": self.prefetch_bucket,
-                "stage3_max_live_parameters": self.max_live,
-                "stage3_max_reuse_distance": self.max_live,
+                "stage3_param_persistence_threshold": 0,  # averages need every weight sharded
+                "stage3_prefetch_bucket_size": self.stage3_prefetch_bucket_size,
+                "stage3_max_live_parameters": self.stage3_max_live_parameters,
+                "stage3_max_reuse_distance": self.stage3_max_live_parameters,
             }
         return {
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // parts,
-            "gradient_accumulation_steps": self.accumulate,
-            # 1.0 if it were not written; in stage 0 `step` clips
-            "gradient_clipping": float(self.clip if self.stage else 0),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            # Written even where it is 0, since DeepSpeed's default is 1.0. In stage 0 `step` clips.
+            "gradient_clipping": float(self.max_grad_norm if self.stage else 0),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # compiled; torch's own is fused too
+            "zero_force_ds_cpu_optimizer": False,  # it is compiled; torch's is fused too
             "steps_per_print": 2**31,
         }
 
@@ -170,9 +196,9 @@ class ZeroEngine:
         if self._deepspeed is not None:
             self._deepspeed.destroy()
         self.config = self.deepspeed_config(batch_size, ranks.count())
-        with _quiet_deepspeed(device) as deepspeed:
-            deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes over what is joined
-            if self.stage == 3:  # weight by weight, so that no device ever holds them all
+        with quiet_deepspeed(device) as deepspeed:
+            deepspeed.init_distributed(auto_mpi_discovery=False)  # uses the group of `join`
+            if self.stage == 3:  # shard weight by weight, so that no device ever holds them all
                 deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config))
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
@@ -181,7 +207,7 @@ class ZeroEngine:
         if self._scale is not None:
             for p in self._params:
                 p.register_hook(self._scale.undo)
-        with _quiet_deepspeed(device) as deepspeed:
+        with quiet_deepspeed(device) as deepspeed:
             self._deepspeed, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer.build(self._params), config=dict(self.config)
             )
@@ -193,7 +219,7 @@ class ZeroEngine:
             allow_forward_mode(module)
 
     def shares(self, batch: Batch) -> Iterator[Batch]:
-        count = ranks.count() * self.accumulate
+        count = ranks.count() * self.gradient_accumulation_steps
         for number in range(ranks.number(), count, ranks.count()):
             yield replace(batch, share=Share(number, count))
 
@@ -215,15 +241,15 @@ class ZeroEngine:
             self._deepspeed.step()
 
     def step(self, lr_factor: float) -> Tensor:
-        """One update, but none from a gradient that is not finite, on any process."""
+        """Update the weights once; a gradient that is not finite makes no update on any process."""
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * lr_factor
         if self.stage == 0:
             norm = nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
             if not norm.isfinite():
                 self._deepspeed.zero_grad()
-            elif self.clip:
-                nn.utils.clip_grads_with_norm_(self._params, self.clip, norm)
+            elif self.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(self._params, self.max_grad_norm, norm)
             self._deepspeed.step()
         else:
             self._deepspeed.step()
@@ -249,7 +275,7 @@ class ZeroEngine:
             self._scale.value, self._scale.good = about["loss_scale"]
 
     def _keep(self, module: nn.Module, inputs: Any, out: LossOutput) -> Tensor:
-        """DeepSpeed's hooks look for tensors in what a module gives."""
+        """Keep the output and return the losses: DeepSpeed's hooks look for tensors there."""
         self._out = out
         return out.per_sample
 
@@ -268,46 +294,3 @@ class ZeroEngine:
             self.module.objective = with_derivatives(
                 self.module.objective, lambda _: FiniteDifference()
             )
-
-
-class LossScale:
-    """fp16's dynamic loss scale; gradients are scaled back as each weight receives its own."""
-
-    def __init__(self) -> None:
-        self.value = FIRST_SCALE
-        self.good = 0  # steps since it was halved
-
-    def undo(self, gradient: Tensor) -> Tensor:
-        return gradient / self.value
-
-    def follow(self, norm: Tensor) -> Tensor:
-        """Halve after an overflow, which costs a step and no more; double after many good steps."""
-        if bool(norm.isfinite()):
-            self.good += 1
-            if self.good % SCALE_EVERY == 0:
-                self.value *= 2
-        elif self.value > 1:
-            self.value, self.good = self.value / 2, 0
-            return torch.zeros_like(norm)
-        return norm
-
-
-@contextmanager
-def _quiet_deepspeed(device: torch.device) -> Iterator[Any]:
-    """The package, and on a CPU without the operator that it compiles at every start.
-
-    Quiet meanwhile: it warns of every optimizer that is not its own.
-    """
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_number()))
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference alone
-    deepspeed_log = logging.getLogger("DeepSpeed")
-    deepspeed_log.setLevel(logging.ERROR)
-    try:
-        yield deepspeed
-    finally:
-        deepspeed_log.setLevel(logging.WARNING)

@@ -19,6 +19,7 @@ from benchmarks.records.jsonl import RECORD, Record, read_record
 from benchmarks.report.reading.run_folders import CELL, folders_of
 from benchmarks.runs.result import Result
 from registry import gin_setup
+from registry.plugins import load_plugins
 
 # Where and how a run is recorded, continued or stopped: no part of what a row is.
 _ASIDE = ("run.seed", "run.recorder", "run.checkpoint_seconds", "run.pruner", "parameters")
@@ -57,7 +58,7 @@ class Cell:
         """The settings that took effect, without the arm's name."""
         params, tags = self.record.params, self.record.tags
         return {
-            key: tags.get(f"changed.{key}", value)
+            gin_setup.own_key(key): tags.get(f"changed.{key}", value)
             for key, value in params.items()
             if key not in _ASIDE and not key.startswith(self._aside)
         }
@@ -73,7 +74,7 @@ class Cell:
         """What the cell's grid set for it: keys, names of macros, 'include' for whole files."""
         bound = json.loads(self.record.tags.get("cell.bindings", "[]"))
         keys = (binding.split("=")[0].split()[0] for binding in bound)
-        return frozenset(key.split("/")[-1] for key in keys)
+        return frozenset(gin_setup.own_key(key.split("/")[-1]) for key in keys)
 
     @property
     def command(self) -> str:
@@ -116,6 +117,7 @@ class Runs:
 
 def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
     """The cells in these folders, or of these MLflow runs; ValueError if none of them finished."""
+    load_plugins()  # a part knows the former names of its parameters
     found = folders_of(runs, tracking_uri)
     records = {record.id: record for record in map(read_record, found.started)}
     own = {r.folder: (r, state_in(r.folder)) for r in records.values() if "arm" in r.tags}

@@ -141,7 +141,7 @@ SIZES = Sizes(
     update=UPDATE,
 )  # fmt: skip
 STEP = Activity(kept=10 * GB, moments=((11 * GB, 0.0), (6 * GB, 2 * GB), (1 * GB, 4 * GB)), flops=1)
-SMALL = {"reduce_bucket": 25_000_000, "prefetch_bucket": 0}  # 0.1 GB
+SMALL = {"reduce_bucket_size": 25_000_000, "stage3_prefetch_bucket_size": 0}  # 0.1 GB
 
 
 def memory(stage: int | None, gpus: int = 4, accumulate: int = 1, **changes):
@@ -232,7 +232,7 @@ def test_what_is_named_in_place_of_what_does_not_fit_fits():
     assert not found.fits[0].fits
     remedy = found.fits[0].remedy
     bindings = remedy.split(": ")[0].split(", ")
-    assert "zero_engine.reduce_bucket" in remedy
+    assert "zero_engine.reduce_bucket_size" in remedy
     stage = int(re.search(r"stage = (\d)", remedy)[1])
     changed = replace(request, bindings=(*request.bindings, "run.engine = @zero_engine()",
                                          *bindings))  # fmt: skip
@@ -248,7 +248,7 @@ def test_nothing_is_named_where_nothing_fits():
 
 
 def test_engine_of_the_file_is_the_one_that_is_planned():
-    bindings = ("run.engine = @zero_engine()", "zero_engine.reduce_bucket = 1000")
+    bindings = ("run.engine = @zero_engine()", "zero_engine.reduce_bucket_size = 1000")
     (plain,), (bound,) = (predict(tiny("dumo", *b), GPUS, (2,)) for b in ((), bindings))
     buckets = [p.fits[0].memory.kinds["buckets"] for p in (plain, bound)]
     assert buckets[0] == 2 * 4 * 500_000_000

@@ -41,7 +41,7 @@ from trainers import (
     TorchEngine,
     TrainState,
 )
-from trainers.checkpoints.checkpoint import Saving, checkpoints, latest
+from trainers.checkpoints.checkpoint import PendingCheckpoint, checkpoints, latest
 from trainers.checkpoints.weights import load_module, save_module
 from trainers.checkpoints.whole_folders import BrokenCheckpoint, verify
 from zoo.teachers import Frozen
@@ -62,7 +62,10 @@ def trained(folder: Path, steps: int = 9, every: int = 3, keep: int = 10, **more
     [
         {"optimizer": AdamW(lr=1e-2), "budget": Budget(steps=12)},
         {"optimizer": RAdam(lr=1e-2), "budget": Budget(images=96)},
-        {"optimizer": AdamW(lr=1e-2), "engine": {"accumulate": 2, "clip": 0.5}},
+        {
+            "optimizer": AdamW(lr=1e-2),
+            "engine": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        },
         {"optimizer": AdamW(lr=1e-2), "engine": {"precision": "bf16"}},
     ],
     ids=["adamw", "radam", "accumulate", "bf16"],
@@ -289,13 +292,13 @@ def test_weights_tied_or_not_contiguous_come_back(tmp_path: Path) -> None:
 
 
 def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, finish = [], Saving.finish
+    saved, finish = [], PendingCheckpoint.finish
 
-    def counted(self: Saving, keep: int) -> Path:
+    def counted(self: PendingCheckpoint, keep: int) -> Path:
         saved.append(self.step)
         return finish(self, keep)
 
-    monkeypatch.setattr(Saving, "finish", counted)
+    monkeypatch.setattr(PendingCheckpoint, "finish", counted)
     trained(tmp_path, steps=6, every=3)
     run(folder=tmp_path, resume=True, budget=Budget(steps=6), callbacks=[CheckpointCallback()])
     assert saved == [3, 6]
@@ -335,9 +338,9 @@ def test_checkpoint_is_of_its_step_while_training_goes_on(
 def test_waiting_for_the_disk_is_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, finish, clocks = [], Saving.finish, []
+    running, finish, clocks = [], PendingCheckpoint.finish, []
 
-    def watched(self: Saving, keep: int) -> Path:
+    def watched(self: PendingCheckpoint, keep: int) -> Path:
         running.append(clocks[0].running)
         return finish(self, keep)
 
@@ -345,7 +348,7 @@ def test_waiting_for_the_disk_is_no_training(
         def on_start(self, state: TrainState) -> None:
             clocks.append(state.clock)
 
-    monkeypatch.setattr(Saving, "finish", watched)
+    monkeypatch.setattr(PendingCheckpoint, "finish", watched)
     saving = CheckpointCallback(every=2)
     state, _ = run(folder=tmp_path, callbacks=[Clock(), saving], budget=Budget(steps=6))
     assert running == [False] * 3
@@ -417,7 +420,7 @@ def full_disk(limit: int) -> Iterator[None]:
 
 def written(saving: CheckpointCallback) -> None:
     """Wait for what is written beside the training."""
-    while saving._saving is not None and not saving._saving.written:
+    while saving._pending is not None and not saving._pending.written:
         time.sleep(0.01)
 
 

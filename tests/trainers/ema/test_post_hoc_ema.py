@@ -38,7 +38,7 @@ widths = st.floats(0.02, 0.28)
 
 def exact_weights(profile: Profile, steps: int, k: float | None = None) -> np.ndarray:
     """How much the weights after each of `steps` updates count, float64 [steps]."""
-    k = exponent(profile.width) if k is None else k
+    k = exponent(profile.sigma_rel) if k is None else k
     ends = np.minimum(np.arange(steps + 1) / profile.step, 1.0) ** (k + 1)
     return np.diff(ends)
 
@@ -46,17 +46,17 @@ def exact_weights(profile: Profile, steps: int, k: float | None = None) -> np.nd
 # --- profiles
 
 
-@given(width=st.floats(0.004, 0.2886))
-def test_exponent_gives_a_profile_of_the_relative_width(width: float) -> None:
+@given(sigma_rel=st.floats(0.004, 0.2886))
+def test_exponent_gives_a_profile_of_the_relative_width(sigma_rel: float) -> None:
     n = 20_000  # 80 of them under the narrowest peak
-    weights = exact_weights(Profile(n, width), n)
+    weights = exact_weights(Profile(n, sigma_rel), n)
     place = (np.arange(n) + 0.5) / n
     mean = weights @ place
     spread = np.sqrt(weights @ (place - mean) ** 2)
     assert weights.sum() == pytest.approx(1)
-    assert spread == pytest.approx(width, rel=1e-4)  # the grid's steps
-    other = exact_weights(Profile(n, width), n, exponent(width) + 1)
-    assert np.sqrt(other @ (place - other @ place) ** 2) != pytest.approx(width, rel=1e-4)
+    assert spread == pytest.approx(sigma_rel, rel=1e-4)  # the grid's steps
+    other = exact_weights(Profile(n, sigma_rel), n, exponent(sigma_rel) + 1)
+    assert np.sqrt(other @ (place - other @ place) ** 2) != pytest.approx(sigma_rel, rel=1e-4)
 
 
 def test_exponent_is_that_of_the_paper_at_its_widths() -> None:
@@ -65,27 +65,27 @@ def test_exponent_is_that_of_the_paper_at_its_widths() -> None:
     assert exponent(0.10) == pytest.approx(6.94, abs=0.005)
 
 
-@pytest.mark.parametrize("width", [0.0, -0.1, WIDEST, 0.5, 5.0, float("nan")])
-def test_width_out_of_range_is_refused_with_the_range(width: float) -> None:
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, WIDEST, 0.5, 5.0, float("nan")])
+def test_width_out_of_range_is_refused_with_the_range(sigma_rel: float) -> None:
     with pytest.raises(ValueError, match=r"above 0 and below 0.2887"):
-        exponent(width)
+        exponent(sigma_rel)
 
 
 def test_running_average_weighs_steps_as_its_profile() -> None:
     """Weights that are a unit vector, another at each step: the average shows what each counts."""
     steps = 60
-    for width in (0.03, 0.1, 0.25):
+    for sigma_rel in (0.03, 0.1, 0.25):
         net = nn.Linear(steps, 1, bias=False)
-        ema = PowerEma(net, width)
+        ema = PowerEma(net, sigma_rel)
         for step in range(steps):
             with torch.no_grad():
                 net.weight.copy_(torch.eye(steps)[step])
             ema.update(step)
         found = ema.net.weight[0].double().numpy()
-        wanted = exact_weights(Profile(steps, width), steps)
+        wanted = exact_weights(Profile(steps, sigma_rel), steps)
         # 60 float32 updates of numbers below 1; nothing is left of the initial weights
         np.testing.assert_allclose(found, wanted, atol=1e-6)
-        other = exact_weights(Profile(steps, width), steps, exponent(width) + 1)
+        other = exact_weights(Profile(steps, sigma_rel), steps, exponent(sigma_rel) + 1)
         assert abs(found - other).max() > 1e-3
 
 
@@ -121,7 +121,7 @@ def test_overlap_is_the_integral_of_the_product(w: float, z: float, s: int, t: i
 
 
 def grid(steps: Iterable[int], stored: Iterable[float] = WIDTHS) -> list[Profile]:
-    return [Profile(step, width) for step in steps for width in stored]
+    return [Profile(step, sigma_rel) for step in steps for sigma_rel in stored]
 
 
 def of_weights(combination: Mixture, profiles: list[Profile], steps: int) -> np.ndarray:
@@ -131,18 +131,18 @@ def of_weights(combination: Mixture, profiles: list[Profile], steps: int) -> np.
 
 @settings(deadline=None)
 @given(
-    width=st.floats(0.03, 0.25),
+    sigma_rel=st.floats(0.03, 0.25),
     count=st.integers(2, 24),
     share=st.floats(0.1, 1.0),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_reconstruction_is_no_further_off_than_its_error_says(
-    width: float, count: int, share: float, seed: int
+    sigma_rel: float, count: int, share: float, seed: int
 ) -> None:
     """Cauchy-Schwarz, for any trajectory: |avg' - avg| <= error |p| |theta|, up to a constant."""
     steps = 240
     profiles = grid(sorted({max(1, steps * (i + 1) // count) for i in range(count)}))
-    wanted = Profile(max(1, int(share * steps)), width)
+    wanted = Profile(max(1, int(share * steps)), sigma_rel)
     found = mixture(profiles, wanted)
     assert sum(found.coefficients) == pytest.approx(1, abs=1e-9)
     rng = np.random.default_rng(seed)
@@ -159,7 +159,7 @@ def test_mixture_is_the_closest_of_sum_one() -> None:
     place = (np.arange(n) + 0.5) * wanted.step / n
 
     def density(profile: Profile) -> np.ndarray:
-        k = exponent(profile.width)
+        k = exponent(profile.sigma_rel)
         inside = place <= profile.step
         return (k + 1) / profile.step * np.where(inside, place / profile.step, 0.0) ** k
 
@@ -183,17 +183,17 @@ def test_mixture_at_stored_widths_is_the_stored_one() -> None:
         found = mixture(profiles, profile)
         assert found.error == 0
         assert np.flatnonzero(found.coefficients).tolist() == [number]
-        beside = mixture(profiles, Profile(profile.step, profile.width * (1 + 1e-7)))
+        beside = mixture(profiles, Profile(profile.step, profile.sigma_rel * (1 + 1e-7)))
         # the solved system goes over into it; its condition is 1e5
         np.testing.assert_allclose(beside.coefficients, found.coefficients, atol=1e-4)
 
 
 def test_more_snapshots_and_nearer_widths_are_better() -> None:
-    def error(width: float, count: int) -> float:
-        return mixture(grid(range(960 // count, 961, 960 // count)), Profile(960, width)).error
+    def error(sigma_rel: float, count: int) -> float:
+        return mixture(grid(range(960 // count, 961, 960 // count)), Profile(960, sigma_rel)).error
 
-    for width in (0.03, 0.07, 0.15, 0.25):
-        errors = [error(width, count) for count in (4, 8, 16, 32)]
+    for sigma_rel in (0.03, 0.07, 0.15, 0.25):
+        errors = [error(sigma_rel, count) for count in (4, 8, 16, 32)]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 0.04
     assert error(0.02, 16) > 0.1 > error(0.03, 16) > error(0.07, 16)
@@ -208,7 +208,7 @@ def snapshots(**changes: Any) -> dict[str, Any]:
         "budget": Budget(steps=60),
         "power_emas": WIDTHS,
         "ema_decays": (0.9,),
-        "callbacks": [EmaSnapshots(widths=WIDTHS, count=12)],
+        "callbacks": [EmaSnapshots(sigma_rels=WIDTHS, count=12)],
     }
     return arguments | changes
 
@@ -236,10 +236,10 @@ def test_averages_change_no_training(trained: Any) -> None:
 
 
 def test_stored_width_comes_back_bit_for_bit(trained: Any, tmp_path: Path) -> None:
-    for width in WIDTHS:
-        made = reconstruct(trained.folder, width, out=tmp_path / "whole.safetensors")
+    for sigma_rel in WIDTHS:
+        made = reconstruct(trained.folder, sigma_rel, out=tmp_path / "whole.safetensors")
         assert (made.error, made.wanted.step, made.num_snapshots) == (0, 60, 12)
-        assert same(load_file(made.path), trained.state.emas[f"power_{width}"].state_dict())
+        assert same(load_file(made.path), trained.state.emas[f"power_{sigma_rel}"].state_dict())
     early = reconstruct(trained.folder, 0.1, 35, tmp_path / "early.safetensors")
     there = trained.folder / FOLDER / "step_00000035" / "width_0.1.safetensors"
     assert same(load_file(early.path), load_file(there))
@@ -252,16 +252,16 @@ def direct() -> dict[str, dict[str, Tensor]]:
     return {name: ema.state_dict() for name, ema in state.emas.items()}
 
 
-@pytest.mark.parametrize("width", [0.07, 0.15])
+@pytest.mark.parametrize("sigma_rel", [0.07, 0.15])
 def test_unseen_width_is_what_tracking_it_gives(
-    width: float, trained: Any, direct: dict[str, dict[str, Tensor]], tmp_path: Path
+    sigma_rel: float, trained: Any, direct: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    made = reconstruct(trained.folder, width, out=tmp_path / "x.safetensors")
-    ours, theirs = load_file(made.path), direct[f"power_{width}"]
+    made = reconstruct(trained.folder, sigma_rel, out=tmp_path / "x.safetensors")
+    ours, theirs = load_file(made.path), direct[f"power_{sigma_rel}"]
     moved = largest_difference(trained.state.net.state_dict() | {"calls": theirs["calls"]}, theirs)
     # found: 9e-4; the profile is missed by 0.7 and 1.6 %
     assert largest_difference(ours, theirs) < 2e-3 * moved
-    k = exponent(width) + 1
+    k = exponent(sigma_rel) + 1
     wrong = ((k + 1) / (k + 2) ** 2 / (k + 3)) ** 0.5
     other = load_file(reconstruct(trained.folder, wrong, out=tmp_path / "y.safetensors").path)
     assert largest_difference(other, theirs) > 2e-3 * moved
@@ -272,7 +272,7 @@ def test_average_that_was_kept_wrongly_is_seen(
     direct: dict[str, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: snapshots of another exponent than their name's."""
-    monkeypatch.setattr(averages, "exponent", lambda width: exponent(width) + 1)
+    monkeypatch.setattr(averages, "exponent", lambda sigma_rel: exponent(sigma_rel) + 1)
     state, _ = run(folder=tmp_path, **snapshots())
     theirs = direct["power_0.07"]
     moved = largest_difference(state.net.state_dict() | {"calls": theirs["calls"]}, theirs)
@@ -298,18 +298,22 @@ def test_reconstruction_far_from_the_snapshots_warns_and_says_how_far(
         about = file.metadata()
     assert about == {"width": "0.01", "step": "60", "error": str(made.error)}
     reconstruct(trained.folder, 0.1, 41, tmp_path / "x.safetensors")
-    assert "the nearest of which is 40" in caplog.text
+    assert "the nearest of these is 40" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("width", "step", "said"),
-    [(0.1, 61, "last snapshot, that of step 60"), (0.3, None, "below 0.2887"), (0.1, 0, "from 1")],
+    ("sigma_rel", "step", "said"),
+    [
+        (0.1, 61, "last snapshot, which is of step 60"),
+        (0.3, None, "below 0.2887"),
+        (0.1, 0, "from 1"),
+    ],
 )
 def test_reconstruction_refuses_what_cannot_be(
-    width: float, step: int | None, said: str, trained: Any
+    sigma_rel: float, step: int | None, said: str, trained: Any
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        reconstruct(trained.folder, width, step)
+        reconstruct(trained.folder, sigma_rel, step)
 
 
 # --- what is stored
@@ -325,7 +329,7 @@ def test_snapshots_are_spread_over_the_budget(
 ) -> None:
     run(
         folder=tmp_path, budget=budget, power_emas=(0.1,),
-        callbacks=[EmaSnapshots(widths=(0.1,), count=count)],
+        callbacks=[EmaSnapshots(sigma_rels=(0.1,), count=count)],
     )  # fmt: skip
     assert steps_in(tmp_path) == steps
 
@@ -339,7 +343,7 @@ def test_snapshots_of_a_budget_in_seconds_are_as_many(
     )
     state, _ = run(
         folder=tmp_path, budget=Budget(seconds=3.0), power_emas=(0.1,),
-        callbacks=[EmaSnapshots(widths=(0.1,), count=7)],
+        callbacks=[EmaSnapshots(sigma_rels=(0.1,), count=7)],
     )  # fmt: skip
     steps = steps_in(tmp_path)
     assert len(steps) == 7
@@ -355,7 +359,7 @@ def test_resumed_run_neither_loses_nor_repeats_snapshots(trained: Any, tmp_path:
     """Rolled back behind its last snapshots, which are made again, and those alone."""
 
     def go(*more: Any, resume: bool) -> Any:
-        callbacks = [EmaSnapshots(widths=WIDTHS, count=12), CheckpointCallback(every=22), *more]
+        callbacks = [EmaSnapshots(sigma_rels=WIDTHS, count=12), CheckpointCallback(every=22), *more]
         return run(folder=tmp_path, resume=resume, **snapshots(callbacks=callbacks))[0]
 
     go(StopAt(43), resume=False)
@@ -379,7 +383,7 @@ def test_resumed_run_neither_loses_nor_repeats_snapshots(trained: Any, tmp_path:
 
 def test_snapshot_is_whole_before_a_checkpoint_is_made(tmp_path: Path) -> None:
     """Ended at the very step of both, a run has both."""
-    callbacks = [EmaSnapshots(widths=WIDTHS, count=12), CheckpointCallback(every=5), StopAt(5)]
+    callbacks = [EmaSnapshots(sigma_rels=WIDTHS, count=12), CheckpointCallback(every=5), StopAt(5)]
     run(folder=tmp_path, **snapshots(callbacks=callbacks))
     assert steps_in(tmp_path) == [5]
     (manifest,) = (tmp_path / FOLDER).glob("*/manifest.json")
@@ -429,7 +433,7 @@ def test_snapshot_that_was_changed_is_left_out_by_name(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"widths": (0.3,), "count": 3}, {"widths": (0.1,), "count": 0}]
+    "arguments", [{"sigma_rels": (0.3,), "count": 3}, {"sigma_rels": (0.1,), "count": 0}]
 )
 def test_snapshots_refuse_wrong_settings(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
@@ -453,10 +457,10 @@ def test_bindings_make_snapshots_and_the_command_a_file_that_others_take(tmp_pat
     )
     assert ran.status == 0, ran.err
     assert steps_in(made) == [1, 2, 3, 4]
-    done = zoo("ema", made, "--width", 0.12)
+    done = zoo("ema", made, "--sigma-rel", 0.12)
     assert done.status == 0, done.err
     file = made / "ema_width_0.12.safetensors"
-    assert f"{file}: width 0.12 at step 4, from 4 snapshots" in done.out
+    assert f"{file}: sigma_rel 0.12 at step 4, from 4 snapshots" in done.out
     drawn = zoo("sample", made, "--nfe", 1, "--num", 2, "--weights", file, "--out", out / "x.png")
     assert drawn.status == 0, drawn.err
     options = ("--num", 20, "--nfe", 1, "--features", "pixels", "--metrics", "frechet")
@@ -467,9 +471,9 @@ def test_bindings_make_snapshots_and_the_command_a_file_that_others_take(tmp_pat
     exported = zoo("export", made, "--out", tmp_path / "exported", "--weights", file)
     assert exported.status == 0, exported.err
     assert same(load_file(tmp_path / "exported" / "model.safetensors"), load_file(file))
-    above = zoo("ema", out, "--width", 0.12)
+    above = zoo("ema", out, "--sigma-rel", 0.12)
     assert above.status == 2
-    assert "in its folders flow_matching" in above.err
+    assert "have some: flow_matching" in above.err
 
 
 @pytest.mark.parametrize(

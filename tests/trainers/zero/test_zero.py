@@ -23,7 +23,8 @@ from trainers.checkpoints.checkpoint import latest
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.sharding import Piece
 from trainers.zero.checkpoint import Pieces, consolidate
-from trainers.zero.engine import LossScale, ZeroEngine
+from trainers.zero.engine import ZeroEngine
+from trainers.zero.loss_scale import LossScale
 from zoo.derivatives.methods import FiniteDifference
 
 # --- what DeepSpeed is given
@@ -34,11 +35,11 @@ from zoo.derivatives.methods import FiniteDifference
     [
         ({"stage": 4}, r"zero_engine.stage = 4; allowed: 0, 1, 2, 3"),
         ({"precision": "fp8"}, r"zero_engine.precision = 'fp8'; allowed: 'fp32', 'bf16', 'fp16'"),
-        ({"clip": -1.0}, r"zero_engine.clip"),
+        ({"max_grad_norm": -1.0}, r"zero_engine.max_grad_norm"),
         ({"timeout_minutes": 0}, r"zero_engine.timeout_minutes = 0 must be above 0"),
-        ({"accumulate": 0}, r"zero_engine.accumulate"),
+        ({"gradient_accumulation_steps": 0}, r"zero_engine.gradient_accumulation_steps"),
         ({"stage": 0, "offload_optimizer": True}, r"needs zero_engine.stage = 1 or more"),
-        ({"stage": 2, "offload_weights": True}, r"needs zero_engine.stage = 3 or more"),
+        ({"stage": 2, "offload_param": True}, r"needs zero_engine.stage = 3 or more"),
         ({"without_exact": "hope"}, r"allowed: 'refuse', 'finite_difference'"),
     ],
 )
@@ -48,13 +49,13 @@ def test_zero_engine_refuses_what_it_cannot_do(wrong: dict[str, Any], told: str)
 
 
 def test_config_writes_what_deepspeed_would_otherwise_choose() -> None:
-    config = ZeroEngine(stage=3, accumulate=2).deepspeed_config(24, processes=4)
+    config = ZeroEngine(stage=3, gradient_accumulation_steps=2).deepspeed_config(24, processes=4)
     assert config["gradient_clipping"] == 0.0  # absent, it is 1.0
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["zero_optimization"]["memory_efficient_linear"] is False
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     with pytest.raises(ValueError, match="run.batch_size must be a multiple of 8"):
-        ZeroEngine(accumulate=2).deepspeed_config(12, processes=4)
+        ZeroEngine(gradient_accumulation_steps=2).deepspeed_config(12, processes=4)
 
 
 def test_torch_engine_says_which_engine_takes_several_processes(
@@ -132,7 +133,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, dict[str, Any]]:
-    return {name: found(*train(name, TorchEngine(clip=1.0))) for name in names()}
+    return {name: found(*train(name, TorchEngine(max_grad_norm=1.0))) for name in names()}
 
 
 CASES = [

@@ -57,7 +57,7 @@ def test_killed_process_ends_the_others_and_the_run_resumes_exactly(
     plain = tmp_path / "plain"
     done = zoo(
         "run", tmp_path / "tiny.gin", "--out", plain,
-        *sets(*NETWORK, steps, "run.engine = @torch_engine()", "torch_engine.clip = 1.0"),
+        *sets(*NETWORK, steps, "run.engine = @torch_engine()", "torch_engine.max_grad_norm = 1.0"),
     )  # fmt: skip
     assert done.status == 0, done.err
     # float32 sums in another order, over 60 steps of Adam
