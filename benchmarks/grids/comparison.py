@@ -34,6 +34,7 @@ from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.records.mlflow_store import open_hint
 from benchmarks.records.provenance import commit
 from benchmarks.records.recorders import Mlflow
+from benchmarks.runs.frame import frame
 from benchmarks.runs.result import RESULT, SAMPLES, Result
 from registry import gin_setup
 
@@ -177,9 +178,9 @@ def _report(parent: Any, planned: Plan, states: Mapping[str, State], out: Path) 
         folder = states[one.cell.name].folder
         if (folder / RESULT).exists():
             groups.setdefault(one.group, []).append(folder)
-    results = [average(g, [Result.load(f) for f in folders]) for g, folders in groups.items()]
-    if results:
-        text = result_table(results, [len(folders) for folders in groups.values()])
+    loaded = {group: [Result.load(f) for f in folders] for group, folders in groups.items()}
+    if loaded:
+        text = result_table(frame(loaded))
         print(f"\n{text}")
         parent.text(text, "table.md")
         rows = {
@@ -189,7 +190,7 @@ def _report(parent: Any, planned: Plan, states: Mapping[str, State], out: Path) 
         }
         if path := picture(rows, out / "samples.png"):
             parent.artifact(path)
-    return results
+    return [average(group, results) for group, results in loaded.items()]
 
 
 def _by_nfe(item: tuple[str, Any]) -> int:

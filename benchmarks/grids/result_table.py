@@ -1,46 +1,80 @@
-"""The table of a comparison, as aligned Markdown."""
+"""The table of a comparison: as a data frame, and from the same means as aligned Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
+
+import pandas as pd
 
 from benchmarks.markdown import markdown
+from benchmarks.runs.frame import COST
 from benchmarks.runs.result import Result
 
+REAL, NO_NFE = "real", ""  # the column level nfe: what real data score, and values without an NFE
+_COUNTS = ("steps", "images", "parameters", "teacher_steps")  # their means are whole numbers
+_QUALITY = ("precision", "recall")
 
-def result_table(results: Sequence[Result], counts: Sequence[int] = ()) -> str:
-    """Arm x NFE of the first metric with cost and budget, fidelity and diversity, exact errors.
+Column = tuple[str, int | str]  # (metric, nfe)
+Means = dict[str, dict[Column, Any]]  # by row
 
-    `counts` says of how many runs each row is the mean.
+
+def wide(frame: pd.DataFrame) -> pd.DataFrame:
+    """One line for each row of a long frame (benchmarks/runs/frame.py), with means over its runs.
+
+    The columns are pairs (metric, nfe): ("fid", 4); ("fid", "real") for what real data score;
+    ("velocity_error", "") for a value without NFE; ("cost", "steps") and the other costs;
+    ("sampler", "") and ("runs", "") for the sampler and the number of runs. A mean is missing where
+    one of the row's runs lacks the value.
     """
-    first = results[0].values
-    keys = list(dict.fromkeys(key for result in results for key in result.values))
-    nfes = sorted({int(key[3:].split("/")[0]) for key in keys if key.startswith("nfe")})
-    metric = next(key.split("/", 1)[1] for key in keys if key.startswith("nfe"))
+    means = _means(frame)
+    columns = dict.fromkeys(column for values in means.values() for column in values)
+    table = pd.DataFrame(
+        {column: [values.get(column) for values in means.values()] for column in columns},
+        index=pd.Index(means, name="row"),
+    )
+    table.columns = pd.MultiIndex.from_tuples(columns, names=["metric", "nfe"])
+    return table
+
+
+def result_table(frame: pd.DataFrame) -> str:
+    """The means of `wide` as Markdown: the first metric with what it cost, fidelity, exact errors.
+
+    A value that is missing is a dash, and a value that is not a number is nan.
+    """
+    means = _means(frame)
+    first = next(iter(means.values()))
+    columns = list(dict.fromkeys(column for values in means.values() for column in values))
+    measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
+    nfes = sorted({nfe for _, nfe in measured})
+    metric = measured[0][0]
     title = f"{metric} by number of network evaluations (NFE), lower is better"
-    if (floor := first.get(f"{metric}_floor")) is not None:
+    if (floor := first.get((metric, REAL))) is not None:
         title += f"; real data score {floor:.4g}"
     steps = [f"NFE {n}" for n in nfes]
     header = ["arm", "sampler", *steps, "s/step", "steps", "images", "seconds", "parameters"]
     rows = [
-        [r.name, r.sampler, *(_number(r.values, f"nfe{n}/{metric}") for n in nfes), *_cost(r)]
-        for r in results
+        [row, of["sampler", NO_NFE], *(_number(of, (metric, n)) for n in nfes), *_cost(of)]
+        for row, of in means.items()
     ]
-    if max(counts, default=1) > 1:
+    counts = [of["runs", NO_NFE] for of in means.values()]
+    if max(counts) > 1:
         title += "; means over n runs"
         header.append("n")
         rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
     parts = [f"{title}:", markdown(header, rows)]
-    pair = [next((k[5:] for k in keys if k.startswith(f"nfe1/{p}_")), "") for p in _QUALITY]
+    at_one = [name for name, nfe in measured if nfe == 1]
+    pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):
-        lines = [[r.name, *(_quality(r, n, pair) for n in nfes)] for r in results]
-        real = _ceilings(first, pair)
+        lines = [[row, *(_quality(of, n, pair) for n in nfes)] for row, of in means.items()]
+        scores = [first[name, REAL] for name in pair if (name, REAL) in first]
+        real = f"; real data score {' / '.join(f'{v:.2f}' for v in scores)}" if scores else ""
         parts += [f"precision / recall, higher is better{real}:", markdown(["arm", *steps], lines)]
-    exact = sorted(key for key in keys if "_error" in key and not key.startswith("nfe"))
+    exact = sorted(name for name, nfe in columns if nfe == NO_NFE and "_error" in name)
     if exact:
-        lines = [[r.name, *(_number(r.values, key) for key in exact)] for r in results]
+        lines = [[row, *(_number(of, (n, NO_NFE)) for n in exact)] for row, of in means.items()]
         parts += ["error against the exact flow, relative to the data's scale:"]
         parts += [markdown(["arm", *exact], lines)]
     return "\n\n".join(parts)
@@ -61,29 +95,58 @@ def average(name: str, results: Sequence[Result]) -> Result:
     )
 
 
-_QUALITY = ("precision", "recall")
+def _means(frame: pd.DataFrame) -> Means:
+    """By row and column: the mean over the row's runs, without the columns that a run lacks."""
+    means: Means = {}
+    for row, lines in frame.groupby("row", sort=False):
+        runs = int((lines["metric"] == f"{COST}steps").sum())
+        of: dict[Column, Any] = {("sampler", NO_NFE): lines["sampler"].iloc[0]}
+        of["runs", NO_NFE] = runs
+        for (metric, nfe), values in lines.groupby(["metric", "nfe"], sort=False, dropna=False)[
+            "value"
+        ]:
+            if len(values) == runs:
+                of[_column(metric, nfe)] = fmean(values)
+        for name in _COUNTS:
+            of["cost", name] = round(of["cost", name])
+        of["cost", "seconds_per_step"] = _seconds_per_step(of)
+        means[str(row)] = of
+    return means
 
 
-def _cost(result: Result) -> list[str]:
-    teacher = f" ({result.teacher_steps:,} teacher)" if result.teacher_steps else ""
+def _column(metric: str, nfe: Any) -> Column:
+    if not pd.isna(nfe):
+        return metric, int(nfe)
+    if metric.startswith(COST):
+        return "cost", metric.removeprefix(COST)
+    for ending in ("_floor", "_ceiling"):
+        if metric.endswith(ending):
+            return metric.removesuffix(ending), REAL
+    return metric, NO_NFE
+
+
+def _seconds_per_step(of: Mapping[Column, Any]) -> float:
+    """Those of the row's own training, without its teacher's."""
+    seconds = of["cost", "seconds"] - of["cost", "teacher_seconds"]
+    return float(seconds / (of["cost", "steps"] - of["cost", "teacher_steps"]))
+
+
+def _cost(of: Mapping[Column, Any]) -> list[str]:
+    cost = {name: value for (metric, name), value in of.items() if metric == "cost"}
+    teacher = f" ({cost['teacher_steps']:,} teacher)" if cost["teacher_steps"] else ""
     return [
-        f"{result.seconds_per_step:.4f}",
-        f"{result.steps:,}{teacher}",
-        f"{result.images:,}",
-        f"{result.seconds:.0f}",
-        f"{result.num_params:,}",
+        f"{cost['seconds_per_step']:.4f}",
+        f"{cost['steps']:,}{teacher}",
+        f"{cost['images']:,}",
+        f"{cost['seconds']:.0f}",
+        f"{cost['parameters']:,}",
     ]
 
 
-def _quality(result: Result, nfe: int, names: Sequence[str]) -> str:
-    values = [result.values.get(f"nfe{nfe}/{name}") for name in names]
+def _quality(of: Mapping[Column, Any], nfe: int, names: Sequence[str]) -> str:
+    values = [of.get((name, nfe)) for name in names]
     return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
 
 
-def _ceilings(values: dict[str, float], names: Sequence[str]) -> str:
-    real = [values[f"{name}_ceiling"] for name in names if f"{name}_ceiling" in values]
-    return f"; real data score {' / '.join(f'{v:.2f}' for v in real)}" if real else ""
-
-
-def _number(values: dict[str, float], key: str) -> str:
-    return f"{values[key]:.4g}" if key in values else "-"
+def _number(of: Mapping[Column, Any], column: Column) -> str:
+    return f"{of[column]:.4g}" if column in of else "-"
