@@ -17,9 +17,10 @@ from pathlib import Path
 from benchmarks.report.curves import figures_of
 from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.data_frame import to_csv
 from benchmarks.report.rendering.figures import save_figure
 from benchmarks.report.rendering.html import to_page
-from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.markdown import to_markdown
 from benchmarks.report.rendering.sample_viewer import viewer_of
 from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import Report, build_report

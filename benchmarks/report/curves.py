@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.records.jsonl import History
 from benchmarks.report.intervals import interval
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 from benchmarks.report.tables import Compared, Table
 
 MAX_POINTS = 200
@@ -146,7 +146,7 @@ def _over_training(compared: Compared) -> list[Figure]:
     return made
 
 
-def _against(cell: Cell, key: str, unit: str) -> dict[int, tuple[float, float]]:
+def _against(cell: RecordedCell, key: str, unit: str) -> dict[int, tuple[float, float]]:
     """By step, the metric and how much of `unit` had been spent by then, the teacher's included."""
     spent, metric = cell.record.metrics.get(unit), cell.record.metrics.get(key)
     if spent is None or metric is None:
@@ -181,7 +181,7 @@ def _training_order(name: str) -> tuple[int, str]:
     return next(i for i, start in enumerate(TRAINING) if name.startswith(start)), name
 
 
-def _by_step(cell: Cell, name: str) -> dict[int, tuple[float, float]]:
+def _by_step(cell: RecordedCell, name: str) -> dict[int, tuple[float, float]]:
     history: History | None = cell.record.metrics.get(name)
     if history is None:
         return {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.report.intervals import Interval, interval, paired
 from benchmarks.report.reading.comparability import Section, sections
-from benchmarks.report.reading.recorded_runs import Cell, Runs
+from benchmarks.report.reading.recorded_runs import RecordedCell, Runs
 
 BASELINE = "flow_matching"
 BETTER = {"floor": "lower", "ceiling": "higher"}  # by what real data's score is called
@@ -58,7 +58,7 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class RowCost:
     """What a row cost: by recorded name, and its seconds per step over those of `against`."""
 
     values: Mapping[str, Interval]
@@ -75,7 +75,7 @@ class Compared:
     section: Section
     baseline: str
     tables: tuple[Table, ...]
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, RowCost]
     against: str
 
 
@@ -108,7 +108,7 @@ def _compared(section: Section, wanted: str) -> Compared:
     )
 
 
-def _row(cells: Sequence[Cell], name: str) -> str:
+def _row(cells: Sequence[RecordedCell], name: str) -> str:
     """The row of this name, or the first one of the arm; "" for neither."""
     found = (cell.group for cell in cells if name in (cell.group, cell.record.tags["arm"]))
     return next(found, "")
@@ -183,13 +183,13 @@ def _entries(section: Section, key: str, baseline: str, better: str) -> dict[str
     return entries
 
 
-def _cost(section: Section, group: str, against: str) -> Cost:
+def _cost(section: Section, group: str, against: str) -> RowCost:
     cells = section.of(group)
     found = {key: _by_seed(cells, key) for key in COSTS}
     theirs = _by_seed(section.of(against), "cost/seconds_per_step")
     ours = found["cost/seconds_per_step"]
     nfes = sorted({int(k[3:].split("/")[0]) for k in cells[0].values if k.startswith("nfe")})
-    return Cost(
+    return RowCost(
         values={key: interval(list(v.values())) for key, v in found.items() if v},
         overhead=paired(ours, theirs, ratio=True) if group != against else None,
         parameters=cells[0].result.num_params,
@@ -198,6 +198,6 @@ def _cost(section: Section, group: str, against: str) -> Cost:
     )
 
 
-def _by_seed(cells: Sequence[Cell], metric: str) -> dict[int, float]:
+def _by_seed(cells: Sequence[RecordedCell], metric: str) -> dict[int, float]:
     values = {cell.seed: cell.last(metric) for cell in cells}
     return {seed: value for seed, value in values.items() if value is not None}

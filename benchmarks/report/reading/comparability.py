@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 
 UNSTATED = "not recorded"
 
@@ -46,18 +46,18 @@ class Section:
     """
 
     title: str
-    cells: tuple[Cell, ...]
+    cells: tuple[RecordedCell, ...]
     flags: Mapping[str, str]
 
     @property
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
-    def of(self, group: str) -> list[Cell]:
+    def of(self, group: str) -> list[RecordedCell]:
         return [cell for cell in self.cells if cell.group == group]
 
 
-def facts(cell: Cell) -> dict[str, str]:
+def facts(cell: RecordedCell) -> dict[str, str]:
     """What the cell's figures depend on beside its method, by name."""
     tags, bound = cell.record.tags, cell.bindings
 
@@ -78,10 +78,10 @@ def facts(cell: Cell) -> dict[str, str]:
     }
 
 
-def sections(cells: Sequence[Cell], *, force: bool = False) -> list[Section]:
+def sections(cells: Sequence[RecordedCell], *, force: bool = False) -> list[Section]:
     """The cells in sections of equal facts; ValueError for a difference that nobody declared."""
     split = _declared(cells)
-    found: dict[tuple[str, ...], list[Cell]] = {}
+    found: dict[tuple[str, ...], list[RecordedCell]] = {}
     for cell in cells:
         known = facts(cell)
         found.setdefault(tuple(known[name] for name in split), []).append(cell)
@@ -99,7 +99,7 @@ def sections(cells: Sequence[Cell], *, force: bool = False) -> list[Section]:
     return made
 
 
-def _declared(cells: Sequence[Cell]) -> list[str]:
+def _declared(cells: Sequence[RecordedCell]) -> list[str]:
     """The facts that differ because a grid's axes, or for the budget its arms, say so."""
     grids = {cell.record.parent for cell in cells}
     axes = frozenset().union(*(cell.axes for cell in cells))
@@ -112,7 +112,7 @@ def _declared(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
+def _binds(axis: str, keys: Sequence[str], cells: Sequence[RecordedCell]) -> bool:
     """Whether the axis is one of these keys, a field of their parts, or a macro that they read."""
     written = [cell.written for cell in cells]
     parts = {
@@ -126,7 +126,7 @@ def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
     return any(map(read.search, concerned))
 
 
-def _differing(cells: Sequence[Cell]) -> dict[str, str]:
+def _differing(cells: Sequence[RecordedCell]) -> dict[str, str]:
     """By group, how its facts differ from those of the first group; seeds against equal seeds."""
     first = cells[0].group
     mine = {cell.seed: facts(cell) for cell in cells if cell.group == first}

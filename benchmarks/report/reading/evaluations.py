@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 
 FILES = "evaluation*/evaluation.json"  # RUN/evaluation, RUN/evaluation_WEIGHTS
 
@@ -32,7 +32,7 @@ class Evaluated:
     reference: str
 
 
-def evaluated(cells: Sequence[Cell]) -> list[Evaluated]:
+def evaluated(cells: Sequence[RecordedCell]) -> list[Evaluated]:
     """All evaluations in the cells' folders; ValueError that names a file that cannot be read."""
     return [line for cell in cells for path in _files(cell) for line in _lines(cell, path)]
 
@@ -41,11 +41,11 @@ def nfes(lines: Sequence[Evaluated]) -> list[int]:
     return sorted({nfe for line in lines for nfe in line.by_nfe})
 
 
-def _files(cell: Cell) -> list[Path]:
+def _files(cell: RecordedCell) -> list[Path]:
     return sorted(cell.folder.glob(FILES))
 
 
-def _lines(cell: Cell, path: Path) -> Iterator[Evaluated]:
+def _lines(cell: RecordedCell, path: Path) -> Iterator[Evaluated]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         values, notes, samples = found["values"], found["features"], int(found["samples"])

@@ -27,7 +27,7 @@ _KILLED = "stopped or killed, or still running"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class RecordedCell:
     """One finished run; `group` names its row of a table, whose seeds are averaged."""
 
     record: Record
@@ -102,7 +102,7 @@ class Unfinished:
 class Runs:
     """What was found, in the order of the grid or of time; `notes` are for the reader."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[RecordedCell, ...]
     unfinished: tuple[Unfinished, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -110,7 +110,7 @@ class Runs:
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
-    def of(self, group: str) -> list[Cell]:
+    def of(self, group: str) -> list[RecordedCell]:
         return sorted((c for c in self.cells if c.group == group), key=lambda cell: cell.seed)
 
 
@@ -157,8 +157,8 @@ def _group(record: Record) -> str:
     return record.tags.get("group") or record.tags["arm"]
 
 
-def _cell(record: Record, group: str) -> Cell:
-    return Cell(record=record, result=Result.load(record.folder), group=group)
+def _cell(record: Record, group: str) -> RecordedCell:
+    return RecordedCell(record=record, result=Result.load(record.folder), group=group)
 
 
 def _unfinished(record: Record, group: str, state: State) -> Unfinished:
@@ -186,7 +186,7 @@ def _not_started(folder: Path) -> Unfinished:
     )
 
 
-def _named(cells: Sequence[Cell]) -> list[Cell]:
+def _named(cells: Sequence[RecordedCell]) -> list[RecordedCell]:
     """Rows of one name with other settings get the name of their folder, and then a number."""
     named = list(cells)
     kinds = list(dict.fromkeys(map(_settings, cells)))
@@ -206,12 +206,12 @@ def _named(cells: Sequence[Cell]) -> list[Cell]:
     return named
 
 
-def _settings(cell: Cell) -> Settings:
+def _settings(cell: RecordedCell) -> Settings:
     return tuple(sorted(cell.bindings.items()))
 
 
-def _without_doubles(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    kept: dict[tuple[str, int], Cell] = {}
+def _without_doubles(cells: Sequence[RecordedCell]) -> tuple[list[RecordedCell], list[str]]:
+    kept: dict[tuple[str, int], RecordedCell] = {}
     notes = []
     for cell in cells:
         first = kept.setdefault((cell.group, cell.seed), cell)

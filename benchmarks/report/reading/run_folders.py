@@ -17,7 +17,7 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}\Z")
 
 
 @dataclass(frozen=True)
-class Found:
+class RunFolders:
     """Folders with a record, folders of cells that nobody began, and what is missing.
 
     `groups` are the cells' names in the grid that was asked for, which may have taken a finished
@@ -30,7 +30,7 @@ class Found:
     groups: Mapping[Path, str]
 
 
-def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> Found:
+def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> RunFolders:
     """Every run at or under these folders, cells that a grid found elsewhere included."""
     notes: list[str] = []
     groups: dict[Path, str] = {}
@@ -38,7 +38,7 @@ def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> Found:
     folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, notes, groups)))
     started = [folder for folder in folders if (folder / RECORD).exists()]
     prepared = [folder for folder in folders if folder not in started]
-    return Found(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
+    return RunFolders(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
 
 
 def _tops(run: str | Path, tracking_uri: str) -> list[Path]:

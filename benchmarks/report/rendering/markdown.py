@@ -1,16 +1,14 @@
-"""Numbers as text, and a report as Markdown and as CSV (which has every digit)."""
+"""Numbers as text, and a report as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
 from benchmarks.report.intervals import Interval
 from benchmarks.report.reading.evaluations import Evaluated, evaluated, nfes
 from benchmarks.report.reading.origins import Origins
-from benchmarks.report.tables import COSTS, Compared, Cost, Entry, Report, Table
+from benchmarks.report.tables import COSTS, Compared, Entry, Report, RowCost, Table
 
 MARKS = {"better": "▲", "worse": "▼", "best": "★"}
 LEGEND = (
@@ -18,11 +16,6 @@ LEGEND = (
     "baseline, paired by seed. ▲ better and ▼ worse than the baseline where that interval excludes "
     "zero; ★ better than every other row in this sense. Intervals are not corrected for the number "
     "of comparisons."
-)
-CSV = (
-    *("section", "row", "metric", "n", "mean", "low", "high"),
-    *("baseline", "difference", "difference_low", "difference_high", "difference_n"),
-    *("verdict", "best", "flag", "values_by_seed"),
 )
 EVALUATED = (
     "By objective-zoo evaluate, after training: on other numbers of samples and other references "
@@ -70,7 +63,7 @@ def single(compared: Compared) -> bool:
     return any(entry.value.n < 2 for entry in entries)
 
 
-def cost_cells(cost: Cost) -> list[str]:
+def cost_cells(cost: RowCost) -> list[str]:
     """One text for each of COSTS, then overhead, parameters, sampler and evaluations."""
     values = [cost.values.get(key) for key in COSTS]
     found = [number(v.mean) if v and not v.half else plus_minus(v) for v in values]
@@ -162,47 +155,3 @@ def _flagged(compared: Compared, group: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return markdown(header, [[cell.replace("|", "\\|") for cell in row] for row in rows])
-
-
-def to_csv(report: Report) -> str:
-    """One line per number: a row's metric, or cost, with its interval, difference and seeds."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV)
-    for compared in report.compared:
-        writer.writerows(_lines(compared))
-    return file.getvalue()
-
-
-def _lines(compared: Compared) -> list[list[object]]:
-    section = compared.section
-    lines: list[list[object]] = []
-    for column in (column for table in compared.tables for column in table.columns):
-        for group, entry in column.entries.items():
-            apart = entry.difference
-            lines.append(
-                [section.title, group, column.key, *_numbers(entry.value)]
-                + ([compared.baseline, *_apart(apart)] if apart else [""] * 5)
-                + [entry.verdict, "best" if entry.best else "", section.flags.get(group, "")]
-                + [" ".join(f"{seed}:{value!r}" for seed, value in entry.by_seed.items())]
-            )
-        if column.real:
-            lines.append(
-                [section.title, "real data", column.key, *_numbers(column.real)] + [""] * 9
-            )
-    for group, cost in compared.costs.items():
-        named = {**cost.values, f"time over {compared.against}": cost.overhead}
-        lines += [
-            [section.title, group, key, *_numbers(value)] + [""] * 9
-            for key, value in named.items()
-            if value is not None
-        ]
-    return lines
-
-
-def _numbers(value: Interval) -> list[object]:
-    return [value.n, value.mean, value.low, value.high]
-
-
-def _apart(value: Interval) -> list[object]:
-    return [value.mean, value.low, value.high, value.n]

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from benchmarks.report.reading.comparability import Section
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 from benchmarks.runs.result import REAL, SAMPLES
 
 NUM_COLUMNS = 10
@@ -98,11 +98,11 @@ def viewer_of(section: Section) -> Viewer | None:
     )
 
 
-def _final(cell: Cell) -> dict[str, Array]:
+def _final(cell: RecordedCell) -> dict[str, Array]:
     return dict(load_file(cell.folder / SAMPLES))
 
 
-def _real(cell: Cell) -> dict[str, Array]:
+def _real(cell: RecordedCell) -> dict[str, Array]:
     path = cell.folder / REAL
     return dict(load_file(path)) if path.exists() else {}
 
@@ -112,7 +112,7 @@ def _drawable(samples: Mapping[str, Array]) -> bool:
     return shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
 
 
-def _kept(cell: Cell) -> dict[int, dict[str, Array]]:
+def _kept(cell: RecordedCell) -> dict[int, dict[str, Array]]:
     """The samples by step, some of the checkpoints and always the end."""
     files = {int(f.stem[5:]): f for f in sorted((cell.folder / "samples").glob("step_*"))}
     end = int(next(iter(cell.record.metrics[k] for k in cell.result.values)).steps[-1])
@@ -125,7 +125,10 @@ def _kept(cell: Cell) -> dict[int, dict[str, Array]]:
 
 
 def _strip(
-    cell: Cell, nfe: int, by_step: Mapping[int, Mapping[str, Array]], real: Mapping[str, Array]
+    cell: RecordedCell,
+    nfe: int,
+    by_step: Mapping[int, Mapping[str, Array]],
+    real: Mapping[str, Array],
 ) -> Strip:
     name = f"nfe{nfe}"
     own = _real(cell)

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from report_runs import cell, comparison, prepared, unfinished, values
 
@@ -16,8 +17,9 @@ from benchmarks.report.intervals import interval
 from benchmarks.report.reading.comparability import sections
 from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.data_frame import report_frame, to_csv
 from benchmarks.report.rendering.html import to_page
-from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.markdown import to_markdown
 from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import build_report
 
@@ -146,6 +148,37 @@ def test_every_number_of_the_table_equals_the_records(written):
         )
         checked += 1
     assert checked == 4  # two rows at two NFE
+
+
+def test_data_frame_and_csv_hold_the_same_numbers(written):
+    report = build_report(read_runs([written.parent / "runs"]))
+    found = report_frame(report)
+    assert found["mean"].dtype == found["difference"].dtype == "float64"
+    read = pd.read_csv(written / "table.csv")
+    assert list(read.columns) == list(found.columns)
+    for name in read.columns:
+        assert read[name].fillna("").tolist() == found[name].fillna("").tolist(), name
+
+
+CSV = """\
+section,row,metric,n,mean,low,high,baseline,difference,difference_low,difference_high,difference_n,\
+verdict,best,flag,values_by_seed
+,"mean_flow ""a"", b",nfe1/fd_pixels,1,1e-07,,,,,,,,,,,3:1e-07
+,real data,nfe1/fd_pixels,1,0.5,,,,,,,,,,,
+,"mean_flow ""a"", b",nfe2/fd_pixels,1,nan,,,,,,,,,,,3:nan
+,real data,nfe2/fd_pixels,1,0.5,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/seconds_per_step,1,0.4,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/seconds,1,2.0,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/steps,1,20.0,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/images,1,160.0,,,,,,,,,,,
+"""
+
+
+def test_csv_is_quoted_and_tells_a_missing_value_from_one_that_is_not_a_number(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    tags = {"group": 'mean_flow "a", b'}
+    cell(runs, "mean_flow", 3, values(1e-7, float("nan")), tags=tags)
+    assert to_csv(build_report(read_runs([runs]))) == CSV
 
 
 def test_page_markdown_and_csv_show_the_same_numbers(written):
