@@ -43,14 +43,15 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean and its interval; not a number where a value is none."""
+    """The mean of the values and its interval; both are nan where one of the values is nan."""
     n = len(values)
     with np.errstate(invalid="ignore"):
         mean = float(np.mean(values))
         if n < 2:
             return Interval(mean, None, n)
-        spread = float(np.std(values, ddof=1))
-    return Interval(mean, float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n), n)
+        # Not t.interval(loc, scale): it gives nan where all values are equal.
+        reach = stats.t.interval(LEVEL, n - 1)[1] * stats.sem(values)
+    return Interval(mean, float(reach), n)
 
 
 def paired(
