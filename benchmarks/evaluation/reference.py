@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.data.image_files import check_pictures, find_pictures, read_pictures
 from benchmarks.data.streams import StoredSet
-from benchmarks.files import file_sha256
+from benchmarks.files import file_digest, file_sha256
 from benchmarks.metrics.features import WEIGHTS_VARIABLE
 from registry.protocols import Coded, Dataset
 
@@ -104,7 +104,7 @@ def _of_folder(folder: Path, shape: tuple[int, ...]) -> Real:
     files = find_pictures(folder, labelled=False).files
     check_pictures(files, shape[1])
     with ThreadPoolExecutor() as pool:
-        digests = "\n".join(pool.map(_file_digest, files))
+        digests = "\n".join(pool.map(file_digest, files))
     content = hashlib.sha256(digests.encode()).hexdigest()
     return Real(
         about=(
@@ -116,13 +116,8 @@ def _of_folder(folder: Path, shape: tuple[int, ...]) -> Real:
     )
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _of_npz(path: Path) -> Real:
-    about = f"{path.name}, sha256 {_file_digest(path)}"
+    about = f"{path.name}, sha256 {file_digest(path)}"
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}

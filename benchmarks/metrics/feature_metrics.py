@@ -107,7 +107,7 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
         judges = tuple(metric.against(features[:half]) for metric in wanted.metrics)
         rule = f"halves of the {len(features)} rows, {half} each: fewer than 2 x {num} were given"
     floor = tuple(
-        (f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}", value)
+        (floor_name(name, metric, extractor), value)
         for metric, compare in zip(wanted.metrics, judges, strict=True)
         for name, value in compare(other)
     )
@@ -117,6 +117,11 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
 def named(name: str, extractor: Extractor) -> str:
     """What a metric's value is called over these features."""
     return extractor.canonical.get(name, f"{name}_{extractor.label.lower()}")
+
+
+def floor_name(name: str, metric: VectorMetric, extractor: Extractor) -> str:
+    """What the score of real data is called: "fid_floor", or "recall_pixels_ceiling"."""
+    return f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}"
 
 
 def _digest(x: Tensor) -> str:

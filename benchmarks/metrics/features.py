@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ class Extractor(Protocol):
     def label(self) -> str: ...
     def __call__(self, images: Tensor) -> Tensor: ...
     def provenance(self) -> dict[str, str]: ...
+
+
+@runtime_checkable
+class Resizing(Protocol):
+    """An extractor whose resize can be chosen: "clean" for clean-fid's, or "tensorflow"."""
+
+    @property
+    def resize(self) -> str: ...
 
 
 @extractors.register("inception_v3")

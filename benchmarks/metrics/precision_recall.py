@@ -50,6 +50,10 @@ class PrecisionRecall:
                 "max_rows more than k"
             )
 
+    @property
+    def least_rows(self) -> int:
+        return self.k + 1
+
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
         target = vectors(self._spaced(reference))
         target_radii = self._radii(target)
