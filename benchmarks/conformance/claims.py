@@ -11,7 +11,7 @@ from benchmarks.conformance.networks import Tapped
 from benchmarks.conformance.results import (
     HEADS,
     Broken,
-    Result,
+    ClaimResult,
     compared,
     declared,
     held,
@@ -42,7 +42,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
         raise Broken(f"{case}: {type(error).__name__}: {text}", hint) from error
 
 
-def one_loss_per_row(subject: Subject) -> Result:
+def one_loss_per_row(subject: Subject) -> ClaimResult:
     """The others need this one."""
     batch = random_batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols.py"
@@ -61,7 +61,7 @@ def one_loss_per_row(subject: Subject) -> Result:
     return held(f"per_sample {list(out.per_sample.shape)}")
 
 
-def shapes_and_dtypes(subject: Subject) -> Result:
+def shapes_and_dtypes(subject: Subject) -> ClaimResult:
     """Vectors, images and anything between, in single and double precision."""
     cases = 0
     for shape in SHAPES:
@@ -76,7 +76,7 @@ def shapes_and_dtypes(subject: Subject) -> Result:
     return held(f"{cases} cases")
 
 
-def few_rows(subject: Subject) -> Result:
+def few_rows(subject: Subject) -> ClaimResult:
     """A last batch may have a single row; schedules may be anywhere."""
     cases = 0
     for n in (1, 2, 3, 5):
@@ -92,7 +92,7 @@ def few_rows(subject: Subject) -> Result:
     return held(f"{cases} cases")
 
 
-def labels(subject: Subject) -> Result:
+def labels(subject: Subject) -> ClaimResult:
     """Data without labels, with labels, and with every label dropped; labels reach the network."""
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
     for kind in ("none", "null", "given"):
@@ -106,7 +106,7 @@ def labels(subject: Subject) -> Result:
     return held("none, dropped, given")
 
 
-def finite(subject: Subject) -> Result:
+def finite(subject: Subject) -> ClaimResult:
     """Also where networks start, at zero outputs, and on constant data: the loss and gradient."""
     largest = 0.0
     for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
@@ -129,7 +129,7 @@ def finite(subject: Subject) -> Result:
     return held(f"|loss| up to {largest:.3g}")
 
 
-def calls_within_times(subject: Subject) -> Result:
+def calls_within_times(subject: Subject) -> ClaimResult:
     """0 <= r <= t <= 1 in every call, and one time for each row."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
@@ -156,7 +156,7 @@ def calls_within_times(subject: Subject) -> Result:
     )
 
 
-def derivatives_agree(subject: Subject) -> Result:
+def derivatives_agree(subject: Subject) -> ClaimResult:
     """The exact backends to rounding, finite differences to 1e-3, in loss and gradient."""
     chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
     if not chosen:

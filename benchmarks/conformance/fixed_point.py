@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.conformance.networks import VELOCITIES, Shifted, Tapped, WithMoments
-from benchmarks.conformance.results import Broken, Result, declared, held, note
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, STEPS, Subject, gradients, law_batch
 from registry.protocols import Network
 from zoo.oracles import Oracle
@@ -49,16 +49,16 @@ class Bias:
     output: str
 
 
-def at_gaussian(subject: Subject) -> Result:
+def at_gaussian(subject: Subject) -> ClaimResult:
     return _fixed(subject, GAUSSIAN)
 
 
-def at_mixture(subject: Subject) -> Result:
+def at_mixture(subject: Subject) -> ClaimResult:
     """Skewed given x_t, with labels."""
     return _fixed(subject, MIXTURE)
 
 
-def with_defaults(subject: Subject) -> Result:
+def with_defaults(subject: Subject) -> ClaimResult:
     """For the record: how far the fields as they are move the optimum."""
     if reason := inapplicable(subject):
         return declared(reason)
@@ -71,7 +71,7 @@ def with_defaults(subject: Subject) -> Result:
     return note(f"z {found.z:.1f}: {size}, exact with other {names}", found.z)
 
 
-def pulled_back(subject: Subject) -> Result:
+def pulled_back(subject: Subject) -> ClaimResult:
     """Every prediction that is off by +-eps, its targets being exact, is pushed back."""
     if reason := inapplicable(subject):
         return declared(reason)
@@ -128,7 +128,7 @@ def measure(
     return _largest(torch.stack(rows) / scale, names, FLOOR[law])
 
 
-def _fixed(subject: Subject, law: Oracle) -> Result:
+def _fixed(subject: Subject, law: Oracle) -> ClaimResult:
     if reason := inapplicable(subject):
         return declared(reason)
     found = measure(subject, law)
@@ -139,7 +139,7 @@ def _fixed(subject: Subject, law: Oracle) -> Result:
     size = f"shift {found.shift:.1g} +- {found.error:.1g}"
     if found.z < LIMIT:
         return held(f"z {found.z:.1f} < {LIMIT:.0f}: {size}{used}", found.z, LIMIT)
-    return Result(
+    return ClaimResult(
         status="FAIL",
         figure=f"z {found.z:.1f} >= {LIMIT:.0f}: {size}{used}",
         value=found.z,

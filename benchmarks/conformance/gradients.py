@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.conformance.networks import NUM_CLASSES, Tapped, Toy
-from benchmarks.conformance.results import Broken, Result, declared, held
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held
 from benchmarks.conformance.subject import STEPS, OnToy, Subject, random_batch
 from registry.protocols import Network
 
@@ -26,7 +26,7 @@ NO_GRADIENT = (
 )
 
 
-def reaches_every_head(subject: Subject) -> Result:
+def reaches_every_head(subject: Subject) -> ClaimResult:
     """Of a network with separate outputs, and of the MLP with the heads that it would get."""
     toy = subject.on_toy()
     _backward(toy, toy.net, torch.float64)
@@ -48,7 +48,7 @@ def reaches_every_head(subject: Subject) -> Result:
     return held(", ".join(subject.keys), min(sizes.values()))
 
 
-def not_through_targets(subject: Subject) -> Result:
+def not_through_targets(subject: Subject) -> ClaimResult:
     """See the module; networks attached to teachers get no gradient either."""
     if subject.full_gradient:
         return declared("full_gradient")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.conformance.claims import evaluate
 from benchmarks.conformance.networks import Tapped
-from benchmarks.conformance.results import Broken, Result, compared, declared, held, note
+from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held, note
 from benchmarks.conformance.subject import STEPS, Subject, random_batch
 from registry.protocols import Share
 
@@ -22,7 +22,7 @@ SHARE = (
 )
 
 
-def batch_left_alone(subject: Subject) -> Result:
+def batch_left_alone(subject: Subject) -> ClaimResult:
     """The batch belongs to the trainer, which may use it again."""
     batch = random_batch(labels="given")
     assert batch.cond is not None
@@ -44,7 +44,7 @@ def batch_left_alone(subject: Subject) -> Result:
     return held("x0, labels")
 
 
-def deterministic(subject: Subject) -> Result:
+def deterministic(subject: Subject) -> ClaimResult:
     """The same rng gives the same loss, on the same instance too; another one another loss."""
     batch, toy = random_batch(n=16), subject.on_toy()
 
@@ -71,7 +71,7 @@ def deterministic(subject: Subject) -> Result:
     return held("bit-equal")
 
 
-def global_generators_untouched(subject: Subject) -> Result:
+def global_generators_untouched(subject: Subject) -> ClaimResult:
     """Otherwise runs with different objectives see different data order and noise."""
     batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
     state = random.getstate()
@@ -91,7 +91,7 @@ def global_generators_untouched(subject: Subject) -> Result:
     return held("torch, numpy, python")
 
 
-def rows_are_independent(subject: Subject) -> Result:
+def rows_are_independent(subject: Subject) -> ClaimResult:
     """A row's loss does not change with the data of the other rows."""
     if subject.couples_rows:
         return declared("couples_rows")
@@ -115,7 +115,7 @@ def rows_are_independent(subject: Subject) -> Result:
     )
 
 
-def share_of_a_batch(subject: Subject) -> Result:
+def share_of_a_batch(subject: Subject) -> ClaimResult:
     """A share has the losses that its rows have in the whole batch; it may do without shares."""
     error, wasteful = 0.0, False
     for step in STEPS[:2]:

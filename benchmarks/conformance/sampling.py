@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.conformance.fixed_point import inapplicable
 from benchmarks.conformance.networks import Exact, Tapped
-from benchmarks.conformance.results import Broken, Result, declared, held
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held
 from benchmarks.conformance.subject import F64, GAUSSIAN, Subject
 from registry import samplers
 from registry.protocols import Network
@@ -20,7 +20,7 @@ NUM = 20_000
 LIMIT = 4.5  # standard errors, over some dozen moments
 
 
-def samplers_reach_the_data(subject: Subject) -> Result:
+def samplers_reach_the_data(subject: Subject) -> ClaimResult:
     """Each in as many calls as it declares, with the outputs that are trained; maps exactly."""
     if reason := inapplicable(subject):
         return declared(reason)
