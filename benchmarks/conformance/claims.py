@@ -32,7 +32,7 @@ LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean
 
 
 def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0) -> LossOutput:
-    """The loss on a random network; whatever it raises names the case."""
+    """The loss on a random network; an error in it is told together with the case."""
     shape = tuple(batch.x0.shape[1:])
     try:
         return subject.on_toy(shape)(batch, seed)
@@ -43,7 +43,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
 
 
 def one_loss_per_row(subject: Subject) -> ClaimResult:
-    """The others need this one."""
+    """The loss is one number for each row; all other claims need this one."""
     batch = random_batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols.py"
     out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
@@ -77,7 +77,7 @@ def shapes_and_dtypes(subject: Subject) -> ClaimResult:
 
 
 def few_rows(subject: Subject) -> ClaimResult:
-    """A last batch may have a single row; schedules may be anywhere."""
+    """The loss of very few rows is finite, at every step of a schedule."""
     cases = 0
     for n in (1, 2, 3, 5):
         for step in STEPS:
@@ -107,7 +107,7 @@ def labels(subject: Subject) -> ClaimResult:
 
 
 def finite(subject: Subject) -> ClaimResult:
-    """Also where networks start, at zero outputs, and on constant data: the loss and gradient."""
+    """Loss and gradient are finite, also on constant data and at zero outputs, as networks start."""
     largest = 0.0
     for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
         for step in STEPS:
@@ -130,7 +130,7 @@ def finite(subject: Subject) -> ClaimResult:
 
 
 def calls_within_times(subject: Subject) -> ClaimResult:
-    """0 <= r <= t <= 1 in every call, and one time for each row."""
+    """Every call has one t and one r for each row, and 0 <= r <= t <= 1."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
         batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
@@ -157,7 +157,7 @@ def calls_within_times(subject: Subject) -> ClaimResult:
 
 
 def derivatives_agree(subject: Subject) -> ClaimResult:
-    """The exact backends to rounding, finite differences to 1e-3, in loss and gradient."""
+    """Every backend gives the same loss and gradient: to rounding, finite differences to 1e-3."""
     chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
     if not chosen:
         return declared("no derivative part")

@@ -1,10 +1,11 @@
 """The exact solution must be a fixed point that errors are pulled back to, in expectation.
 
-An oracle with trainable additions that are zero (`WithMoments`): their mean gradient is the moment
-of the loss's slope with smooth functions of (x, t, r) and the label, zero at a fixed point.
-Means over blocks of rows are compared with the blocks' spread; "z" is Student's t turned into the
-normal deviate of equal probability. Divided by the slope's own slope, the mean gradient is a shift
-of the optimum in units of velocity, so that no loss passes for being small.
+The network is an oracle with trainable additions that are zero (`WithMoments`). Their mean gradient
+is the moment of the loss's slope with smooth functions of (x, t, r) and the label, and it is zero
+at a fixed point. Means over blocks of rows are compared with the spread of the blocks; "z" is
+Student's t, turned into the normal deviate of equal probability. The mean gradient divided by the
+slope of the slope is the shift of the optimum in units of velocity, so a small loss does not pass
+for being small.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def at_gaussian(subject: Subject) -> ClaimResult:
 
 
 def at_mixture(subject: Subject) -> ClaimResult:
-    """Skewed given x_t, with labels."""
+    """The same at a law that is skewed given x_t, and with labels."""
     return _fixed(subject, MIXTURE)
 
 
 def with_defaults(subject: Subject) -> ClaimResult:
-    """For the record: how far the fields as they are move the optimum."""
+    """For the record: how far the default fields move the optimum."""
     if reason := inapplicable(subject):
         return declared(reason)
     changes = subject.exact_with()
@@ -97,7 +98,7 @@ def pulled_back(subject: Subject) -> ClaimResult:
 
 
 def inapplicable(subject: Subject) -> str:
-    """Why there is no pointwise fixed point to test, or nothing."""
+    """Why there is no pointwise fixed point to test; "" where there is one."""
     if subject.fixed_point != "pointwise":
         return f"fixed_point = {subject.fixed_point!r}"
     if subject.changes_coupling:
@@ -111,7 +112,7 @@ def inapplicable(subject: Subject) -> str:
 def measure(
     subject: Subject, law: Oracle, *, exact: bool = True, blocks: int = BLOCKS, seed: int = 0
 ) -> Bias:
-    """The mean gradients in all moments of all outputs, the largest in standard errors."""
+    """The largest, in standard errors, of the mean gradients in all moments of all outputs."""
     network = subject.exact_network(law, exact=exact)
     outputs = subject.velocity_keys
     probe = WithMoments(network, law.shape[0], outputs)

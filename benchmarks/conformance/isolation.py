@@ -27,7 +27,7 @@ def batch_left_alone(subject: Subject) -> ClaimResult:
     batch = random_batch(labels="given")
     assert batch.cond is not None
     before = batch.x0.clone(), batch.cond["label"].clone()
-    evaluate(subject, batch, "8 rows", "see above")
+    evaluate(subject, batch, "8 rows", "the claims before this one say more")
     changed = [
         name
         for name, old, new in (
@@ -45,7 +45,7 @@ def batch_left_alone(subject: Subject) -> ClaimResult:
 
 
 def deterministic(subject: Subject) -> ClaimResult:
-    """The same rng gives the same loss, on the same instance too; another one another loss."""
+    """The same rng gives the same loss, also on the same instance; another rng gives another."""
     batch, toy = random_batch(n=16), subject.on_toy()
 
     def loss(seed: int, global_seed: int) -> Tensor:
@@ -72,7 +72,7 @@ def deterministic(subject: Subject) -> ClaimResult:
 
 
 def global_generators_untouched(subject: Subject) -> ClaimResult:
-    """Otherwise runs with different objectives see different data order and noise."""
+    """The loss draws from its rng alone, or other objectives would see other data and noise."""
     batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
     state = random.getstate()
     before = _global_states()
@@ -116,7 +116,10 @@ def rows_are_independent(subject: Subject) -> ClaimResult:
 
 
 def share_of_a_batch(subject: Subject) -> ClaimResult:
-    """A share has the losses that its rows have in the whole batch; it may do without shares."""
+    """A share has the losses that its rows have in the whole batch.
+
+    An objective that ignores the share and computes the whole batch is right, and noted.
+    """
     error, wasteful = 0.0, False
     for step in STEPS[:2]:
         batch = random_batch(n=12, step=step, labels="given")
@@ -136,7 +139,7 @@ def share_of_a_batch(subject: Subject) -> ClaimResult:
 
 
 def _check_noise(subject: Subject) -> None:
-    """On data that are zero, the states of two steps must not lie along the same noise."""
+    """On data that are zero, the states of two steps must not point along the same noise."""
     batch = random_batch(n=16)
     batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
     for seed in (0, 1):

@@ -1,4 +1,4 @@
-"""What the objectives of the zoo must be in their limits: floors, other objectives, identities."""
+"""Claims about the zoo's own objectives in their limits: the floor of the loss, another objective."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class _Given:
 
 
 def _variance(t: Tensor) -> Tensor:
-    """Var(v_c | x_t), which no x changes."""
+    """Var(v_c | x_t), which does not depend on x_t."""
     return GAUSSIAN.posterior_variance(GAUSSIAN.marginal_mean(t), t)
 
 
@@ -193,7 +193,11 @@ def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> Claim
 def _gradient_error(
     subject: Subject, objective: Any, reference: Any, *, own: bool = False
 ) -> float:
-    """Relative, up to a factor; `own`: the reference has the same outputs, not v for u."""
+    """The relative difference of the gradients of the objective and of the reference.
+
+    A reference that has the `own` outputs of the objective must agree in size too. Any other reads
+    "v" where the objective has "u", and agrees up to a factor.
+    """
     batch = random_batch(n=64)
     found = []
     for one in (objective, reference):

@@ -210,7 +210,10 @@ def _taught(change: Callable[[Network], Network], teacher: Any) -> Taught:
 def _with_parts(
     subject: Subject, chosen: Callable[[Any], bool], change: Callable[[Any], Any]
 ) -> Subject | None:
-    """Every part that is chosen changed, in the defaults and in what makes them exact."""
+    """The subject with every chosen part changed, by default and where it is made exact.
+
+    None where no part is chosen.
+    """
     forms = (subject.objective(), subject.objective(exact=True))
     if not any(chosen(part) for form in forms for _, part in parts(form)):
         return None

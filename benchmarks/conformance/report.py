@@ -72,9 +72,9 @@ def check(
     mutations: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConformanceReport:
-    """Every claim on the objective of this name, or every planted mistake; `tell` gets the lines.
+    """Check every claim on the objective of this name, or plant every mistake in it.
 
-    `file` is a Python file of one's own, imported first.
+    `tell` gets the lines of the report. `file` is a Python file that is imported first.
     """
     load_plugins()
     if file is not None:
@@ -90,12 +90,12 @@ def check(
                 found.append(verdict)
             if not found:
                 tell(f"{name} has no part that a mistake could be planted in")
-            return _told(ConformanceReport(name, verdicts=tuple(found)), tell)
+            return _closed(ConformanceReport(name, verdicts=tuple(found)), tell)
         results = []
         for result in run(subject, claims):
             tell(_result_lines(result))
             results.append(result)
-        return _told(ConformanceReport(name, results=tuple(results)), tell)
+        return _closed(ConformanceReport(name, results=tuple(results)), tell)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def claims_for(name: str) -> dict[str, Claim]:
-    """Every claim for the objective of this name, its own at the end."""
+    """Every claim for the objective of this name; those that it alone has come last."""
     return CLAIMS | SPECIAL.get(name, {})
 
 
@@ -150,8 +150,8 @@ def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[ClaimResult]:
                 yield run_claim(name, claim, subject)
 
 
-def _told(report: ConformanceReport, tell: Callable[[str], None]) -> ConformanceReport:
-    """The last line, if all is well; else the command ends with what fails."""
+def _closed(report: ConformanceReport, tell: Callable[[str], None]) -> ConformanceReport:
+    """The report, after its last line; a report with problems has none, the command names them."""
     applied = [result for result in report.results if result.status == "ok"]
     if applied and not report.problems():
         seconds = sum(result.seconds for result in report.results)

@@ -17,7 +17,7 @@ Status = Literal["ok", "FAIL", "declared", "note"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimResult:
-    """One claim's outcome; "declared" ones do not apply by the objective's own word.
+    """The outcome of one claim; "declared" if the objective says that it does not apply.
 
     `value` is what was measured and `limit` what it may be, in the figure's unit.
     """
@@ -56,7 +56,7 @@ def declared(reason: str) -> ClaimResult:
 
 
 def compared(unit: str, value: float, limit: float, reason: str, hint: str) -> ClaimResult:
-    """ok if value < limit, which nan is not."""
+    """A result that is ok if value < limit, and fails otherwise, also where the value is nan."""
     figure = f"{unit} {value:.2g} < {limit:.2g}"
     if value < limit:
         return held(figure, value, limit)
@@ -74,11 +74,11 @@ def run_claim(name: str, claim: Claim, subject: Subject) -> ClaimResult:
     except Broken as broken:
         result = ClaimResult(status="FAIL", reason=broken.reason, hint=broken.hint)
     except Exception as error:  # whatever foreign code may raise is a result here
-        result = ClaimResult(status="FAIL", reason=_told(error), hint=_hint(error))
+        result = ClaimResult(status="FAIL", reason=_text(error), hint=_hint(error))
     return replace(result, claim=name, seconds=time.perf_counter() - start)
 
 
-def _told(error: Exception) -> str:
+def _text(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -77,7 +77,7 @@ class Frechet:
         return self.against_moments(*moments(reference))
 
     def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]:
-        """Against a mean [d] and covariance [d d] that were worked out before, in float64."""
+        """The distance to a mean [d] and covariance [d d] in float64, worked out before."""
         if len(mean) > MANY:
             log.warning(
                 "frechet of vectors of %d dimensions takes roots of matrices of that size: minutes "

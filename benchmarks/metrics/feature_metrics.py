@@ -2,7 +2,7 @@
 
 Every value is named after its features and comes with the number that real data score against
 real data at the same count, since a distance of few samples is mostly bias: "fd_efficientnetlite0"
-beside "fd_efficientnetlite0_floor". It is called "fid" over InceptionV3 features alone.
+beside "fd_efficientnetlite0_floor". Only over InceptionV3 features is the distance called "fid".
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class FeatureMetrics:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         if not self.metrics:
-            raise ValueError("feature_metrics.metrics is empty; give at least one, @frechet() say")
+            raise ValueError(
+                "feature_metrics.metrics is empty; give at least one, such as @frechet()"
+            )
         try:
             hash(self)  # results are remembered by what computed them
         except TypeError as error:

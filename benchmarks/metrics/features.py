@@ -2,7 +2,7 @@
 
 Images come as uint8 or in the data's own range [-1, 1]. The latter are rounded to uint8 first, as
 an image file would be, then resized in float32 by clean-fid's rule (PIL bicubic with antialiasing,
-clipped to [0, 255], not rounded again), which is what published resizers get wrong:
+clipped to [0, 255], not rounded again). Other resizers change the numbers:
 Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation",
 arXiv 2104.11222. Grey images are repeated to three channels. Nothing is ever downloaded.
 """
@@ -45,7 +45,7 @@ class Extractor(Protocol):
     """Images [n c h w], uint8 or in [-1, 1] -> float32 features [n d] on the CPU.
 
     `label` names the values; `canonical` gives the names that the literature keeps for these
-    features, such as {"fd": "fid"}. `provenance` says what a number depends on beside the images.
+    features, such as {"fd": "fid"}. `provenance` says what a number depends on besides the images.
     """
 
     canonical: ClassVar[dict[str, str]]

@@ -1,7 +1,7 @@
 """Quality against evaluations, time and images, and the course of training, as curves with bands.
 
 A point is the mean over the seeds of a row at a step that all of them recorded, the band its 95 %
-interval (see statistics.py). Long curves are thinned to points that were recorded, not averaged.
+interval (intervals.py). Long curves are thinned to points that were recorded, not averaged.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Figure:
 
 
 def figures_of(compared: Compared) -> list[Figure]:
-    """Every figure of a section that its records have points for."""
+    """The figures of a section, without those for which nothing was recorded."""
     made = [_against_nfe(compared), *_over_training(compared), _course(compared)]
     return [figure for figure in made if figure.panels]
 

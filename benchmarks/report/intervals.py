@@ -20,7 +20,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of n values, `half` the width of its interval; None for a single value."""
+    """The mean of n values; `half` is half the width of its interval, None for a single value."""
 
     mean: float
     half: float | None
@@ -57,7 +57,10 @@ def interval(values: Sequence[float]) -> Interval:
 def paired(
     ours: Mapping[int, float], theirs: Mapping[int, float], *, ratio: bool = False
 ) -> Interval | None:
-    """Our value minus (or divided by) theirs, over the seeds that both have; None without any."""
+    """The mean difference of our values and theirs, or of their ratio, over the seeds of both.
+
+    None where they have no seed in common.
+    """
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None

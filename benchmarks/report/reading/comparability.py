@@ -2,10 +2,10 @@
 
 A number depends on the data, on what measured it (features with their weights, resize, rounding,
 count, reference), on the guidance of the samples, and on the budget and the schedule that was
-laid out over it. Rows that differ in one of these are refused, with two exceptions. What the axes
-of one grid vary is its question: such rows get sections of their own, and no difference is taken
-across sections; so do the arms of one file that have other budgets. And what is forced is shown,
-and flagged.
+laid out over it. Rows that differ in one of these facts are refused, with two exceptions. Where the
+axes of one grid vary a fact, or the arms of one file have different budgets, this is the question
+of the comparison: such rows get sections of their own, and no difference is taken across sections.
+Rows that the user forces into one section are shown with a flag.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from benchmarks.report.reading.recorded_runs import RecordedCell
 
 UNSTATED = "not recorded"
 
-# What each fact is bound by, its parts included: where an axis of a grid binds one of these, the
-# fact is the grid's question.
+# The gin keys that decide each fact. Where an axis of a grid binds one of them, or a field of a
+# part that they name, the fact is the grid's question.
 BOUND_BY = {
     "data": ("run.dataset",),
     "features": ("run.metric", "feature_metrics.extractor"),
@@ -42,7 +42,7 @@ BOUND_BY = {
 class Section:
     """Cells that may stand side by side; `title` says what sets them apart from other sections.
 
-    `flags` says of a group how it differs from the first, where that was forced.
+    `flags` says how a group differs from the first one, where the user forced them together.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Section:
 
 
 def facts(cell: RecordedCell) -> dict[str, str]:
-    """What the cell's figures depend on beside its method, by name."""
+    """What the cell's figures depend on besides its method, by name."""
     tags, bound = cell.record.tags, cell.bindings
 
     def tag(*names: str) -> str:
@@ -127,7 +127,7 @@ def _binds(axis: str, keys: Sequence[str], cells: Sequence[RecordedCell]) -> boo
 
 
 def _differing(cells: Sequence[RecordedCell]) -> dict[str, str]:
-    """By group, how its facts differ from those of the first group; seeds against equal seeds."""
+    """How the facts of each group differ from those of the first one, seed by seed."""
     first = cells[0].group
     mine = {cell.seed: facts(cell) for cell in cells if cell.group == first}
     found: dict[str, dict[str, str]] = {}

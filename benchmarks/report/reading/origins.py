@@ -72,7 +72,7 @@ def _apart(
 
 
 def _unshared(binding: tuple[str, Mapping[str, str]]) -> bool:
-    """What one row alone binds, its own part's, comes behind what several bind differently."""
+    """A key to sort by: bindings of a single row come after those of several rows."""
     return sum(value != MISSING for value in binding[1].values()) < 2
 
 

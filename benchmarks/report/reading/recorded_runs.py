@@ -20,7 +20,7 @@ from benchmarks.report.reading.run_folders import CELL, folders_of
 from benchmarks.runs.result import Result
 from registry import gin_setup
 
-# Where and how a run is recorded, continued or stopped: no part of what a row is.
+# Settings that say where and how a run is recorded, continued or stopped, and not what it is.
 _ASIDE = ("run.seed", "run.recorder", "run.checkpoint_seconds", "run.pruner", "parameters")
 Settings = tuple[tuple[str, str], ...]
 _KILLED = "stopped or killed, or still running"
@@ -70,14 +70,14 @@ class RecordedCell:
 
     @cached_property
     def axes(self) -> frozenset[str]:
-        """What the cell's grid set for it: keys, names of macros, 'include' for whole files."""
+        """The keys and macros that the grid set for this cell; 'include' stands for whole files."""
         bound = json.loads(self.record.tags.get("cell.bindings", "[]"))
         keys = (binding.split("=")[0].split()[0] for binding in bound)
         return frozenset(key.split("/")[-1] for key in keys)
 
     @property
     def command(self) -> str:
-        """The line that runs it again."""
+        """The command line that runs the cell again."""
         return command_of(self.record)
 
     @property
@@ -187,7 +187,10 @@ def _not_started(folder: Path) -> Unfinished:
 
 
 def _named(cells: Sequence[RecordedCell]) -> list[RecordedCell]:
-    """Rows of one name with other settings get the name of their folder, and then a number."""
+    """The cells, where rows of one name but different settings get names of their own.
+
+    The name of the folder above the runs is added, and a number where that is not enough.
+    """
     named = list(cells)
     kinds = list(dict.fromkeys(map(_settings, cells)))
     for label in (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
 from benchmarks.report.intervals import Interval
-from benchmarks.report.reading.evaluations import Evaluated, evaluated, nfes
+from benchmarks.report.reading.evaluations import EvaluationLine, nfes
 from benchmarks.report.reading.origins import Origins
 from benchmarks.report.tables import COSTS, Compared, Entry, Report, RowCost, Table
 
@@ -18,9 +18,9 @@ LEGEND = (
     "of comparisons."
 )
 EVALUATED = (
-    "By objective-zoo evaluate, after training: on other numbers of samples and other references "
-    "than above, so without intervals or comparisons. Real halves are one half of the reference "
-    "against the other."
+    "These values were measured by objective-zoo evaluate after training, on other numbers of "
+    "samples and other references than those above, so they have no intervals and are not "
+    "compared. Real halves are what one half of the reference scores against the other."
 )
 SINGLE = "Rows with n = 1 have no interval, and nothing is marked for them."
 
@@ -47,6 +47,10 @@ def difference(entry: Entry) -> str:
     return f"Δ {sign}{plus_minus(entry.difference)} {MARKS.get(entry.verdict, '')}".strip()
 
 
+def title(compared: Compared) -> str:
+    return compared.section.title or "Results"
+
+
 def heading(table: Table) -> str:
     return f"{table.title} ({table.better} is better)" if table.better else table.title
 
@@ -58,13 +62,13 @@ def seeds(table: Table, group: str) -> str:
 
 
 def single(compared: Compared) -> bool:
-    """Whether some row has one seed alone."""
+    """Whether a row has only one seed."""
     entries = (e for t in compared.tables for c in t.columns for e in c.entries.values())
     return any(entry.value.n < 2 for entry in entries)
 
 
 def cost_cells(cost: RowCost) -> list[str]:
-    """One text for each of COSTS, then overhead, parameters, sampler and evaluations."""
+    """One text for each column of `cost_heads`."""
     values = [cost.values.get(key) for key in COSTS]
     found = [number(v.mean) if v and not v.half else plus_minus(v) for v in values]
     overhead = "1" if cost.overhead is None else plus_minus(cost.overhead)
@@ -75,12 +79,12 @@ def cost_heads(compared: Compared) -> list[str]:
     return [*COSTS.values(), f"time / {compared.against}", "parameters", "sampler", "NFE measured"]
 
 
-def evaluated_heads(lines: Sequence[Evaluated]) -> list[str]:
+def evaluated_heads(lines: Sequence[EvaluationLine]) -> list[str]:
     calls = [f"NFE {nfe}" for nfe in nfes(lines)]
     return ["evaluation", "samples", "metric", *calls, "real halves", "reference"]
 
 
-def evaluated_cells(line: Evaluated, calls: Sequence[int]) -> list[str]:
+def evaluated_cells(line: EvaluationLine, calls: Sequence[int]) -> list[str]:
     values = [*map(line.by_nfe.get, calls), line.real]
     shown = ["-" if value is None else number(value) for value in values]
     return [line.name, f"{line.samples:,}", line.metric, *shown, line.reference]
@@ -91,7 +95,7 @@ def to_markdown(report: Report, origins: Origins) -> str:
     parts = ["# Comparison", LEGEND]
     for compared in report.compared:
         parts += _section(compared)
-    if lines := evaluated(report.runs.cells):
+    if lines := report.evaluations:
         rows = [[line.group, str(line.seed), *evaluated_cells(line, nfes(lines))] for line in lines]
         parts += ["## Evaluated", EVALUATED]
         parts += [_table(["row", "seed", *evaluated_heads(lines)], rows)]
@@ -120,7 +124,7 @@ def to_markdown(report: Report, origins: Origins) -> str:
 
 def _section(compared: Compared) -> list[str]:
     section = compared.section
-    parts = [f"## {section.title or 'Results'}", f"Baseline: {compared.baseline}."]
+    parts = [f"## {title(compared)}", f"Baseline: {compared.baseline}."]
     if single(compared):
         parts.append(SINGLE)
     parts += [f"**Forced:** {flag}; nothing is marked for it." for flag in section.flags.values()]

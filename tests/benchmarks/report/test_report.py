@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +16,13 @@ from benchmarks.records.jsonl import read_record
 from benchmarks.report import write_report
 from benchmarks.report.intervals import interval
 from benchmarks.report.reading.comparability import sections
+from benchmarks.report.reading.kept_samples import kept_samples
 from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
 from benchmarks.report.rendering.data_frame import report_frame, to_csv
 from benchmarks.report.rendering.html import to_page
 from benchmarks.report.rendering.markdown import to_markdown
+from benchmarks.report.rendering.sample_viewer import viewer_of
 from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import build_report
 
@@ -113,7 +116,9 @@ def test_value_that_is_not_finite_is_shown_and_never_wins(tmp_path):
 def test_baseline_is_chosen_by_name(two_rows):
     found = table(two_rows, baseline="mean_flow")["NFE 1"]
     assert found["flow_matching"].verdict == "worse"
-    with pytest.raises(ValueError, match="no row or arm is 'shortcut'; there are flow_matching"):
+    with pytest.raises(
+        ValueError, match="'shortcut', and no row or arm has this name. The rows are flow"
+    ):
         table(two_rows, baseline="shortcut")
 
 
@@ -397,7 +402,7 @@ def test_what_evaluate_found_is_in_the_report(tmp_path):
     where = runs / "mean_flow-1" / "evaluation_ema_width_0.12" / "evaluation.json"
     where.parent.mkdir()
     where.write_text(json.dumps(about))
-    found = outputs(report)
+    found = outputs(build_report(read_runs([runs])))
     line = "| mean_flow | 1 | evaluation_ema_width_0.12 | 50,000 | fid | 3.431 | 2.93 | 0.5 |"
     assert line in re.sub(" +", " ", found["markdown"])
     cells = re.sub(r"</t[hd]>\s*<t[hd][^>]*>", " | ", found["page"])
@@ -405,4 +410,17 @@ def test_what_evaluate_found_is_in_the_report(tmp_path):
     assert "50,000 | recall | 0.61 | - | - | ref.npz" in cells
     where.write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read.*evaluate again"):
-        outputs(report)
+        build_report(read_runs([runs]))
+
+
+def test_what_is_rendered_was_read_before(tmp_path):
+    """Page, Markdown, CSV and viewer need no folder of runs."""
+    runs = comparison(tmp_path / "runs", ROWS)
+    report = build_report(read_runs([runs]))
+    origins, kept = origins_of(report.runs.cells), kept_samples(report.compared[0].section)
+    looks = looks_of(report.runs.groups)
+    shutil.rmtree(runs)
+    page = to_page(report, origins, {0: []}, {0: viewer_of(kept)}, looks)
+    assert "data:image/png;base64," in page
+    assert to_markdown(report, origins)
+    assert to_csv(report)
