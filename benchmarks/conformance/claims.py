@@ -107,7 +107,7 @@ def labels(subject: Subject) -> ClaimResult:
 
 
 def finite(subject: Subject) -> ClaimResult:
-    """Loss and gradient are finite, also on constant data and at zero outputs, as networks start."""
+    """Loss and gradient are finite, also on constant data and where networks start, at zero."""
     largest = 0.0
     for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
         for step in STEPS:

@@ -1,4 +1,4 @@
-"""Claims about the zoo's own objectives in their limits: the floor of the loss, another objective."""
+"""Claims about the zoo's own objectives in their limits, such as the floor of a loss."""
 
 from __future__ import annotations
 

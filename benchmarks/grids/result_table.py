@@ -30,7 +30,7 @@ def wide(frame: pd.DataFrame) -> pd.DataFrame:
     one of the row's runs lacks the value.
     """
     means = _means(frame)
-    columns = dict.fromkeys(column for values in means.values() for column in values)
+    columns = _columns(means)
     table = pd.DataFrame(
         {column: [values.get(column) for values in means.values()] for column in columns},
         index=pd.Index(means, name="row"),
@@ -45,35 +45,15 @@ def result_table(frame: pd.DataFrame) -> str:
     A value that is missing is a dash, and a value that is not a number is nan.
     """
     means = _means(frame)
-    first = next(iter(means.values()))
-    columns = list(dict.fromkeys(column for values in means.values() for column in values))
+    columns = _columns(means)
     measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
     nfes = sorted({nfe for _, nfe in measured})
-    metric = measured[0][0]
-    title = f"{metric} by number of network evaluations (NFE), lower is better"
-    if (floor := first.get((metric, REAL))) is not None:
-        title += f"; real data score {floor:.4g}"
-    steps = [f"NFE {n}" for n in nfes]
-    header = ["arm", "sampler", *steps, "s/step", "steps", "images", "seconds", "parameters"]
-    rows = [
-        [row, of["sampler", NO_NFE], *(_number(of, (metric, n)) for n in nfes), *_cost(of)]
-        for row, of in means.items()
-    ]
-    counts = [of["runs", NO_NFE] for of in means.values()]
-    if max(counts) > 1:
-        title += "; means over n runs"
-        header.append("n")
-        rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
-    parts = [f"{title}:", markdown(header, rows)]
+    parts = _first_metric(means, measured[0][0], nfes)
     at_one = [name for name, nfe in measured if nfe == 1]
     pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):
-        lines = [[row, *(_quality(of, n, pair) for n in nfes)] for row, of in means.items()]
-        scores = [first[name, REAL] for name in pair if (name, REAL) in first]
-        real = f"; real data score {' / '.join(f'{v:.2f}' for v in scores)}" if scores else ""
-        parts += [f"precision / recall, higher is better{real}:", markdown(["arm", *steps], lines)]
-    exact = sorted(name for name, nfe in columns if nfe == NO_NFE and "_error" in name)
-    if exact:
+        parts += _quality(means, pair, nfes)
+    if exact := sorted(name for name, nfe in columns if nfe == NO_NFE and "_error" in name):
         lines = [[row, *(_number(of, (n, NO_NFE)) for n in exact)] for row, of in means.items()]
         parts += ["error against the exact flow, relative to the data's scale:"]
         parts += [markdown(["arm", *exact], lines)]
@@ -102,16 +82,18 @@ def _means(frame: pd.DataFrame) -> Means:
         runs = int((lines["metric"] == f"{COST}steps").sum())
         of: dict[Column, Any] = {("sampler", NO_NFE): lines["sampler"].iloc[0]}
         of["runs", NO_NFE] = runs
-        for (metric, nfe), values in lines.groupby(["metric", "nfe"], sort=False, dropna=False)[
-            "value"
-        ]:
-            if len(values) == runs:
-                of[_column(metric, nfe)] = fmean(values)
+        for (metric, nfe), same in lines.groupby(["metric", "nfe"], sort=False, dropna=False):
+            if len(same) == runs:
+                of[_column(metric, nfe)] = fmean(same["value"])
         for name in _COUNTS:
             of["cost", name] = round(of["cost", name])
         of["cost", "seconds_per_step"] = _seconds_per_step(of)
         means[str(row)] = of
     return means
+
+
+def _columns(means: Means) -> list[Column]:
+    return list(dict.fromkeys(column for values in means.values() for column in values))
 
 
 def _column(metric: str, nfe: Any) -> Column:
@@ -126,7 +108,7 @@ def _column(metric: str, nfe: Any) -> Column:
 
 
 def _seconds_per_step(of: Mapping[Column, Any]) -> float:
-    """Those of the row's own training, without its teacher's."""
+    """The seconds of one step of the row's own training, its teacher's left out."""
     seconds = of["cost", "seconds"] - of["cost", "teacher_seconds"]
     return float(seconds / (of["cost", "steps"] - of["cost", "teacher_steps"]))
 
@@ -143,9 +125,41 @@ def _cost(of: Mapping[Column, Any]) -> list[str]:
     ]
 
 
-def _quality(of: Mapping[Column, Any], nfe: int, names: Sequence[str]) -> str:
-    values = [of.get((name, nfe)) for name in names]
-    return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+def _first_metric(means: Means, metric: str, nfes: Sequence[int]) -> list[str]:
+    """The metric by NFE beside what a row cost, under a title with the first row's real score."""
+    title = f"{metric} by number of network evaluations (NFE), lower is better"
+    if (floor := next(iter(means.values())).get((metric, REAL))) is not None:
+        title += f"; real data score {floor:.4g}"
+    header = ["arm", "sampler", *_heads(nfes), "s/step", "steps", "images", "seconds", "parameters"]
+    rows = [
+        [row, of["sampler", NO_NFE], *(_number(of, (metric, n)) for n in nfes), *_cost(of)]
+        for row, of in means.items()
+    ]
+    counts = [of["runs", NO_NFE] for of in means.values()]
+    if max(counts) > 1:
+        title += "; means over n runs"
+        header.append("n")
+        rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
+    return [f"{title}:", markdown(header, rows)]
+
+
+def _quality(means: Means, names: Sequence[str], nfes: Sequence[int]) -> list[str]:
+    """Fidelity and diversity by NFE, under a title with the first row's real scores."""
+    first = next(iter(means.values()))
+    scores = [first[name, REAL] for name in names if (name, REAL) in first]
+    real = f"; real data score {' / '.join(f'{v:.2f}' for v in scores)}" if scores else ""
+
+    def pair(of: Mapping[Column, Any], nfe: int) -> str:
+        values = [of.get((name, nfe)) for name in names]
+        return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+
+    lines = [[row, *(pair(of, nfe) for nfe in nfes)] for row, of in means.items()]
+    title = f"precision / recall, higher is better{real}:"
+    return [title, markdown(["arm", *_heads(nfes)], lines)]
+
+
+def _heads(nfes: Sequence[int]) -> list[str]:
+    return [f"NFE {n}" for n in nfes]
 
 
 def _number(of: Mapping[Column, Any], column: Column) -> str:

@@ -110,6 +110,10 @@ def test_value_that_a_run_of_the_row_lacks_has_no_mean():
     assert found.loc["decm", 4] == VALUES["nfe4/fid"]
 
 
+def test_no_runs_give_an_empty_data_frame():
+    assert wide(frame({})).shape == (0, 0)
+
+
 def test_value_that_is_not_a_number_is_shown_and_is_no_dash():
     diverged = replace(RUN, values=VALUES | {"velocity_error": float("nan")})
     rows = {"decm": [diverged], "mean_flow": [lacking(RUN, "velocity_error")]}
