@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from backbones.network import FlowNetwork
-    from benchmarks.conformance import Report as ConformanceReport
+    from benchmarks.conformance import ConformanceReport
     from benchmarks.grids.comparison import CellsFailed as CellsFailed
     from objective_zoo.comparing import Comparison as Comparison
     from objective_zoo.comparing import Experiment as Experiment

@@ -10,6 +10,7 @@ import registry
 from benchmarks.grids import comparison as library
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import wide
+from benchmarks.runs.frame import frame
 from objective_zoo.calls import called
 from objective_zoo.runs import Run
 from registry.core import Registry
@@ -57,13 +58,24 @@ class Comparison:
         return dict(self._found.failed)
 
     def table(self, by: str = "") -> pd.DataFrame:
-        """Means over seeds: rows x (metric, NFE), with the number of seeds and what a run cost.
+        """Means over seeds: one line for each row, the columns are pairs (metric, NFE).
 
-        `by` names one of the grid's axes, such as "n2n_every": rows are then its values (with the
-        arm before them where there are several), and means go over everything else. KeyError, with
-        the axes that there are, for another name.
+        ("fid", 4) is the metric at 4 NFE and ("fid", "real") what real data score; ("runs", "") is
+        the number of runs, and ("cost", "seconds_per_step") and its like are what a run cost. `by`
+        names one of the grid's axes, such as "n2n_every": lines are then its values (with the arm
+        before them where there are several), and means go over everything else. KeyError, with the
+        axes that there are, for another name.
         """
-        return wide(self._found.results(by))
+        import pandas as pd
+
+        found = self._found.results(by)
+        table = wide(frame({str(number): runs for number, runs in enumerate(found.values())}))
+        labels = list(found)
+        if labels and isinstance(labels[0], tuple):
+            table.index = pd.MultiIndex.from_tuples(labels, names=["arm", by])
+        else:
+            table.index = pd.Index(labels, name=by or "row")
+        return table
 
 
 class Experiment:

@@ -123,9 +123,10 @@ class Run:
         They are also written into the run's folder, under evaluation/. `options` are those of the
         command: metrics, features, reference, labels, seed, batch_size, weights.
         """
-        from benchmarks.evaluation.protocol import Request, evaluate_run
+        from benchmarks.evaluation.protocol import evaluate_run
+        from benchmarks.evaluation.request import EvaluationRequest
 
-        request = Request(num=num, nfe=tuple(nfe), **options)
+        request = EvaluationRequest(num=num, nfe=tuple(nfe), **options)
         with called(progress):
             return evaluate_run(self.folder, request)
 

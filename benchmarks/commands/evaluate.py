@@ -66,9 +66,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if status := start(arguments.words[1:], arguments.ranks, again=again):
             raise SystemExit(status)
         return
-    from benchmarks.evaluation.protocol import Request, evaluate_run, table
+    from benchmarks.evaluation.protocol import evaluate_run, table
+    from benchmarks.evaluation.request import EvaluationRequest
 
-    request = Request(
+    request = EvaluationRequest(
         num=arguments.num,
         nfe=tuple(arguments.nfe),
         metrics=tuple(arguments.metrics),

@@ -6,7 +6,7 @@ exact solutions and registry/protocols for what an objective may declare about i
 
 from __future__ import annotations
 
-from benchmarks.conformance.report import Report, check
-from benchmarks.conformance.results import Result
+from benchmarks.conformance.report import ConformanceReport, check
+from benchmarks.conformance.results import ClaimResult
 
-__all__ = ["Report", "Result", "check"]
+__all__ = ["ClaimResult", "ConformanceReport", "check"]

@@ -11,7 +11,7 @@ from benchmarks.conformance.networks import Tapped
 from benchmarks.conformance.results import (
     HEADS,
     Broken,
-    Result,
+    ClaimResult,
     compared,
     declared,
     held,
@@ -32,7 +32,7 @@ LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean
 
 
 def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0) -> LossOutput:
-    """The loss on a random network; whatever it raises names the case."""
+    """The loss on a random network; an error in it is told together with the case."""
     shape = tuple(batch.x0.shape[1:])
     try:
         return subject.on_toy(shape)(batch, seed)
@@ -42,8 +42,8 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
         raise Broken(f"{case}: {type(error).__name__}: {text}", hint) from error
 
 
-def one_loss_per_row(subject: Subject) -> Result:
-    """The others need this one."""
+def one_loss_per_row(subject: Subject) -> ClaimResult:
+    """The loss is one number for each row; all other claims need this one."""
     batch = random_batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols"
     out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
@@ -61,7 +61,7 @@ def one_loss_per_row(subject: Subject) -> Result:
     return held(f"per_sample {list(out.per_sample.shape)}")
 
 
-def shapes_and_dtypes(subject: Subject) -> Result:
+def shapes_and_dtypes(subject: Subject) -> ClaimResult:
     """Vectors, images and anything between, in single and double precision."""
     cases = 0
     for shape in SHAPES:
@@ -76,8 +76,8 @@ def shapes_and_dtypes(subject: Subject) -> Result:
     return held(f"{cases} cases")
 
 
-def few_rows(subject: Subject) -> Result:
-    """A last batch may have a single row; schedules may be anywhere."""
+def few_rows(subject: Subject) -> ClaimResult:
+    """The loss of very few rows is finite, at every step of a schedule."""
     cases = 0
     for n in (1, 2, 3, 5):
         for step in STEPS:
@@ -92,7 +92,7 @@ def few_rows(subject: Subject) -> Result:
     return held(f"{cases} cases")
 
 
-def labels(subject: Subject) -> Result:
+def labels(subject: Subject) -> ClaimResult:
     """Data without labels, with labels, and with every label dropped; labels reach the network."""
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
     for kind in ("none", "null", "given"):
@@ -106,8 +106,8 @@ def labels(subject: Subject) -> Result:
     return held("none, dropped, given")
 
 
-def finite(subject: Subject) -> Result:
-    """Also where networks start, at zero outputs, and on constant data: the loss and gradient."""
+def finite(subject: Subject) -> ClaimResult:
+    """Loss and gradient are finite, also on constant data and where networks start, at zero."""
     largest = 0.0
     for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
         for step in STEPS:
@@ -129,8 +129,8 @@ def finite(subject: Subject) -> Result:
     return held(f"|loss| up to {largest:.3g}")
 
 
-def calls_within_times(subject: Subject) -> Result:
-    """0 <= r <= t <= 1 in every call, and one time for each row."""
+def calls_within_times(subject: Subject) -> ClaimResult:
+    """Every call has one t and one r for each row, and 0 <= r <= t <= 1."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
         batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
@@ -156,8 +156,8 @@ def calls_within_times(subject: Subject) -> Result:
     )
 
 
-def derivatives_agree(subject: Subject) -> Result:
-    """The exact backends to rounding, finite differences to 1e-3, in loss and gradient."""
+def derivatives_agree(subject: Subject) -> ClaimResult:
+    """Every backend gives the same loss and gradient: to rounding, finite differences to 1e-3."""
     chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
     if not chosen:
         return declared("no derivative part")

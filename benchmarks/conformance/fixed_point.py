@@ -1,10 +1,11 @@
 """The exact solution must be a fixed point that errors are pulled back to, in expectation.
 
-An oracle with trainable additions that are zero (`WithMoments`): their mean gradient is the moment
-of the loss's slope with smooth functions of (x, t, r) and the label, zero at a fixed point.
-Means over blocks of rows are compared with the blocks' spread; "z" is Student's t turned into the
-normal deviate of equal probability. Divided by the slope's own slope, the mean gradient is a shift
-of the optimum in units of velocity, so that no loss passes for being small.
+The network is an oracle with trainable additions that are zero (`WithMoments`). Their mean gradient
+is the moment of the loss's slope with smooth functions of (x, t, r) and the label, and it is zero
+at a fixed point. Means over blocks of rows are compared with the spread of the blocks; "z" is
+Student's t, turned into the normal deviate of equal probability. The mean gradient divided by the
+slope of the slope is the shift of the optimum in units of velocity, so a small loss does not pass
+for being small.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.conformance.networks import VELOCITIES, Shifted, Tapped, WithMoments
-from benchmarks.conformance.results import Broken, Result, declared, held, note
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, STEPS, Subject, gradients, law_batch
 from registry.protocols import Network
 from zoo.oracles import Oracle
@@ -49,17 +50,17 @@ class Bias:
     output: str
 
 
-def at_gaussian(subject: Subject) -> Result:
+def at_gaussian(subject: Subject) -> ClaimResult:
     return _fixed(subject, GAUSSIAN)
 
 
-def at_mixture(subject: Subject) -> Result:
-    """Skewed given x_t, with labels."""
+def at_mixture(subject: Subject) -> ClaimResult:
+    """The same at a law that is skewed given x_t, and with labels."""
     return _fixed(subject, MIXTURE)
 
 
-def with_defaults(subject: Subject) -> Result:
-    """For the record: how far the fields as they are move the optimum."""
+def with_defaults(subject: Subject) -> ClaimResult:
+    """For the record: how far the default fields move the optimum."""
     if reason := inapplicable(subject):
         return declared(reason)
     changes = subject.exact_with()
@@ -71,7 +72,7 @@ def with_defaults(subject: Subject) -> Result:
     return note(f"z {found.z:.1f}: {size}, exact with other {names}", found.z)
 
 
-def pulled_back(subject: Subject) -> Result:
+def pulled_back(subject: Subject) -> ClaimResult:
     """Every prediction that is off by +-eps, its targets being exact, is pushed back."""
     if reason := inapplicable(subject):
         return declared(reason)
@@ -97,7 +98,7 @@ def pulled_back(subject: Subject) -> Result:
 
 
 def inapplicable(subject: Subject) -> str:
-    """Why there is no pointwise fixed point to test, or nothing."""
+    """Why there is no pointwise fixed point to test; "" where there is one."""
     if subject.fixed_point != "pointwise":
         return f"fixed_point = {subject.fixed_point!r}"
     if subject.changes_coupling:
@@ -111,7 +112,7 @@ def inapplicable(subject: Subject) -> str:
 def measure(
     subject: Subject, law: Oracle, *, exact: bool = True, blocks: int = BLOCKS, seed: int = 0
 ) -> Bias:
-    """The mean gradients in all moments of all outputs, the largest in standard errors."""
+    """The largest, in standard errors, of the mean gradients in all moments of all outputs."""
     network = subject.exact_network(law, exact=exact)
     outputs = subject.velocity_keys
     probe = WithMoments(network, law.shape[0], outputs)
@@ -128,7 +129,7 @@ def measure(
     return _largest(torch.stack(rows) / scale, names, FLOOR[law])
 
 
-def _fixed(subject: Subject, law: Oracle) -> Result:
+def _fixed(subject: Subject, law: Oracle) -> ClaimResult:
     if reason := inapplicable(subject):
         return declared(reason)
     found = measure(subject, law)
@@ -139,7 +140,7 @@ def _fixed(subject: Subject, law: Oracle) -> Result:
     size = f"shift {found.shift:.1g} +- {found.error:.1g}"
     if found.z < LIMIT:
         return held(f"z {found.z:.1f} < {LIMIT:.0f}: {size}{used}", found.z, LIMIT)
-    return Result(
+    return ClaimResult(
         status="FAIL",
         figure=f"z {found.z:.1f} >= {LIMIT:.0f}: {size}{used}",
         value=found.z,

@@ -1,8 +1,8 @@
 """Where the gradient of an objective goes: to every head, and not through targets.
 
-A loss ||p - sg T||^2 is differentiated through its prediction p alone. Zero leaves added to every
-evaluation of the network (`Tapped`) tell: no gradient may reach a leaf that only derivatives see,
-and no second derivative may join the leaves of two evaluations, or of two rows of one evaluation.
+A loss ||p - sg T||^2 is differentiated through its prediction p alone. `Tapped` adds zero leaves to
+every evaluation of the network. No gradient may reach a leaf that only derivatives see, and no
+second derivative may join the leaves of two evaluations, or of two rows of one evaluation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.conformance.networks import NUM_CLASSES, Tapped, Toy
-from benchmarks.conformance.results import Broken, Result, declared, held
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held
 from benchmarks.conformance.subject import STEPS, OnToy, Subject, random_batch
 from registry.protocols import Network
 
@@ -26,8 +26,8 @@ NO_GRADIENT = (
 )
 
 
-def reaches_every_head(subject: Subject) -> Result:
-    """Of a network with separate outputs, and of the MLP with the heads that it would get."""
+def reaches_every_head(subject: Subject) -> ClaimResult:
+    """Every output of a network, and every head of the MLP that is built for it, is trained."""
     toy = subject.on_toy()
     _backward(toy, toy.net, torch.float64)
     with torch.random.fork_rng(devices=[]):
@@ -48,8 +48,8 @@ def reaches_every_head(subject: Subject) -> Result:
     return held(", ".join(subject.keys), min(sizes.values()))
 
 
-def not_through_targets(subject: Subject) -> Result:
-    """See the module; networks attached to teachers get no gradient either."""
+def not_through_targets(subject: Subject) -> ClaimResult:
+    """No gradient runs through a target (see the module), or into the network of a teacher."""
     if subject.full_gradient:
         return declared("full_gradient")
     evaluations = 0

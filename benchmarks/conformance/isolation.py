@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.conformance.claims import evaluate
 from benchmarks.conformance.networks import Tapped
-from benchmarks.conformance.results import Broken, Result, compared, declared, held, note
+from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held, note
 from benchmarks.conformance.subject import STEPS, Subject, random_batch
 from registry.protocols import Share
 
@@ -22,12 +22,12 @@ SHARE = (
 )
 
 
-def batch_left_alone(subject: Subject) -> Result:
+def batch_left_alone(subject: Subject) -> ClaimResult:
     """The batch belongs to the trainer, which may use it again."""
     batch = random_batch(labels="given")
     assert batch.cond is not None
     before = batch.x0.clone(), batch.cond["label"].clone()
-    evaluate(subject, batch, "8 rows", "see above")
+    evaluate(subject, batch, "8 rows", "the claims before this one say more")
     changed = [
         name
         for name, old, new in (
@@ -44,8 +44,8 @@ def batch_left_alone(subject: Subject) -> Result:
     return held("x0, labels")
 
 
-def deterministic(subject: Subject) -> Result:
-    """The same rng gives the same loss, on the same instance too; another one another loss."""
+def deterministic(subject: Subject) -> ClaimResult:
+    """The same rng gives the same loss, also on the same instance; another rng gives another."""
     batch, toy = random_batch(n=16), subject.on_toy()
 
     def loss(seed: int, global_seed: int) -> Tensor:
@@ -71,8 +71,8 @@ def deterministic(subject: Subject) -> Result:
     return held("bit-equal")
 
 
-def global_generators_untouched(subject: Subject) -> Result:
-    """Otherwise runs with different objectives see different data order and noise."""
+def global_generators_untouched(subject: Subject) -> ClaimResult:
+    """The loss draws from its rng alone, or other objectives would see other data and noise."""
     batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
     state = random.getstate()
     before = _global_states()
@@ -91,7 +91,7 @@ def global_generators_untouched(subject: Subject) -> Result:
     return held("torch, numpy, python")
 
 
-def rows_are_independent(subject: Subject) -> Result:
+def rows_are_independent(subject: Subject) -> ClaimResult:
     """A row's loss does not change with the data of the other rows."""
     if subject.couples_rows:
         return declared("couples_rows")
@@ -115,8 +115,11 @@ def rows_are_independent(subject: Subject) -> Result:
     )
 
 
-def share_of_a_batch(subject: Subject) -> Result:
-    """A share has the losses that its rows have in the whole batch; it may do without shares."""
+def share_of_a_batch(subject: Subject) -> ClaimResult:
+    """A share has the losses that its rows have in the whole batch.
+
+    An objective that ignores the share and computes the whole batch is right, and noted.
+    """
     error, wasteful = 0.0, False
     for step in STEPS[:2]:
         batch = random_batch(n=12, step=step, labels="given")
@@ -136,7 +139,7 @@ def share_of_a_batch(subject: Subject) -> Result:
 
 
 def _check_noise(subject: Subject) -> None:
-    """On data that are zero, the states of two steps must not lie along the same noise."""
+    """On data that are zero, the states of two steps must not point along the same noise."""
     batch = random_batch(n=16)
     batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
     for seed in (0, 1):

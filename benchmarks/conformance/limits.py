@@ -1,4 +1,4 @@
-"""What the objectives of the zoo must be in their limits: floors, other objectives, identities."""
+"""Claims about the zoo's own objectives in their limits, such as the floor of a loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.conformance.fixed_point import inapplicable
 from benchmarks.conformance.networks import Toy
-from benchmarks.conformance.results import Broken, Claim, Result, compared, declared
+from benchmarks.conformance.results import Broken, Claim, ClaimResult, compared, declared
 from benchmarks.conformance.subject import GAUSSIAN, Subject, gradients, law_batch, random_batch
 from registry.protocols import Cond, Network
 from zoo.objectives.flow_matching import FlowMatching
@@ -23,12 +23,12 @@ from zoo.times import LogitNormalPair
 ROWS = 20_000
 
 
-def flow_matching_floor(subject: Subject) -> Result:
+def flow_matching_floor(subject: Subject) -> ClaimResult:
     """Var(v_c | x_t) = s^2 / S_t^2 per element: s pi / 2 for uniform times."""
     return _floor(subject, lambda t, r: mean_flat(_variance(t)))
 
 
-def mean_flow_floor(subject: Subject) -> Result:
+def mean_flow_floor(subject: Subject) -> ClaimResult:
     """s^2 S_r^2 / S_t^4, summed over elements."""
 
     def floor(t: Tensor, r: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def mean_flow_floor(subject: Subject) -> Result:
     return _floor(subject, floor)
 
 
-def mean_flow_on_the_diagonal(subject: Subject) -> Result:
+def mean_flow_on_the_diagonal(subject: Subject) -> ClaimResult:
     """With r = t in every row it has the gradient of flow matching."""
     times = LogitNormalPair(off_diagonal_fraction=0.0)
     objective = replace(subject.objective(exact=True), times=times)
@@ -53,7 +53,7 @@ def mean_flow_on_the_diagonal(subject: Subject) -> Result:
     )
 
 
-def shortcut_at_small_steps(subject: Subject) -> Result:
+def shortcut_at_small_steps(subject: Subject) -> ClaimResult:
     """Without bootstrap, at its smallest step, it has the gradient of flow matching."""
     objective = replace(subject.objective(exact=True), bootstrap_fraction=0.0, num_steps=2**14)
     out = subject.loss(objective, Toy((2,), subject.keys), random_batch(n=64))
@@ -68,7 +68,7 @@ def shortcut_at_small_steps(subject: Subject) -> Result:
     )
 
 
-def rcgm_tends_to_the_derivative(subject: Subject) -> Result:
+def rcgm_tends_to_the_derivative(subject: Subject) -> ClaimResult:
     """The loss's gradient with one step, to first order in delta, also where t - r < delta."""
     itself = Toy((2,), subject.keys)  # the network of `_gradient_error`
     objective = replace(subject.objective(teacher=itself), clip=torch.inf)
@@ -94,7 +94,7 @@ def rcgm_tends_to_the_derivative(subject: Subject) -> Result:
     )
 
 
-def rcgm_order_at_the_truth(subject: Subject) -> Result:
+def rcgm_order_at_the_truth(subject: Subject) -> ClaimResult:
     """Composing the exact flow map is exact, so the residual does not depend on the order."""
     if not isinstance(subject.objective().residual, Rcgm):
         return declared("no finite-difference residual")
@@ -114,7 +114,7 @@ def rcgm_order_at_the_truth(subject: Subject) -> Result:
     )
 
 
-def every_end_of_decm(subject: Subject) -> Result:
+def every_end_of_decm(subject: Subject) -> ClaimResult:
     """Both residuals vanish at the truth for every lam and gamma."""
     network, largest = subject.exact_network(GAUSSIAN), 0.0
     for lam, gamma in ((0.5, 1.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 0.3)):
@@ -163,11 +163,11 @@ class _Given:
 
 
 def _variance(t: Tensor) -> Tensor:
-    """Var(v_c | x_t), which no x changes."""
+    """Var(v_c | x_t), which does not depend on x_t."""
     return GAUSSIAN.posterior_variance(GAUSSIAN.marginal_mean(t), t)
 
 
-def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> Result:
+def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> ClaimResult:
     """The mean loss at the truth is the floor, no more and no less."""
     if reason := inapplicable(subject):
         return declared(reason)
@@ -193,7 +193,11 @@ def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> Resul
 def _gradient_error(
     subject: Subject, objective: Any, reference: Any, *, own: bool = False
 ) -> float:
-    """Relative, up to a factor; `own`: the reference has the same outputs, not v for u."""
+    """The relative difference of the gradients of the objective and of the reference.
+
+    A reference that has the `own` outputs of the objective must agree in size too. Any other reads
+    "v" where the objective has "u", and agrees up to a factor.
+    """
     batch = random_batch(n=64)
     found = []
     for one in (objective, reference):

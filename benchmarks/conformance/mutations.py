@@ -1,7 +1,7 @@
-"""Planted mistakes, the negative controls of the suite: which claims reject which mistake.
+"""Mistakes to plant in an objective, the negative controls of the suite; verdicts.py judges them.
 
-Each is put into every objective that has the part. A mistake that leaves every loss bit-equal (the
-part is not used, or used where it makes no difference) has no effect and nothing to reject it.
+A mistake is a wrong part, such as a derivative along wrong tangents. It is put into every objective
+that has a part of that kind.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.networks import Toy
-from benchmarks.conformance.results import Claim, run_claim
-from benchmarks.conformance.subject import STEPS, Subject, gradients, is_derivative, random_batch
+from benchmarks.conformance.subject import Subject, is_derivative
 from registry.protocols import Cond, Network, Teacher, parts
 from zoo.derivatives.methods import Dual
 from zoo.derivatives.one_pass import DerivativeOfU
@@ -33,38 +31,6 @@ class Mutation:
 
     name: str
     plant: Callable[[Subject], Subject | None]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a mutation: the claims that fail because of it."""
-
-    mutation: str
-    killed_by: tuple[str, ...]
-    no_effect: bool = False
-
-    @property
-    def survived(self) -> bool:
-        return not self.killed_by and not self.no_effect
-
-
-def verdicts(subject: Subject, claims: dict[str, Claim]) -> Iterator[Verdict]:
-    """One for each mutation that the objective has a part for."""
-    for mutation in MUTATIONS:
-        found = verdict(mutation, subject, claims)
-        if found is not None:
-            yield found
-
-
-def verdict(mutation: Mutation, subject: Subject, claims: dict[str, Claim]) -> Verdict | None:
-    """What the claims make of it, or None where there is no such part."""
-    planted = mutation.plant(subject)
-    if planted is None:
-        return None
-    if mutation.name != RECOMBINED and not _has_effect(subject, planted):
-        return Verdict(mutation.name, (), no_effect=True)
-    failed = [n for n, c in claims.items() if run_claim(n, c, planted).status == "FAIL"]
-    return Verdict(mutation.name, tuple(failed))
 
 
 @dataclass(frozen=True)
@@ -244,7 +210,10 @@ def _taught(change: Callable[[Network], Network], teacher: Any) -> Taught:
 def _with_parts(
     subject: Subject, chosen: Callable[[Any], bool], change: Callable[[Any], Any]
 ) -> Subject | None:
-    """Every part that is chosen changed, in the defaults and in what makes them exact."""
+    """The subject with every chosen part changed, by default and where it is made exact.
+
+    None where no part is chosen.
+    """
     forms = (subject.objective(), subject.objective(exact=True))
     if not any(chosen(part) for form in forms for _, part in parts(form)):
         return None
@@ -269,23 +238,3 @@ def _without_detach() -> Iterator[None]:
         yield
     finally:
         del torch.Tensor.detach  # the one of the base class shows again
-
-
-def _has_effect(subject: Subject, planted: Subject) -> bool:
-    """Whether any loss or gradient differs."""
-    for exact in (False, True):
-        for step in STEPS:
-            one, other = (_loss_and_gradient(s, exact, step) for s in (subject, planted))
-            if not torch.equal(one, other):
-                return True
-    return False
-
-
-def _loss_and_gradient(subject: Subject, exact: bool, step: int) -> Tensor:
-    keys = subject.exact_keys if exact else subject.keys
-    net, teacher = Toy((2,), keys, seed=0), Toy((2,), keys, seed=1)
-    objective = subject.objective(exact=exact, teacher=teacher)
-    batch = random_batch(n=32, step=step, labels="given")
-    per_sample = subject.loss(objective, net, batch, step).per_sample
-    gradient = gradients(per_sample, list(net.parameters()))
-    return torch.cat([per_sample.detach(), *(g.flatten() for g in gradient)])

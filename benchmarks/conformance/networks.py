@@ -24,7 +24,7 @@ NUM_CLASSES = 2
 VELOCITIES = ("u", "v")
 Shape = tuple[int, ...]
 
-_detach = torch.Tensor.detach  # as it is now: a planted mistake may disable it
+_detach = torch.Tensor.detach  # kept, since a planted mistake may disable it
 
 
 class Toy(nn.Module):
@@ -103,7 +103,7 @@ class WithMoments(nn.Module):
 
 
 class OnPath(nn.Module):
-    """An oracle, exact on the linear path, as it looks on another one.
+    """The solution on another path of an oracle that is exact on the linear one.
 
     x_t / (alpha + sigma) lies on the linear path at the time sigma / (alpha + sigma).
     """
@@ -209,7 +209,7 @@ class Shifted:
 
 @functools.cache
 def outputs_per_row(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of these outputs have one number per row, asked of a real network."""
+    """Those of the outputs that have one number per row in a network that is really built."""
     net = build_network(functools.partial(MLP, dim=8, depth=1), (2,), 0, keys)
     out = net(torch.zeros(1, 2), torch.ones(1), torch.zeros(1), None)
     return tuple(key for key in keys if out[key].ndim == 1)

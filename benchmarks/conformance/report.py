@@ -15,10 +15,10 @@ import registry
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL
-from benchmarks.conformance.mutations import Verdict, verdicts
-from benchmarks.conformance.results import Claim, Result, run_claim
+from benchmarks.conformance.results import Claim, ClaimResult, run_claim
 from benchmarks.conformance.sampling import samplers_reach_the_data
 from benchmarks.conformance.subject import Subject
+from benchmarks.conformance.verdicts import Verdict, verdicts
 from registry.plugins import import_file, load_plugins
 
 FIRST = "one loss per row"
@@ -49,11 +49,11 @@ CLAIMS: dict[str, Claim] = {
 
 
 @dataclass(frozen=True)
-class Report:
+class ConformanceReport:
     """What came of the claims on one objective, and of mistakes planted in it."""
 
     objective: str
-    results: tuple[Result, ...] = ()
+    results: tuple[ClaimResult, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
 
     def problems(self) -> tuple[str, ...]:
@@ -71,10 +71,10 @@ def check(
     *,
     mutations: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-) -> Report:
-    """Every claim on the objective of this name, or every planted mistake; `tell` gets the lines.
+) -> ConformanceReport:
+    """Check every claim on the objective of this name, or plant every mistake in it.
 
-    `file` is a Python file of one's own, imported first.
+    `tell` gets the lines of the report. `file` is a Python file that is imported first.
     """
     load_plugins()
     if file is not None:
@@ -90,12 +90,12 @@ def check(
                 found.append(verdict)
             if not found:
                 tell(f"{name} has no part that a mistake could be planted in")
-            return _told(Report(name, verdicts=tuple(found)), tell)
+            return _closed(ConformanceReport(name, verdicts=tuple(found)), tell)
         results = []
         for result in run(subject, claims):
             tell(_result_lines(result))
             results.append(result)
-        return _told(Report(name, results=tuple(results)), tell)
+        return _closed(ConformanceReport(name, results=tuple(results)), tell)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def claims_for(name: str) -> dict[str, Claim]:
-    """Every claim for the objective of this name, its own at the end."""
+    """Every claim for the objective of this name; those that it alone has come last."""
     return CLAIMS | SPECIAL.get(name, {})
 
 
@@ -140,7 +140,7 @@ def subject_of(name: str) -> Subject:
     return subject
 
 
-def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[Result]:
+def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[ClaimResult]:
     """All results, in order; where the first claim fails, nothing else can be tested."""
     first = run_claim(FIRST, claims[FIRST], subject)
     yield first
@@ -150,8 +150,8 @@ def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[Result]:
                 yield run_claim(name, claim, subject)
 
 
-def _told(report: Report, tell: Callable[[str], None]) -> Report:
-    """The last line, if all is well; else the command ends with what fails."""
+def _closed(report: ConformanceReport, tell: Callable[[str], None]) -> ConformanceReport:
+    """The report, after its last line; a report with problems has none, the command names them."""
     applied = [result for result in report.results if result.status == "ok"]
     if applied and not report.problems():
         seconds = sum(result.seconds for result in report.results)
@@ -159,7 +159,7 @@ def _told(report: Report, tell: Callable[[str], None]) -> Report:
     return report
 
 
-def _result_lines(result: Result) -> str:
+def _result_lines(result: ClaimResult) -> str:
     lines = [f"{result.status:<9} {result.claim:<36} {result.figure or result.reason}"]
     if result.status == "FAIL":
         lines += [f"{'':<10}reason: {result.reason}", f"{'':<10}hint:   {result.hint}"]

@@ -16,8 +16,8 @@ Status = Literal["ok", "FAIL", "declared", "note"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One claim's outcome; "declared" ones do not apply by the objective's own word.
+class ClaimResult:
+    """The outcome of one claim; "declared" if the objective says that it does not apply.
 
     `value` is what was measured and `limit` what it may be, in the figure's unit.
     """
@@ -32,7 +32,7 @@ class Result:
     seconds: float = 0.0
 
 
-Claim = Callable[[Subject], Result]
+Claim = Callable[[Subject], ClaimResult]
 
 
 class Broken(Exception):
@@ -43,40 +43,42 @@ class Broken(Exception):
         self.reason, self.hint = reason, hint
 
 
-def held(figure: str, value: float | None = None, limit: float | None = None) -> Result:
-    return Result(status="ok", figure=figure, value=value, limit=limit)
+def held(figure: str, value: float | None = None, limit: float | None = None) -> ClaimResult:
+    return ClaimResult(status="ok", figure=figure, value=value, limit=limit)
 
 
-def note(figure: str, value: float | None = None) -> Result:
-    return Result(status="note", figure=figure, value=value)
+def note(figure: str, value: float | None = None) -> ClaimResult:
+    return ClaimResult(status="note", figure=figure, value=value)
 
 
-def declared(reason: str) -> Result:
-    return Result(status="declared", reason=reason)
+def declared(reason: str) -> ClaimResult:
+    return ClaimResult(status="declared", reason=reason)
 
 
-def compared(unit: str, value: float, limit: float, reason: str, hint: str) -> Result:
-    """ok if value < limit, which nan is not."""
+def compared(unit: str, value: float, limit: float, reason: str, hint: str) -> ClaimResult:
+    """A result that is ok if value < limit, and fails otherwise, also where the value is nan."""
     figure = f"{unit} {value:.2g} < {limit:.2g}"
     if value < limit:
         return held(figure, value, limit)
     figure = f"{unit} {value:.2g} >= {limit:.2g}"
-    return Result(status="FAIL", figure=figure, value=value, limit=limit, reason=reason, hint=hint)
+    return ClaimResult(
+        status="FAIL", figure=figure, value=value, limit=limit, reason=reason, hint=hint
+    )
 
 
-def run_claim(name: str, claim: Claim, subject: Subject) -> Result:
+def run_claim(name: str, claim: Claim, subject: Subject) -> ClaimResult:
     """The result with its name and time; an objective that raises has failed the claim."""
     start = time.perf_counter()
     try:
         result = claim(subject)
     except Broken as broken:
-        result = Result(status="FAIL", reason=broken.reason, hint=broken.hint)
+        result = ClaimResult(status="FAIL", reason=broken.reason, hint=broken.hint)
     except Exception as error:  # whatever foreign code may raise is a result here
-        result = Result(status="FAIL", reason=_told(error), hint=_hint(error))
+        result = ClaimResult(status="FAIL", reason=_text(error), hint=_hint(error))
     return replace(result, claim=name, seconds=time.perf_counter() - start)
 
 
-def _told(error: Exception) -> str:
+def _text(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -1,4 +1,4 @@
-"""Samplers that are valid for an objective, at the exact solution: calls, outputs, the law."""
+"""Claims about the samplers that are valid for an objective, run on the exact solution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.conformance.fixed_point import inapplicable
 from benchmarks.conformance.networks import ExactNetwork, Tapped
-from benchmarks.conformance.results import Broken, Result, declared, held
+from benchmarks.conformance.results import Broken, ClaimResult, declared, held
 from benchmarks.conformance.subject import F64, GAUSSIAN, Subject
 from registry import samplers
 from registry.protocols import Network
@@ -20,8 +20,8 @@ NUM = 20_000
 LIMIT = 4.5  # standard errors, over some dozen moments
 
 
-def samplers_reach_the_data(subject: Subject) -> Result:
-    """Each in as many calls as it declares, with the outputs that are trained; maps exactly."""
+def samplers_reach_the_data(subject: Subject) -> ClaimResult:
+    """Each makes as many calls as it declares, of trained outputs, and gives the data's law."""
     if reason := inapplicable(subject):
         return declared(reason)
     names = valid_samplers(subject.make())
@@ -69,7 +69,7 @@ def _check_calls(name: str, sampler: Any, network: Network) -> None:
 
 
 def _check_law(name: str, sampler: Any, network: Network, *, exact: bool) -> float:
-    """Mean and variance of samples; integrators may be off by their step."""
+    """Mean and variance of the samples are the data's; an integrator may be off by its step."""
     x0 = _draw(sampler, network, NUM)
     mean, variance = GAUSSIAN.mean, GAUSSIAN.std**2
     slack = 0.0 if exact else 0.1

@@ -196,7 +196,7 @@ def progress(step: int) -> float:
 
 
 def gradients(per_sample: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The mean loss's gradient, zeros where there is none."""
+    """The gradient of the mean loss; zeros for inputs that it does not reach."""
     if not per_sample.requires_grad:
         return [torch.zeros_like(p) for p in inputs]
     return list(

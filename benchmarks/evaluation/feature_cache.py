@@ -91,14 +91,14 @@ class FeatureSink:
 
 @dataclass(frozen=True, kw_only=True)
 class PngSink:
-    """Every image as a PNG, named by its row; what they depend on is beside, in FOLDER.json."""
+    """Every image as a PNG named by its row; FOLDER.json beside them says what they depend on."""
 
     folder: Path
     about: Mapping[str, str]
     num: int
 
     def claim(self) -> None:
-        """ValueError if the folder has images of something else, which would pass for these."""
+        """ValueError if the folder has other images, which would be taken for these."""
         beside = self.folder.with_suffix(".json")
         if beside.exists() and beside.read_bytes() == _text(self.about).encode():
             return
@@ -132,7 +132,10 @@ def fill(
     images: Callable[[int, int], Tensor],
     label: str,
 ) -> None:
-    """Make `images(first, count)` where a sink lacks a block; returns when all processes have."""
+    """Fill the sinks with the blocks that they lack, made by `images(first, count)`.
+
+    Each process makes its share of them, and all return together.
+    """
     mine = range(ranks.number(), num_blocks(num), ranks.count())
     lacking = {block: [s for s in sinks if not s.has(block)] for block in mine}
     done = sum(_size(block, num) for block, wanting in lacking.items() if not wanting)
@@ -146,7 +149,7 @@ def fill(
             for sink in wanting:
                 sink.take(block, made)
             bar.update(len(made))
-    ranks.gathered(None)  # until all are here
+    ranks.gathered(None)  # waits for the other processes
 
 
 def num_blocks(num: int) -> int:

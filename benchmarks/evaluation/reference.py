@@ -82,8 +82,9 @@ def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], n
 def _of_dataset(dataset: Dataset, num: int) -> Real:
     if isinstance(dataset, Coded):
         raise ValueError(
-            f"{dataset.name} holds codes, and what they decode to is no reference. Give "
-            "--reference: the folder of the pictures that were encoded, or an .npz of statistics"
+            f"{dataset.name} holds codes, and the pictures that they decode to are no reference. "
+            "Give --reference: the folder of the pictures that were encoded, or an .npz of "
+            "statistics"
         )
     about = dataset.identity()
     if isinstance(dataset, StoredSet):
@@ -137,7 +138,7 @@ def _of_npz(path: Path) -> Real:
 
 
 def _of_size(real: Real, shape: tuple[int, ...]) -> Real:
-    """The same, with a warning where its images have another size than the samples."""
+    """`real` itself, with a warning where its images have another size than the samples."""
     size = real.images(0, 1).shape[2:] if real.images else shape[1:]
     if tuple(size) != tuple(shape[1:]):
         log.warning(
@@ -175,7 +176,7 @@ def _moments_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
 
 
 def _covariance(found: Tensor, path: Path) -> Tensor:
-    """In float64, without the negative eigenvalues that the file's own precision made."""
+    """The covariance in float64, without negative eigenvalues that come from rounding."""
     matrix = found.double()
     symmetric = (matrix + matrix.T) / 2
     if not bool(matrix.isfinite().all()):

@@ -1,27 +1,30 @@
-"""Which metrics the real side of an evaluation allows, and what real images score themselves."""
+"""What the reference of an evaluation allows: which extractors, metrics and numbers of samples."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 import registry
 from benchmarks.evaluation.reference import Real
-from benchmarks.metrics.distances import Frechet, Values, VectorMetric
-from benchmarks.metrics.feature_metrics import named
+from benchmarks.metrics.distances import MomentMetric, NeedsRows, VectorMetric
+from benchmarks.metrics.features import Resizing
 from registry.protocols import Extractor
 
 log = logging.getLogger(__name__)
 
 
 def usable(real: Real, extractor: Extractor, dim: int) -> Real:
-    """The part of the real side that goes with features of this dimension."""
+    """The part of the reference that can be compared with features of this dimension.
+
+    Statistics of another dimension are left out; ValueError where they are all that there is.
+    """
     if real.mean is None:
         return real
     if len(real.mean) == dim:
-        if real.resize and getattr(extractor, "resize", real.resize) != real.resize:
+        if real.resize and isinstance(extractor, Resizing) and extractor.resize != real.resize:
             log.warning(
                 "the reference's statistics are %s's; for the number that papers compare: "
                 "--set \"inception_v3.resize = '%s'\"",
@@ -37,23 +40,23 @@ def usable(real: Real, extractor: Extractor, dim: int) -> Real:
     return Real(about=real.about, num=real.num, images=real.images)
 
 
-def possible(metrics: Sequence[VectorMetric], real: Real, asked: bool) -> list[VectorMetric]:
-    """Those that the real side allows; ValueError if others were asked for by name."""
+def possible(metrics: Sequence[VectorMetric], real: Real, by_name: bool) -> list[VectorMetric]:
+    """The metrics that the reference allows; ValueError if another one was asked for by name."""
     if real.images is not None or real.features is not None:
         return list(metrics)
-    possible: list[VectorMetric] = [metric for metric in metrics if isinstance(metric, Frechet)]
-    if others := [registry.metrics.name_of(m) for m in metrics if m not in possible]:
+    by_moments: list[VectorMetric] = [m for m in metrics if isinstance(m, MomentMetric)]
+    if others := [registry.metrics.name_of(m) for m in metrics if m not in by_moments]:
         message = f"{', '.join(others)} need images, and {real.about} has statistics alone"
-        if asked:
+        if by_name:
             raise ValueError(message)
         log.warning("%s: left out", message)
-    return possible
+    return by_moments
 
 
 def check_numbers(
     metrics: Sequence[VectorMetric], num: int, dim: int, real: Real, target: Tensor | None
 ) -> None:
-    """ValueError unless `num` samples of `dim` features can be held against the real features."""
+    """ValueError unless `num` samples of `dim` features can be compared with the real `target`."""
     names, least = ", ".join(map(registry.metrics.name_of, metrics)), least_rows(metrics)
     if num < least:
         raise ValueError(f"{names} need at least {least} samples, not {num}")
@@ -69,23 +72,5 @@ def check_numbers(
 
 
 def least_rows(metrics: Sequence[VectorMetric]) -> int:
-    return max(2, *(getattr(metric, "k", 0) + 1 for metric in metrics))
-
-
-def against(metric: VectorMetric, real: Real, target: Tensor | None) -> Callable[[Tensor], Values]:
-    if isinstance(metric, Frechet) and real.mean is not None and real.covariance is not None:
-        return metric.against_moments(real.mean, real.covariance)
-    assert target is not None, "metrics without a reference were refused"
-    return metric.against(target)
-
-
-def floors(
-    metrics: Sequence[VectorMetric], target: Tensor | None, extractor: Extractor
-) -> Iterator[tuple[str, float]]:
-    if target is None or len(target) < 2 * max(4, least_rows(metrics)):
-        return
-    half = len(target) // 2  # by turns, since folders are sorted by class
-    for metric in metrics:
-        for name, value in metric.against(target[0::2][:half])(target[1::2][:half]):
-            kind = "floor" if metric.better == "lower" else "ceiling"
-            yield f"{named(name, extractor)}_{kind}", value
+    """How many rows the metrics need on each side, the most demanding one deciding."""
+    return max([2, *(metric.least_rows for metric in metrics if isinstance(metric, NeedsRows))])

@@ -29,11 +29,12 @@ from benchmarks.grids.cell import CELL, Cell, run_cell
 from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
 from benchmarks.grids.request import Request
-from benchmarks.grids.result_table import average, result_table
+from benchmarks.grids.result_table import result_table
 from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
+from benchmarks.runs.frame import frame
 from benchmarks.runs.result import RESULT, SAMPLES, Result
 from registry import gin_setup
 from registry.protocols import Job, RecordStore, RunRecord, store_of
@@ -95,8 +96,7 @@ class Comparison:
         """The table as aligned Markdown; '' where no run has finished."""
         if not self.rows:
             return ""
-        means = [average(name, row.results) for name, row in self.rows.items()]
-        return result_table(means, [len(row.folders) for row in self.rows.values()])
+        return result_table(frame(self.results()))
 
 
 class CellsFailed(RuntimeError):

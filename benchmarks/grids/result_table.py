@@ -1,123 +1,149 @@
-"""The table of a comparison, as aligned Markdown."""
+"""The table of a comparison: as a data frame, and from the same means as aligned Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from benchmarks.markdown import markdown
-from benchmarks.runs.result import Result
+from benchmarks.runs.frame import COST
 
-if TYPE_CHECKING:
-    import pandas as pd
+REAL, NO_NFE = "real", ""  # the column level nfe: what real data score, and values without an NFE
+_COUNTS = ("steps", "images", "parameters", "teacher_steps")  # their means are whole numbers
+_QUALITY = ("precision", "recall")
+
+Column = tuple[str, int | str]  # (metric, nfe)
+Means = dict[str, dict[Column, Any]]  # by row
 
 
-def result_table(results: Sequence[Result], counts: Sequence[int] = ()) -> str:
-    """Arm x NFE of the first metric with cost and budget, fidelity and diversity, exact errors.
+def wide(frame: pd.DataFrame) -> pd.DataFrame:
+    """One line for each row of a long frame (benchmarks/runs/frame.py), with means over its runs.
 
-    `counts` says of how many runs each row is the mean.
+    The columns are pairs (metric, nfe): ("fid", 4); ("fid", "real") for what real data score;
+    ("velocity_error", "") for a value without NFE; ("cost", "steps") and the other costs;
+    ("sampler", "") and ("runs", "") for the sampler and the number of runs. A mean is missing where
+    one of the row's runs lacks the value.
     """
-    first = results[0].values
-    keys = list(dict.fromkeys(key for result in results for key in result.values))
-    nfes = sorted({int(key[3:].split("/")[0]) for key in keys if key.startswith("nfe")})
-    metric = next(key.split("/", 1)[1] for key in keys if key.startswith("nfe"))
-    title = f"{metric} by number of network evaluations (NFE), lower is better"
-    if (floor := first.get(f"{metric}_floor")) is not None:
-        title += f"; real data score {floor:.4g}"
-    steps = [f"NFE {n}" for n in nfes]
-    header = ["arm", "sampler", *steps, "s/step", "steps", "images", "seconds", "parameters"]
-    rows = [
-        [r.name, r.sampler, *(_number(r.values, f"nfe{n}/{metric}") for n in nfes), *_cost(r)]
-        for r in results
-    ]
-    if max(counts, default=1) > 1:
-        title += "; means over n runs"
-        header.append("n")
-        rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
-    parts = [f"{title}:", markdown(header, rows)]
-    pair = [next((k[5:] for k in keys if k.startswith(f"nfe1/{p}_")), "") for p in _QUALITY]
+    means = _means(frame)
+    columns = _columns(means)
+    table = pd.DataFrame(
+        {column: [values.get(column) for values in means.values()] for column in columns},
+        index=pd.Index(means, name="row"),
+    )
+    table.columns = pd.MultiIndex.from_tuples(columns, names=["metric", "nfe"])
+    return table
+
+
+def result_table(frame: pd.DataFrame) -> str:
+    """The means of `wide` as Markdown: the first metric with what it cost, fidelity, exact errors.
+
+    A value that is missing is a dash, and a value that is not a number is nan.
+    """
+    means = _means(frame)
+    columns = _columns(means)
+    measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
+    nfes = sorted({nfe for _, nfe in measured})
+    parts = _first_metric(means, measured[0][0], nfes)
+    at_one = [name for name, nfe in measured if nfe == 1]
+    pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):
-        lines = [[r.name, *(_quality(r, n, pair) for n in nfes)] for r in results]
-        real = _ceilings(first, pair)
-        parts += [f"precision / recall, higher is better{real}:", markdown(["arm", *steps], lines)]
-    exact = sorted(key for key in keys if "_error" in key and not key.startswith("nfe"))
-    if exact:
-        lines = [[r.name, *(_number(r.values, key) for key in exact)] for r in results]
+        parts += _quality(means, pair, nfes)
+    if exact := sorted(name for name, nfe in columns if nfe == NO_NFE and "_error" in name):
+        lines = [[row, *(_number(of, (n, NO_NFE)) for n in exact)] for row, of in means.items()]
         parts += ["error against the exact flow, relative to the data's scale:"]
         parts += [markdown(["arm", *exact], lines)]
     return "\n\n".join(parts)
 
 
-def average(name: str, results: Sequence[Result]) -> Result:
-    """The mean of runs that differ in their seeds, under one name."""
-    keys = [key for key in results[0].values if all(key in r.values for r in results)]
-    return replace(
-        results[0],
-        name=name,
-        values={key: fmean(r.values[key] for r in results) for key in keys},
-        steps=round(fmean(r.steps for r in results)),
-        images=round(fmean(r.images for r in results)),
-        seconds=fmean(r.seconds for r in results),
-        teacher_steps=round(fmean(r.teacher_steps for r in results)),
-        teacher_seconds=fmean(r.teacher_seconds for r in results),
-    )
+def _means(frame: pd.DataFrame) -> Means:
+    """By row and column: the mean over the row's runs, without the columns that a run lacks."""
+    means: Means = {}
+    for row, lines in frame.groupby("row", sort=False):
+        runs = int((lines["metric"] == f"{COST}steps").sum())
+        of: dict[Column, Any] = {("sampler", NO_NFE): lines["sampler"].iloc[0]}
+        of["runs", NO_NFE] = runs
+        for (metric, nfe), same in lines.groupby(["metric", "nfe"], sort=False, dropna=False):
+            if len(same) == runs:
+                of[_column(metric, nfe)] = fmean(same["value"])
+        for name in _COUNTS:
+            of["cost", name] = round(of["cost", name])
+        of["cost", "seconds_per_step"] = _seconds_per_step(of)
+        means[str(row)] = of
+    return means
 
 
-def wide(results: Mapping[Any, Sequence[Result]]) -> pd.DataFrame:
-    """Means over seeds: rows x (metric, NFE); what real data score is under the NFE "real"."""
-    import pandas as pd
-
-    rows = {}
-    for name, found in results.items():
-        mean = average(str(name), found)
-        row: dict[tuple[str, Any], Any] = {}
-        for key, value in mean.values.items():
-            row[_column(key)] = value
-        row["cost", "seeds"] = len(found)
-        row["cost", "seconds_per_step"] = mean.seconds_per_step
-        row |= {("cost", n): getattr(mean, n) for n in ("steps", "images", "seconds")}
-        row["cost", "parameters"] = mean.num_params
-        rows[name] = row
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.columns = pd.MultiIndex.from_tuples(table.columns, names=["metric", "nfe"])
-    return table
+def _columns(means: Means) -> list[Column]:
+    return list(dict.fromkeys(column for values in means.values() for column in values))
 
 
-def _column(key: str) -> tuple[str, Any]:
-    if key.startswith("nfe"):
-        nfe, metric = key[3:].split("/", 1)
+def _column(metric: str, nfe: Any) -> Column:
+    if not pd.isna(nfe):
         return metric, int(nfe)
-    for end in ("_floor", "_ceiling"):
-        if key.endswith(end):
-            return key.removesuffix(end), "real"
-    return key, ""
+    if metric.startswith(COST):
+        return "cost", metric.removeprefix(COST)
+    for ending in ("_floor", "_ceiling"):
+        if metric.endswith(ending):
+            return metric.removesuffix(ending), REAL
+    return metric, NO_NFE
 
 
-_QUALITY = ("precision", "recall")
+def _seconds_per_step(of: Mapping[Column, Any]) -> float:
+    """The seconds of one step of the row's own training, its teacher's left out."""
+    seconds = of["cost", "seconds"] - of["cost", "teacher_seconds"]
+    return float(seconds / (of["cost", "steps"] - of["cost", "teacher_steps"]))
 
 
-def _cost(result: Result) -> list[str]:
-    teacher = f" ({result.teacher_steps:,} teacher)" if result.teacher_steps else ""
+def _cost(of: Mapping[Column, Any]) -> list[str]:
+    cost = {name: value for (metric, name), value in of.items() if metric == "cost"}
+    teacher = f" ({cost['teacher_steps']:,} teacher)" if cost["teacher_steps"] else ""
     return [
-        f"{result.seconds_per_step:.4f}",
-        f"{result.steps:,}{teacher}",
-        f"{result.images:,}",
-        f"{result.seconds:.0f}",
-        f"{result.num_params:,}",
+        f"{cost['seconds_per_step']:.4f}",
+        f"{cost['steps']:,}{teacher}",
+        f"{cost['images']:,}",
+        f"{cost['seconds']:.0f}",
+        f"{cost['parameters']:,}",
     ]
 
 
-def _quality(result: Result, nfe: int, names: Sequence[str]) -> str:
-    values = [result.values.get(f"nfe{nfe}/{name}") for name in names]
-    return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+def _first_metric(means: Means, metric: str, nfes: Sequence[int]) -> list[str]:
+    """The metric by NFE beside what a row cost, under a title with the first row's real score."""
+    title = f"{metric} by number of network evaluations (NFE), lower is better"
+    if (floor := next(iter(means.values())).get((metric, REAL))) is not None:
+        title += f"; real data score {floor:.4g}"
+    header = ["arm", "sampler", *_heads(nfes), "s/step", "steps", "images", "seconds", "parameters"]
+    rows = [
+        [row, of["sampler", NO_NFE], *(_number(of, (metric, n)) for n in nfes), *_cost(of)]
+        for row, of in means.items()
+    ]
+    counts = [of["runs", NO_NFE] for of in means.values()]
+    if max(counts) > 1:
+        title += "; means over n runs"
+        header.append("n")
+        rows = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)]
+    return [f"{title}:", markdown(header, rows)]
 
 
-def _ceilings(values: dict[str, float], names: Sequence[str]) -> str:
-    real = [values[f"{name}_ceiling"] for name in names if f"{name}_ceiling" in values]
-    return f"; real data score {' / '.join(f'{v:.2f}' for v in real)}" if real else ""
+def _quality(means: Means, names: Sequence[str], nfes: Sequence[int]) -> list[str]:
+    """Fidelity and diversity by NFE, under a title with the first row's real scores."""
+    first = next(iter(means.values()))
+    scores = [first[name, REAL] for name in names if (name, REAL) in first]
+    real = f"; real data score {' / '.join(f'{v:.2f}' for v in scores)}" if scores else ""
+
+    def pair(of: Mapping[Column, Any], nfe: int) -> str:
+        values = [of.get((name, nfe)) for name in names]
+        return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+
+    lines = [[row, *(pair(of, nfe) for nfe in nfes)] for row, of in means.items()]
+    title = f"precision / recall, higher is better{real}:"
+    return [title, markdown(["arm", *_heads(nfes)], lines)]
 
 
-def _number(values: dict[str, float], key: str) -> str:
-    return f"{values[key]:.4g}" if key in values else "-"
+def _heads(nfes: Sequence[int]) -> list[str]:
+    return [f"NFE {n}" for n in nfes]
+
+
+def _number(of: Mapping[Column, Any], column: Column) -> str:
+    return f"{of[column]:.4g}" if column in of else "-"

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,16 +31,33 @@ Values = Iterator[tuple[str, float]]
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class VectorMetric(Protocol):
-    """A metric of vectors [n d] that can work out its reference once.
+    """A metric that compares vectors [n d], and so the features of images.
 
-    `better` is "lower" or "higher", and decides whether real data give a floor or a ceiling.
+    `against` does the work that depends on the reference alone, once for any number of samples.
+    `better` is "lower" or "higher": what real data score is then called a floor or a ceiling.
     """
 
     better: ClassVar[str]
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]: ...
     def __call__(self, samples: Tensor, reference: Tensor) -> Values: ...
+
+
+@runtime_checkable
+class MomentMetric(VectorMetric, Protocol):
+    """A VectorMetric that needs no more of the reference than its mean [d] and covariance [d d]."""
+
+    def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]: ...
+
+
+@runtime_checkable
+class NeedsRows(Protocol):
+    """A metric that needs more than two rows on each side."""
+
+    @property
+    def least_rows(self) -> int: ...
 
 
 @metrics.register("frechet")
@@ -60,7 +77,7 @@ class Frechet:
         return self.against_moments(*moments(reference))
 
     def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]:
-        """Against a mean [d] and covariance [d d] that were worked out before, in float64."""
+        """The distance to a mean [d] and covariance [d d] in float64, worked out before."""
         if len(mean) > MANY:
             log.warning(
                 "frechet of vectors of %d dimensions takes roots of matrices of that size: minutes "

@@ -62,7 +62,7 @@ def evaluate(
 
 
 def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[str, str]:
-    """What `evaluate`'s values depend on beside the network; also warms and checks the metric."""
+    """What the values depend on besides the network; working it out also checks the metric."""
     about = {"data": dataset.identity(), "samples": str(num), "seed": str(seed)}
     if isinstance(metric, Referenced):
         about |= metric.provenance(reference_of(dataset, num, seed)[0], num)
@@ -72,7 +72,9 @@ def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[st
 def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler]:
     """The sampler at each NFE; ValueError for those that it cannot have, all at once."""
     if not nfe_list or len(set(nfe_list)) != len(nfe_list):
-        raise ValueError(f"the NFEs to evaluate are {list(nfe_list)}; give each one once, 1, 2 say")
+        raise ValueError(
+            f"the NFEs to evaluate are {list(nfe_list)}; give each NFE once, such as (1, 2)"
+        )
     if not dataclasses.is_dataclass(type(sampler)):
         raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
     replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
@@ -89,7 +91,7 @@ def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler
 
 
 def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
-    """Data enough for a reference of `num` and a disjoint set of `num` to tell its floor from."""
+    """Real data for a reference of `num` rows, and `num` others whose score is the floor."""
     if isinstance(dataset, Coded):
         return _decoded_reference(dataset, num, seed)
     return dataset.reference(2 * num, seed)
@@ -102,7 +104,7 @@ def _decoded_reference(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, C
 
 
 def seen(dataset: Dataset, samples: Tensor) -> Tensor:
-    """What people and metrics see of samples [n *d]: decoded codes as uint8, or the samples."""
+    """What people and metrics see of samples [n *d]: codes are decoded to uint8, others stay."""
     if not isinstance(dataset, Coded):
         return samples
     return torch.cat([to_uint8(dataset.decode(part)) for part in samples.split(DECODED)])
@@ -171,7 +173,10 @@ def noise(shape: Sequence[int], n: int, seed: int, first: int = 0) -> Tensor:
 
 @contextmanager
 def evaluation_mode(net: Network) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards; plain functions have none."""
+    """Put every module into evaluation mode, and back into its own mode afterwards.
+
+    A network that is a plain function has no mode.
+    """
     modules = list(net.modules()) if isinstance(net, nn.Module) else []
     modes = [module.training for module in modules]
     for module in modules:
@@ -184,7 +189,7 @@ def evaluation_mode(net: Network) -> Iterator[None]:
 
 
 def _cyclic(cond: Cond, n: int, device: torch.device | str) -> Cond:
-    """The first n rows, from the start again where there are fewer."""
+    """n rows; where there are fewer, they are repeated from the first one on."""
     return {name: c[torch.arange(n) % len(c)].to(device) for name, c in cond.items()}
 
 

@@ -2,7 +2,7 @@
 
 Every value is named after its features and comes with the number that real data score against
 real data at the same count, since a distance of few samples is mostly bias: "fd_efficientnetlite0"
-beside "fd_efficientnetlite0_floor". It is called "fid" over InceptionV3 features alone.
+beside "fd_efficientnetlite0_floor". Only over InceptionV3 features is the distance called "fid".
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class FeatureMetrics:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         if not self.metrics:
-            raise ValueError("feature_metrics.metrics is empty; give at least one, @frechet() say")
+            raise ValueError(
+                "feature_metrics.metrics is empty; give at least one, such as @frechet()"
+            )
         try:
             hash(self)  # results are remembered by what computed them
         except TypeError as error:
@@ -108,7 +110,7 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
         judges = tuple(metric.against(features[:half]) for metric in wanted.metrics)
         rule = f"halves of the {len(features)} rows, {half} each: fewer than 2 x {num} were given"
     floor = tuple(
-        (f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}", value)
+        (floor_name(name, metric, extractor), value)
         for metric, compare in zip(wanted.metrics, judges, strict=True)
         for name, value in compare(other)
     )
@@ -118,6 +120,11 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
 def named(name: str, extractor: Extractor) -> str:
     """What a metric's value is called over these features."""
     return extractor.canonical.get(name, f"{name}_{extractor.label.lower()}")
+
+
+def floor_name(name: str, metric: VectorMetric, extractor: Extractor) -> str:
+    """What the score of real data is called: "fid_floor", or "recall_pixels_ceiling"."""
+    return f"{named(name, extractor)}_{'floor' if metric.better == 'lower' else 'ceiling'}"
 
 
 def _digest(x: Tensor) -> str:

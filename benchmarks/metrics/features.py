@@ -2,7 +2,7 @@
 
 Images come as uint8 or in the data's own range [-1, 1]. The latter are rounded to uint8 first, as
 an image file would be, then resized in float32 by clean-fid's rule (PIL bicubic with antialiasing,
-clipped to [0, 255], not rounded again), which is what published resizers get wrong:
+clipped to [0, 255], not rounded again). Other resizers change the numbers:
 Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation",
 arXiv 2104.11222. Grey images are repeated to three channels. Nothing is ever downloaded.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ INCEPTION_URL = (
 WEIGHTS_VARIABLE = "OBJECTIVE_ZOO_WEIGHTS"
 
 _log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Resizing(Protocol):
+    """An extractor whose resize can be chosen: "clean" for clean-fid's, or "tensorflow"."""
+
+    @property
+    def resize(self) -> str: ...
 
 
 @extractors.register("inception_v3")

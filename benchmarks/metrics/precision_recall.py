@@ -25,8 +25,8 @@ BAR_FROM = 10_000  # rows from which on a bar shows
 class PrecisionRecall:
     """Fidelity (precision, density) and diversity (recall, coverage) by k-nearest neighbours.
 
-    The work grows with the square of the rows, so of more than `max_rows` on a side, a whole
-    ImageNet say, as many are taken, evenly spaced. Published values are over at most 50,000.
+    The work grows with the square of the rows, so a side with more than `max_rows`, such as a whole
+    ImageNet, is thinned to as many, evenly spaced. Published values are over at most 50,000.
     """
 
     reference: ClassVar = Reference(
@@ -48,6 +48,10 @@ class PrecisionRecall:
                 f"precision_recall.max_rows = {self.max_rows}; k and block are at least 1, "
                 "max_rows more than k"
             )
+
+    @property
+    def least_rows(self) -> int:
+        return self.k + 1
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
         target = vectors(self._spaced(reference))

@@ -1,12 +1,9 @@
 """`objective-zoo report RUN... --out DIR`: recorded runs as a page, Markdown, CSV and figures.
 
-cells.py, found.py       what was recorded, from folders or MLflow run ids
-comparable.py            which rows may stand side by side
-statistics.py tables.py  means, intervals, paired differences: every number, once
-curves.py figures.py     the same over evaluations, time and training, drawn for page and paper
-evaluated.py             what objective-zoo evaluate left beside the runs
-viewer.py provenance.py  samples side by side; where everything comes from
-page.py writing.py       report.html; report.md and table.csv
+reading/                what was recorded, and which rows may stand side by side
+intervals.py tables.py  means, intervals and paired differences; every number is worked out here
+curves.py               the same numbers against evaluations, time and training
+rendering/              report.html, report.md, table.csv, the figures and the sample viewer
 """
 
 from __future__ import annotations
@@ -15,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.curves import figures_of
+from benchmarks.report.reading.kept_samples import kept_samples
 from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.data_frame import to_csv
 from benchmarks.report.rendering.figures import save_figure
 from benchmarks.report.rendering.html import to_page
-from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.markdown import to_markdown
 from benchmarks.report.rendering.sample_viewer import viewer_of
 from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import Report, build_report
@@ -41,7 +40,7 @@ def write_report(
     origins = origins_of(report.runs.cells)
     looks = looks_of(report.runs.groups)
     figures = {i: figures_of(compared) for i, compared in enumerate(report.compared)}
-    shown = {i: viewer_of(compared.section) for i, compared in enumerate(report.compared)}
+    shown = {i: viewer_of(kept_samples(c.section)) for i, c in enumerate(report.compared)}
     viewers = {i: viewer for i, viewer in shown.items() if viewer is not None}
 
     out.mkdir(parents=True, exist_ok=True)

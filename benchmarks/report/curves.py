@@ -1,7 +1,7 @@
 """Quality against evaluations, time and images, and the course of training, as curves with bands.
 
 A point is the mean over the seeds of a row at a step that all of them recorded, the band its 95 %
-interval (see statistics.py). Long curves are thinned to points that were recorded, not averaged.
+interval (intervals.py). Long curves are thinned to points that were recorded, not averaged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.records.jsonl import History
 from benchmarks.report.intervals import interval
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 from benchmarks.report.tables import Compared, Table
 
 MAX_POINTS = 200
@@ -69,7 +69,7 @@ class Figure:
 
 
 def figures_of(compared: Compared) -> list[Figure]:
-    """Every figure of a section that its records have points for."""
+    """The figures of a section, without those for which nothing was recorded."""
     made = [_against_nfe(compared), *_over_training(compared), _course(compared)]
     return [figure for figure in made if figure.panels]
 
@@ -146,7 +146,7 @@ def _over_training(compared: Compared) -> list[Figure]:
     return made
 
 
-def _against(cell: Cell, key: str, unit: str) -> dict[int, tuple[float, float]]:
+def _against(cell: RecordedCell, key: str, unit: str) -> dict[int, tuple[float, float]]:
     """By step, the metric and how much of `unit` had been spent by then, the teacher's included."""
     spent, metric = cell.record.metrics.get(unit), cell.record.metrics.get(key)
     if spent is None or metric is None:
@@ -181,7 +181,7 @@ def _training_order(name: str) -> tuple[int, str]:
     return next(i for i, start in enumerate(TRAINING) if name.startswith(start)), name
 
 
-def _by_step(cell: Cell, name: str) -> dict[int, tuple[float, float]]:
+def _by_step(cell: RecordedCell, name: str) -> dict[int, tuple[float, float]]:
     history: History | None = cell.record.metrics.get(name)
     if history is None:
         return {}

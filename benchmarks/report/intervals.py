@@ -20,7 +20,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of n values, `half` the width of its interval; None for a single value."""
+    """The mean of n values; `half` is half the width of its interval, None for a single value."""
 
     mean: float
     half: float | None
@@ -43,20 +43,24 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean and its interval; not a number where a value is none."""
+    """The mean of the values and its interval; both are nan where one of the values is nan."""
     n = len(values)
     with np.errstate(invalid="ignore"):
         mean = float(np.mean(values))
         if n < 2:
             return Interval(mean, None, n)
-        spread = float(np.std(values, ddof=1))
-    return Interval(mean, float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n), n)
+        # Not t.interval(loc, scale): it gives nan where all values are equal.
+        reach = stats.t.interval(LEVEL, n - 1)[1] * stats.sem(values)
+    return Interval(mean, float(reach), n)
 
 
 def paired(
     ours: Mapping[int, float], theirs: Mapping[int, float], *, ratio: bool = False
 ) -> Interval | None:
-    """Our value minus (or divided by) theirs, over the seeds that both have; None without any."""
+    """The mean difference of our values and theirs, or of their ratio, over the seeds of both.
+
+    None where they have no seed in common.
+    """
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None

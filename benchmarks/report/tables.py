@@ -1,9 +1,9 @@
-"""Every number of a report, once: page, Markdown and CSV are three renderings of a `Report`.
+"""Every number of a report. Page, Markdown and CSV only show what is worked out here, once.
 
 A table is one metric, its rows are arms (with the values of a grid's axes), its columns numbers of
 network evaluations. Against the baseline a row is `better` or `worse` only where the interval of
-the paired difference excludes zero; the `best` of a column is marked only where it beats every
-other row so.
+the paired difference excludes zero. A row is the `best` of a column only where it is better in
+this sense than every other row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from benchmarks.report.intervals import Interval, interval, paired
 from benchmarks.report.reading.comparability import Section, sections
-from benchmarks.report.reading.recorded_runs import Cell, Runs
+from benchmarks.report.reading.evaluations import EvaluationLine, evaluation_lines
+from benchmarks.report.reading.recorded_runs import RecordedCell, Runs
 
 BASELINE = "flow_matching"
 BETTER = {"floor": "lower", "ceiling": "higher"}  # by what real data's score is called
@@ -33,14 +34,14 @@ class Entry:
 
     by_seed: Mapping[int, float]
     value: Interval
-    difference: Interval | None  # to the baseline; None for itself, or without a common seed
+    difference: Interval | None  # to the baseline; None for itself and without common seeds
     verdict: str  # "better", "worse" or ""
     best: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A recorded metric, such as "nfe1/fd_pixels", by row; `real` is what real data score."""
+    """One recorded metric, such as "nfe1/fd_pixels", by row; `real` is what real data score."""
 
     key: str
     label: str
@@ -58,8 +59,11 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a row cost: by recorded name, and its seconds per step over those of `against`."""
+class RowCost:
+    """What a row cost. `values` are by recorded name; `overhead` is a ratio of seconds per step.
+
+    The ratio is to the row that the section measures time by, which has none itself.
+    """
 
     values: Mapping[str, Interval]
     overhead: Interval | None
@@ -70,29 +74,34 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The rows of a section, their tables and costs; `against` is whose time is 1."""
+    """The tables and costs of a section; `against` is the row whose time per step counts as 1."""
 
     section: Section
     baseline: str
     tables: tuple[Table, ...]
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, RowCost]
     against: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All of it."""
+    """What was read, and what was worked out for each section of the runs."""
 
     runs: Runs
     compared: tuple[Compared, ...]
+    evaluations: tuple[EvaluationLine, ...]
 
 
 def build_report(runs: Runs, *, baseline: str = "", force: bool = False) -> Report:
-    """The tables; ValueError for rows that cannot stand side by side, or an unknown baseline."""
+    """The report; ValueError for rows that cannot stand side by side, or an unknown baseline."""
     if baseline and not _row(runs.cells, baseline):
-        raise ValueError(f"no row or arm is {baseline!r}; there are {', '.join(runs.groups)}")
+        raise ValueError(
+            f"the baseline is {baseline!r}, and no row or arm has this name. The rows are "
+            f"{', '.join(runs.groups)}"
+        )
     made = [_compared(section, baseline) for section in sections(runs.cells, force=force)]
-    return Report(runs=runs, compared=tuple(made))
+    lines = evaluation_lines(runs.cells)
+    return Report(runs=runs, compared=tuple(made), evaluations=tuple(lines))
 
 
 def _compared(section: Section, wanted: str) -> Compared:
@@ -108,14 +117,14 @@ def _compared(section: Section, wanted: str) -> Compared:
     )
 
 
-def _row(cells: Sequence[Cell], name: str) -> str:
-    """The row of this name, or the first one of the arm; "" for neither."""
+def _row(cells: Sequence[RecordedCell], name: str) -> str:
+    """The row of this name, or else the first row of the arm of this name, or else ""."""
     found = (cell.group for cell in cells if name in (cell.group, cell.record.tags["arm"]))
     return next(found, "")
 
 
 def _tables(section: Section, baseline: str) -> list[Table]:
-    """One per sampled metric, in recorded order, and one of the errors against the exact flow."""
+    """A table for each sampled metric, as recorded, and one of errors against the exact flow."""
     keys = list(dict.fromkeys(key for cell in section.cells for key in cell.result.values))
     sampled = list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith("nfe")))
     nfes = sorted({int(k[3:].split("/")[0]) for k in keys if k.startswith("nfe")})
@@ -183,13 +192,13 @@ def _entries(section: Section, key: str, baseline: str, better: str) -> dict[str
     return entries
 
 
-def _cost(section: Section, group: str, against: str) -> Cost:
+def _cost(section: Section, group: str, against: str) -> RowCost:
     cells = section.of(group)
     found = {key: _by_seed(cells, key) for key in COSTS}
     theirs = _by_seed(section.of(against), "cost/seconds_per_step")
     ours = found["cost/seconds_per_step"]
     nfes = sorted({int(k[3:].split("/")[0]) for k in cells[0].values if k.startswith("nfe")})
-    return Cost(
+    return RowCost(
         values={key: interval(list(v.values())) for key, v in found.items() if v},
         overhead=paired(ours, theirs, ratio=True) if group != against else None,
         parameters=cells[0].result.num_params,
@@ -198,6 +207,6 @@ def _cost(section: Section, group: str, against: str) -> Cost:
     )
 
 
-def _by_seed(cells: Sequence[Cell], metric: str) -> dict[int, float]:
+def _by_seed(cells: Sequence[RecordedCell], metric: str) -> dict[int, float]:
     values = {cell.seed: cell.last(metric) for cell in cells}
     return {seed: value for seed, value in values.items() if value is not None}

@@ -2,10 +2,10 @@
 
 A number depends on the data, on what measured it (features with their weights, resize, rounding,
 count, reference), on the guidance of the samples, and on the budget and the schedule that was
-laid out over it. Rows that differ in one of these are refused, with two exceptions. What the axes
-of one grid vary is its question: such rows get sections of their own, and no difference is taken
-across sections; so do the arms of one file that have other budgets. And what is forced is shown,
-and flagged.
+laid out over it. Rows that differ in one of these facts are refused, with two exceptions. Where the
+axes of one grid vary a fact, or the arms of one file have different budgets, this is the question
+of the comparison: such rows get sections of their own, and no difference is taken across sections.
+Rows that the user forces into one section are shown with a flag.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 
 UNSTATED = "not recorded"
 
-# What each fact is bound by, its parts included: where an axis of a grid binds one of these, the
-# fact is the grid's question.
+# The gin keys that decide each fact. Where an axis of a grid binds one of them, or a field of a
+# part that they name, the fact is the grid's question.
 BOUND_BY = {
     "data": ("run.dataset",),
     "features": ("run.metric", "feature_metrics.extractor"),
@@ -42,23 +42,23 @@ BOUND_BY = {
 class Section:
     """Cells that may stand side by side; `title` says what sets them apart from other sections.
 
-    `flags` says of a group how it differs from the first, where that was forced.
+    `flags` says how a group differs from the first one, where the user forced them together.
     """
 
     title: str
-    cells: tuple[Cell, ...]
+    cells: tuple[RecordedCell, ...]
     flags: Mapping[str, str]
 
     @property
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
-    def of(self, group: str) -> list[Cell]:
+    def of(self, group: str) -> list[RecordedCell]:
         return [cell for cell in self.cells if cell.group == group]
 
 
-def facts(cell: Cell) -> dict[str, str]:
-    """What the cell's figures depend on beside its method, by name."""
+def facts(cell: RecordedCell) -> dict[str, str]:
+    """What the cell's figures depend on besides its method, by name."""
     tags, bound = cell.record.tags, cell.bindings
 
     def tag(*names: str) -> str:
@@ -78,10 +78,10 @@ def facts(cell: Cell) -> dict[str, str]:
     }
 
 
-def sections(cells: Sequence[Cell], *, force: bool = False) -> list[Section]:
+def sections(cells: Sequence[RecordedCell], *, force: bool = False) -> list[Section]:
     """The cells in sections of equal facts; ValueError for a difference that nobody declared."""
     split = _declared(cells)
-    found: dict[tuple[str, ...], list[Cell]] = {}
+    found: dict[tuple[str, ...], list[RecordedCell]] = {}
     for cell in cells:
         known = facts(cell)
         found.setdefault(tuple(known[name] for name in split), []).append(cell)
@@ -99,7 +99,7 @@ def sections(cells: Sequence[Cell], *, force: bool = False) -> list[Section]:
     return made
 
 
-def _declared(cells: Sequence[Cell]) -> list[str]:
+def _declared(cells: Sequence[RecordedCell]) -> list[str]:
     """The facts that differ because a grid's axes, or for the budget its arms, say so."""
     grids = {cell.record.parent for cell in cells}
     axes = frozenset().union(*(cell.axes for cell in cells))
@@ -112,7 +112,7 @@ def _declared(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
+def _binds(axis: str, keys: Sequence[str], cells: Sequence[RecordedCell]) -> bool:
     """Whether the axis is one of these keys, a field of their parts, or a macro that they read."""
     written = [cell.written for cell in cells]
     parts = {
@@ -126,8 +126,8 @@ def _binds(axis: str, keys: Sequence[str], cells: Sequence[Cell]) -> bool:
     return any(map(read.search, concerned))
 
 
-def _differing(cells: Sequence[Cell]) -> dict[str, str]:
-    """By group, how its facts differ from those of the first group; seeds against equal seeds."""
+def _differing(cells: Sequence[RecordedCell]) -> dict[str, str]:
+    """How the facts of each group differ from those of the first one, seed by seed."""
     first = cells[0].group
     mine = {cell.seed: facts(cell) for cell in cells if cell.group == first}
     found: dict[str, dict[str, str]] = {}

@@ -1,7 +1,8 @@
 """What `objective-zoo evaluate` left in the folders of the runs, beside their own figures.
 
-One line for each evaluation and metric: number of samples, reference and weights differ from the
-run's own figures, so these stand in a table of their own, and no interval is taken over them.
+There is one line for each evaluation and metric. Its number of samples, reference and weights may
+be others than those of the run's own figures, so the lines have a table of their own, in which
+there are no intervals.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 
 FILES = "evaluation*/evaluation.json"  # RUN/evaluation, RUN/evaluation_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """One metric of one evaluation; `by_nfe` are its values, `real` what real halves score."""
+class EvaluationLine:
+    """One metric of one evaluation; `real` is what real halves score against each other."""
 
     group: str
     seed: int
@@ -32,20 +33,20 @@ class Evaluated:
     reference: str
 
 
-def evaluated(cells: Sequence[Cell]) -> list[Evaluated]:
+def evaluation_lines(cells: Sequence[RecordedCell]) -> list[EvaluationLine]:
     """All evaluations in the cells' folders; ValueError that names a file that cannot be read."""
     return [line for cell in cells for path in _files(cell) for line in _lines(cell, path)]
 
 
-def nfes(lines: Sequence[Evaluated]) -> list[int]:
+def nfes(lines: Sequence[EvaluationLine]) -> list[int]:
     return sorted({nfe for line in lines for nfe in line.by_nfe})
 
 
-def _files(cell: Cell) -> list[Path]:
+def _files(cell: RecordedCell) -> list[Path]:
     return sorted(cell.folder.glob(FILES))
 
 
-def _lines(cell: Cell, path: Path) -> Iterator[Evaluated]:
+def _lines(cell: RecordedCell, path: Path) -> Iterator[EvaluationLine]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         values, notes, samples = found["values"], found["features"], int(found["samples"])
@@ -56,7 +57,7 @@ def _lines(cell: Cell, path: Path) -> Iterator[Evaluated]:
         if match := re.match(r"nfe(\d+)/(.+)", key):
             by_metric.setdefault(match[2], {})[int(match[1])] = value
     for metric, by_nfe in by_metric.items():
-        yield Evaluated(
+        yield EvaluationLine(
             group=cell.group,
             seed=cell.seed,
             name=path.parent.name,
@@ -69,6 +70,6 @@ def _lines(cell: Cell, path: Path) -> Iterator[Evaluated]:
 
 
 def _references(notes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Each once, their hashes to 16 digits."""
+    """Every reference once, with the first 16 digits of its hash."""
     found = dict.fromkeys(str(note.get("reference", "-")) for note in notes.values())
     return re.sub(r"(sha256 \w{16})\w+", r"\1", "; ".join(found))

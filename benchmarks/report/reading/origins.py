@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.report.reading.comparability import UNSTATED, facts
-from benchmarks.report.reading.recorded_runs import Cell
+from benchmarks.report.reading.recorded_runs import RecordedCell
 
 MISSING = "-"
 _TAGS = ("objective", "backbone", "sampler", "commit", "dirty", "platform", "cpus", "gpus")
@@ -25,8 +25,8 @@ class Origins:
     texts: Mapping[str, str]  # the operative gin text of each row's first seed
 
 
-def origins_of(cells: Sequence[Cell]) -> Origins:
-    groups: dict[str, list[Cell]] = {}
+def origins_of(cells: Sequence[RecordedCell]) -> Origins:
+    groups: dict[str, list[RecordedCell]] = {}
     for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
     known = {group: [_facts(cell) for cell in members] for group, members in groups.items()}
@@ -45,7 +45,7 @@ def origins_of(cells: Sequence[Cell]) -> Origins:
     )
 
 
-def _facts(cell: Cell) -> dict[str, str]:
+def _facts(cell: RecordedCell) -> dict[str, str]:
     tags = cell.record.tags
     versions = {k.removeprefix("version."): v for k, v in tags.items() if k.startswith("version.")}
     known = {name: tags.get(name, UNSTATED) for name in _TAGS}
@@ -72,7 +72,7 @@ def _apart(
 
 
 def _unshared(binding: tuple[str, Mapping[str, str]]) -> bool:
-    """What one row alone binds, its own part's, comes behind what several bind differently."""
+    """A key to sort by: bindings of a single row come after those of several rows."""
     return sum(value != MISSING for value in binding[1].values()) < 2
 
 

@@ -21,14 +21,14 @@ from benchmarks.runs.result import Result
 from registry import gin_setup
 from registry.plugins import load_plugins
 
-# Where and how a run is recorded, continued or stopped: no part of what a row is.
+# Settings that say where and how a run is recorded, continued or stopped, and not what it is.
 _ASIDE = ("run.seed", "run.recorder", "run.checkpoint_seconds", "run.pruner", "parameters")
 Settings = tuple[tuple[str, str], ...]
 _KILLED = "stopped or killed, or still running"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class RecordedCell:
     """One finished run; `group` names its row of a table, whose seeds are averaged."""
 
     record: Record
@@ -71,14 +71,14 @@ class Cell:
 
     @cached_property
     def axes(self) -> frozenset[str]:
-        """What the cell's grid set for it: keys, names of macros, 'include' for whole files."""
+        """The keys and macros that the grid set for this cell; 'include' stands for whole files."""
         bound = json.loads(self.record.tags.get("cell.bindings", "[]"))
         keys = (binding.split("=")[0].split()[0] for binding in bound)
         return frozenset(gin_setup.own_key(key.split("/")[-1]) for key in keys)
 
     @property
     def command(self) -> str:
-        """The line that runs it again."""
+        """The command line that runs the cell again."""
         return command_of(self.record)
 
     @property
@@ -103,7 +103,7 @@ class Unfinished:
 class Runs:
     """What was found, in the order of the grid or of time; `notes` are for the reader."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[RecordedCell, ...]
     unfinished: tuple[Unfinished, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -111,7 +111,7 @@ class Runs:
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
-    def of(self, group: str) -> list[Cell]:
+    def of(self, group: str) -> list[RecordedCell]:
         return sorted((c for c in self.cells if c.group == group), key=lambda cell: cell.seed)
 
 
@@ -159,8 +159,8 @@ def _group(record: Record) -> str:
     return record.tags.get("group") or record.tags["arm"]
 
 
-def _cell(record: Record, group: str) -> Cell:
-    return Cell(record=record, result=Result.load(record.folder), group=group)
+def _cell(record: Record, group: str) -> RecordedCell:
+    return RecordedCell(record=record, result=Result.load(record.folder), group=group)
 
 
 def _unfinished(record: Record, group: str, state: State) -> Unfinished:
@@ -188,8 +188,11 @@ def _not_started(folder: Path) -> Unfinished:
     )
 
 
-def _named(cells: Sequence[Cell]) -> list[Cell]:
-    """Rows of one name with other settings get the name of their folder, and then a number."""
+def _named(cells: Sequence[RecordedCell]) -> list[RecordedCell]:
+    """The cells, where rows of one name but different settings get names of their own.
+
+    The name of the folder above the runs is added, and a number where that is not enough.
+    """
     named = list(cells)
     kinds = list(dict.fromkeys(map(_settings, cells)))
     for label in (
@@ -208,12 +211,12 @@ def _named(cells: Sequence[Cell]) -> list[Cell]:
     return named
 
 
-def _settings(cell: Cell) -> Settings:
+def _settings(cell: RecordedCell) -> Settings:
     return tuple(sorted(cell.bindings.items()))
 
 
-def _without_doubles(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    kept: dict[tuple[str, int], Cell] = {}
+def _without_doubles(cells: Sequence[RecordedCell]) -> tuple[list[RecordedCell], list[str]]:
+    kept: dict[tuple[str, int], RecordedCell] = {}
     notes = []
     for cell in cells:
         first = kept.setdefault((cell.group, cell.seed), cell)

@@ -17,11 +17,11 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}\Z")
 
 
 @dataclass(frozen=True)
-class Found:
-    """Folders with a record, folders of cells that nobody began, and what is missing.
+class RunFolders:
+    """The folders of runs that were `started`, and of cells that are only `prepared`.
 
-    `groups` are the cells' names in the grid that was asked for, which may have taken a finished
-    cell from another one.
+    `notes` name what is missing. `groups` says which row a folder belongs to in the grid that the
+    user gave, since a grid may use cells that another one has finished.
     """
 
     started: tuple[Path, ...]
@@ -30,15 +30,15 @@ class Found:
     groups: Mapping[Path, str]
 
 
-def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> Found:
-    """Every run at or under these folders, cells that a grid found elsewhere included."""
+def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> RunFolders:
+    """Every run in or below these folders, and the cells that a grid found finished elsewhere."""
     notes: list[str] = []
     groups: dict[Path, str] = {}
     tops = [top for run in runs for top in _tops(run, tracking_uri)]
     folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, notes, groups)))
     started = [folder for folder in folders if (folder / RECORD).exists()]
     prepared = [folder for folder in folders if folder not in started]
-    return Found(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
+    return RunFolders(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
 
 
 def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
@@ -95,6 +95,7 @@ def _of_mlflow(run_id: str, store: Store) -> list[Path]:
         )
     if not folders:
         raise ValueError(
-            f"the MLflow run {run_id} names no folder of a cell, nor has runs below it"
+            f"the MLflow run {run_id} names no folder of a cell, and no run below it does. Give "
+            "the run of a cell or of a comparison"
         )
     return folders

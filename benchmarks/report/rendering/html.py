@@ -1,7 +1,7 @@
 """report.html: one file that has its figures, pictures, styles and scripts in it.
 
-plotly's whole script (4.6 MiB) is inlined: of its bundles it is the one that the package ships, so
-that no copy of ours grows old. A policy in the page's head forbids every request, even by mistake.
+plotly's whole script (4.6 MiB) is inlined. It is the bundle that the package ships, so there is no
+copy of ours that grows old. A policy in the page's head forbids every request, even by mistake.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import jinja2
 
 from benchmarks.report.curves import Figure
-from benchmarks.report.reading.evaluations import evaluated, nfes
+from benchmarks.report.reading.evaluations import nfes
 from benchmarks.report.reading.origins import Origins
 from benchmarks.report.rendering import markdown
 from benchmarks.report.rendering.figures import plotly_panel
 from benchmarks.report.rendering.sample_viewer import Viewer
 from benchmarks.report.rendering.styles import Look
-from benchmarks.report.tables import Compared, Report
+from benchmarks.report.tables import Report
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -50,14 +50,12 @@ def to_page(
         viewers=viewers,
         looks=looks,
         writing=markdown,
-        evaluated=(lines := evaluated(report.runs.cells)),
-        calls=nfes(lines),
+        calls=nfes(report.evaluations),
         arms={group: i for i, group in enumerate(report.runs.groups)},
         data=_json(_data(figures, viewers, looks)),
         style=(ASSETS / "page.css").read_text(),
         script=(ASSETS / "page.js").read_text(),
         plotly=get_plotlyjs(),
-        plain=_plain,
     )
 
 
@@ -81,9 +79,5 @@ def _data(
 
 
 def _json(data: Any) -> str:
-    """Safe inside a script element."""
+    """JSON that is safe inside a script element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _plain(compared: Compared) -> str:
-    return compared.section.title or "Results"

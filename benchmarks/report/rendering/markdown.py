@@ -1,16 +1,14 @@
-"""Numbers as text, and a report as Markdown and as CSV (which has every digit)."""
+"""Numbers as text, and a report as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
 from benchmarks.report.intervals import Interval
-from benchmarks.report.reading.evaluations import Evaluated, evaluated, nfes
+from benchmarks.report.reading.evaluations import EvaluationLine, nfes
 from benchmarks.report.reading.origins import Origins
-from benchmarks.report.tables import COSTS, Compared, Cost, Entry, Report, Table
+from benchmarks.report.tables import COSTS, Compared, Entry, Report, RowCost, Table
 
 MARKS = {"better": "▲", "worse": "▼", "best": "★"}
 LEGEND = (
@@ -19,15 +17,10 @@ LEGEND = (
     "zero; ★ better than every other row in this sense. Intervals are not corrected for the number "
     "of comparisons."
 )
-CSV = (
-    *("section", "row", "metric", "n", "mean", "low", "high"),
-    *("baseline", "difference", "difference_low", "difference_high", "difference_n"),
-    *("verdict", "best", "flag", "values_by_seed"),
-)
 EVALUATED = (
-    "By objective-zoo evaluate, after training: on other numbers of samples and other references "
-    "than above, so without intervals or comparisons. Real halves are one half of the reference "
-    "against the other."
+    "These values were measured by objective-zoo evaluate after training, on other numbers of "
+    "samples and other references than those above, so they have no intervals and are not "
+    "compared. Real halves are what one half of the reference scores against the other."
 )
 SINGLE = "Rows with n = 1 have no interval, and nothing is marked for them."
 
@@ -54,6 +47,10 @@ def difference(entry: Entry) -> str:
     return f"Δ {sign}{plus_minus(entry.difference)} {MARKS.get(entry.verdict, '')}".strip()
 
 
+def title(compared: Compared) -> str:
+    return compared.section.title or "Results"
+
+
 def heading(table: Table) -> str:
     return f"{table.title} ({table.better} is better)" if table.better else table.title
 
@@ -65,13 +62,13 @@ def seeds(table: Table, group: str) -> str:
 
 
 def single(compared: Compared) -> bool:
-    """Whether some row has one seed alone."""
+    """Whether a row has only one seed."""
     entries = (e for t in compared.tables for c in t.columns for e in c.entries.values())
     return any(entry.value.n < 2 for entry in entries)
 
 
-def cost_cells(cost: Cost) -> list[str]:
-    """One text for each of COSTS, then overhead, parameters, sampler and evaluations."""
+def cost_cells(cost: RowCost) -> list[str]:
+    """One text for each column of `cost_heads`."""
     values = [cost.values.get(key) for key in COSTS]
     found = [number(v.mean) if v and not v.half else plus_minus(v) for v in values]
     overhead = "1" if cost.overhead is None else plus_minus(cost.overhead)
@@ -82,12 +79,12 @@ def cost_heads(compared: Compared) -> list[str]:
     return [*COSTS.values(), f"time / {compared.against}", "parameters", "sampler", "NFE measured"]
 
 
-def evaluated_heads(lines: Sequence[Evaluated]) -> list[str]:
+def evaluated_heads(lines: Sequence[EvaluationLine]) -> list[str]:
     calls = [f"NFE {nfe}" for nfe in nfes(lines)]
     return ["evaluation", "samples", "metric", *calls, "real halves", "reference"]
 
 
-def evaluated_cells(line: Evaluated, calls: Sequence[int]) -> list[str]:
+def evaluated_cells(line: EvaluationLine, calls: Sequence[int]) -> list[str]:
     values = [*map(line.by_nfe.get, calls), line.real]
     shown = ["-" if value is None else number(value) for value in values]
     return [line.name, f"{line.samples:,}", line.metric, *shown, line.reference]
@@ -98,7 +95,7 @@ def to_markdown(report: Report, origins: Origins) -> str:
     parts = ["# Comparison", LEGEND]
     for compared in report.compared:
         parts += _section(compared)
-    if lines := evaluated(report.runs.cells):
+    if lines := report.evaluations:
         rows = [[line.group, str(line.seed), *evaluated_cells(line, nfes(lines))] for line in lines]
         parts += ["## Evaluated", EVALUATED]
         parts += [_table(["row", "seed", *evaluated_heads(lines)], rows)]
@@ -127,7 +124,7 @@ def to_markdown(report: Report, origins: Origins) -> str:
 
 def _section(compared: Compared) -> list[str]:
     section = compared.section
-    parts = [f"## {section.title or 'Results'}", f"Baseline: {compared.baseline}."]
+    parts = [f"## {title(compared)}", f"Baseline: {compared.baseline}."]
     if single(compared):
         parts.append(SINGLE)
     parts += [f"**Forced:** {flag}; nothing is marked for it." for flag in section.flags.values()]
@@ -162,47 +159,3 @@ def _flagged(compared: Compared, group: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return markdown(header, [[cell.replace("|", "\\|") for cell in row] for row in rows])
-
-
-def to_csv(report: Report) -> str:
-    """One line per number: a row's metric, or cost, with its interval, difference and seeds."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV)
-    for compared in report.compared:
-        writer.writerows(_lines(compared))
-    return file.getvalue()
-
-
-def _lines(compared: Compared) -> list[list[object]]:
-    section = compared.section
-    lines: list[list[object]] = []
-    for column in (column for table in compared.tables for column in table.columns):
-        for group, entry in column.entries.items():
-            apart = entry.difference
-            lines.append(
-                [section.title, group, column.key, *_numbers(entry.value)]
-                + ([compared.baseline, *_apart(apart)] if apart else [""] * 5)
-                + [entry.verdict, "best" if entry.best else "", section.flags.get(group, "")]
-                + [" ".join(f"{seed}:{value!r}" for seed, value in entry.by_seed.items())]
-            )
-        if column.real:
-            lines.append(
-                [section.title, "real data", column.key, *_numbers(column.real)] + [""] * 9
-            )
-    for group, cost in compared.costs.items():
-        named = {**cost.values, f"time over {compared.against}": cost.overhead}
-        lines += [
-            [section.title, group, key, *_numbers(value)] + [""] * 9
-            for key, value in named.items()
-            if value is not None
-        ]
-    return lines
-
-
-def _numbers(value: Interval) -> list[object]:
-    return [value.n, value.mean, value.low, value.high]
-
-
-def _apart(value: Interval) -> list[object]:
-    return [value.mean, value.low, value.high, value.n]

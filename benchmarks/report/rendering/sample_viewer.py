@@ -1,37 +1,27 @@
 """The sample viewer: what each row made of the same noise and labels, at every NFE and step kept.
 
 Pictures come as strips, one column for each noise, and beside the final ones their nearest training
-pictures (see benchmarks/runs/samples.py). Points come as small scatter plots over real points. One
-seed is shown, the lowest that most rows have, and at most MAX_STEPS checkpoints, so that the page
-stays small. What lies in the folders is shown; nothing is drawn from a network.
+pictures (see benchmarks/runs/samples.py). Points come as small scatter plots over real points. What
+the runs kept is shown; nothing is drawn from a network.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.numpy import load_file
 
-from benchmarks.report.reading.comparability import Section
-from benchmarks.report.reading.recorded_runs import Cell
-from benchmarks.runs.result import REAL, SAMPLES
+from benchmarks.report.reading.kept_samples import Array, KeptSamples
 
 NUM_COLUMNS = 10
-MAX_STEPS = 12
 CELL = 40  # pixels that a picture covers at least
 GAP = 2
 _SIDE = 220  # pixels of a scatter plot
 _INK, _REAL_INK = (0, 114, 178, 200), (140, 140, 140, 110)
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +60,16 @@ class Viewer:
         return tuple(dict.fromkeys(strip.group for strip in self.strips))
 
 
-def viewer_of(section: Section) -> Viewer | None:
-    """None where nothing that can be shown was kept."""
-    kept = [c for c in section.cells if (c.folder / SAMPLES).exists() and _drawable(_final(c))]
+def viewer_of(kept: Sequence[KeptSamples]) -> Viewer | None:
+    """The samples of the rows side by side; None where no row kept any."""
     if not kept:
         return None
-    counts = Counter(cell.seed for cell in kept)
-    seed = min(counts, key=lambda s: (-counts[s], s))
-    cells = [cell for cell in kept if cell.seed == seed]
-    real = next((r for cell in cells if (r := _real(cell))), {})
-    by_step = {cell.group: _kept(cell) for cell in cells}
-    strips = [
-        _strip(cell, nfe, by_step[cell.group], real)
-        for cell in cells
-        for nfe in sorted(int(name[3:]) for name in _final(cell))
-    ]
+    real = next((samples.real for samples in kept if samples.real), {})
+    strips = [_strip(samples, nfe, real) for samples in kept for nfe in samples.nfes]
     far = real.get("real_distance")
-    sample = next(iter(_final(cells[0]).values()))
+    sample = next(iter(kept[0].final.values()))
     return Viewer(
-        seed=seed,
+        seed=kept[0].seed,
         points=sample.ndim == 2,
         strips=tuple(strips),
         labels=tuple(real["label"][:NUM_COLUMNS].tolist()) if "label" in real else (),
@@ -98,47 +79,18 @@ def viewer_of(section: Section) -> Viewer | None:
     )
 
 
-def _final(cell: Cell) -> dict[str, Array]:
-    return dict(load_file(cell.folder / SAMPLES))
-
-
-def _real(cell: Cell) -> dict[str, Array]:
-    path = cell.folder / REAL
-    return dict(load_file(path)) if path.exists() else {}
-
-
-def _drawable(samples: Mapping[str, Array]) -> bool:
-    shape = next(iter(samples.values())).shape[1:]
-    return shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
-
-
-def _kept(cell: Cell) -> dict[int, dict[str, Array]]:
-    """The samples by step, some of the checkpoints and always the end."""
-    files = {int(f.stem[5:]): f for f in sorted((cell.folder / "samples").glob("step_*"))}
-    end = int(next(iter(cell.record.metrics[k] for k in cell.result.values)).steps[-1])
-    files.pop(end, None)
-    chosen: list[tuple[int, Path]] = list(files.items())
-    if len(chosen) >= MAX_STEPS:
-        places = np.linspace(0, len(chosen) - 1, MAX_STEPS - 1).round().astype(int)
-        chosen = [chosen[i] for i in dict.fromkeys(places.tolist())]
-    return {**{step: dict(load_file(file)) for step, file in chosen}, end: _final(cell)}
-
-
-def _strip(
-    cell: Cell, nfe: int, by_step: Mapping[int, Mapping[str, Array]], real: Mapping[str, Array]
-) -> Strip:
+def _strip(kept: KeptSamples, nfe: int, real: Mapping[str, Array]) -> Strip:
     name = f"nfe{nfe}"
-    own = _real(cell)
     backdrop = real.get("real")
-    drawn = {step: _picture(samples[name], backdrop) for step, samples in by_step.items()}
-    if f"nearest_{name}" not in own:
-        return Strip(group=cell.group, nfe=nfe, by_step=drawn)
+    drawn = {step: _picture(samples[name], backdrop) for step, samples in kept.by_step.items()}
+    if f"nearest_{name}" not in kept.real:
+        return Strip(group=kept.group, nfe=nfe, by_step=drawn)
     return Strip(
-        group=cell.group,
+        group=kept.group,
         nfe=nfe,
         by_step=drawn,
-        nearest=_pictures(own[f"nearest_{name}"]),
-        distances=tuple(own[f"distance_{name}"][:NUM_COLUMNS].tolist()),
+        nearest=_pictures(kept.real[f"nearest_{name}"]),
+        distances=tuple(kept.real[f"distance_{name}"][:NUM_COLUMNS].tolist()),
     )
 
 
@@ -170,7 +122,7 @@ def _factor(rows: Array) -> int:
 
 
 def _scatter(points: Array, backdrop: Array | None) -> str:
-    """Points over real ones in grey; the square is the real points', half as wide again."""
+    """Points over real ones in grey, in a square half as wide again as the real points are."""
     base = points if backdrop is None else backdrop
     base = base[np.isfinite(base).all(1)]
     centre = (base.min(0) + base.max(0)) / 2

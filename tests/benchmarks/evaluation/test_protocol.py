@@ -17,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
-from benchmarks.evaluation import protocol as module
 from benchmarks.evaluation.feature_cache import FeatureSink
-from benchmarks.evaluation.protocol import Request, evaluate_run
+from benchmarks.evaluation.protocol import evaluate_run
 from benchmarks.evaluation.reference import find_real
+from benchmarks.evaluation.reference_checks import least_rows, possible, usable
+from benchmarks.evaluation.request import EvaluationRequest
+from benchmarks.evaluation.scores import against
+from benchmarks.metrics import evaluate
 from benchmarks.metrics.distances import Frechet, moments
 from benchmarks.metrics.features import Pixels
 
@@ -44,9 +47,9 @@ def whole(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return evaluate_run(run_folder, request(out), out), out
 
 
-def request(out: Path, **changes) -> Request:
+def request(out: Path, **changes) -> EvaluationRequest:
     wanted = {"num": NUM, "nfe": (1, 3), "features": ("pixels",), "cache": out / "reference"}
-    return Request(**(wanted | changes))
+    return EvaluationRequest(**(wanted | changes))
 
 
 def blocks(out: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +110,7 @@ def test_a_killed_evaluation_continues_with_what_is_missing(
     whole, run_folder, tmp_path, monkeypatch
 ) -> None:
     drawn = []
-    draw = module.evaluate.draw
+    draw = evaluate.draw
 
     def interrupted(net, sampler, x1, cond, seed, batch_size, first):
         if len(drawn) == 4:
@@ -115,7 +118,7 @@ def test_a_killed_evaluation_continues_with_what_is_missing(
         drawn.append((sampler.nfe, first))
         return draw(net, sampler, x1, cond, seed, batch_size, first)
 
-    monkeypatch.setattr(module.evaluate, "draw", interrupted)
+    monkeypatch.setattr(evaluate, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run_folder, request(tmp_path), tmp_path)
     assert drawn == [(1, 0), (1, 256), (1, 512), (3, 0)]
@@ -133,7 +136,7 @@ def test_features_are_found_again_by_content(whole, run_folder, tmp_path, monkey
     def draw(*_args):
         raise AssertionError("nothing is to be drawn")
 
-    monkeypatch.setattr(module.evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "draw", draw)
     assert evaluate_run(run_folder, request(out), out) == values
     less = evaluate_run(run_folder, request(out, metrics=("frechet",), nfe=(3,)), out)
     assert less["nfe3/fd_pixels"] == values["nfe3/fd_pixels"]
@@ -158,7 +161,7 @@ def test_labels_are_balanced_and_those_of_the_data_on_request(
         labels.extend(cond["label"].tolist())
         return torch.zeros_like(x1)
 
-    monkeypatch.setattr(module.evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "draw", draw)
     how = {"nfe": (1,), "metrics": ("frechet",), "num": 400}
     evaluate_run(run_folder, request(tmp_path, **how), tmp_path / "a")
     assert np.bincount(labels).tolist() == [40] * 10
@@ -304,13 +307,13 @@ def test_a_reference_that_is_none_is_refused_before_sampling(
     np.savez("nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
     np.savez("large.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
     np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
-    monkeypatch.setattr(module.evaluate, "draw", None)
+    monkeypatch.setattr(evaluate, "draw", None)
     with pytest.raises(ValueError, match=message):
         evaluate_run(run_folder, request(tmp_path, reference=reference), tmp_path)
 
 
 def test_too_few_samples_are_refused_before_sampling(run_folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module.evaluate, "draw", None)
+    monkeypatch.setattr(evaluate, "draw", None)
     with pytest.raises(ValueError, match="precision_recall need at least 4 samples, not 3"):
         evaluate_run(run_folder, request(tmp_path, num=3), tmp_path)
 
@@ -341,12 +344,40 @@ def test_statistics_of_another_resize_are_warned_of(caplog) -> None:
     for theirs, ours in (("tensorflow", "clean"), ("clean", "tensorflow")):
         real = find_real_of(mean=torch.zeros(4), resize=theirs)
         extractor = type("Resizing", (Pixels,), {"resize": ours})()
-        assert module.usable(real, extractor, 4) is real
+        assert usable(real, extractor, 4) is real
         assert f"inception_v3.resize = '{theirs}'" in caplog.text
         caplog.clear()
-        assert module.usable(real, Pixels(), 4) is real
-        assert module.usable(real, type("Same", (Pixels,), {"resize": theirs})(), 4) is real
+        assert usable(real, Pixels(), 4) is real
+        assert usable(real, type("Same", (Pixels,), {"resize": theirs})(), 4) is real
         assert not caplog.text
+
+
+class Mine:
+    """A metric of somebody's own, which needs the reference's mean alone and four rows."""
+
+    better, least_rows = "lower", 4
+
+    def against_moments(self, mean, covariance):
+        def compare(samples):
+            yield "mine", float((samples.mean(0) - mean).norm())
+
+        return compare
+
+    def against(self, reference):
+        return self.against_moments(*moments(reference))
+
+    def __call__(self, samples, reference):
+        return self.against(reference)(samples)
+
+
+def test_statistics_and_least_rows_are_capabilities_that_any_metric_may_have() -> None:
+    real = find_real_of(mean=torch.zeros(4))
+    mine = Mine()
+    assert possible([mine], real, by_name=True) == [mine]
+    assert least_rows([Frechet(), mine]) == 4
+    assert least_rows([Frechet()]) == 2
+    ((_, value),) = against(mine, real, None)(torch.ones(2, 4))
+    assert value == 2.0
 
 
 def find_real_of(**parts):
@@ -400,7 +431,7 @@ def test_the_command_prints_the_table_and_refuses_bindings_without_effect(
     assert "nothing uses euler.shift" in done.err
     done = zoo(*words, "--out", tmp_path, "--metrics", "feature_metrics")
     assert done.status == 2
-    assert "no metric of features" in done.err
+    assert "'feature_metrics' does not compare features" in done.err
 
 
 # An independent library, fed the same features.

@@ -195,7 +195,7 @@ def test_replacing_nfe_keeps_the_samplers_other_fields() -> None:
 
 @pytest.mark.parametrize("nfe_list", [[], [2, 2]])
 def test_nfe_lists_that_say_nothing_are_refused(nfe_list: list[int]) -> None:
-    with pytest.raises(ValueError, match="each one once"):
+    with pytest.raises(ValueError, match="give each NFE once"):
         samplers_for(EvenOnly(), nfe_list)
 
 

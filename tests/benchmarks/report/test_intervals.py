@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from benchmarks.report.intervals import Interval, interval, paired
 
@@ -23,6 +24,17 @@ def test_interval_is_student_t(n):
     assert found.mean == pytest.approx((n - 1) / 2)
     assert found.half == pytest.approx(wanted, rel=1e-3)  # the tables have four digits
     assert (found.n, found.low, found.high) == (n, found.mean - found.half, found.mean + found.half)
+
+
+def test_interval_is_that_of_scipys_test_of_a_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 4)
+    found, wanted = interval(values), stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    # The two sum in another order.
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-13)
+
+
+def test_equal_values_have_an_interval_without_width():
+    assert interval([2.0, 2.0, 2.0]) == Interval(2.0, 0.0, 3)
 
 
 def test_interval_covers_the_truth_in_95_of_100_samples():

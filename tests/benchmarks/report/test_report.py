@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from report_runs import cell, comparison, prepared, unfinished, values
 
@@ -14,10 +16,13 @@ from benchmarks.records.jsonl import read_record
 from benchmarks.report import write_report
 from benchmarks.report.intervals import interval
 from benchmarks.report.reading.comparability import sections
+from benchmarks.report.reading.kept_samples import kept_samples
 from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.data_frame import report_frame, to_csv
 from benchmarks.report.rendering.html import to_page
-from benchmarks.report.rendering.markdown import to_csv, to_markdown
+from benchmarks.report.rendering.markdown import to_markdown
+from benchmarks.report.rendering.sample_viewer import viewer_of
 from benchmarks.report.rendering.styles import looks_of
 from benchmarks.report.tables import build_report
 
@@ -111,7 +116,9 @@ def test_value_that_is_not_finite_is_shown_and_never_wins(tmp_path):
 def test_baseline_is_chosen_by_name(two_rows):
     found = table(two_rows, baseline="mean_flow")["NFE 1"]
     assert found["flow_matching"].verdict == "worse"
-    with pytest.raises(ValueError, match="no row or arm is 'shortcut'; there are flow_matching"):
+    with pytest.raises(
+        ValueError, match="'shortcut', and no row or arm has this name. The rows are flow"
+    ):
         table(two_rows, baseline="shortcut")
 
 
@@ -146,6 +153,37 @@ def test_every_number_of_the_table_equals_the_records(written):
         )
         checked += 1
     assert checked == 4  # two rows at two NFE
+
+
+def test_data_frame_and_csv_hold_the_same_numbers(written):
+    report = build_report(read_runs([written.parent / "runs"]))
+    found = report_frame(report)
+    assert found["mean"].dtype == found["difference"].dtype == "float64"
+    read = pd.read_csv(written / "table.csv")
+    assert list(read.columns) == list(found.columns)
+    for name in read.columns:
+        assert read[name].fillna("").tolist() == found[name].fillna("").tolist(), name
+
+
+CSV = """\
+section,row,metric,n,mean,low,high,baseline,difference,difference_low,difference_high,difference_n,\
+verdict,best,flag,values_by_seed
+,"mean_flow ""a"", b",nfe1/fd_pixels,1,1e-07,,,,,,,,,,,3:1e-07
+,real data,nfe1/fd_pixels,1,0.5,,,,,,,,,,,
+,"mean_flow ""a"", b",nfe2/fd_pixels,1,nan,,,,,,,,,,,3:nan
+,real data,nfe2/fd_pixels,1,0.5,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/seconds_per_step,1,0.4,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/seconds,1,2.0,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/steps,1,20.0,,,,,,,,,,,
+,"mean_flow ""a"", b",cost/images,1,160.0,,,,,,,,,,,
+"""
+
+
+def test_csv_is_quoted_and_tells_a_missing_value_from_one_that_is_not_a_number(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    tags = {"group": 'mean_flow "a", b'}
+    cell(runs, "mean_flow", 3, values(1e-7, float("nan")), tags=tags)
+    assert to_csv(build_report(read_runs([runs]))) == CSV
 
 
 def test_page_markdown_and_csv_show_the_same_numbers(written):
@@ -364,7 +402,7 @@ def test_what_evaluate_found_is_in_the_report(tmp_path):
     where = runs / "mean_flow-1" / "evaluation_ema_width_0.12" / "evaluation.json"
     where.parent.mkdir()
     where.write_text(json.dumps(about))
-    found = outputs(report)
+    found = outputs(build_report(read_runs([runs])))
     line = "| mean_flow | 1 | evaluation_ema_width_0.12 | 50,000 | fid | 3.431 | 2.93 | 0.5 |"
     assert line in re.sub(" +", " ", found["markdown"])
     cells = re.sub(r"</t[hd]>\s*<t[hd][^>]*>", " | ", found["page"])
@@ -372,4 +410,17 @@ def test_what_evaluate_found_is_in_the_report(tmp_path):
     assert "50,000 | recall | 0.61 | - | - | ref.npz" in cells
     where.write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read.*evaluate again"):
-        outputs(report)
+        build_report(read_runs([runs]))
+
+
+def test_what_is_rendered_was_read_before(tmp_path):
+    """Page, Markdown, CSV and viewer need no folder of runs."""
+    runs = comparison(tmp_path / "runs", ROWS)
+    report = build_report(read_runs([runs]))
+    origins, kept = origins_of(report.runs.cells), kept_samples(report.compared[0].section)
+    looks = looks_of(report.runs.groups)
+    shutil.rmtree(runs)
+    page = to_page(report, origins, {0: []}, {0: viewer_of(kept)}, looks)
+    assert "data:image/png;base64," in page
+    assert to_markdown(report, origins)
+    assert to_csv(report)

@@ -17,9 +17,10 @@ from benchmarks.data.pictures import to_uint8
 from benchmarks.records.jsonl import RecordWriter, read_record
 from benchmarks.report.curves import MAX_POINTS, Curve, Figure, Panel, figures_of
 from benchmarks.report.intervals import interval
+from benchmarks.report.reading.kept_samples import MAX_STEPS, kept_samples
 from benchmarks.report.reading.recorded_runs import read_runs
 from benchmarks.report.rendering.figures import plotly_panel, save_figure
-from benchmarks.report.rendering.sample_viewer import GAP, MAX_STEPS, NUM_COLUMNS, viewer_of
+from benchmarks.report.rendering.sample_viewer import GAP, NUM_COLUMNS, viewer_of
 from benchmarks.report.rendering.styles import COLOURS, looks_of
 from benchmarks.report.tables import build_report
 
@@ -135,7 +136,7 @@ def opened(uri: str) -> np.ndarray:
 
 
 def viewer(folder: Path):
-    return viewer_of(build_report(read_runs([folder])).compared[0].section)
+    return viewer_of(kept_samples(build_report(read_runs([folder])).compared[0].section))
 
 
 def test_viewer_shows_the_kept_pixels_of_one_seed_in_every_row(runs):

@@ -13,6 +13,7 @@ from benchmarks.conformance import mutations
 from benchmarks.conformance.report import SLOW, claims_for, subject_of
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import Subject
+from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
 from zoo.objectives.decm import DECM
@@ -117,7 +118,7 @@ def test_every_planted_mistake_is_rejected_by_its_claim(name):
     for mutation in mutations.MUTATIONS:
         killer = KILLERS.get(mutation.name, "fixed point at a Gaussian")
         claims = {killer: claims_for(name)[killer]} if killer in claims_for(name) else {}
-        found = mutations.verdict(mutation, subject, claims)
+        found = verdict(mutation, subject, claims)
         if found is not None:
             planted.add(mutation.name)
             assert found.no_effect == (mutation.name in NO_EFFECT.get(name, ())), found
