@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from benchmarks.conformance import ConformanceReport
     from benchmarks.grids.comparison import CellsFailed as CellsFailed
     from objective_zoo.comparing import Comparison as Comparison
-    from objective_zoo.comparing import Experiment as Experiment
+    from objective_zoo.comparing import PlannedRun as PlannedRun
     from objective_zoo.runs import Run as Run
     from zoo import objectives as objectives
 
 __all__ = [
-    "CellsFailed", "Comparison", "Experiment", "Run", "check", "experiment", "grid", "load",
+    "CellsFailed", "Comparison", "PlannedRun", "Run", "check", "experiment", "grid", "load",
     "load_network", "objectives", "parts", "report", "run",
 ]  # fmt: skip
 _LAZY = {
     "CellsFailed": "benchmarks.grids.comparison",
     "Comparison": "objective_zoo.comparing",
-    "Experiment": "objective_zoo.comparing",
+    "PlannedRun": "objective_zoo.comparing",
     "Run": "objective_zoo.runs",
     "objectives": "zoo",
 }
@@ -100,7 +100,7 @@ def grid(
 
 def experiment(
     *, objective: Any, backbone: Any, dataset: Any, set: Mapping[str, Any] | None = None, **run: Any
-) -> Experiment:
+) -> PlannedRun:
     """One run without a gin file: `.run(out)` trains, measures and records it like any other.
 
     Parts are registered instances (`objectives.MeanFlow()`) or names ("dit", "digits"); more

@@ -38,7 +38,7 @@ KINDS: Mapping[str, Registry] = {  # of the arguments of `run` that are parts
 class Comparison:
     """What a comparison came to: its table, the runs that have finished, why others failed."""
 
-    def __init__(self, found: library.Comparison):
+    def __init__(self, found: library.ComparisonOutcome):
         self._found = found
         self.folder = found.folder
 
@@ -78,7 +78,7 @@ class Comparison:
         return table
 
 
-class Experiment:
+class PlannedRun:
     """One run without a gin file, not yet run; `config` is the gin text that says the same."""
 
     def __init__(self, bindings: Sequence[str]):
@@ -130,11 +130,11 @@ def grid(
         )
 
 
-def experiment(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Experiment:
+def experiment(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> PlannedRun:
     """See `objective_zoo.experiment`."""
     load_plugins()
     given = {f"run.{name}": _part(name, value) for name, value in arguments.items()}
-    return Experiment(bindings_of_values(given | dict(values)))
+    return PlannedRun(bindings_of_values(given | dict(values)))
 
 
 def _request(file: str | Path, arms: Sequence[str], values: Mapping[str, Any]) -> Request:
@@ -154,7 +154,7 @@ def _part(name: str, value: Any) -> Any:
     return f"@{value}" if name == "backbone" else f"@{value}()"
 
 
-def _finished(work: Callable[[], library.Comparison]) -> Comparison:
+def _finished(work: Callable[[], library.ComparisonOutcome]) -> Comparison:
     try:
         return Comparison(work())
     except library.CellsFailed as failure:

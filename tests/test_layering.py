@@ -205,6 +205,17 @@ def test_prints_and_exits_are_seen():
     assert found == ["SystemExit", "print(1)", "sys.exit"]
 
 
+def test_one_class_name_has_one_meaning():
+    names = [
+        node.name
+        for tree in trees().values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) > 200
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_run_is_the_only_configurable():
     found = [
         (str(file), ast.unparse(node))

@@ -13,7 +13,7 @@ from benchmarks.commands.arguments import Commands, add_request, add_store, requ
 from benchmarks.launchers.slurm import take_place
 
 if TYPE_CHECKING:
-    from benchmarks.grids.comparison import Comparison
+    from benchmarks.grids.comparison import ComparisonOutcome
 
 
 def add_to(commands: Commands) -> None:
@@ -87,7 +87,7 @@ def _check_processes(arguments: argparse.Namespace, who: str) -> None:
         )
 
 
-def show(comparison: Comparison) -> None:
+def show(comparison: ComparisonOutcome) -> None:
     """Print the table and where everything is."""
     out = comparison.folder
     if text := comparison.text():

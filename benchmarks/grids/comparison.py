@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ComparisonOutcome:
     """What a comparison came to."""
 
     folder: Path
@@ -107,7 +107,7 @@ class CellsFailed(RuntimeError):
         self.failed, self.comparison = failed, comparison
 
 
-def compare(request: Request, out: Path, *, resume: bool = False) -> Comparison:
+def compare(request: Request, out: Path, *, resume: bool = False) -> ComparisonOutcome:
     """Run every arm, or those that are asked for.
 
     Arms that are finished already are not run again. One that fails is recorded and the others
@@ -134,7 +134,7 @@ def compare(request: Request, out: Path, *, resume: bool = False) -> Comparison:
 
 def run_grid(
     request: Request, out: Path, *, workers: int | None = None, retry_failed: bool = False
-) -> Comparison:
+) -> ComparisonOutcome:
     """Run the cells that have not finished in `out`, nor elsewhere in the same MLflow store.
 
     Cells that failed before run again only with `retry_failed`. The rest is as in `compare`; after
@@ -165,7 +165,7 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
 
 def _run(
     planned: Plan, out: Path, states: Mapping[str, State], *, retry_failed: bool
-) -> Comparison:
+) -> ComparisonOutcome:
     started = time.monotonic()
     for note in [*planned.notes, *_other_code(states.values())]:
         log.info("%s", note)
@@ -183,7 +183,7 @@ def _run(
         parent.text(planned.config, "config.gin")
         parent.text(_about(planned, states), GRID)
         failed |= _launch(planned, jobs, parent)
-        comparison = Comparison(
+        comparison = ComparisonOutcome(
             folder=out,
             rows=_rows(planned, states),
             failed=failed,
@@ -245,7 +245,7 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
     return rows
 
 
-def _keep(comparison: Comparison, parent: RunRecord) -> None:
+def _keep(comparison: ComparisonOutcome, parent: RunRecord) -> None:
     """Write table.md, and a picture with the samples of the first run of each row."""
     if not comparison.rows:
         return

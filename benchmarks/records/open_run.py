@@ -62,7 +62,7 @@ class NullRun:
     def __exit__(self, *exception: object) -> None: ...
 
 
-class Run:
+class OpenRun:
     """A run that is recorded; the end of its `with` block closes it.
 
     It is closed as FINISHED, after an error as FAILED, and after an interruption as KILLED.
@@ -154,9 +154,9 @@ class Run:
         inside = path.is_relative_to(folder)
         self._file.append("artifact", path=str(path.relative_to(folder) if inside else path))
 
-    def child(self, name: str, folder: Path, tags: Mapping[str, str] | None = None) -> Run:
+    def child(self, name: str, folder: Path, tags: Mapping[str, str] | None = None) -> OpenRun:
         """Start a run whose parent is this one; it is recorded in the same way."""
-        return Run(name, Path(folder), self.folder, tags or {}, self._copy)
+        return OpenRun(name, Path(folder), self.folder, tags or {}, self._copy)
 
     def close(self, status: str = "FINISHED") -> None:
         """Record how the run ended, and send to MLflow what is left.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from benchmarks.records.mlflow_store import Store
-from benchmarks.records.open_run import CopySettings, NullRun, Run
+from benchmarks.records.open_run import CopySettings, NullRun, OpenRun
 from registry import recorders
 
 
@@ -49,8 +49,8 @@ class Jsonl:
         folder: Path,
         parent: Path | None = None,
         tags: Mapping[str, str] | None = None,
-    ) -> Run:
-        return Run(name, Path(folder), parent, tags or {})
+    ) -> OpenRun:
+        return OpenRun(name, Path(folder), parent, tags or {})
 
 
 @recorders.register("mlflow")
@@ -83,8 +83,8 @@ class Mlflow:
         folder: Path,
         parent: Path | None = None,
         tags: Mapping[str, str] | None = None,
-    ) -> Run:
+    ) -> OpenRun:
         copy = CopySettings(
             store=self.store, send_seconds=self.send_seconds, close_seconds=self.close_seconds
         )
-        return Run(name, Path(folder), parent, tags or {}, copy)
+        return OpenRun(name, Path(folder), parent, tags or {}, copy)

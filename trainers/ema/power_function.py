@@ -14,7 +14,7 @@ Snapshots of such averages have densities p_i, and a linear combination of the s
 same combination of the p_i as its density. To make the average of any width at any step, we take
 the coefficients x, with sum_i x_i = 1, that minimise the integral of (sum_i x_i p_i - p)^2. They
 solve a linear system whose entries are integrals of products of powers. The system is exact. The
-density that comes out is an approximation, and `Mixture.error` says how good it is.
+density that comes out is an approximation, and `ProfileMixture.error` says how good it is.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv
 2312.02696, section 3 and appendix C.
@@ -64,7 +64,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class ProfileMixture:
     """Coefficients, of sum 1, with which given averages are combined to another one.
 
     `error` is the norm of the difference between its density and the wanted one, relative to the
@@ -75,10 +75,10 @@ class Mixture:
     error: float
 
 
-def mixture(given: Sequence[Profile], wanted: Profile) -> Mixture:
+def mixture(given: Sequence[Profile], wanted: Profile) -> ProfileMixture:
     """The combination of the given averages whose density comes closest to the wanted one."""
     if wanted in given:
-        return Mixture(tuple(float(profile == wanted) for profile in given), 0.0)
+        return ProfileMixture(tuple(float(profile == wanted) for profile in given), 0.0)
     norm = wanted.overlap(wanted)
     products = np.array([[a.overlap(b) for b in given] for a in given]) / norm
     target = np.array([a.overlap(wanted) for a in given]) / norm
@@ -89,4 +89,4 @@ def mixture(given: Sequence[Profile], wanted: Profile) -> Mixture:
     system[:n, :n], system[n, n] = products, 0.0
     x = np.linalg.lstsq(system, np.append(target, 1.0), rcond=None)[0][:n]
     squared = 1.0 - 2.0 * x @ target + x @ products @ x
-    return Mixture(tuple(x.tolist()), float(max(squared, 0.0)) ** 0.5)
+    return ProfileMixture(tuple(x.tolist()), float(max(squared, 0.0)) ** 0.5)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A file of weights that `reconstruct` wrote; `error` is that of `Mixture`."""
+    """A file of weights that `reconstruct` wrote; `error` is that of `ProfileMixture`."""
 
     path: Path
     wanted: Profile

@@ -28,7 +28,7 @@ from trainers import Budget, CheckpointCallback, TorchEngine
 from trainers.ema import averages
 from trainers.ema import snapshots as snapshots_module
 from trainers.ema.averages import PowerEma
-from trainers.ema.power_function import WIDEST, Mixture, Profile, exponent, mixture
+from trainers.ema.power_function import WIDEST, Profile, ProfileMixture, exponent, mixture
 from trainers.ema.reconstruction import reconstruct
 from trainers.ema.snapshots import FOLDER, EmaSnapshots
 
@@ -124,7 +124,7 @@ def grid(steps: Iterable[int], stored: Iterable[float] = WIDTHS) -> list[Profile
     return [Profile(step, sigma_rel) for step in steps for sigma_rel in stored]
 
 
-def of_weights(combination: Mixture, profiles: list[Profile], steps: int) -> np.ndarray:
+def of_weights(combination: ProfileMixture, profiles: list[Profile], steps: int) -> np.ndarray:
     rows = [exact_weights(profile, steps) for profile in profiles]
     return np.array(combination.coefficients) @ np.array(rows)
 
