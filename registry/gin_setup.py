@@ -188,7 +188,7 @@ def operative_values() -> dict[str, str]:
 def bindings_of(text: str) -> dict[str, str]:
     """The bindings of a gin text by key, in order: {'mean_flow/run.seed': '2'}.
 
-    A parameter that the text calls by a former name has its name of now.
+    A parameter that the text calls by a former name has its present name.
     """
     found = {}
     for statement in config_parser.ConfigParser(text, Verbatim()):
@@ -231,7 +231,7 @@ def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
 
 
 def own_key(key: str) -> str:
-    """The key as the other functions here give it: in its shortest spelling and its name of now.
+    """The key as the other functions here give it: in its shortest spelling, with the present name.
 
     That is 'dumo.path' for 'objective.dumo.path'.
     """
