@@ -88,12 +88,14 @@ def run(
     over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
     the network, and evaluates its teachers, by torch.compile.
     """
-    given = dict(locals())  # every argument by its name, so that they are listed here alone
-    return checked(_build(_resolve(given)))
+    # locals() are the arguments by their names, which are thus listed here alone.
+    return checked(_build(**_resolve(**locals())))
 
 
-def _resolve(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, each checked by itself, with a default for every part that is not bound."""
+def _resolve(
+    *, steps: int | None, images: int | None, seconds: float | None, **given: Any
+) -> dict[str, Any]:
+    """The arguments of `run`, checked one by one, with a default for each part not bound."""
     counts = ("batch_size", "num_samples", "log_every", "evaluate_every")
     check_counts(given["nfe"], **{name: given[name] for name in counts})
     objective = bound("objective", given["objective"], registry.objectives)
@@ -103,7 +105,6 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
     check_sampler(registry.objectives.name_of(objective), objective, sampler)
     evaluate.samplers_for(sampler, given["nfe"])
     optimizer = given["optimizer"] or defaults.optimizer()
-    budget = {unit: given.pop(unit) for unit in ("steps", "images", "seconds")}
     return given | {
         "objective": objective,
         "backbone": backbone,
@@ -115,7 +116,7 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
         "schedule": given["schedule"] or defaults.schedule(),
         "metric": given["metric"] or defaults.metric(dataset),
         "recorder": given["recorder"] or defaults.recorder(),
-        "budget": one_budget(**budget),
+        "budget": one_budget(steps=steps, images=images, seconds=seconds),
         "ema_decay": decays(given["ema_decay"]),
         "power_emas": power_widths(given["power_emas"], given["ema_snapshots"]),
         "nfe": tuple(given["nfe"]),
@@ -123,10 +124,11 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _build(settings: dict[str, Any]) -> Experiment:
-    """The networks of the run, its own and a frozen teacher's, and everything else round them."""
-    backbone, heads = settings.pop("backbone"), settings.pop("heads")
-    dataset, objective = settings["dataset"], settings.pop("objective")
+def _build(
+    *, objective: Objective, backbone: type, heads: Sequence[type] | None, **settings: Any
+) -> Experiment:
+    """The run with its networks: its own, and that of a frozen teacher."""
+    dataset: Dataset = settings["dataset"]
 
     def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
         # Seeded for each network: what two of them share starts from the same weights.
