@@ -62,7 +62,7 @@ def one_loss_per_row(subject: Subject) -> ClaimResult:
 
 
 def shapes_and_dtypes(subject: Subject) -> ClaimResult:
-    """Vectors, images and anything between, in single and double precision."""
+    """The loss takes vectors, images and other shapes, in single and double precision."""
     cases = 0
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
@@ -93,7 +93,7 @@ def few_rows(subject: Subject) -> ClaimResult:
 
 
 def labels(subject: Subject) -> ClaimResult:
-    """Data without labels, with labels, and with every label dropped; labels reach the network."""
+    """The loss takes data with labels, without, and with all dropped; labels reach the network."""
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
     for kind in ("none", "null", "given"):
         out = evaluate(subject, batch := random_batch(n=16, labels=kind), f"labels: {kind}", cond)
@@ -134,7 +134,7 @@ def calls_within_times(subject: Subject) -> ClaimResult:
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
         batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
-        net = Tapped(toy.net, 64)  # its own teacher, to see those calls too
+        net = Tapped(toy.net, 64)  # also the teacher, so that its calls are seen
         subject.loss(subject.objective(teacher=net), net, batch, seed)
         for call in net.calls:
             n = len(call.x)

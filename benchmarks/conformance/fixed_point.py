@@ -73,7 +73,7 @@ def with_defaults(subject: Subject) -> ClaimResult:
 
 
 def pulled_back(subject: Subject) -> ClaimResult:
-    """Every prediction that is off by +-eps, its targets being exact, is pushed back."""
+    """A prediction that is off by +-eps, while its targets are exact, is pushed back."""
     if reason := inapplicable(subject):
         return declared(reason)
     found = list(_pulls(subject))
@@ -133,7 +133,7 @@ def _fixed(subject: Subject, law: Oracle) -> ClaimResult:
     if reason := inapplicable(subject):
         return declared(reason)
     found = measure(subject, law)
-    if LIMIT <= found.z < 2 * LIMIT:  # may be luck: twice as many new rows decide
+    if LIMIT <= found.z < 2 * LIMIT:  # perhaps by chance; twice as many new rows decide
         found = measure(subject, law, blocks=2 * BLOCKS, seed=1000)
     changes = subject.exact_with()
     used = f", with other {', '.join(changes)}" if changes else ""
@@ -167,12 +167,12 @@ def _largest(gradient: Tensor, names: list[str], floor: float) -> Bias:
 
 
 def _normal_deviate(log_tail: float) -> float:
-    """z with P(N(0, 1) > z) = exp(log_tail), 37 at most."""
+    """The z with P(N(0, 1) > z) = exp(log_tail), but at most 37."""
     return float(stats.norm.isf(math.exp(max(log_tail, -700.0))))
 
 
 def _slope(subject: Subject, objective: object, network: Network, law: Oracle, key: str) -> float:
-    """d gradient / d error of one output, its targets held: 2 for an unweighted squared error."""
+    """How the gradient grows with an error of one output; 2 for an unweighted squared error."""
     batch, ends = law_batch(law, ROWS[law], 0), []
     for eps in (EPS, -EPS):
         net = Shifted(network, key, eps=eps)
@@ -210,7 +210,7 @@ def _pulls(subject: Subject) -> Iterator[_Pull]:
 
 
 def _rise(subject: Subject, objective: object, net: Shifted, phase: int) -> float | None:
-    """By how many standard errors the loss's slope rises from -eps to eps; None if it is 0."""
+    """How many standard errors the loss's slope rises from -eps to eps; None if it stays 0."""
     changes, sizes = [], []
     for seed in range(phase, phase + 8 * len(STEPS), len(STEPS)):
         batch, slopes = law_batch(GAUSSIAN, 256, seed), []

@@ -23,7 +23,7 @@ SHARE = (
 
 
 def batch_left_alone(subject: Subject) -> ClaimResult:
-    """The batch belongs to the trainer, which may use it again."""
+    """The loss changes no tensor of the batch, which the trainer may use again."""
     batch = random_batch(labels="given")
     assert batch.cond is not None
     before = batch.x0.clone(), batch.cond["label"].clone()

@@ -40,7 +40,7 @@ def mean_flow_floor(subject: Subject) -> ClaimResult:
 
 
 def mean_flow_on_the_diagonal(subject: Subject) -> ClaimResult:
-    """With r = t in every row it has the gradient of flow matching."""
+    """With r = t in every row, MeanFlow has the gradient of flow matching."""
     times = LogitNormalPair(off_diagonal_fraction=0.0)
     objective = replace(subject.objective(exact=True), times=times)
     reference = FlowMatching(times=times, path=objective.path)
@@ -54,7 +54,7 @@ def mean_flow_on_the_diagonal(subject: Subject) -> ClaimResult:
 
 
 def shortcut_at_small_steps(subject: Subject) -> ClaimResult:
-    """Without bootstrap, at its smallest step, it has the gradient of flow matching."""
+    """Without bootstrap, at its smallest step, Shortcut has the gradient of flow matching."""
     objective = replace(subject.objective(exact=True), bootstrap_fraction=0.0, num_steps=2**14)
     out = subject.loss(objective, Toy((2,), subject.keys), random_batch(n=64))
     assert out.t is not None
@@ -69,7 +69,7 @@ def shortcut_at_small_steps(subject: Subject) -> ClaimResult:
 
 
 def rcgm_tends_to_the_derivative(subject: Subject) -> ClaimResult:
-    """The loss's gradient with one step, to first order in delta, also where t - r < delta."""
+    """With one step the gradient is exact to first order in delta, also where t - r < delta."""
     itself = Toy((2,), subject.keys)  # the network of `_gradient_error`
     objective = replace(subject.objective(teacher=itself), clip=torch.inf)
     if not isinstance(objective.residual, Rcgm):
@@ -115,7 +115,7 @@ def rcgm_order_at_the_truth(subject: Subject) -> ClaimResult:
 
 
 def every_end_of_decm(subject: Subject) -> ClaimResult:
-    """Both residuals vanish at the truth for every lam and gamma."""
+    """Both residuals of DE-CM vanish at the truth for every lam and gamma."""
     network, largest = subject.exact_network(GAUSSIAN), 0.0
     for lam, gamma in ((0.5, 1.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 0.3)):
         made = subject.make()
@@ -151,7 +151,7 @@ SPECIAL: dict[str, dict[str, Claim]] = {
 
 @dataclass(frozen=True)
 class _Given:
-    """A time law of given times, r = t."""
+    """A time law that returns the times it was given, with r = t."""
 
     t: Tensor
 

@@ -81,7 +81,7 @@ class Taught:
 
 @dataclass(frozen=True, kw_only=True)
 class WrongClamp(Rcgm):
-    """Divides by delta where the step to r was shorter, as the public code does."""
+    """A residual that divides by delta where the step was shorter, as the public code does."""
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ class WrongClamp(Rcgm):
 
 @dataclass(frozen=True, kw_only=True)
 class Recombined(Restart):
-    """Goes back to the noise that the jump started from, instead of fresh noise."""
+    """A sampler that goes back to the noise that it started from, instead of fresh noise."""
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         x = jump(net, x1, 1.0, 0.0, cond)
@@ -237,4 +237,4 @@ def _without_detach() -> Iterator[None]:
     try:
         yield
     finally:
-        del torch.Tensor.detach  # the one of the base class shows again
+        del torch.Tensor.detach  # uncovers the method of the base class

@@ -181,8 +181,9 @@ class Tapped(nn.Module):
 class Shifted:
     """Adds `eps` + a trainable `bias` to one output of one call, on or off the diagonal r = t.
 
-    Call None are all those with gradient. Targets are other calls, so they stay at the truth,
-    unless the error is `everywhere`: eps in all calls, the bias still in one.
+    With `call` None it adds them in every call that has a gradient. Targets are other calls, so
+    they stay at the truth, unless the error is `everywhere`: then eps is added in all calls, and
+    the bias still in one.
     """
 
     net: Network
@@ -209,7 +210,7 @@ class Shifted:
 
 @functools.cache
 def outputs_per_row(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the outputs that have one number per row in a network that is really built."""
+    """The outputs that have one number for each row, found by building a small network."""
     net = build_network(functools.partial(MLP, dim=8, depth=1), (2,), 0, keys)
     out = net(torch.zeros(1, 2), torch.ones(1), torch.zeros(1), None)
     return tuple(key for key in keys if out[key].ndim == 1)

@@ -100,7 +100,7 @@ def check(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors are small here: a second thread would take a core and save nothing."""
+    """Use one thread. Tensors are small here, so a second one would take a core for nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -151,7 +151,7 @@ def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[ClaimResult]:
 
 
 def _closed(report: ConformanceReport, tell: Callable[[str], None]) -> ConformanceReport:
-    """The report, after its last line; a report with problems has none, the command names them."""
+    """The same report; one without problems gets a last line, and the command names problems."""
     applied = [result for result in report.results if result.status == "ok"]
     if applied and not report.problems():
         seconds = sum(result.seconds for result in report.results)

@@ -21,7 +21,7 @@ LIMIT = 4.5  # standard errors, over some dozen moments
 
 
 def samplers_reach_the_data(subject: Subject) -> ClaimResult:
-    """Each makes as many calls as it declares, of trained outputs, and gives the data's law."""
+    """Each makes as many calls as it declares, reads trained outputs and gives the data's law."""
     if reason := inapplicable(subject):
         return declared(reason)
     names = valid_samplers(subject.make())
@@ -77,7 +77,7 @@ def _check_law(name: str, sampler: Any, network: Network, *, exact: bool) -> flo
         ((x0.mean(0) - mean).abs() - slack) / (GAUSSIAN.std / NUM**0.5),
         ((x0.var(0) - variance).abs() - slack * variance) / (variance * (2 / NUM) ** 0.5),
     )
-    # nan is an error without limit
+    # nan counts as an infinite error
     worst = float(torch.cat(errors).max().nan_to_num(nan=torch.inf))
     if not worst < LIMIT:
         raise Broken(

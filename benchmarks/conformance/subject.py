@@ -35,9 +35,9 @@ from zoo.weighting import Unweighted
 
 F64 = torch.float64
 
-# Within the +-4 to which some methods clip their states, and with different elements.
+# It lies within +-4, to which some methods clip their states, and its elements differ.
 GAUSSIAN = GaussianOracle([0.6, -0.4], [0.4, 0.8])
-# Skewed given x_t, within a class and without.
+# It is skewed given x_t, within a class and over all classes.
 MIXTURE = MixtureOracle(
     [[2.2, -1.6], [-0.5, 0.4], [0.3, 1.2]],
     [[0.3, 0.4], [0.5, 0.4], [0.4, 0.3]],

@@ -20,7 +20,7 @@ from benchmarks.conformance.subject import STEPS, Subject, gradients, random_bat
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which claims reject a mutation. One that changes no loss has no effect, and nothing can."""
+    """Which claims reject a mutation; a mutation without effect cannot be rejected."""
 
     mutation: str
     killed_by: tuple[str, ...]
@@ -44,7 +44,7 @@ def verdict(mutation: Mutation, subject: Subject, claims: dict[str, Claim]) -> V
     planted = mutation.plant(subject)
     if planted is None:
         return None
-    # A mistake in a sampler changes no loss, so it has to be tried.
+    # A mistake in a sampler changes no loss, so equal losses do not excuse it.
     if mutation.name != RECOMBINED and not _has_effect(subject, planted):
         return Verdict(mutation.name, (), no_effect=True)
     failed = [n for n, c in claims.items() if run_claim(n, c, planted).status == "FAIL"]

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Something that is kept of every block of images."""
+    """A place that keeps something of every block of images."""
 
     def has(self, block: int) -> bool: ...
     def take(self, block: int, images: Tensor) -> None: ...
@@ -61,7 +61,7 @@ class FeatureSink:
             with safe_open(path, "pt") as file:
                 rows, noted = file.get_slice("features").get_shape()[0], file.metadata() or {}
                 if rows != _size(block, self.num):
-                    return False  # the last block of another number has other draws
+                    return False  # the last block of another number of samples has other draws
                 if noted.get("sha256") not in (None, _digest(file.get_tensor("features"))):
                     raise SafetensorError("its content has changed")
         except SafetensorError as error:

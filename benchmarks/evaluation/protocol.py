@@ -129,7 +129,7 @@ def _about(samples: Samples, metrics: Sequence[VectorMetric]) -> dict[str, Any]:
 
 @contextmanager
 def _processes() -> Iterator[None]:
-    """Meet the other processes, if torchrun started this one as one of several."""
+    """Join the other processes, if torchrun started this one together with them."""
     if not ranks.launched():
         yield
         return
@@ -141,7 +141,7 @@ def _processes() -> Iterator[None]:
 
 
 def table(values: Mapping[str, float]) -> str:
-    """One line for each NFE, then what real images score."""
+    """A Markdown table with a line for each NFE, and one for what real images score."""
     names = [name.split("/")[1] for name in values if "/" in name]
     names = list(dict.fromkeys(names))
     nfes = list(dict.fromkeys(name.split("/")[0] for name in values if "/" in name))

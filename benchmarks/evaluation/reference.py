@@ -60,7 +60,7 @@ class Real:
 
 
 def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], num: int) -> Real:
-    """The real side for samples of this shape; ValueError that says what it can be.
+    """The real side for samples of this shape; ValueError if `reference` names none.
 
     `num` is how many are drawn of a data set without end.
     """

@@ -121,7 +121,7 @@ class Samples:
 def open_samples(folder: Path, request: EvaluationRequest, cache: Path) -> Samples:
     """The samples of the finished run in `folder`, before any is drawn; `cache` is for features."""
     experiment, net = open_run(folder, request.bindings, weights=request.weights)
-    # At once: the text grows with every part that gin builds from here on.
+    # Taken at once, because the text grows with every part that gin builds from here on.
     operative = hashlib.sha256(gin_setup.operative_text().encode()).hexdigest()
     dataset = experiment.dataset
     code = evaluate.noise(dataset.shape, 1, request.seed).to(experiment.device)
@@ -144,5 +144,5 @@ def rounded(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def rounding(shape: tuple[int, ...]) -> dict[str, str]:
-    """What a cache of features has to know of `rounded`."""
+    """What the key of cached features says about `rounded`."""
     return {"rounded": str(is_picture(shape))}

@@ -230,7 +230,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _eigenvalues(matrix: Tensor, values: Tensor, scale: float) -> Tensor:
-    """`values` of a matrix without negative ones, rounding noise set to 0; larger faults raise.
+    """The eigenvalues `values` with rounding noise set to 0; larger faults raise.
 
     `scale` bounds what the matrix was computed from. The square root would turn noise of 1e-16
     into 1e-8, once for every dimension that the samples do not span.

@@ -19,7 +19,7 @@ from benchmarks.report.tables import Compared, Table
 
 MAX_POINTS = 200
 TRAINING = ("loss", "grad_norm", "terms/", "diagnostics/")
-_END = 2**62
+_END = 2**62  # stands for the last step, which may be another one in each seed
 _WIDE = 20.0  # positive values that span this factor are shown on a logarithmic axis
 
 
@@ -153,7 +153,7 @@ def _against(cell: RecordedCell, key: str, unit: str) -> dict[int, tuple[float, 
         return {}
     before = cell.last(f"teacher/{unit}") or 0.0
     known = dict(zip(spent.steps.tolist(), spent.values.tolist(), strict=True))
-    end = int(metric.steps[-1])  # a budget in seconds ends at another step in each seed
+    end = int(metric.steps[-1])
     return {
         _END if step == end else step: (before + known[step], value)
         for step, value in zip(metric.steps.tolist(), metric.values.tolist(), strict=True)

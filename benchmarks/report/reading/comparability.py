@@ -100,7 +100,7 @@ def sections(cells: Sequence[RecordedCell], *, force: bool = False) -> list[Sect
 
 
 def _declared(cells: Sequence[RecordedCell]) -> list[str]:
-    """The facts that differ because a grid's axes, or for the budget its arms, say so."""
+    """The facts that a grid's axes make differ, and the budget where the arms of a file do."""
     grids = {cell.record.parent for cell in cells}
     axes = frozenset().union(*(cell.axes for cell in cells))
     return [

@@ -14,9 +14,9 @@ _TAGS = ("objective", "backbone", "sampler", "commit", "dirty", "platform", "cpu
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
-    """Facts by name: `shared` in one value, `differing` by row; the same for gin bindings.
+    """Facts by name: the value that all rows share, or by row where they differ.
 
-    Where the cells of a row disagree, its value lists what there is.
+    Where the cells of one row disagree, the row's value lists all of theirs.
     """
 
     shared: Mapping[str, str]

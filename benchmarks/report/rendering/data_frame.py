@@ -32,7 +32,7 @@ def to_csv(report: Report) -> str:
 
 
 def _frame(report: Report) -> pd.DataFrame:
-    """The frame with None for what is missing, which a column of floats would turn into nan."""
+    """The frame as objects: None is missing, which a column of floats could not tell from nan."""
     lines = [line for compared in report.compared for line in _lines(compared)]
     return pd.DataFrame(
         [[line.get(name) for name in COLUMNS] for line in lines], columns=COLUMNS, dtype=object

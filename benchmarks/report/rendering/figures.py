@@ -57,7 +57,7 @@ def plotly_panel(panel: Panel, looks: Mapping[str, Look], *, legend: bool) -> di
 
 
 def _traces(curve: Curve, look: Look, *, legend: bool, floor: float) -> list[dict[str, Any]]:
-    """The band first, so that it lies under its line; it ends at `floor`."""
+    """The band, cut off at `floor`, and then its line, which so lies over it."""
     common = {"meta": curve.group, "legendgroup": curve.group, "type": "scatter"}
     line = {
         **common,
@@ -96,7 +96,7 @@ def _traces(curve: Curve, look: Look, *, legend: bool, floor: float) -> list[dic
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN; plotly leaves a gap for null."""
+    """None for a value that JSON cannot hold, for which plotly leaves a gap."""
     return value if math.isfinite(value) else None
 
 

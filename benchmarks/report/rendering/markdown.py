@@ -56,7 +56,7 @@ def heading(table: Table) -> str:
 
 
 def seeds(table: Table, group: str) -> str:
-    """How many seeds a row has."""
+    """How many seeds a row has in the columns of a table."""
     entries = (column.entries.get(group) for column in table.columns)
     return ", ".join(map(str, sorted({entry.value.n for entry in entries if entry}))) or "0"
 
