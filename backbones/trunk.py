@@ -34,3 +34,6 @@ def through(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
         return recomputed
     out: Tensor = block(*inputs)
     return out
+
+
+Trunk = TrunkModule  # the name in 0.1, from which plug-ins may inherit

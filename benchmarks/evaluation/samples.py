@@ -79,7 +79,8 @@ class Samples:
     def _sink(self, nfe: int, extractor: Extractor) -> FeatureSink:
         return FeatureSink(
             cache=self.cache,
-            about={**self._made_by(nfe), **extractor.provenance()},
+            # An extractor names its weights "weights" too, so the network's come by another name.
+            about={**self._made_by(nfe), **extractor.provenance(), "network": self.weights},
             num=self.request.num,
             extractor=extractor,
         )

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
+import registry
 from benchmarks.evaluation.feature_cache import FeatureSink
 from benchmarks.evaluation.protocol import evaluate_run
 from benchmarks.evaluation.reference import find_real
@@ -330,13 +331,23 @@ def test_statistics_in_single_precision_of_few_images_are_read(run_folder, tmp_p
     assert values["nfe1/fd_pixels"] == pytest.approx(fd(features, pixels), rel=1e-6)
 
 
-def test_weights_changed_in_place_are_sampled_anew(run_folder, tmp_path) -> None:
+class Weighted(Pixels):
+    """Features that have weights of their own, as those of a trained network."""
+
+    def provenance(self) -> dict[str, str]:
+        return {**super().provenance(), "weights": "those of the features"}
+
+
+@pytest.mark.parametrize("features", ["pixels", "weighted"])
+def test_weights_changed_in_place_are_sampled_anew(run_folder, tmp_path, features) -> None:
     folder, how = tmp_path / "run", {"num": 20, "nfe": (1,), "metrics": ("frechet",)}
     shutil.copytree(run_folder, folder)
-    before = evaluate_run(folder, request(tmp_path, **how), tmp_path)
-    file = folder / "model.safetensors"
-    save_file({name: 2 * x for name, x in load_file(file).items()}, file)
-    after = evaluate_run(folder, request(tmp_path, **how), tmp_path)
+    with registry.extractors.temporary("weighted", Weighted):
+        wanted = request(tmp_path, features=(features,), **how)
+        before = evaluate_run(folder, wanted, tmp_path)
+        file = folder / "model.safetensors"
+        save_file({name: 2 * x for name, x in load_file(file).items()}, file)
+        after = evaluate_run(folder, wanted, tmp_path)
     assert after["nfe1/fd_pixels"] != before["nfe1/fd_pixels"]
 
 
