@@ -119,7 +119,7 @@ class TrainStep(nn.Module):
 
 
 def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> Objective:
-    """The objective as it is trained on this engine, by torch.compile or not.
+    """The objective, or a part of it, as it is trained on this engine, compiled or not.
 
     A derivative that is taken together with the value follows the network's forward. Where weights
     are not whole meanwhile, or the network is compiled, it takes a pass of its own instead.
