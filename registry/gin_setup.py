@@ -63,7 +63,7 @@ def parse(
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Nothing is bound inside, and afterwards all is bound that was bound before.
+    """Nothing is bound inside and no scope is open; afterwards gin is as it was before.
 
     gin's configuration is one for the whole process: a second thread waits here.
     """
@@ -75,13 +75,16 @@ def isolated() -> Iterator[None]:
     )
     with _alone:
         kept = [store.copy() for store in stores]
+        locked = gin.config_is_locked()
         gin.clear_config()
         try:
-            yield
+            with gin.config_scope(None):
+                yield
         finally:
             for store, before in zip(stores, kept, strict=True):
                 store.clear()
                 store.update(before)
+            config._set_config_is_locked(locked)
 
 
 @contextmanager
