@@ -150,6 +150,6 @@ class Run:
         from benchmarks.runs.samples import draw_samples
 
         if not (isinstance(num, int) and num >= 1):
-            raise ValueError(f"the number of samples is {num!r}; give a whole number from 1 on")
+            raise ValueError(f"the number of samples is {num!r}; give a whole number, 1 or more")
         experiment, net = self._opened
         return draw_samples(experiment, net, nfe, num, seed, labels)
