@@ -1,4 +1,4 @@
-"""What every call of the door happens inside."""
+"""The context in which every call of the door runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from registry import progress as progress_of
 
 @contextmanager
 def called(progress: bool = False) -> Iterator[None]:
-    """gin to itself, which is put back afterwards; silent unless progress is wanted."""
+    """Give a call its own gin, and put gin back afterwards; show nothing unless `progress`."""
     with (
         gin_setup.isolated(),
         warnings.catch_warnings(),
