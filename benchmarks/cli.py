@@ -66,11 +66,25 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for; importlib.metadata takes a while to import."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from importlib.metadata import version
+
+        print(f"objective-zoo {version('objective-zoo')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="objective-zoo",
         description="Compare training objectives for one- and few-step generation.",
     )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (run, grid, evaluate, report, check, plan, bench, encode, weights):

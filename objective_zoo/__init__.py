@@ -8,7 +8,8 @@
 
 Importing it is light: the rest of the package, and torch, come at the first call. Every call reads
 its configuration anew and leaves gin as it was. Numbers are those of the command line with the same
-seeds. Calls are silent; `progress=True` shows bars and notes on stderr.
+seeds. Calls are silent, apart from warnings and from the traceback of a run that fails, on stderr;
+`progress=True` shows bars and notes there. docs/python.md has an example of every call.
 """
 
 from __future__ import annotations
@@ -174,8 +175,10 @@ def check(name: str, file: str | Path | None = None) -> ConformanceReport:
     ()
     """
     from benchmarks.conformance import check as conformance
+    from objective_zoo.calls import called
 
-    return conformance(name, Path(file) if file else None)
+    with called():
+        return conformance(name, Path(file) if file else None)
 
 
 def report(
@@ -187,8 +190,10 @@ def report(
     'report.html'
     """
     from benchmarks.report import write_report
+    from objective_zoo.calls import called, listed
 
-    write_report(runs, Path(out), baseline=baseline, force=force)
+    with called():
+        write_report(listed("runs", runs), Path(out), baseline=baseline, force=force)
     return Path(out) / "report.html"
 
 

@@ -11,7 +11,7 @@ from benchmarks.grids import comparison as library
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import wide
 from benchmarks.runs.frame import frame
-from objective_zoo.calls import called
+from objective_zoo.calls import called, listed
 from objective_zoo.runs import Run
 from registry.core import Registry
 from registry.gin_text import bindings_of_values
@@ -84,6 +84,9 @@ class PlannedRun:
     def __init__(self, bindings: Sequence[str]):
         self._bindings = tuple(bindings)
 
+    def __repr__(self) -> str:
+        return f"PlannedRun:\n{self.config}"
+
     @property
     def config(self) -> str:
         """One binding a line."""
@@ -134,20 +137,31 @@ def experiment(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Plann
     """See `objective_zoo.experiment`."""
     load_plugins()
     given = {f"run.{name}": _part(name, value) for name, value in arguments.items()}
+    if twice := sorted(given.keys() & {*values}):
+        raise ValueError(f"set has {', '.join(twice)}, which an argument gives too; keep one")
     return PlannedRun(bindings_of_values(given | dict(values)))
 
 
 def _request(file: str | Path, arms: Sequence[str], values: Mapping[str, Any]) -> Request:
-    if isinstance(arms, str):
-        raise ValueError(f"arms = {arms!r} must be a list of names, such as [{arms!r}]")
     load_plugins()
-    bindings = tuple(bindings_of_values(values))
-    return Request(file=Path(file), bindings=bindings, only=tuple(arms))
+    only = listed("arms", arms)
+    if unnamed := [arm for arm in only if not isinstance(arm, str)]:
+        raise ValueError(f"arms = {arms!r} must be names, and {unnamed[0]!r} is none")
+    bindings = tuple(bindings_of_values(values, beside_file=True))
+    return Request(file=Path(file), bindings=bindings, only=only)
 
 
 def _part(name: str, value: Any) -> Any:
-    """A part that is given by its name, as a reference; others as they are."""
+    """A part that is given by its name, as a reference; others as they are.
+
+    ValueError for a class where an instance belongs: gin would not build it.
+    """
     kind = KINDS.get(name)
+    if kind and name != "backbone" and isinstance(value, type):
+        raise ValueError(
+            f"{name} = {value.__name__} is a class; make it a part with brackets: "
+            f"{value.__name__}()"
+        )
     if kind is None or not isinstance(value, str) or value.startswith("@"):
         return value
     kind.get(value)  # says which there are

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.runs.result import Result, finished_run
-from objective_zoo.calls import called
+from objective_zoo.calls import called, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from backbones.network import FlowNetwork
     from benchmarks.experiments.experiment import Experiment as Built
+
+
+_LISTS = ("nfe", "metrics", "features")  # among the options of an evaluation
 
 
 class Run:
@@ -59,9 +62,9 @@ class Run:
 
         found = read_record(self.folder).metrics
         for name in names:
-            if name not in found:
+            if not (isinstance(name, str) and name in found):
                 raise KeyError(
-                    f"nothing was recorded as {name!r}.{did_you_mean(name, found)} "
+                    f"nothing was recorded as {name!r}.{did_you_mean(str(name), found)} "
                     f"Recorded: {', '.join(sorted(found))}"
                 )
         columns = {
@@ -101,7 +104,9 @@ class Run:
 
         from benchmarks.data.pictures import picture
 
-        rows = {f"NFE {n}": x for n, x in self._drawn(tuple(nfe), num, labels, seed).items()}
+        rows = {
+            f"NFE {n}": x for n, x in self._drawn(listed("nfe", nfe), num, labels, seed).items()
+        }
         with tempfile.TemporaryDirectory() as folder:
             path = picture(rows, Path(folder) / "samples.png")
             if path is None:
@@ -126,7 +131,9 @@ class Run:
         from benchmarks.evaluation.protocol import evaluate_run
         from benchmarks.evaluation.request import EvaluationRequest
 
-        request = EvaluationRequest(num=num, nfe=tuple(nfe), **options)
+        lists = {k: v for k, v in {"nfe": nfe, **options}.items() if k in _LISTS}
+        given = {**options, **{name: listed(name, value) for name, value in lists.items()}}
+        request = EvaluationRequest(num=num, **given)
         with called(progress):
             return evaluate_run(self.folder, request)
 
@@ -142,7 +149,7 @@ class Run:
     ) -> dict[int, Tensor]:
         from benchmarks.runs.samples import draw_samples
 
-        if num < 1:
-            raise ValueError(f"the number of samples is {num}; give 1 or more")
+        if not (isinstance(num, int) and num >= 1):
+            raise ValueError(f"the number of samples is {num!r}; give a whole number from 1 on")
         experiment, net = self._opened
         return draw_samples(experiment, net, nfe, num, seed, labels)

@@ -57,6 +57,10 @@ def _check_sampler(name: str, cls: type) -> None:
     _check_call(name, cls, "__call__", ("net", "x1", "cond", "rng"))
 
 
+def _check_launcher(name: str, cls: type) -> None:
+    _check_call(name, cls, "__call__", ("jobs", "run_cell"))
+
+
 def _check_names(name: str, cls: type, attribute: str) -> None:
     found = getattr(cls, attribute, None)
     if not (found and isinstance(found, tuple) and all(isinstance(key, str) for key in found)):
@@ -99,7 +103,7 @@ engines = Registry("engine")
 optimizers = Registry("optimizer")
 schedules = Registry("schedule")
 recorders = Registry("recorder")
-launchers = Registry("launcher")
+launchers = Registry("launcher", _check_launcher)
 pruners = Registry("pruner")
 
 kinds = (

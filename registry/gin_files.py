@@ -7,7 +7,9 @@ the current folder, which is where gin itself would look first.
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import io
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -98,8 +100,7 @@ def reader() -> Iterator[Reading]:
         reading.opened.append(path)
         reading.open.append(path)
         _make_imports_work(path)
-        with open(str(path), encoding="utf-8") as file:
-            yield file
+        yield _stream(path)
         reading.open.pop()
 
     before = list(config._FILE_READERS)
@@ -108,6 +109,31 @@ def reader() -> Iterator[Reading]:
         yield reading
     finally:
         config._FILE_READERS[:] = before
+
+
+def _stream(path: Path) -> IO[str]:
+    stream = io.StringIO(read_text(path))
+    stream.name = str(path)  # for the place of a syntax error
+    return stream
+
+
+def read_text(path: Path) -> str:
+    """The text of a gin file; ValueError, which names the file, unless it is UTF-8.
+
+    A byte order mark at its beginning, as Windows editors write it, is passed over.
+    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is in UTF-16, by its byte order mark. Save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is no UTF-8. Save the "
+            "file as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n")
 
 
 def _make_imports_work(path: Path) -> None:
@@ -131,13 +157,12 @@ def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     """The modules that a gin file imports, and the folders where it says that they lie."""
     names: list[str] = []
     folders: list[Path] = []
-    with open(str(path), encoding="utf-8") as file:
-        for statement in config_parser.ConfigParser(file, Verbatim()):
-            if isinstance(statement, config_parser.ImportStatement):
-                names.append(statement.module.split(".")[0])
-            elif isinstance(statement, config_parser.BindingStatement):
-                if (statement.selector, statement.arg_name) == ("Grid", "folders"):
-                    folders += map(Path, statement.value)
+    for statement in config_parser.ConfigParser(_stream(path), Verbatim()):
+        if isinstance(statement, config_parser.ImportStatement):
+            names.append(statement.module.split(".")[0])
+        elif isinstance(statement, config_parser.BindingStatement):
+            if (statement.selector, statement.arg_name) == ("Grid", "folders"):
+                folders += map(Path, statement.value)
     return tuple(dict.fromkeys(names)), tuple(folders)
 
 

@@ -26,6 +26,7 @@ from registry.gin_files import Verbatim, reader
 from registry.gin_files import import_folders as import_folders
 from registry.gin_files import imported_files as imported_files
 from registry.gin_files import portable as portable
+from registry.gin_files import read_text as read_text
 from registry.gin_files import resolve as resolve
 from registry.plugins import load_plugins
 
@@ -63,7 +64,7 @@ def parse(
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Nothing is bound inside, and afterwards all is bound that was bound before.
+    """Nothing is bound inside and no scope is open; afterwards gin is as it was before.
 
     gin's configuration is one for the whole process: a second thread waits here.
     """
@@ -75,13 +76,16 @@ def isolated() -> Iterator[None]:
     )
     with _alone:
         kept = [store.copy() for store in stores]
+        locked = gin.config_is_locked()
         gin.clear_config()
         try:
-            yield
+            with gin.config_scope(None):
+                yield
         finally:
             for store, before in zip(stores, kept, strict=True):
                 store.clear()
                 store.update(before)
+            config._set_config_is_locked(locked)
 
 
 @contextmanager
@@ -278,6 +282,16 @@ def _without_macros(value: Any) -> Any:
     return value
 
 
+def _check_reference(key: str, part: Any) -> None:
+    """ValueError for a function of gin's own, which would be taken for a part of ours."""
+    if part.module == "gin" and part.selector not in (MACRO, "gin.singleton"):
+        known = [c.name for _, c in config._REGISTRY.items() if c.module != "gin"]
+        raise ValueError(
+            f"{key} = @{part.name}(): {part.name!r} is a function of gin, and no part."
+            f"{did_you_mean(part.name, known)} `objective-zoo list` prints all parts"
+        )
+
+
 def _check_macros(bindings: Sequence[str]) -> None:
     """ValueError for a macro that is read and not set, and for one that nothing reads.
 
@@ -295,6 +309,9 @@ def _check_macros(bindings: Sequence[str]) -> None:
                         f"{_key(scope, selector, parameter)} reads the macro %{macro}, which is "
                         f"not set.{did_you_mean(macro, macros)} Add a line such as {macro} = 1"
                     )
+            for reference in config.iterate_references([value]):
+                if not reference.config_key[0]:  # %NAME is such a reference, scoped by its name
+                    _check_reference(_key(scope, selector, parameter), reference.configurable)
     by_hand = bindings_of("\n".join(bindings))
     for macro in macros:
         if macro in read or not (macro in by_hand or "/" in macro):

@@ -4,64 +4,88 @@
     ["run.objective = @mean_flow()", "mean_flow.weight = @adaptive()", "adaptive.power = 0.5",
      "run.steps = 10"]
 
-A field that has its default is left out. Two parts of one class that differ get scopes, named after
-the places where they stand.
+A field that has its default is left out. Where other bindings could reach an instance, and where
+two instances of one class differ, every field is written, under a scope that is named after the
+place where the instance stands. What is built is therefore always equal to what was given.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import registry
 
+_KEY = re.compile(r"(\w+/)*(\w+\.)*\w+")
+_REFERENCE = re.compile(r"@[\w./]+(\(\))?|%[\w.]+")
 
-def bindings_of_values(values: Mapping[str, Any]) -> list[str]:
+
+def bindings_of_values(values: Mapping[str, Any], *, beside_file: bool = False) -> list[str]:
     """One binding a line, in the order of the keys and then of the fields.
 
     A value is plain data, a registered class or an instance of one that is a dataclass, or such in
     tuples, lists and dicts. A text that begins with @ or % is a gin reference. ValueError, with the
-    key, for anything else.
+    key, for anything else. `beside_file` says that a gin file is read before these bindings.
     """
-    instances = [part for value in values.values() for part in _parts(value)]
-    found = []
-    for key, value in values.items():
-        found += _bindings(key, value, key.split(".")[-1], instances)
-    return found
+    if not isinstance(values, Mapping):
+        raise ValueError(f'{values!r} must be a dict of bindings, such as {{"run.steps": 50}}')
+    for key in values:
+        if not (isinstance(key, str) and _KEY.fullmatch(key)):
+            raise ValueError(
+                f"{key!r} is not the name of a binding; names are like 'run.steps' or "
+                "'mean_flow/run.steps'"
+            )
+    plain = set() if beside_file else _plain_classes(values)
+    return [line for key, value in values.items() for line in _bindings(key, value, plain)]
 
 
-def _bindings(key: str, value: Any, place: str, instances: list[Any]) -> list[str]:
+def _plain_classes(values: Mapping[str, Any]) -> set[type]:
+    """The classes whose instances are all equal, and for which nothing else is bound."""
+    first: dict[type, Any] = {}
+    different = set()
+    for value in values.values():
+        for part in _parts(value):
+            if not _equal(first.setdefault(type(part), part), part):
+                different.add(type(part))
+    selectors = {key.split("/")[-1].rpartition(".")[0].split(".")[-1] for key in values}
+    bound = {kind.get(name) for kind in registry.kinds for name in selectors if name in kind}
+    return {*first} - different - bound
+
+
+def _bindings(key: str, value: Any, plain: set[type]) -> list[str]:
     """`key = value`, then the bindings of the fields of the parts in it."""
     inner: list[str] = []
-    text = _text(key, value, place, instances, inner)
+    place = re.sub(r"(^|/)run\.", r"\1", key).replace(".", "/")
+    text = _text(key, value, place, plain, inner)
     return [f"{key} = {text}", *inner]
 
 
-def _text(key: str, value: Any, place: str, instances: list[Any], inner: list[str]) -> str:
+def _text(key: str, value: Any, place: str, plain: set[type], inner: list[str]) -> str:
     if isinstance(value, type):
         return f"@{_name(key, value)}"
     if is_dataclass(value):
-        return _reference(key, value, place, instances, inner)
-    if isinstance(value, Path):
-        return repr(str(value))
-    if isinstance(value, str):
-        return value if value.startswith(("@", "%")) else repr(value)
-    if value is None or isinstance(value, bool | int):
+        return _reference(key, value, place, plain, inner)
+    if isinstance(value, str | Path):
+        return _string(key, str(value))
+    if value is None or isinstance(value, bool):
         return repr(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return repr(float(value))  # a NumPy number has a repr that gin cannot read
+    if isinstance(value, Integral):
+        return repr(int(value))  # a NumPy number has a repr that gin cannot read
+    if isinstance(value, Real) and math.isfinite(value):
+        return repr(float(value))
     if isinstance(value, list | tuple):
-        texts = [_text(key, v, f"{place}_{i}", instances, inner) for i, v in enumerate(value, 1)]
+        texts = [_text(key, v, f"{place}_{i}", plain, inner) for i, v in enumerate(value, 1)]
         if isinstance(value, list):
             return f"[{', '.join(texts)}]"
         return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
     if isinstance(value, Mapping):
         pairs = (
-            f"{_text(key, k, place, instances, inner)}: "
-            f"{_text(key, v, f'{place}_{i}', instances, inner)}"
+            f"{_text(key, k, place, plain, inner)}: {_text(key, v, f'{place}_{i}', plain, inner)}"
             for i, (k, v) in enumerate(value.items(), 1)
         )
         return f"{{{', '.join(pairs)}}}"
@@ -71,31 +95,44 @@ def _text(key: str, value: Any, place: str, instances: list[Any], inner: list[st
     )
 
 
-def _reference(key: str, part: Any, place: str, instances: list[Any], inner: list[str]) -> str:
+def _string(key: str, value: str) -> str:
+    if not value.startswith(("@", "%")):
+        return repr(value)
+    if not _REFERENCE.fullmatch(value):
+        raise ValueError(
+            f"{key} = {value!r} begins like a gin reference and is none; references are like "
+            "'@dumo()', '@weight/adaptive()' or '%STEPS'"
+        )
+    return value
+
+
+def _reference(key: str, part: Any, place: str, plain: set[type], inner: list[str]) -> str:
     name = _name(key, type(part))
-    same = [one for one in instances if type(one) is type(part)]
-    alone = all(_equal(one, part) for one in same)
+    alone = type(part) in plain
     selector = name if alone else f"{place}/{name}"
     for f in fields(part):
         if not f.init:
             continue
         value = getattr(part, f.name)
-        if alone and _is_default(f, value):
-            continue
-        where = f.name if alone else f"{place}/{f.name}"
-        inner += [
-            line
-            for line in _bindings(f"{selector}.{f.name}", value, where, instances)
-            if line not in inner
-        ]
+        # gin has no text for infinity: such a default is left out in every case.
+        infinite = isinstance(value, float) and math.isinf(value)
+        if not ((alone or infinite) and _is_default(f, value)):
+            lines = _bindings(f"{selector}.{f.name}", value, plain)
+            inner += [line for line in lines if line not in inner]
     return f"@{selector}()"
 
 
 def _name(key: str, cls: type) -> str:
     for kind in registry.kinds:
         for name in kind.names():
-            if kind.get(name) is cls:
+            known = kind.get(name)
+            if known is cls:
                 return name
+            if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"{key}: this {cls.__qualname__} is older than the class that is registered "
+                    f"as {name!r} now, because the definition was run again. Make the object again"
+                )
     raise ValueError(
         f"{key}: {cls.__module__}.{cls.__qualname__} is not registered, so the run could not be "
         "recorded. Put the decorator of its kind above it, such as "

@@ -36,7 +36,8 @@ INSIDE = {  # the folders of benchmarks, and those that each may import
     "planning": {"grids", "runs", "experiments"},
     "speed": {"grids", "runs", "experiments", "data", "latents", "metrics", "records"},
 }
-ENTRIES = {"cli", "worker", "builtin_parts", "exported", "commands"}  # may import every folder
+# Those that may import every folder.
+ENTRIES = {"cli", "worker", "builtin_parts", "exported", "loading", "commands"}
 MOST_MODULES = 12  # of a folder
 
 

@@ -119,7 +119,7 @@ class TrainStep(nn.Module):
 
 
 def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> Objective:
-    """The objective as it is trained on this engine, by torch.compile or not.
+    """The objective, or a part of it, as it is trained on this engine, compiled or not.
 
     A derivative that is taken together with the value follows the network's forward. Where weights
     are not whole meanwhile, or the network is compiled, it takes a pass of its own instead.
@@ -162,6 +162,15 @@ class TorchEngine:
                 f"{self.gradient_accumulation_steps!r} must be 1 or more"
             )
 
+    def check_batch(self, batch_size: int) -> None:
+        """ValueError unless the batch can be cut into equal micro-batches."""
+        if batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be cut into "
+                f"torch_engine.gradient_accumulation_steps = {self.gradient_accumulation_steps} "
+                "equal micro-batches; choose a divisor of the batch size"
+            )
+
     def prepare(
         self, module: TrainStep, optimizer: Optimizer, device: torch.device, batch_size: int
     ) -> None:
@@ -170,12 +179,7 @@ class TorchEngine:
                 f"torch_engine runs in one process, and there are {ranks.count()}; "
                 "include 'trainer/zero2.gin' or bind run.engine = @zero_engine()"
             )
-        if batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"a batch of {batch_size} cannot be cut into "
-                f"torch_engine.gradient_accumulation_steps = {self.gradient_accumulation_steps} "
-                "equal micro-batches; choose a divisor of the batch size"
-            )
+        self.check_batch(batch_size)
         self.module = module.to(device).train()
         module.autocast = partial(self.autocast, device)
         module.zero_grad(set_to_none=True)

@@ -5,8 +5,9 @@ Every picture goes through the same steps:
     1. It is turned upright, as its EXIF orientation says.
     2. It is brought to 8 bits; 16-bit grey v becomes v / 257, rounded.
     3. Where it is transparent, it is laid on white.
-    4. Its largest centred square is resampled to resolution x resolution by Pillow's antialiased
-       bicubic filter, which clean-fid recommends (Parmar et al., arXiv 2104.11222).
+    4. Its largest centred square, at whole pixels, is resampled to resolution x resolution by
+       Pillow's antialiased bicubic filter, which clean-fid recommends (Parmar et al., arXiv
+       2104.11222). A square that began at half a pixel would blur the picture.
     5. It becomes RGB for 3 channels, or grey for 1.
 
 Of an animation, the first frame is taken.
@@ -51,10 +52,33 @@ def _reduced(image: Image.Image, resolution: int, channels: int) -> Tensor:
 
 def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
     """A picture that is open already, as uint8 [channels resolution resolution]."""
+    _scale_transparency(image)
     upright = _opaque_rgb(ImageOps.exif_transpose(image))
-    square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.BICUBIC)
+    side = min(upright.size)
+    left, top = ((length - side) // 2 for length in upright.size)
+    square = upright.resize(
+        (resolution, resolution),
+        Image.Resampling.BICUBIC,
+        box=(left, top, left + side, top + side),
+    )
     values = np.array(square if channels == 3 else square.convert("L"))
     return torch.from_numpy(values.reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the transparent value of a PNG to the scale of its pixels in Pillow.
+
+    Pillow scales the pixels of 2 and 4 bits to 8, and takes the high bytes of 16-bit colours, but
+    keeps the transparent value as the file has it. `image` has not been loaded yet.
+    """
+    value, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    if value is None or image.format != "PNG" or not tiles:
+        return
+    kind = tiles[0][3] if isinstance(tiles[0][3], str) else tiles[0][3][0]
+    if isinstance(value, int) and kind in (scales := {"L;2": 85, "L;4": 17}):
+        image.info["transparency"] = value * scales[kind]
+    elif isinstance(value, tuple) and kind == "RGB;16B":
+        image.info["transparency"] = tuple(v >> 8 for v in value)
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
@@ -74,6 +98,9 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"its values reach from {values.min()} to {values.max()}; save it with 8 or 16 bits"
         )
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values = np.where(values == transparent, 65535, values)  # on white
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import registry
@@ -22,13 +24,66 @@ def bound(name: str, part: Any, kind: registry.Registry) -> Any:
     )
 
 
+def check_built(given: Mapping[str, Any]) -> None:
+    """ValueError if a part was given without brackets, as a class, where it must be built.
+
+    The run builds its backbone and its heads itself, and nothing else.
+    """
+    for name, part in given.items():
+        if name in ("backbone", "heads"):
+            continue
+        for key, value in _settings(f"run.{name}", part):
+            if isinstance(value, type) and (found := _registered(value)):
+                raise ValueError(
+                    f"{key} = @{found} lacks brackets: write @{found}(), which builds the part"
+                )
+
+
+def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The value and the fields of the parts in it, at any depth, with their keys in gin."""
+    yield key, value
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _settings(key, one)
+    elif is_dataclass(value) and not isinstance(value, type):
+        owner = _registered(type(value)) or key
+        for f in fields(value):
+            if f.init:
+                yield from _settings(f"{owner}.{f.name}", getattr(value, f.name))
+
+
+def _registered(cls: type) -> str:
+    """The name of a class among all registered ones; '' if it is not registered."""
+    for kind in registry.kinds:
+        for name in kind.names():
+            if issubclass(cls, kind.get(name)):
+                return name
+    return ""
+
+
+def check_seed(seed: Any) -> None:
+    """ValueError unless the seed is a whole number from 0 to 2**32 - 1, as NumPy takes it."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"run.seed = {seed!r} must be a whole number from 0 to {2**32 - 1}")
+
+
 def check_counts(nfe: Any, **counts: int) -> None:
     """ValueError unless nfe is a tuple and the counts are positive; evaluate_every may be 0."""
     if isinstance(nfe, int):
         raise ValueError(f"run.nfe = {nfe} must be a tuple, such as run.nfe = ({nfe},)")
+    if not (isinstance(nfe, tuple | list) and nfe and all(map(_is_count, nfe))):
+        raise ValueError(f"run.nfe = {nfe!r} must be a tuple of positive whole numbers")
     for name, count in counts.items():
-        if not (isinstance(count, int) and count >= (0 if name == "evaluate_every" else 1)):
+        if not _is_count(count, 0 if name == "evaluate_every" else 1):
             raise ValueError(f"run.{name} = {count!r} must be a positive whole number")
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def decays(given: float | Sequence[float]) -> tuple[float, ...]:
@@ -70,4 +125,9 @@ def one_budget(**amounts: Any) -> Budget:
         )
     if not given:
         raise ValueError("no budget is bound; bind one of run.steps, run.images and run.seconds")
+    ((name, amount),) = given.items()
+    if name != "seconds" and not _is_count(amount):
+        raise ValueError(f"run.{name} = {amount!r} must be a positive whole number")
+    if name == "seconds" and not (_is_number(amount) and 0 < amount < math.inf):
+        raise ValueError(f"run.seconds = {amount!r} must be a positive number")
     return Budget(**given)

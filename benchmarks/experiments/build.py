@@ -17,7 +17,15 @@ import torch
 import registry
 from backbones.network import FlowNetwork, build_network
 from benchmarks.experiments import defaults
-from benchmarks.experiments.arguments import bound, check_counts, decays, one_budget, power_widths
+from benchmarks.experiments.arguments import (
+    bound,
+    check_built,
+    check_counts,
+    check_seed,
+    decays,
+    one_budget,
+    power_widths,
+)
 from benchmarks.experiments.checks import checked
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
@@ -98,6 +106,8 @@ def _resolve(
     """The arguments of `run`, checked one by one, with a default for each part not bound."""
     counts = ("batch_size", "num_samples", "log_every", "evaluate_every")
     check_counts(given["nfe"], **{name: given[name] for name in counts})
+    check_seed(given["seed"])
+    check_built(given)
     objective = bound("objective", given["objective"], registry.objectives)
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)

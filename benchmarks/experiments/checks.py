@@ -19,6 +19,7 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    check_batch,
     has_whole_weights,
     parts,
     to_device,
@@ -41,6 +42,7 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.net,
         experiment.dataset.num_classes,
     )
+    check_batch(experiment.engine, experiment.batch_size)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +37,8 @@ from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
 from benchmarks.runs.frame import frame
 from benchmarks.runs.result import RESULT, SAMPLES, Result
-from registry import gin_setup
-from registry.protocols import Job, RecordStore, RunRecord, store_of
+from registry import gin_setup, kinds
+from registry.protocols import Job, RecordStore, RunRecord, is_serial, store_of
 
 GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture
@@ -144,8 +145,22 @@ def run_grid(
     planned = plan(request, request.axes())
     if workers is not None:
         planned = replace(planned, launcher=Subprocesses(workers=workers))
+    if not is_serial(planned.launcher):
+        _check_importable(planned.cells)
     with alone(out / LOCK, "a comparison"):
         return _run(planned, out, states_of(planned, out), retry_failed=retry_failed)
+
+
+def _check_importable(cells: Iterable[Planned]) -> None:
+    """ValueError for a part of the notebook or script itself, which workers cannot import."""
+    names = {name for one in cells for name in re.findall(r"@(?:\w+/)*(\w+)", one.operative)}
+    own = [kind.get(name) for kind in kinds for name in sorted(names) if name in kind]
+    if missing := [cls.__name__ for cls in own if cls.__module__ == "__main__"]:
+        raise ValueError(
+            f"{', '.join(missing)} is defined in the notebook or script itself, and the processes "
+            "of the workers cannot import it. Put it into a file of its own, import that in the "
+            "gin file (import my_loss), or run the cells in this process, without workers"
+        )
 
 
 def states_of(planned: Plan, out: Path) -> dict[str, State]:
@@ -323,6 +338,8 @@ def _check_same(one: Planned, folder: Path) -> None:
 def _check_folder(out: Path, resume: bool) -> None:
     there = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
     if there and not resume:
-        raise ValueError(f"{out} is not empty: continue it with --resume, or choose another --out")
+        raise ValueError(
+            f"{out} is not empty: continue it with resume (--resume), or choose another out"
+        )
     if there and GRID not in there:
         raise ValueError(f"{out} holds something else than a comparison; choose another --out")

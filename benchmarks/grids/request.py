@@ -93,7 +93,11 @@ class Request:
         whose bindings are then left without effect.
         """
         bound = gin_setup.bindings_of("\n".join(self.bindings))
-        own = gin_setup.bindings_of(gin_setup.resolve(self.file).read_text()) if self.file else {}
+        own = (
+            gin_setup.bindings_of(gin_setup.read_text(gin_setup.resolve(self.file)))
+            if self.file
+            else {}
+        )
         keys = set(own)
         if any("@" in value or value == "None" for value in bound.values()):
             parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))

@@ -25,8 +25,8 @@ from benchmarks.latents.process_pool import Tell
 from benchmarks.latents.shards import DTYPES, Moments, Shard, write_shard
 
 PREPROCESSING = (
-    "upright by EXIF, on white where transparent, largest centred square, Pillow's antialiased "
-    "bicubic filter, uint8, x / 127.5 - 1"
+    "upright by EXIF, on white where transparent, largest centred square at whole pixels, Pillow's "
+    "antialiased bicubic filter, uint8, x / 127.5 - 1"
 )
 
 

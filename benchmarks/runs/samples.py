@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,15 +60,16 @@ def draw_samples(
 def _chosen(dataset: Dataset, num: int, labels: int | Sequence[int] | None) -> Cond | None:
     if labels is None:
         return dataset.sample_labels(num)
-    chosen = [labels] * num if isinstance(labels, int) else list(labels)
     if not dataset.num_classes:
         raise ValueError(f"labels = {labels!r}: {dataset.name} has no classes; leave labels out")
-    if len(chosen) != num or not all(0 <= label < dataset.num_classes for label in chosen):
+    chosen = np.asarray(labels)
+    fit = chosen.dtype.kind in "iu" and chosen.shape in ((), (num,))
+    if not fit or not ((chosen >= 0) & (chosen < dataset.num_classes)).all():
         raise ValueError(
             f"labels = {labels!r} must be a class, or {num} of them, from 0 to "
             f"{dataset.num_classes - 1}"
         )
-    return {"label": torch.tensor(chosen)}
+    return {"label": torch.from_numpy(np.full(num, chosen, dtype=np.int64))}
 
 
 def final_samples(experiment: Experiment, net: Callable[..., Any]) -> dict[int, Tensor]:

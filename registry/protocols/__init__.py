@@ -26,6 +26,7 @@ from registry.protocols.batches import (
     to_device,
 )
 from registry.protocols.capabilities import (
+    check_batch,
     has_whole_weights,
     is_serial,
     keeps_records,
@@ -109,6 +110,7 @@ __all__ = [
     "Trunk",
     "Vae",
     "Weight",
+    "check_batch",
     "couples_rows",
     "has_whole_weights",
     "is_serial",

@@ -34,6 +34,12 @@ def provider_files(engine: Engine, batch_size: int) -> Mapping[str, str]:
     return {} if declared is None else declared(batch_size)
 
 
+def check_batch(engine: Engine, batch_size: int) -> None:
+    """`engine.check_batch(batch_size)`, else nothing: ValueError for a batch that it cannot cut."""
+    if (declared := getattr(engine, "check_batch", None)) is not None:
+        declared(batch_size)
+
+
 def keeps_records(recorder: Recorder) -> bool:
     """`recorder.keeps_records`, else True: whether a run's folder holds a record.jsonl to read."""
     return getattr(recorder, "keeps_records", True)

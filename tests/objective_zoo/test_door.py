@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
@@ -20,6 +22,8 @@ import objective_zoo as oz
 import registry
 from benchmarks.records.jsonl import read_record
 from registry import gin_setup
+from trainers.optim import AdamW
+from zoo.objectives import FlowMatching
 from zoo.weighting import Adaptive
 
 TINY: dict[str, Any] = {
@@ -84,10 +88,12 @@ def test_run_opens_its_network_history_samples_and_picture(compared):
     three = run.sample(nfe=2, num=3, labels=3)
     assert three.shape == (3, 1, 8, 8)
     assert three.equal(run.sample(nfe=2, num=3, labels=[3, 3, 3]))
+    assert three.equal(run.sample(nfe=2, num=3, labels=np.int64(3)))
     assert not three.equal(run.sample(nfe=2, num=3, labels=4))
     assert not three.equal(run.sample(nfe=2, num=3, labels=3, seed=1))
     small, large = run.show(nfe=(1, 2), num=2), run.show(nfe=(1, 2, 4), num=2)
     assert large.height > small.height > 8
+    assert small._repr_png_().startswith(b"\x89PNG")  # what a notebook displays
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,15 @@ def test_run_opens_its_network_history_samples_and_picture(compared):
         (lambda run: run.sample(labels=10), "from 0 to 9"),
         (lambda run: run.sample(num=4, labels=[1, 2]), "4 of them"),
         (lambda run: run.sample(num=0), "1 or more"),
+        (lambda run: run.sample(num="4"), "whole number"),
         (lambda run: run.sample(nfe=0), "nfe"),
+        (lambda run: run.sample(num=2, labels=[0.5, 1.0]), "must be a class"),
+        (lambda run: run.sample(labels="3"), "must be a class"),
+        (lambda run: run.history(["loss"]), "nothing was recorded as"),
+        (lambda run: run.show(nfe=2), r"nfe = 2 must be a list, such as nfe=\[2\]"),
+        (lambda run: run.evaluate(nfe=1), "nfe = 1 must be a list"),
+        (lambda run: run.evaluate(metrics="frechet"), "metrics = 'frechet' must be a list"),
+        (lambda run: oz.report(run.folder, out="r"), "runs = .* must be a list"),
     ],
 )
 def test_requests_in_error_say_what_there_is(compared, call, what):
@@ -196,9 +210,57 @@ def test_calls_are_silent_unless_progress_is_wanted(tmp_path, capfd):
     assert logging.getLogger("benchmarks").level == logging.NOTSET
 
 
-def test_arms_as_a_text_are_refused():
-    with pytest.raises(ValueError, match=r"arms = 'dumo' must be a list"):
-        oz.run(DIGITS, arms="dumo")
+@pytest.mark.parametrize(
+    ("arms", "what"), [("dumo", "must be a list"), (None, "must be a list"), ([3], "must be names")]
+)
+def test_arms_that_are_no_list_of_names_are_refused(arms, what):
+    with pytest.raises(ValueError, match=what):
+        oz.run(DIGITS, arms=arms)
+
+
+def test_instance_and_results_do_not_depend_on_the_file_nor_on_the_callers_state(tmp_path):
+    """digits.gin binds adamw.lr; a part that is given as an object keeps its own."""
+    given = TINY | {"run.steps": 2, "run.optimizer": AdamW()}
+    plain = oz.run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "a").runs["mean_flow"]
+    assert read_record(plain.folder).params["optimizer/adamw.lr"] == str(AdamW().lr) != "0.002"
+    torch.set_default_dtype(torch.float64)
+    try:
+        with gin.config_scope("mine"), torch.no_grad():
+            again = oz.run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "b")
+            assert not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same = again.runs["mean_flow"]
+    assert same.result.values == plain.result.values
+    assert read_record(same.folder).params == read_record(plain.folder).params
+
+
+def test_experiment_refuses_what_contradicts_itself():
+    parts = {"objective": "mean_flow", "backbone": "dit", "dataset": "digits"}
+    with pytest.raises(ValueError, match=r"set has run\.steps, which an argument gives too"):
+        oz.experiment(**parts, steps=2, set={"run.steps": 3})
+    with pytest.raises(ValueError, match=r"make it a part with brackets: MeanFlow\(\)"):
+        oz.experiment(**parts | {"objective": oz.objectives.MeanFlow})
+
+
+def test_part_of_a_notebook_is_refused_by_workers_before_anything_runs(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Cell(FlowMatching):
+        power: float = 1.0
+
+    Cell.__module__ = "__main__"
+    file = tmp_path / "own.gin"
+    file.write_text(
+        "include 'experiments/digits.gin'\nGrid.arms = ('a',)\na/run.objective = @own_cell()\n"
+        "Grid.axes = {'own_cell.power': [0.5, 1.0]}\n"
+    )
+    with (
+        registry.objectives.temporary("own_cell", Cell),
+        pytest.raises(ValueError, match="Cell is defined in the notebook or script itself"),
+    ):
+        oz.grid(file, set=TINY, out=tmp_path / "g", workers=2)
+    assert not (tmp_path / "g").exists()
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +289,20 @@ def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
     names = {name: getattr(oz, name) for name in oz.__all__} | {"TINY": TINY | {"run.steps": 2}}
     runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
     tried = 0
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
     for name in ("run", "load", "grid", "experiment", "report", "parts", "check"):
         example = parser.get_doctest(getattr(oz, name).__doc__, names, name, None, None)
         tried += runner.run(example, clear_globs=False).attempted
     assert zoo("export", "x/mean_flow", "--out", "exported").status == 0
     example = parser.get_doctest(oz.load_network.__doc__, names, "load_network", None, None)
     tried += runner.run(example, clear_globs=False).attempted
-    assert tried >= 10
+    page = page.replace("\n```\n", "\n\n")  # an example ends where its block does
+    of_page = parser.get_doctest(page, {}, "docs/python.md", "docs/python.md", 0)
+    tried += runner.run(of_page).attempted
+    assert tried >= 30
     assert runner.failures == 0
+    untold = [name for name in oz.__all__ if f"oz.{name}" not in page]
+    assert untold == []
 
 
 def test_every_name_is_documented_with_an_example():

@@ -570,3 +570,31 @@ def test_broken_plugin_names_its_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=r"'theirs' of the package 'their-package' \(own_loss_m"):
         load_plugins()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_files_of_other_systems_are_read(tmp_path, mark):
+    """Line ends of Windows, and the byte order mark that its editors write."""
+    file = tmp_path / "a.gin"
+    file.write_bytes(mark + b"# a\r\njob.seed = 4\r\n")
+    gin_setup.parse([file])
+    assert gin_setup.query("job.seed") == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("run.seed = 4".encode("utf-16"), "UTF-16"),
+        ("run.seed = 4\n# gr\u00f6\u00dfe".encode("latin-1"), "line 2: the byte 0xf6 is no UTF-8"),
+    ],
+)
+def test_file_that_is_not_utf_8_is_named_with_the_remedy(tmp_path, content, what):
+    (tmp_path / "own.gin").write_bytes(content)
+    (tmp_path / "a.gin").write_text("include 'own.gin'\n")
+    with pytest.raises(ValueError, match=f"own.gin.*{what}.*UTF-8"):
+        gin_setup.parse([tmp_path / "a.gin"])
+
+
+def test_function_of_gin_is_no_part(tmp_path):
+    with pytest.raises(ValueError, match=r"@constant\(\): 'constant' is a function of gin"):
+        gin_setup.parse([], ["job.objective = @constant()"])

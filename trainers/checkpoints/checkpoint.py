@@ -117,7 +117,7 @@ def restore(state: TrainState) -> None:
     """Continue from the newest whole checkpoint under state.folder; from the start without one."""
     path = ranks.from_leader(ranks.together(lambda: _latest_of(state), BrokenCheckpoint))
     if path is None:
-        log.info("no checkpoint in %s: starting from the beginning", folder_of(state))
+        log.debug("no checkpoint in %s: starting from the beginning", folder_of(state))
         return
     ranks.together(lambda: state.engine.load(path), ValueError, OSError)
     saved = json.loads((path / "state.json").read_text())

@@ -144,6 +144,9 @@ class ZeroEngine:
         """Stage 3 gathers weights layer by layer, by autograd.Functions around every layer."""
         return self.stage < 3
 
+    def check_batch(self, batch_size: int) -> None:
+        self.deepspeed_config(batch_size, ranks.count())
+
     def provider_files(self, batch_size: int) -> dict[str, str]:
         config = self.deepspeed_config(batch_size, ranks.count())
         return {"deepspeed.json": json.dumps(config, indent=2) + "\n"}

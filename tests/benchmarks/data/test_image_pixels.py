@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -254,3 +256,50 @@ def test_pictures_read_as_they_are_needed_are_those_in_memory(tmp_path):
     listing = found.listing()
     picture(files[3], size=(90, 90))
     assert PictureFiles(files, 4, 3).listing() != listing
+
+
+@pytest.mark.parametrize(("width", "height", "side"), [(9, 8, 8), (8, 11, 8), (65, 64, 64)])
+def test_square_is_cut_at_whole_pixels(tmp_path, width, height, side):
+    """A cut at half a pixel would blur; where nothing is resampled, pixels are the file's."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    found = read_picture(tmp_path / "x.png", side, 3).permute(1, 2, 0).numpy()
+    left, top = (width - side) // 2, (height - side) // 2
+    assert (found == pixels[top : top + side, left : left + side]).all()
+
+
+def png(path: Path, bits: int, colour: int, row: bytes, transparent: bytes) -> None:
+    """A PNG of 8 x 8 pixels, all rows the same, with a transparent value."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", transparent)
+        + chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)) + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bits", "value", "row"),
+    [
+        (1, 0, b"\x00"),
+        (2, 1, b"\x55" * 2),
+        (4, 3, b"\x33" * 4),
+        (8, 7, b"\x07" * 8),
+        (16, 1000, struct.pack(">H", 1000) * 8),
+    ],
+)
+def test_transparent_grey_of_any_depth_is_laid_on_white(tmp_path, bits, value, row):
+    png(tmp_path / "x.png", bits, 0, row, struct.pack(">H", value))
+    assert (read_picture(tmp_path / "x.png", 8, 1) == 255).all()
+    png(tmp_path / "y.png", bits, 0, row, struct.pack(">H", value + 1 if bits > 1 else 1))
+    assert (read_picture(tmp_path / "y.png", 8, 1) < 255).all()  # another value is not transparent
+
+
+def test_transparent_colour_of_16_bits_is_laid_on_white(tmp_path):
+    colour = struct.pack(">HHH", 1000, 2000, 3000)
+    png(tmp_path / "x.png", 16, 2, colour * 8, colour)
+    assert (read_picture(tmp_path / "x.png", 8, 3) == 255).all()

@@ -321,11 +321,7 @@ def test_bench_prints_records_and_compares(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_fresh_process(tmp_path, monkeypatch):
-    # Which does not take a folder of this name in the current directory for ours.
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "__init__.py").write_text("raise RuntimeError('a foreign folder')")
-    monkeypatch.chdir(tmp_path)
+def test_memory_is_that_of_a_fresh_process(tmp_path):
     done = bench(tmp_path, "--json", tmp_path / "a.json", "--set", "run.batch_size = 256")
     assert done.status == 0, done.err
     base, mean_flow = json.loads((tmp_path / "a.json").read_text())["costs"]
