@@ -218,7 +218,7 @@ def test_store_of_a_third_party_is_asked_which_cells_are_finished(
 ) -> None:
     (state,) = states_of(planned, tmp_path).values()
     assert (state.status, state.folder) == ("finished", Path("/there/it/is"))
-    assert state.said == "their run 7"
+    assert state.note == "their run 7"
 
 
 def test_store_of_a_third_party_is_shown(recorders: None, tmp_path: Path) -> None:
