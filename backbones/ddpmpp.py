@@ -238,14 +238,14 @@ class DDPMpp(TrunkModule):
         return PlainReadout(self.width, self.image_channels)
 
     def pool(self, features: Tensor) -> Tensor:
-        """The means of the cells of a grid, whose size makes them 4 * channels = dim numbers."""
+        """The means over the cells of a grid, which together are 4 * channels = dim numbers."""
         return F.adaptive_avg_pool2d(features, self.cells).flatten(1)
 
 
 def _plan(
     channels: int, widths: Sequence[int], blocks: int, attention_levels: set[int]
 ) -> tuple[list[Step], list[bool], list[Step]]:
-    """The blocks on the way down, whether each on the way up joins a skip, and those blocks."""
+    """The blocks down; for each block up, whether it joins a skip connection; the blocks up."""
     down: list[Step] = []
     width = channels
     for level, wide in enumerate(widths):

@@ -154,8 +154,9 @@ class DiT(PatchTransformer):
     """Diffusion transformer with adaLN-zero, for [b c h w].
 
     `norm` is 'layer', or 'rms' for root mean squares. Positions are sines and cosines; with
-    `trained_positions` they are weights that start so. Dropout draws from the global RNG of torch.
-    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    `trained_positions` they are weights that start with these values. Dropout draws from the global
+    RNG of torch. `checkpointing` recomputes each block in the backward pass instead of keeping its
+    activations.
     """
 
     reference: ClassVar = Reference(

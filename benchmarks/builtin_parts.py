@@ -1,4 +1,4 @@
-"""The modules that enrol the built-in parts, by the same door as a plug-in's: an entry point."""
+"""Imports the modules that register the built-in parts; an entry point names this module."""
 
 from importlib import import_module
 

@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _main(argv)
         finally:
             sys.stdout.flush()
-        if "RANK" in os.environ:  # one of several: DeepSpeed's threads may abort an ordinary end
+        if "RANK" in os.environ:  # one of several: DeepSpeed's threads may abort a normal exit
             sys.stderr.flush()
             os._exit(status)
         return status
-    except BrokenPipeError:  # whoever reads our output has enough, such as `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
 
@@ -49,10 +49,10 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
-        from registry.gin_errors import said
+        from registry.gin_errors import message_of
 
         hint = "" if isinstance(error, EXPECTED) else "\nobjective-zoo --traceback ... shows where"
-        print(f"error: {said(error)}{hint}", file=sys.stderr)
+        print(f"error: {message_of(error)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""One cell in a process of its own, or in several; a launcher starts it, people use `run`.
+"""Runs one cell in a process of its own, or in several; a launcher starts it, not a person.
 
     python -P -m benchmarks.worker FOLDER CORES RANKS MODULE:FUNCTION
 
 CORES are numbers such as 0,1, or '' for all; the function runs the cell in FOLDER and says how it
 ended. -P keeps a folder `benchmarks` of the current directory from being taken for this package.
 
-Standard input is a pipe that nobody writes to: when it closes, the process that started this one is
-gone, however it died, and this one goes too, with every process that it started. Standard output
-carries one line, how the cell ended; whatever else is printed goes to standard error.
+Standard input is a pipe that nobody writes to: when it closes, the process that started this one
+has ended, however it died, and this one ends too, with every process that it started. Standard
+output carries one line, how the cell ended; whatever else is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     from benchmarks.launchers.ranks import joined
 
     joined(lead, follow, [folder])
-    os._exit(0)  # DeepSpeed's threads may abort an ordinary end
+    os._exit(0)  # DeepSpeed's threads may abort a normal exit
 
 
 def _end_with_parent() -> None:

@@ -61,7 +61,7 @@ def run(
     are Python data, parts, or gin references as texts ("@dumo()"). `out` is a new folder, by
     default runs/NAME-DATE-TIME; with `resume` what is in it goes on. ValueError is raised before
     any training for whatever does not fit together. CellsFailed, at the end, names the arms that
-    failed and carries what the others came to.
+    failed and carries the outcome of the others.
 
     >>> c = run("experiments/digits.gin", arms=["mean_flow"], set=TINY, out="x")
     >>> list(c.runs), c.failed

@@ -1,4 +1,4 @@
-"""What every call of the door happens inside, and how it reads its lists."""
+"""The context in which every call of the door runs, and how the calls read their lists."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from registry import progress as progress_of
 
 @contextmanager
 def called(progress: bool = False) -> Iterator[None]:
-    """The call has gin to itself and trains as in a new process; the caller's state comes back.
+    """Give a call its own gin, let it train as in a new process, and put the state back afterwards.
 
-    It is silent unless progress is wanted.
+    Nothing is shown unless `progress`.
     """
     dtype = torch.get_default_dtype()
     with (

@@ -36,7 +36,7 @@ KINDS: Mapping[str, Registry] = {  # of the arguments of `run` that are parts
 
 
 class Comparison:
-    """What a comparison came to: its table, the runs that have finished, why others failed."""
+    """The outcome of a comparison: its table, the runs that have finished, why others failed."""
 
     def __init__(self, found: library.ComparisonOutcome):
         self._found = found
@@ -61,7 +61,7 @@ class Comparison:
         """Means over seeds: one line for each row, the columns are pairs (metric, NFE).
 
         ("fid", 4) is the metric at 4 NFE and ("fid", "real") what real data score; ("runs", "") is
-        the number of runs, and ("cost", "seconds_per_step") and its like are what a run cost. `by`
+        the number of runs, and ("cost", "seconds_per_step") and others are what a run cost. `by`
         names one of the grid's axes, such as "n2n_every": lines are then its values (with the arm
         before them where there are several), and means go over everything else. KeyError, with the
         axes that there are, for another name.

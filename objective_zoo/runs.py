@@ -123,7 +123,7 @@ class Run:
         progress: bool = False,
         **options: Any,
     ) -> dict[str, float]:
-        """FID and its like from `num` samples, by name; as `objective-zoo evaluate`.
+        """FID and similar metrics from `num` samples, by name; as `objective-zoo evaluate`.
 
         They are also written into the run's folder, under evaluation/. `options` are those of the
         command: metrics, features, reference, labels, seed, batch_size, weights.

@@ -24,7 +24,7 @@ _NOT_GIVEN = re.compile(
 
 
 def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFoundError:
-    """The error in words that say what exists and what to do, where we know such words."""
+    """An error that says what exists and what to do; other errors of gin stay as they are."""
     text = str(error)
     if match := _UNKNOWN.match(text):
         name = match[2]
@@ -50,7 +50,7 @@ def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFo
 
 @contextmanager
 def collected(troubles: list[str]) -> Iterator[None]:
-    """While it is open, gin leaves out each binding that it cannot make; `troubles` gets why."""
+    """While it is open, gin skips bindings that it cannot make; `troubles` gets the reasons."""
     bind, refer = config.bind_parameter, config.ParserDelegate.configurable_reference
     unknown: list[ValueError] = []  # one for each unknown reference of the binding being read
 
@@ -82,10 +82,10 @@ def collected(troubles: list[str]) -> Iterator[None]:
         config.bind_parameter, config.ParserDelegate.configurable_reference = bind, refer
 
 
-def said(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The error as one line for the user.
 
-    If the user can mend it, that is its text alone; else it begins with the type of the error.
+    If the user can mend it, the line is the text of the error; else the type stands before it.
     """
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])  # str() would quote it

@@ -68,7 +68,7 @@ def portable(name: str | Path) -> str:
 
 @dataclass
 class Reading:
-    """How far gin is in its texts: the files opened so far, and those that are still open.
+    """The files that gin has opened so far, and those that are still open.
 
     Each open file is included by the one before it.
     """
@@ -86,7 +86,7 @@ class Reading:
 
 @contextmanager
 def reader() -> Iterator[Reading]:
-    """While it is open, gin opens its files through `resolve`; yields how far it is.
+    """While it is open, gin opens its files through `resolve`; yields the `Reading`.
 
     gin's own second reader logs an error at the root for every name that it does not know.
     """

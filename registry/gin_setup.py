@@ -1,7 +1,7 @@
 """gin: reading files and bindings, running under an arm, and which bindings took effect.
 
 An arm is a gin scope, a named bundle of bindings (`mean_flow/run.objective = @mean_flow()`), in
-force inside `with arm("mean_flow"):`. After the run's arguments are built nothing looks at gin.
+force inside `with arm("mean_flow"):`. After the run's arguments are built nothing reads gin.
 
 gin-config has no public functions for most of this, so we use private ones; its version is pinned.
 """
@@ -139,7 +139,7 @@ def query(key: str, default: Any = None) -> Any:
 def build(key: str, scope: str = "") -> Any:
     """Build what is bound to a key such as 'run.recorder'; None if nothing is.
 
-    What is bound in the scope goes before what is bound outside.
+    A binding in the scope wins over a binding outside of it.
     """
     outside = query(key)
     with gin.config_scope(scope):

@@ -1,4 +1,4 @@
-"""Python objects as gin text that builds the same objects again, so that a run of theirs is data.
+"""Writes Python objects as gin text that builds the same objects again, so a run can record them.
 
     bindings_of_values({"run.objective": MeanFlow(weight=Adaptive(power=0.5)), "run.steps": 10})
     ["run.objective = @mean_flow()", "mean_flow.weight = @adaptive()", "adaptive.power = 0.5",
@@ -162,7 +162,7 @@ def _is_default(f: Field[Any], value: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether gin would build the same; parts without an equality of their own are looked into."""
+    """Whether gin would build an equal value; dataclasses are compared field by field."""
     if type(one) is not type(other):
         return False
     if is_dataclass(one) and not isinstance(one, type):

@@ -47,7 +47,7 @@ def load_plugins() -> tuple[str, ...]:
 
 
 def import_file(path: str | Path) -> ModuleType:
-    """Import a Python file by its path; one inside a package gets its full dotted name."""
+    """Import a Python file by its path; a file inside a package gets its full dotted name."""
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
         raise FileNotFoundError(f"no Python file {str(path)!r} (looked at {file})")

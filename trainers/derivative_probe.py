@@ -138,7 +138,7 @@ def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
 
 
 def _settle(net: nn.Module, point: Point) -> bool:
-    """Put a network that draws random numbers in eval mode; tell if a seed repeats its draws."""
+    """Put a network that draws random numbers in eval mode; whether a seed repeats its draws."""
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -211,8 +211,8 @@ class TorchEngine:
     def step(self, lr_factor: float) -> Tensor:
         """Update the weights once.
 
-        On a CPU, where looking costs nothing, a loss or gradient that is not finite makes no
-        update: the weights stay clean, and the gradients stay for whoever looks for the cause.
+        On a CPU, where the check costs nothing, a loss or gradient that is not finite makes no
+        update: the weights stay finite, and the gradients are kept, to find the cause.
         """
         norm = self._gradient_norm()
         losses, self._losses = self._losses, []

@@ -34,10 +34,10 @@ class NonFiniteLoss(FloatingPointError):
 class StopOnNonFinite(Callback):
     """Raises NonFiniteLoss, in all processes alike.
 
-    On a CPU it looks at every step, before the weights are changed (the engine holds the update
-    back). On a GPU it looks every `every` steps, so that no step waits for the device; the weights
+    On a CPU it checks every step, before the weights are changed (the engine holds the update
+    back). On a GPU it checks every `every` steps, so that no step waits for the device; the weights
     may be spoilt by then, and the run can continue from its last checkpoint. With the policy "skip"
-    it looks at every step, and leaves such updates out with a warning, up to MAX_SKIPPED in a row.
+    it checks every step, and leaves such updates out with a warning, up to MAX_SKIPPED in a row.
     """
 
     every: int = 50
@@ -97,7 +97,7 @@ def problem_of(state: TrainState, step: int, out: LossOutput, norm: Tensor | Non
     """What is not finite and where, in the same words in every process; '' if all is well."""
     bad = ~out.per_sample.isfinite()
     problem = "\n".join(_describe_rows(out, bad)) if bad.any() else ""
-    problems = [told for told in ranks.gathered(problem) if told]
+    problems = [found for found in ranks.gathered(problem) if found]
     if not problems and norm is not None and not norm.isfinite():
         problems = ranks.gathered("\n".join(_describe_gradient(state, out)))
     return f"step {step}: " + "\n".join(dict.fromkeys(problems)) if problems else ""

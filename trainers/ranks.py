@@ -115,10 +115,10 @@ def together(act: Callable[[], T], *expected: type[Exception]) -> T:
         result = act()
     except expected as error:
         problem = error
-    told = gathered(None if problem is None else (type(problem), str(problem)))
+    problems = gathered(None if problem is None else (type(problem), str(problem)))
     if problem is not None:
         raise problem
-    for rank, other in enumerate(told):
+    for rank, other in enumerate(problems):
         if other is not None:
             raise other[0](f"process {rank}: {other[1]}")
     return result

@@ -82,7 +82,7 @@ class TrainState:
     emas: dict[str, nn.Module] = field(default_factory=dict)  # as TrainStep.emas
     resumed: Path | None = None  # the checkpoint that the run continues
     stop: str = ""  # a callback's reason to end after this step, the same in every process
-    asked: str = ""  # why this process was asked to end; all of them then `stop` together
+    stop_request: str = ""  # why this process was asked to end; all of them then `stop` together
     finished: bool = False  # the loop came to its end without an exception
     clock: Stopwatch = field(default_factory=Stopwatch)
 
@@ -93,13 +93,13 @@ class TrainState:
         return self.clock.seconds if self._agreed is None else self._agreed
 
     def agree(self) -> None:
-        """All processes go by the slowest one's clock, and end when one of them was asked to."""
+        """Let all processes use the slowest one's clock, and end if one was asked to end."""
         if ranks.count() == 1:
-            self.stop = self.stop or self.asked
+            self.stop = self.stop or self.stop_request
             return
-        self._agreed, asked = ranks.largest(self.clock.seconds, bool(self.asked))
-        if asked:
-            self.stop = self.stop or next(filter(None, ranks.gathered(self.asked)))
+        self._agreed, requested = ranks.largest(self.clock.seconds, bool(self.stop_request))
+        if requested:
+            self.stop = self.stop or next(filter(None, ranks.gathered(self.stop_request)))
 
     @property
     def progress(self) -> float:

@@ -38,7 +38,7 @@ def drop_labels(
 ) -> tuple[Cond | None, Tensor]:
     """The conditioning with labels replaced by the null label, each with this probability.
 
-    Also the mask [n] of the rows that have a label then: no row, if there were no labels.
+    It also returns the mask [n] of the rows that still have a label; without labels it is empty.
     """
     if cond is None or "label" not in cond:
         return cond, torch.zeros(n, dtype=torch.bool, device=rng.device)

@@ -87,7 +87,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from None
     form = config.get("format") if isinstance(config, dict) else None
     if form != 1:
-        raise ValueError(f"{path} is of format {form!r}; 1 can be read")
+        raise ValueError(f"{path} is of format {form!r}; this version reads format 1")
     if config.get("defined_by") != _digest(config):
         raise ValueError(
             f"{path} is not as it was exported: the weights belong to other values of "

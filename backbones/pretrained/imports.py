@@ -8,8 +8,8 @@
     mf_dit         haidog-yaqub/MeanFlow      u and v(x, t, r, w), our times     dit, u and v
     py_mean_flow   Gsunshine/py-meanflow      u(x, t, h = t - r), our times      ddpmpp, u
 
-The result computes what the public code computes, to rounding, and the weights alone see to it. For
-v(x, t) = -F(x, 1 - t) the final layer changes its sign; the features of 1 - t are a rotation of
+The result computes what the public code computes, to rounding. Only weights are changed for this.
+For v(x, t) = -F(x, 1 - t) the final layer changes its sign; the features of 1 - t are a rotation of
 those of t, so the embedding's first matrix is rotated. MFDiT's embedding of the guidance scale w is
 taken at w = 1, without guidance, and added to that of t. The largest scale of MFDiT is in no
 tensor; it is taken to be 4, the code's default. Learned variances are dropped. Every tensor of the

@@ -28,7 +28,7 @@ MAX_GUIDANCE = 4.0  # MFDiT divides a scale by this before embedding it
 def _transformer(
     source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
 ) -> dict[str, Any]:
-    """The fields and weights of every transformer, but for positions, MLPs and final layers."""
+    """The fields and weights of every transformer, except positions, MLPs and final layers."""
     patches = source.take("x_embedder.proj.weight")
     dim, channels, patch, _ = patches.shape
     side = math.isqrt(source.left["pos_embed"].shape[1])

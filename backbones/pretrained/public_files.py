@@ -23,7 +23,7 @@ def read_state(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"its suffix is {path.suffix!r}; there are {', '.join(SUFFIXES)}")
+        raise ValueError(f"its suffix is {path.suffix!r}; allowed are {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -1,4 +1,4 @@
-"""The tensors of a public checkpoint, of which each is used once or accounted for."""
+"""The tensors of a public checkpoint: each is used once, or left out for a stated reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Source:
         return name in self.left
 
     def take(self, name: str) -> Tensor:
-        """A tensor in float32, which is then no longer left; ValueError if the file has none."""
+        """Take a tensor out of the rest, in float32; ValueError if the file does not have it."""
         if name not in self.left:
             raise ValueError(
                 f"the checkpoint has no {name!r}, which layout {self.layout!r} needs."

@@ -34,7 +34,7 @@ def add_store(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="of `ema`, say; default: those measured"
+        "--weights", type=Path, metavar="FILE", help="other weights, such as those of `ema`"
     )
 
 

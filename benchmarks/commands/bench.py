@@ -12,19 +12,23 @@ from benchmarks.commands.arguments import Commands, add_bindings, add_store, req
 def add_to(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="what a step costs beside flow matching")
     bench.add_argument("file", type=Path, nargs="?", default=Path("bench.gin"), help="a gin file")
-    bench.add_argument("--objectives", nargs="+", default=[], metavar="ARM", help="default: all")
-    bench.add_argument("--backbone", nargs="+", default=[], help="default: the file's own")
-    bench.add_argument("--precision", nargs="+", default=["fp32"], help="fp32, bf16")
     bench.add_argument(
-        "--derivative", nargs="+", default=["one_pass"], help="such as one_pass dual"
+        "--objectives", nargs="+", default=[], metavar="ARM", help="arms; default: all"
+    )
+    bench.add_argument("--backbone", nargs="+", default=[], help="backbones; default: the file's")
+    bench.add_argument("--precision", nargs="+", default=["fp32"], help="fp32 or bf16, or both")
+    bench.add_argument(
+        "--derivative", nargs="+", default=["one_pass"], help="derivatives, such as one_pass dual"
     )
     bench.add_argument("--batch", type=int, help="rows of a step; default: the file's own")
-    bench.add_argument("--repeats", type=int, default=5, help="turns of 3 steps")
-    bench.add_argument("--compile", action="store_true", help="networks by torch.compile")
-    bench.add_argument("--published", action="store_true", help="MeanFlow as in its paper, too")
-    bench.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    bench.add_argument("--repeats", type=int, default=5, help="number of turns of 3 steps")
+    bench.add_argument("--compile", action="store_true", help="compile the networks")
+    bench.add_argument(
+        "--published", action="store_true", help="also time MeanFlow as in its paper"
+    )
+    bench.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     bench.add_argument("--out", type=Path, help="folder of the record; default runs/bench-DATE")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="the result, to compare with")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the result, for --compare")
     bench.add_argument("--compare", type=Path, metavar="FILE", help="fail if a ratio has grown")
     add_store(bench)
     add_bindings(bench, "dit.dim = 768")

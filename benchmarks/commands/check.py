@@ -19,8 +19,10 @@ def add_to(commands: Commands) -> None:
     check = commands.add_parser("check", help="test an objective against closed forms")
     check.add_argument("name", help="a registered objective, such as mean_flow")
     check.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
-    check.add_argument("--mutations", action="store_true", help="plant mistakes, list what rejects")
-    check.add_argument("--json", action="store_true", help="for machines")
+    check.add_argument(
+        "--mutations", action="store_true", help="plant mistakes, list who finds them"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(command=_check)
 
 

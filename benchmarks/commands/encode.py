@@ -14,20 +14,28 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--vae", required=True, help="a folder of diffusers, a hub id or a short name"
     )
-    parser.add_argument("--subfolder", default="", help="of the VAE's folder or hub id")
-    parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
-    parser.add_argument("--resolution", type=int, default=256, help="of the pictures, in pixels")
-    parser.add_argument("--no-labels", action="store_true", help="sub-folders are no classes")
-    parser.add_argument("--no-flips", action="store_true", help="without the mirrored copy")
-    parser.add_argument("--dtype", default="float16", help="on disk; or float32")
+    parser.add_argument("--subfolder", default="", help="inside the VAE's folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write or continue")
+    parser.add_argument(
+        "--resolution", type=int, default=256, help="side of the pictures, in pixels"
+    )
+    parser.add_argument(
+        "--no-labels", action="store_true", help="do not take sub-folders as classes"
+    )
+    parser.add_argument("--no-flips", action="store_true", help="leave mirrored copies out")
+    parser.add_argument("--dtype", default="float16", help="on disk: float16 or float32")
     parser.add_argument(
         "--normalise", default="constants", choices=("constants", "channel"),
-        help="the VAE's scale and shift, or each channel's own",
+        help="take the VAE's scale and shift, or those of each channel",
     )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=1, help="processes; one a GPU, say")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, such as one for each GPU"
+    )
     parser.add_argument("--device", default="auto", help="default: all GPUs in turn, else the CPU")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures in the VAE at a time")
-    parser.add_argument("--shard-rows", type=int, default=1024, help="pictures in a file")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="pictures that the VAE takes at a time"
+    )
+    parser.add_argument("--shard-rows", type=int, default=1024, help="pictures in each file")
     parser.set_defaults(command=_encode)
 
 

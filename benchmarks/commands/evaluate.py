@@ -11,13 +11,13 @@ from benchmarks.launchers.slurm import take_place
 
 
 def add_to(commands: Commands) -> None:
-    _add_evaluate(commands.add_parser("evaluate", help="FID and its like of a finished run"))
+    _add_evaluate(commands.add_parser("evaluate", help="FID and similar metrics of a finished run"))
 
     sample = commands.add_parser("sample", help="draw samples from a finished run")
     sample.add_argument("run", type=Path, help="the folder of a finished run")
     sample.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations")
     sample.add_argument("--num", type=int, default=64, help="samples per NFE")
-    sample.add_argument("--seed", type=int, default=0, help="of the noise")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--sampler", help="a registered sampler; default the run's own")
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
     add_weights(sample)
@@ -30,10 +30,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=50_000, help="samples per NFE")
     parser.add_argument("--nfe", type=int, nargs="+", default=[], help="default: the run's own")
     parser.add_argument(
-        "--metrics", nargs="+", default=[], help="default: frechet kid precision_recall"
+        "--metrics",
+        nargs="+",
+        default=[],
+        help="registered metrics; default: frechet kid precision_recall",
     )
     parser.add_argument(
-        "--features", nargs="+", default=[], help="registered extractors; default: the best here"
+        "--features",
+        nargs="+",
+        default=[],
+        help="registered extractors; default: the best one here",
     )
     parser.add_argument(
         "--reference",
@@ -42,14 +48,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--labels", choices=("balanced", "data"), default="balanced",
-        help="as many samples of each class, or with the frequencies of the data",
+        help="the same number of samples for each class, or the frequencies of the data",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of noise and draws")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows in the network at a time")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of this machine, one a GPU")
-    parser.add_argument("--save-images", type=Path, metavar="DIR", help="every sample as a PNG")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and draws")
+    parser.add_argument("--batch-size", type=int, default=256, help="rows of one network call")
+    parser.add_argument("--ranks", type=int, default=1, help="processes, such as one for each GPU")
+    parser.add_argument(
+        "--save-images", type=Path, metavar="DIR", help="also write every sample as a PNG"
+    )
     parser.add_argument("--out", type=Path, help="default: RUN/evaluation")
-    parser.add_argument("--cache", type=Path, help="features of the reference")
+    parser.add_argument("--cache", type=Path, help="where features of references are kept")
     add_weights(parser)
     add_bindings(parser, "euler.shift = 2.0")
     parser.set_defaults(command=_evaluate)
@@ -62,7 +70,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.ranks > 1 and not ranks.launched():
         from benchmarks.launchers.ranks import start
 
-        again = "The same command goes on with the blocks that it has"
+        again = "Run the same command again: it keeps the blocks that are done"
         if status := start(arguments.words[1:], arguments.ranks, again=again):
             raise SystemExit(status)
         return

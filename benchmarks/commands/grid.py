@@ -13,9 +13,9 @@ def add_to(commands: Commands) -> None:
     grid = commands.add_parser("grid", help="run every cell of a gin file's arms and axes")
     add_request(grid)
     grid.add_argument(
-        "--out", type=Path, help="folder of the grid; default runs/NAME; goes on there"
+        "--out", type=Path, help="folder of the grid, new or to be continued; default runs/NAME"
     )
-    grid.add_argument("--workers", type=int, help="cells at a time, each in a process of its own")
+    grid.add_argument("--workers", type=int, help="run this many cells at a time, in processes")
     grid.add_argument("--dry-run", action="store_true", help="list the cells, estimate the time")
     grid.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
     add_store(grid)

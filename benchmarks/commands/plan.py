@@ -12,19 +12,32 @@ from benchmarks.commands.arguments import Commands, add_request, request_of
 def add_to(commands: Commands) -> None:
     plan = commands.add_parser("plan", help="does a run fit, with which micro-batch, how long")
     add_request(plan)
-    plan.add_argument("--gpus", type=int, required=True, help="how many, of all machines")
-    plan.add_argument("--memory", required=True, metavar="SIZE", help="of each, such as 80GB")
+    plan.add_argument("--gpus", type=int, required=True, help="number of GPUs of all machines")
     plan.add_argument(
-        "--stage", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO"
+        "--memory", required=True, metavar="SIZE", help="memory of each GPU, such as 80GB"
     )
-    plan.add_argument("--tflops", type=float, default=0.0, help="that each GPU reaches")
     plan.add_argument(
-        "--images-per-second", type=float, default=0.0, metavar="N", help="of all GPUs together"
+        "--stage",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        choices=range(4),
+        help="stages of ZeRO",
     )
-    plan.add_argument("--shape", type=int, nargs="+", default=[], help="of the data: 4 32 32")
-    plan.add_argument("--classes", type=int, help="of the data, 0 without labels")
-    plan.add_argument("--cpu", action="store_true", help="processes on CPUs in place of GPUs")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="for machines")
+    plan.add_argument("--tflops", type=float, default=0.0, help="speed that each GPU reaches")
+    plan.add_argument(
+        "--images-per-second",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="speed of all GPUs together",
+    )
+    plan.add_argument(
+        "--shape", type=int, nargs="+", default=[], help="shape of the data, such as 4 32 32"
+    )
+    plan.add_argument("--classes", type=int, help="number of classes; 0: no labels")
+    plan.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     plan.set_defaults(command=_plan, tracking_uri=None)
 
 

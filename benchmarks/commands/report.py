@@ -15,7 +15,7 @@ def add_to(commands: Commands) -> None:
         "--out", type=Path, required=True, help="folder of report.html and the rest"
     )
     report.add_argument("--baseline", default="", help="row to compare with; default flow_matching")
-    report.add_argument("--force", action="store_true", help="also rows that cannot be compared")
+    report.add_argument("--force", action="store_true", help="show rows that cannot be compared")
     report.add_argument("--tracking-uri", default="", help="MLflow store of the run ids")
     report.set_defaults(command=_report)
 

@@ -23,10 +23,10 @@ def add_to(commands: Commands) -> None:
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
     add_store(run)
     run.add_argument(
-        "--ranks", type=int, default=1, help="in so many processes of this machine, one per GPU"
+        "--ranks", type=int, default=1, help="run in this many processes of this machine"
     )
     run.add_argument("--launcher", choices=("deepspeed",), help=argparse.SUPPRESS)
-    run.add_argument("--smoke", action="store_true", help="a recipe at 1/1000 of its size")
+    run.add_argument("--smoke", action="store_true", help="run a recipe at 1/1000 of its size")
     run.set_defaults(command=_run)
 
 
@@ -76,14 +76,14 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"report    {out / 'report' / 'report.html'}")
 
 
-def _check_processes(arguments: argparse.Namespace, who: str) -> None:
+def _check_processes(arguments: argparse.Namespace, launcher: str) -> None:
     """ValueError where --ranks contradicts the processes that were started already."""
     if arguments.ranks < 1:
         raise ValueError(f"--ranks {arguments.ranks} must be 1 or more")
     started = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     if started and arguments.ranks > 1 and arguments.ranks != int(started):
         raise ValueError(
-            f"{who} started {started} processes already; leave --ranks {arguments.ranks} out"
+            f"{launcher} started {started} processes already; leave --ranks {arguments.ranks} out"
         )
 
 
@@ -102,5 +102,5 @@ def show(comparison: ComparisonOutcome) -> None:
 
 
 def goes_on(words: list[str]) -> KeyboardInterrupt:
-    """What a stopped command ends with: the command that goes on."""
-    return KeyboardInterrupt(f"stopped; the same goes on with\n    {shlex.join(words)}")
+    """The last lines of a stopped command, with the command that continues it."""
+    return KeyboardInterrupt(f"stopped; continue with\n    {shlex.join(words)}")

@@ -12,8 +12,8 @@ def add_to(commands: Commands) -> None:
     export = commands.add_parser("export", help="a network as a folder that needs no gin")
     export.add_argument("run", type=Path, help="a finished run's folder, or a public checkpoint")
     export.add_argument("--out", type=Path, required=True, help="an empty folder to write")
-    export.add_argument("--layout", default="", help="of a public checkpoint: dit, sit, ...")
-    export.add_argument("--num-heads", type=int, help="of a public checkpoint of unusual width")
+    export.add_argument("--layout", default="", help="layout of a public checkpoint: dit, sit")
+    export.add_argument("--num-heads", type=int, help="only for a checkpoint of unusual width")
     add_weights(export)
     add_bindings(export, "latents.folder = '/new/place'")
     export.set_defaults(command=_export)
@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
         "--sigma-rel", "--width", type=float, required=True, dest="sigma_rel",
         help="the width as a share of the run, say 0.12 (--width is the former name)",
     )  # fmt: skip
-    ema.add_argument("--step", type=int, help="default: the last snapshot's")
+    ema.add_argument("--step", type=int, help="step of the average; default: the last")
     ema.add_argument("--out", type=Path, help="default: RUN/ema_width_SIGMA_REL.safetensors")
     ema.set_defaults(command=_ema)
 
@@ -42,7 +42,9 @@ def _export(arguments: argparse.Namespace) -> None:
         bindings = tuple(arguments.bindings)
         where = export_run(arguments.run, arguments.out, arguments.weights, bindings)
     elif arguments.bindings:
-        raise ValueError("--set binds what a run's gin file could; a public checkpoint has none")
+        raise ValueError(
+            "--set changes bindings of a run's gin file, and a public checkpoint has no such file"
+        )
     else:
         where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
     print(f"{where}: model.safetensors, config.json, README.md")

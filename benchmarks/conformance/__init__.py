@@ -1,4 +1,4 @@
-"""The conformance suite: what every objective must meet, and what the zoo's own must be besides.
+"""The conformance suite: what every objective must meet, and what the zoo's own must meet too.
 
 `check("mean_flow")` runs it; registering an objective is enrolling it. See zoo/oracles for the
 exact solutions and registry/protocols for what an objective may declare about itself.

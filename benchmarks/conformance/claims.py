@@ -32,7 +32,7 @@ LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean
 
 
 def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0) -> LossOutput:
-    """The loss on a random network; an error in it is told together with the case."""
+    """The loss on a random network; an error in it is reported with the case."""
     shape = tuple(batch.x0.shape[1:])
     try:
         return subject.on_toy(shape)(batch, seed)
@@ -83,7 +83,7 @@ def few_rows(subject: Subject) -> ClaimResult:
         for step in STEPS:
             case = f"{n} row{'s' * (n > 1)} at step {step}"
             batch = random_batch(n=n, step=step)
-            hint = "a share of n rows may be none, and a spread over one row is nan"
+            hint = "a share of n rows may have no row, and the spread over one row is nan"
             out = evaluate(subject, batch, case, hint)
             _check_per_sample(out, batch, case)
             if not out.per_sample.isfinite().all():
@@ -134,7 +134,7 @@ def calls_within_times(subject: Subject) -> ClaimResult:
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for seed, step in enumerate(STEPS):
         batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
-        net = Tapped(toy.net, 64)  # also the teacher, so that its calls are seen
+        net = Tapped(toy.net, 64)  # the teacher too, so that its calls are recorded
         subject.loss(subject.objective(teacher=net), net, batch, seed)
         for call in net.calls:
             n = len(call.x)

@@ -4,8 +4,8 @@ The network is an oracle with trainable additions that are zero (`WithMoments`).
 is the moment of the loss's slope with smooth functions of (x, t, r) and the label, and it is zero
 at a fixed point. Means over blocks of rows are compared with the spread of the blocks; "z" is
 Student's t, turned into the normal deviate of equal probability. The mean gradient divided by the
-slope of the slope is the shift of the optimum in units of velocity, so a small loss does not pass
-for being small.
+slope of the slope is the shift of the optimum in units of velocity, so an error does
+not pass because the loss is small.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from zoo.samplers import valid_samplers
 BLOCKS = 24
 ROWS = {GAUSSIAN: 1536, MIXTURE: 256}
 LIMIT = 4.0  # standard errors
-# Shifts below this are arithmetic: float32 times, and the error of the mixture's flow map.
+# Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
 FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 1e-4}
 EPS = 0.1
 
@@ -102,7 +102,7 @@ def inapplicable(subject: Subject) -> str:
     if subject.fixed_point != "pointwise":
         return f"fixed_point = {subject.fixed_point!r}"
     if subject.changes_coupling:
-        return "a part couples data and noise: the velocity is another one"
+        return "a part couples data and noise, which changes the velocity"
     if not subject.velocity_keys:
         return "it trains neither u nor v"
     unknown = set(subject.make().heads) - set(VELOCITIES)

@@ -1,4 +1,4 @@
-"""Networks to put an objective on: a random one, an exact one, and ones that watch or shift calls.
+"""Networks to test objectives with: random, exact, and ones that record or shift calls.
 
 All keep the network's contract, compute in float64 and let forward-mode derivatives through.
 """

@@ -50,7 +50,7 @@ CLAIMS: dict[str, Claim] = {
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """What came of the claims on one objective, and of mistakes planted in it."""
+    """The results of the claims on one objective, and of mistakes planted in it."""
 
     objective: str
     results: tuple[ClaimResult, ...] = ()
@@ -115,7 +115,7 @@ def claims_for(name: str) -> dict[str, Claim]:
 
 
 def subject_of(name: str) -> Subject:
-    """The registered objective with its defaults; ValueError if what it declares means nothing."""
+    """The registered objective with its defaults; ValueError if it declares something unknown."""
     cls = registry.objectives.get(name)
     try:
         objective = cls()
@@ -151,7 +151,7 @@ def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[ClaimResult]:
 
 
 def _closed(report: ConformanceReport, tell: Callable[[str], None]) -> ConformanceReport:
-    """The same report; one without problems gets a last line, and the command names problems."""
+    """The same report. Without problems it gets a last line; the command names problems."""
     applied = [result for result in report.results if result.status == "ok"]
     if applied and not report.problems():
         seconds = sum(result.seconds for result in report.results)

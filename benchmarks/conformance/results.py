@@ -1,4 +1,4 @@
-"""What a claim comes to, and how it is run: a figure, and a reason and a hint if it fails."""
+"""The result of a claim, and how a claim is run: a figure; a reason and a hint if it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is under test: an objective by name, made afresh for every claim, and data to put it on."""
+"""What is under test: an objective by name, made anew for every claim, and data to test it on."""
 
 from __future__ import annotations
 

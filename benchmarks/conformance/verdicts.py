@@ -40,7 +40,7 @@ def verdicts(subject: Subject, claims: dict[str, Claim]) -> Iterator[Verdict]:
 
 
 def verdict(mutation: Mutation, subject: Subject, claims: dict[str, Claim]) -> Verdict | None:
-    """What the claims make of the mutation; None where the objective has no such part."""
+    """The verdict on the mutation; None where the objective has no such part."""
     planted = mutation.plant(subject)
     if planted is None:
         return None

@@ -113,8 +113,8 @@ def augmented(x: Tensor, draws: Tensor) -> Tensor:
 def labels(draws: Tensor) -> Tensor:
     """What the network is told about these draws [b 6], in cond["augment"] [b 6]."""
     mirrored, scale, stretch, angle, *shift = draws.unbind(1)
-    told = [mirrored, scale, stretch * angle.cos(), stretch * angle.sin(), *shift]
-    return torch.stack(told, dim=1)
+    columns = [mirrored, scale, stretch * angle.cos(), stretch * angle.sin(), *shift]
+    return torch.stack(columns, dim=1)
 
 
 @lru_cache(maxsize=4)

@@ -161,7 +161,7 @@ def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
 
     `instead` tells the user what to do.
     """
-    if not hasattr(os, "sysconf"):  # Windows does not tell its memory
+    if not hasattr(os, "sysconf"):  # Windows does not say how much memory it has
         return
     needed = n * math.prod(shape)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

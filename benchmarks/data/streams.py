@@ -141,7 +141,7 @@ def places(size: int, step: int, n: int, seed: int) -> Tensor:
 class EndlessSet:
     """A probability law that is drawn from without end; there are no labels.
 
-    It must be hashable: the last draws are kept by it, and equal laws share them.
+    It must be hashable: it is the key of a cache of the last draws, which equal laws share.
     """
 
     name: ClassVar[str]

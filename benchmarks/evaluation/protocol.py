@@ -81,8 +81,8 @@ def evaluate_run(
 
 
 def _extractors(request: EvaluationRequest, shape: tuple[int, ...]) -> list[Extractor]:
-    asked: list[Extractor] = [registry.extractors.build(name) for name in request.features]
-    return asked or [best_available(shape)]
+    chosen: list[Extractor] = [registry.extractors.build(name) for name in request.features]
+    return chosen or [best_available(shape)]
 
 
 def _metrics(request: EvaluationRequest) -> list[VectorMetric]:
@@ -101,8 +101,8 @@ def _metrics(request: EvaluationRequest) -> list[VectorMetric]:
 
 def _check(request: EvaluationRequest, samples: Samples) -> None:
     """ValueError for a binding that no built part uses; a warning for classes of unequal size."""
-    asked = set(gin_setup.bindings_of("\n".join(request.bindings)))
-    if unused := sorted(asked & {*gin_setup.inert_bindings(arm_of_run())}):
+    bound = set(gin_setup.bindings_of("\n".join(request.bindings)))
+    if unused := sorted(bound & {*gin_setup.inert_bindings(arm_of_run())}):
         raise ValueError(f"nothing uses {', '.join(unused)} in this evaluation")
     num_classes, num = samples.dataset.num_classes, request.num
     if num_classes and request.labels == "balanced" and num % num_classes:

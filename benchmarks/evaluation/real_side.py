@@ -46,8 +46,8 @@ def real_sides(
 ) -> list[RealSide]:
     """The real side over each extractor.
 
-    This precedes all sampling, so that a weight file that does not fit, or a reference that lacks
-    what is asked for, is told at once.
+    This precedes all sampling, so that the error about a weight file that does not fit, or about a
+    reference that lacks something, comes at once.
     """
     request = samples.request
     real = find_real(request.reference, samples.dataset, samples.shape, request.num)

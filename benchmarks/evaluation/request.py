@@ -1,4 +1,4 @@
-"""What is asked of an evaluation."""
+"""The settings of an evaluation: what to measure of a run, and how."""
 
 from __future__ import annotations
 

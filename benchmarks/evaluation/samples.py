@@ -79,7 +79,7 @@ class Samples:
     def _sink(self, nfe: int, extractor: Extractor) -> FeatureSink:
         return FeatureSink(
             cache=self.cache,
-            # An extractor names its weights "weights" too, so the network's come by another name.
+            # An extractor names its weights "weights" too, so the network's get another name.
             about={**self._made_by(nfe), **extractor.provenance(), "network": self.weights},
             num=self.request.num,
             extractor=extractor,
@@ -104,7 +104,7 @@ class Samples:
             x1 = evaluate.noise(dataset.shape, count, seed, first).to(device)
             cond = self._labels(first, count)
             samples = evaluate.draw(self.net, sampler, x1, cond, seed, batch_size, first)
-            return rounded(evaluate.seen(dataset, samples), self.shape)
+            return rounded(evaluate.decoded(dataset, samples), self.shape)
 
         return images
 
@@ -132,7 +132,7 @@ def open_samples(folder: Path, request: EvaluationRequest, cache: Path) -> Sampl
         device=experiment.device,
         net=net,
         samplers=evaluate.samplers_for(experiment.sampler, request.nfe or experiment.nfe),
-        shape=tuple(evaluate.seen(dataset, code).shape[1:]),
+        shape=tuple(evaluate.decoded(dataset, code).shape[1:]),
         weights=remembered_sha256(request.weights or finished_run(folder)),
         operative=operative,
         cache=cache,

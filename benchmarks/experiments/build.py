@@ -2,7 +2,7 @@
 
 `run` is the only gin.configurable of the project. It resolves what is not bound, builds the network
 and checks the whole, the derivative and one loss on a few rows included. So everything that does
-not fit together is said before any training.
+not fit together is reported before any training.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run(
     over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
     the network, and evaluates its teachers, by torch.compile.
     """
-    # locals() are the arguments by their names, which are thus listed here alone.
+    # locals() has the arguments by name, so that they are listed in one place only.
     return checked(_build(**_resolve(**locals())))
 
 

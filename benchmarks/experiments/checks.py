@@ -13,7 +13,7 @@ from torch import Tensor
 import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
-from registry.gin_errors import said
+from registry.gin_errors import message_of
 from registry.protocols import (
     Batch,
     Cond,
@@ -63,7 +63,7 @@ def _probe(experiment: Experiment) -> dict[str, float]:
         with torch.no_grad():
             out = step(Batch(x0=x0, cond=cond), generator(seed, 0, 0))
     except Exception as error:
-        raise ValueError(f"{where}: {said(error)}") from error
+        raise ValueError(f"{where}: {message_of(error)}") from error
     if not (isinstance(out, LossOutput) and out.per_sample.ndim == 1):
         raise ValueError(
             f"{where}: loss() gave {type(out).__name__}; it must give a LossOutput whose "

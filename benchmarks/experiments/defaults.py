@@ -1,4 +1,4 @@
-"""What a run takes where nothing is bound; the settings of these parts come from gin as usual."""
+"""The parts of a run for which nothing is bound; their settings come from gin as usual."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ def check_guidance(
     Warns of guidance that compares with an output which is never trained.
     """
     drawn = getattr(objective, "guidance", None) is not None
-    told = _inside(sampler, InputGuidance)
+    by_input = _inside(sampler, InputGuidance)
     guided = [f"{name}.guidance"] if drawn else []
     guided += [
         f"{registry.samplers.name_of(part)}.scale = {part.scale:g}"
-        for part in (told, _inside(sampler, ClassifierFree))
+        for part in (by_input, _inside(sampler, ClassifierFree))
         if part is not None and part.scale != 1
     ]
     if guided and not num_classes:
@@ -38,7 +38,7 @@ def check_guidance(
             f"{', '.join(guided)}: guidance needs a data set with labels, and this one has none. "
             "Choose another data set, or leave guidance out"
         )
-    if (drawn or told) and not getattr(net.trunk, "fields", {}).get("guidance_input"):
+    if (drawn or by_input) and not getattr(net.trunk, "fields", {}).get("guidance_input"):
         what = f"{name}.guidance draws a scale for each row" if drawn else "input_guidance has one"
         raise ValueError(
             f"{what}, and the network has no input for it. Bind "

@@ -97,7 +97,7 @@ class Pruning(Callback):
             return
         if reason := why_pruned(self.pruner, self.folder):
             self.reason = f"at step {state.step}: {reason}"
-            state.asked = "its pruner"
+            state.stop_request = "its pruner"
 
 
 def why_pruned(pruner: Pruner, folder: Path) -> str:

@@ -39,8 +39,8 @@ Axes = Mapping[str, Sequence[str]]
 class Grid:
     """Which arms a file compares, along which axes, and where the cells run.
 
-    The gin text that a run keeps also says which arm it `only` is, and the `folders` of what it
-    imports; such a text is one cell, whatever axes it lists.
+    The gin text that a run keeps also binds `only`, its arm, and `folders`, where the Python files
+    that it imports lie. Such a text is one cell, whatever axes it lists.
     """
 
     arms: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def vary(axes: Axes, mode: str) -> Iterable[Setting]:
 
 
 def declared(folder: Path) -> Declared:
-    """What Grid.axes, Grid.mode and Grid.repeat say; files in them are seen from `folder`."""
+    """What Grid.axes, Grid.mode and Grid.repeat say; files in them are found from `folder`."""
     if gin_setup.query("Grid.only") is not None:
         return Declared()
     found = Declared(

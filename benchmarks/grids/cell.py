@@ -1,6 +1,6 @@
 """One cell of a comparison, run from its folder, in this process or another.
 
-Who plans a comparison writes two files into the folder of each cell,
+Whoever plans a comparison writes two files into the folder of each cell,
 
     config.gin   all of the cell's gin text
     cell.json    its name, arm and tags
@@ -30,7 +30,7 @@ from benchmarks.runs.initial_weights import load_initial_weights
 from benchmarks.runs.measure import measured_names
 from benchmarks.runs.result import RESULT
 from registry import gin_setup
-from registry.gin_errors import said
+from registry.gin_errors import message_of
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
 from trainers.checkpoints.whole_files import write_json, write_text
@@ -73,7 +73,7 @@ def run_cell(folder: Path) -> Ended:
             alone(folder / LOCK, "this cell"),
             _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
         ):
-            record.tags(_outlived(folder))
+            record.tags(_cleared_tags(folder))
             if (folder / RESULT).exists():
                 record.artifact(folder / RESULT)
             else:
@@ -85,8 +85,8 @@ def run_cell(folder: Path) -> Ended:
         return Ended(cell.name, "pruned", str(pruned))
     except Exception as error:
         log.exception("the run %s failed", cell.name)
-        ranks.fail_together(said(error))
-        return Ended(cell.name, "failed", said(error))
+        ranks.fail_together(message_of(error))
+        return Ended(cell.name, "failed", message_of(error))
     return Ended(cell.name, "finished")
 
 
@@ -94,7 +94,7 @@ def follow() -> None:
     """Take part in every cell that the leading process runs, and record nothing."""
 
     def announced() -> Path | None:
-        ranks.wait_at_most()  # for the leader may need long to close its record
+        ranks.wait_at_most()  # the leader may take long to close its record
         return ranks.from_leader(None)
 
     while (folder := announced()) is not None:
@@ -103,7 +103,7 @@ def follow() -> None:
         except (KeyboardInterrupt, Pruned):
             continue
         except Exception as error:
-            ranks.fail_together(said(error))
+            ranks.fail_together(message_of(error))
 
 
 def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:
@@ -135,7 +135,7 @@ def texts_of(arm: str, config: str) -> Texts:
     return Texts(config=config, operative=gin_setup.operative_text(), params=params)
 
 
-def _outlived(folder: Path) -> dict[str, str]:
+def _cleared_tags(folder: Path) -> dict[str, str]:
     """The tags that an earlier end has left, set to '': MLflow cannot delete a tag."""
     tags = read_record(folder).tags if read_start(folder) else {}
     return {name: "" for name in ("error", PRUNED) if tags.get(name)}

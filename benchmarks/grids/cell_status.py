@@ -52,8 +52,8 @@ def finished_elsewhere(store: RecordStore, ids: Iterable[str]) -> dict[str, Stat
         found = store.finished(ids)
     except Exception as error:  # whatever the store's library and its transports raise
         log.warning(
-            "the store of records %s does not answer (%s): finished cells are told by their "
-            "folders here alone",
+            "the store of records %s does not answer (%s): only the folders here show which "
+            "cells have finished",
             *(store.name, reason(error)),
         )
         return {}

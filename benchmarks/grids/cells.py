@@ -25,7 +25,7 @@ from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import InProcess
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, progress, pruners, recorders
-from registry.gin_errors import said
+from registry.gin_errors import message_of
 from registry.protocols import Launcher, Recorder
 from trainers.zero.engine import WITHOUT_EFFECT
 
@@ -46,7 +46,7 @@ class Planned:
     config: str
     operative: str
     prunes: bool
-    cost: Any  # what `look` returned
+    cost: Any  # what `cost_of` returned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class _Draft:
 def plan(
     request: Request,
     declared: Declared,
-    look: Callable[[Experiment], Any] = lambda experiment: None,
+    cost_of: Callable[[Experiment], Any] = lambda experiment: None,
 ) -> Plan:
-    """Build every cell, pass it to `look` and drop it again.
+    """Build every cell, pass it to `cost_of` and drop it again.
 
     ValueError lists what is wrong with any of them.
     """
@@ -106,9 +106,9 @@ def plan(
     )
     for arm, setting in shown:
         try:
-            drafts.append(_draft(request, arm, setting, look, wrong))
+            drafts.append(_draft(request, arm, setting, cost_of, wrong))
         except Exception as error:
-            troubles.setdefault(said(error), []).append(axes.label(arm, setting))
+            troubles.setdefault(message_of(error), []).append(axes.label(arm, setting))
             cause = cause or error
     if not troubles and (useless := _useless(own, declared, drafts)):
         troubles[
@@ -117,7 +117,7 @@ def plan(
             "changed under its name, such as mean_flow/run.objective = @dumo()"
         ] = [""]
     if troubles:
-        raise ValueError("\n".join(map(_told, troubles.values(), troubles))) from cause
+        raise ValueError("\n".join(map(_trouble_line, troubles.values(), troubles))) from cause
     kept = {(draft.arm, draft.id): draft for draft in reversed(drafts)}
     different = [draft for draft in drafts if kept[draft.arm, draft.id] is draft]
     verb = "grid" if declared else "run"
@@ -140,7 +140,7 @@ def _draft(
     request: Request,
     arm: str,
     setting: Setting,
-    look: Callable[[Experiment], Any],
+    cost_of: Callable[[Experiment], Any],
     known: Sequence[str],
 ) -> _Draft:
     """Build one cell; `known` lists what is wrong with the file without this setting."""
@@ -151,7 +151,7 @@ def _draft(
     experiment = build(arm)
     operative = gin_setup.operative_text()
     identity = _id(opened, experiment.dataset.identity())
-    cost = look(experiment)
+    cost = cost_of(experiment)
     gin_setup.build("Grid.launcher")  # so that its bindings count as used
     inert = set(gin_setup.inert_bindings(arm))
     dropped = tuple(key for key, _ in setting if _without_effect(arm, key, inert))
@@ -166,7 +166,7 @@ def _draft(
         values=values,
         group=axes.label(title, values),
         dropped=dropped,
-        unused=frozenset(inert | (request.asked & {*gin_setup.overridden_bindings(arm)})),
+        unused=frozenset(inert | (request.bound_keys & {*gin_setup.overridden_bindings(arm)})),
         id=identity,
         headline=_headline(experiment),
         command=command,
@@ -179,7 +179,7 @@ def _draft(
 
 
 def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Planned:
-    # By former names, as `_id` has them: a grid goes on whichever name its axes use.
+    # By former names, as in `_id`: a grid may be continued whichever name its axes use.
     setting = tuple((gin_setup.former_key(key), value) for key, value in draft.setting)
     readable = axes.slug(axes.label(draft.title, setting))
     name = f"{readable}-{draft.id[:8]}" if declared else draft.title
@@ -214,9 +214,9 @@ def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Plann
 def _id(opened: Iterable[Path], data: str) -> str:
     """The id of the cell that was built last.
 
-    Where a parameter was renamed, its former name counts, so that a grid which an earlier build of
-    this version began goes on. The package's version is part of the id too: when it is raised every
-    id changes, and `former_key` can go from here.
+    For a renamed parameter its former name counts, so that a grid can be continued which an earlier
+    build of this version began. The package's version is part of the id too: when it is raised,
+    every id changes, and `former_key` can be removed here.
     """
     kinds = (recorders, launchers, pruners)
     elsewhere = {name for kind in kinds for name in kind.names()}
@@ -256,13 +256,13 @@ def _headline(experiment: Experiment) -> str:
 
 
 def _useless(own: set[str], declared: Declared, drafts: Sequence[_Draft]) -> list[str]:
-    """The keys among those that were asked for that no cell uses."""
+    """The keys of the request and of its axes that no cell uses."""
     nowhere = own.intersection(*(draft.unused for draft in drafts))
     effective = {key for draft in drafts for key, _ in draft.setting}
     return sorted(nowhere | ({*declared.keys} - effective))
 
 
-def _told(names: Sequence[str], trouble: str) -> str:
+def _trouble_line(names: Sequence[str], trouble: str) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}: {trouble}" if names[0] else trouble
 

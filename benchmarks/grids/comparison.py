@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOutcome:
-    """What a comparison came to."""
+    """The outcome of a comparison."""
 
     folder: Path
     rows: Mapping[str, Row]  # by name; a row without a finished run is left out
@@ -101,7 +101,7 @@ class ComparisonOutcome:
 
 
 class CellsFailed(RuntimeError):
-    """Cells of a comparison failed: why, by name; `comparison` has what the others came to."""
+    """`failed` says by name why cells failed; `comparison` has the outcome of the others."""
 
     def __init__(self, failed: Mapping[str, str], comparison: Any):
         super().__init__("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
@@ -109,7 +109,7 @@ class CellsFailed(RuntimeError):
 
 
 def compare(request: Request, out: Path, *, resume: bool = False) -> ComparisonOutcome:
-    """Run every arm, or those that are asked for.
+    """Run every arm, or those that the request names.
 
     Arms that are finished already are not run again. One that fails is recorded and the others
     run; CellsFailed at the end names it. After a signal KeyboardInterrupt is raised, and the same
@@ -287,7 +287,7 @@ def _by_nfe(item: tuple[str, Any]) -> int:
 
 
 def _other_code(states: Iterable[State]) -> list[str]:
-    """A warning of finished cells that another commit ran: an id has the version only."""
+    """A warning of finished cells that another commit ran, since a cell's id ignores the commit."""
     now = commit()
     made = [state.commit for state in states if state.status == "finished"]
     if not (others := [commit for commit in made if commit not in ("", now)]):

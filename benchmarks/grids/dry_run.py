@@ -126,7 +126,7 @@ def _kind(experiment: Experiment) -> tuple[Hashable, ...]:
 def dry_run(request: Request, out: Path, workers: int | None = None) -> str:
     """The cells with their bindings, what they lack, and the estimate, as text."""
     log.info("timing a few steps of each kind of cell ...")
-    planned = plan(request, request.axes(), look=Estimator())
+    planned = plan(request, request.axes(), cost_of=Estimator())
     states = states_of(planned, out)
     lines = []
     for one in planned.cells:

@@ -45,7 +45,7 @@ class Request:
     def arms(self) -> tuple[str, ...]:
         """The arms to run; ('',) stands for one run outside every arm.
 
-        Wrong bindings are passed over here: `plan` tells them all together.
+        Wrong bindings are passed over here: `plan` reports them all together.
         """
         self.parse(troubles=[])
         declared = _declared_arms()
@@ -70,9 +70,9 @@ class Request:
         ValueError if the request binds what an axis binds in every cell.
         """
         found = self.declared()
-        asked = {gin_setup.own_key(key.split("/", 1)[-1]): key for key in self.asked}
+        by_own_key = {gin_setup.own_key(key.split("/", 1)[-1]): key for key in self.bound_keys}
         for key in found.keys:
-            if own := asked.get(gin_setup.own_key(key)):
+            if own := by_own_key.get(gin_setup.own_key(key)):
                 raise ValueError(
                     f"--set {own} has no effect: the file's axis {key} binds it in every "
                     f"cell. Change the axis: --set \"Grid.axes = {{'{key}': [...]}}\""
@@ -80,7 +80,8 @@ class Request:
         return found
 
     @property
-    def asked(self) -> set[str]:
+    def bound_keys(self) -> set[str]:
+        """The keys that the request binds beside its file."""
         return set(gin_setup.bindings_of("\n".join(self.bindings)))
 
     def own_keys(self, arms: Sequence[str]) -> set[str]:
@@ -91,21 +92,21 @@ class Request:
         of its includes. And a part (or None) from the command line may replace a part of the file,
         whose bindings are then left without effect.
         """
-        asked = gin_setup.bindings_of("\n".join(self.bindings))
+        bound = gin_setup.bindings_of("\n".join(self.bindings))
         own = (
             gin_setup.bindings_of(gin_setup.read_text(gin_setup.resolve(self.file)))
             if self.file
             else {}
         )
         keys = set(own)
-        if any("@" in value or value == "None" for value in asked.values()):
+        if any("@" in value or value == "None" for value in bound.values()):
             parts = set(re.findall(r"@(?:\w+/)*(\w+)", " ".join(own.values())))
             keys = {key for key in keys if key.split("/")[-1].split(".")[0] not in parts}
         if "Grid.folders" in keys:
             keys = set()
         elif self.only or (tuple(arms) == ("",) and "Grid.arms" in keys):
             keys = {key for key in keys if key.split("/")[0] in self.only}
-        return keys | set(asked)
+        return keys | set(bound)
 
     def command(self, verb: str, only: Sequence[str] = (), more: Sequence[str] = ()) -> str:
         """The command that asks for the same from any folder, without the place of its records."""

@@ -21,7 +21,7 @@ import torch
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 Tell: TypeAlias = Callable[[int], object]  # is told how many more rows are done
-# Does a task on a device with a number of threads, and tells of the rows that it has done.
+# Does a task on a device with a number of threads, and reports the rows that it has done.
 Work: TypeAlias = Callable[[Task, str, int, Tell], Outcome]
 
 LOOK_EVERY = 0.5  # seconds between looks at how far the processes are
@@ -49,15 +49,15 @@ def outcomes(
     for number in range(workers):
         places.put(devices[number % len(devices)])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (places, threads, count))
-    told = 0
+    reported = 0
     try:
         task_of = {pool.submit(_work_here, work, task): task for task in tasks}
         waiting: set[Future[Outcome]] = set(task_of)
         while waiting:
             ended, waiting = wait(waiting, LOOK_EVERY, FIRST_COMPLETED)
             now = count.value
-            tell(now - told)
-            told = now
+            tell(now - reported)
+            reported = now
             for future in ended:
                 yield task_of[future], future.result
     finally:

@@ -47,8 +47,8 @@ class Shard:
     sha256: str
     source_sha256: str  # of the hashes of its pictures' files
     count: int  # the number of values in each channel
-    sums: list[float]  # of sampled latents, for each channel
-    squares: list[float]  # likewise, of their squares
+    sums: list[float]  # of sampled latents, in each channel
+    squares: list[float]  # of the squares of sampled latents, in each channel
     sizes_sha256: str = ""  # of the sizes of its pictures' files; older folders do not have it
 
     def save(self, folder: Path) -> None:

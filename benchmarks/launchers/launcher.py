@@ -53,12 +53,12 @@ class Progress:
 
     def __init__(self) -> None:
         self._known = set[str]()
-        self._told = time.monotonic()
+        self._last_note = time.monotonic()
 
     def tell(self, running: Iterable[Job]) -> None:
-        due = time.monotonic() - self._told > TELL_SECONDS
+        due = time.monotonic() - self._last_note > TELL_SECONDS
         if due:
-            self._told = time.monotonic()
+            self._last_note = time.monotonic()
         for job in running:
             if job.name not in self._known:
                 self._known.add(job.name)

@@ -74,12 +74,12 @@ def joined(lead: Callable[[], object], follow: Callable[[], object], words: Sequ
     everyones = ranks.gathered(list(words))
     if other := [i for i, theirs in enumerate(everyones) if theirs != everyones[0]]:
         raise ValueError(
-            f"process {other[0]} was started with other words than process 0:\n"
+            f"process {other[0]} was started with other arguments than process 0:\n"
             f"  {' '.join(everyones[other[0]])}\n  {' '.join(everyones[0])}"
         )
     if not ranks.leads():
         logging.disable(logging.ERROR)
-        sys.stderr = open(os.devnull, "w")  # progress; errors are told on the original stderr
+        sys.stderr = open(os.devnull, "w")  # progress; errors go to the original stderr
         follow()
         return
     try:

@@ -108,15 +108,17 @@ class RayCluster:
                 "GPUs. Lower ray_cluster.num_cpus or num_gpus, or start such a machine"
             )
         task = ray.remote(_trouble)
-        asked = []
+        answers = []
         for node in machines:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ask = task.options(num_cpus=0, scheduling_strategy=there)
-            asked.append((node["NodeManagerHostname"], ask.remote(paths, version_of(PACKAGE))))
-        troubles = [(name, _answer(ray, reference)) for name, reference in asked]
-        if told := [f"{name} {trouble}" for name, trouble in troubles if trouble]:
+            answers.append((node["NodeManagerHostname"], ask.remote(paths, version_of(PACKAGE))))
+        troubles = [(name, _answer(ray, reference)) for name, reference in answers]
+        if refusals := [f"{name} {trouble}" for name, trouble in troubles if trouble]:
             raise ValueError(
-                "machines of the Ray cluster cannot run the cells: " + "; ".join(told) + ". They "
+                "machines of the Ray cluster cannot run the cells: "
+                + "; ".join(refusals)
+                + ". They "
                 "need the same version of the project, and to see the folders under the same paths"
             )
 
@@ -180,7 +182,7 @@ def _trouble(paths: Sequence[Path], version: str) -> str:
 def _run_cell(
     folder: Path, run_cell: RunCell, directory: Path, environment: Mapping[str, str], ranks: int
 ) -> Ended:
-    """Runs on a machine of the cluster: the cell, with the current directory of who asked."""
+    """Runs on a machine of the cluster: the cell, in the current directory of the grid."""
     if not (folder.exists() and directory.exists()):  # on a machine that joined after the check
         raise FileNotFoundError(f"{os.uname().nodename} does not see {folder} and {directory}")
     os.chdir(directory)

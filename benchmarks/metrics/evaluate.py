@@ -54,7 +54,7 @@ def evaluate(
     x1 = noise(dataset.shape, num, seed).to(device)
     labels = None if cond is None else _cyclic(cond, num, device)
     for nfe, run in runs.items():
-        samples = seen(dataset, draw(net, run, x1, labels, seed, batch_size))
+        samples = decoded(dataset, draw(net, run, x1, labels, seed, batch_size))
         for name, value in metric(samples, reference):
             yield f"nfe{nfe}/{name}", value
     if isinstance(metric, Referenced):
@@ -100,11 +100,11 @@ def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | 
 @lru_cache(maxsize=1)  # every evaluation of a run asks for it, and decoding is slow
 def _decoded_reference(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
     codes, cond = dataset.reference(2 * num, seed)
-    return seen(dataset, codes), cond
+    return decoded(dataset, codes), cond
 
 
-def seen(dataset: Dataset, samples: Tensor) -> Tensor:
-    """What people and metrics see of samples [n *d]: codes are decoded to uint8, others stay."""
+def decoded(dataset: Dataset, samples: Tensor) -> Tensor:
+    """Samples [n *d] as people and metrics see them: codes are decoded to uint8, others stay."""
     if not isinstance(dataset, Coded):
         return samples
     return torch.cat([to_uint8(dataset.decode(part)) for part in samples.split(DECODED)])

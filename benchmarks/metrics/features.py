@@ -157,7 +157,7 @@ class EfficientNetLite0:
 @extractors.register("pixels")
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """The values themselves, flattened: for 2-D data, latents and quick looks."""
+    """The values themselves, flattened: for 2-D data, latents and quick checks."""
 
     label: ClassVar = "Pixels"
     canonical: ClassVar[dict[str, str]] = {}
@@ -170,7 +170,7 @@ class Pixels:
 
 
 def best_available(shape: tuple[int, ...]) -> Extractor:
-    """InceptionV3 if its weights are here, else EfficientNet-Lite0; Pixels for what is no image."""
+    """InceptionV3 if its weights are here, else EfficientNet-Lite0; Pixels for other data."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         _log.warning("features: samples of shape %s are no images, so Pixels", tuple(shape))
         return Pixels()

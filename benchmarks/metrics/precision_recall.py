@@ -26,7 +26,7 @@ class PrecisionRecall:
     """Fidelity (precision, density) and diversity (recall, coverage) by k-nearest neighbours.
 
     The work grows with the square of the rows, so a side with more than `max_rows`, such as a whole
-    ImageNet, is thinned to as many, evenly spaced. Published values are over at most 50,000.
+    ImageNet, is thinned to that many, evenly spaced. Published values are over at most 50,000.
     """
 
     reference: ClassVar = Reference(

@@ -26,7 +26,7 @@ from trainers.checkpoints.whole_files import remembered_sha256
 class TimmFeatures:
     """Pooled features of any timm backbone by name, from a weight file that must be there.
 
-    The model without its classifier; images are resized to the square that it was trained on.
+    The model runs without its classifier; images are resized to the square that it was trained on.
     With `vit_large_patch14_dinov2.lvd142m` at size 224 the Frechet distance is the FD-DINOv2 of
     Stein et al., "Exposing Flaws of Generative Model Evaluation Metrics", arXiv 2306.04675.
     """

@@ -1,9 +1,9 @@
 """`objective-zoo plan FILE --gpus N --memory 80GB`: does it fit, with which micro-batch, how long.
 
 Nothing trains and no data are read. outline.py makes the run on the meta device, simulation.py
-measures its loss and backward on tensors without data, zero_memory.py divides what lasts by the
-ZeRO stage. The global batch is kept: `accumulate` is the number of micro-batches that it is cut
-into, each as large as fits. check.py compares the sums with the memory of real processes.
+measures its loss and backward on tensors without data, zero_memory.py divides lasting memory as
+the ZeRO stage does. The global batch is kept: it is cut into `accumulate` micro-batches, each as
+large as fits. check.py compares the sums with the memory of real processes.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class _Case:
     def _engine(self) -> ZeroEngine:
         """The file's own ZeroEngine, or the one of trainer/zero2.gin, in the file's precision.
 
-        A type is asked for here, since the plan is made of this engine's own stages and buckets.
+        The type is tested here, since the plan is made of this engine's own stages and buckets.
         """
         engine = self._outline.engine
         if isinstance(engine, ZeroEngine):
@@ -248,7 +248,7 @@ class _Case:
         return "more memory, more GPUs or a smaller network"
 
     def _networks(self) -> Iterator[tuple[_Case, list[str]]]:
-        """This one, and its network with activation checkpointing where it has that."""
+        """This case, and the same with activation checkpointing where the network has it."""
         yield self, []
         if getattr(self._outline.step.net.trunk, "fields", {}).get("checkpointing") is False:
             binding = f"{self._outline.backbone}.checkpointing = True"

@@ -32,7 +32,7 @@ KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of what lasts, whole: before any stage divides it."""
+    """Bytes of everything that lasts, before any stage divides it."""
 
     weights: float
     averages: float

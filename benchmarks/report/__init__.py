@@ -20,7 +20,7 @@ from benchmarks.report.rendering.figures import save_figure
 from benchmarks.report.rendering.html import to_page
 from benchmarks.report.rendering.markdown import to_markdown
 from benchmarks.report.rendering.sample_viewer import viewer_of
-from benchmarks.report.rendering.styles import looks_of
+from benchmarks.report.rendering.styles import styles_of
 from benchmarks.report.tables import Report, build_report
 
 
@@ -38,19 +38,19 @@ def write_report(
     """
     report = build_report(read_runs(runs, tracking_uri), baseline=baseline, force=force)
     origins = origins_of(report.runs.cells)
-    looks = looks_of(report.runs.groups)
+    styles = styles_of(report.runs.groups)
     figures = {i: figures_of(compared) for i, compared in enumerate(report.compared)}
     shown = {i: viewer_of(kept_samples(c.section)) for i, c in enumerate(report.compared)}
     viewers = {i: viewer for i, viewer in shown.items() if viewer is not None}
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(
-        to_page(report, origins, figures, viewers, looks), encoding="utf-8"
+        to_page(report, origins, figures, viewers, styles), encoding="utf-8"
     )
     (out / "report.md").write_text(to_markdown(report, origins), encoding="utf-8")
     (out / "table.csv").write_text(to_csv(report), encoding="utf-8")
     for number, made in figures.items():
         for figure in made:
             suffix = f"_{number + 1}" if len(figures) > 1 else ""
-            save_figure(figure, looks, out / "figures" / f"{figure.name}{suffix}")
+            save_figure(figure, styles, out / "figures" / f"{figure.name}{suffix}")
     return report

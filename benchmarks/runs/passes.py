@@ -1,7 +1,7 @@
 """What a step costs in passes of the network, counted on real steps by hooks.
 
 The unit is one forward of the whole batch. A backward costs two (the gradients of activations and
-of weights), a forward-mode tangent one beside the forward that it rides on. So flow matching takes
+of weights), a forward-mode tangent one more, beside its forward. So flow matching takes
 1 + 2 = 3, and a method's cost over it is a ratio that no machine and no implementation can beat
 while it makes the same calls. A teacher's calls count like the network's.
 """

@@ -2,7 +2,7 @@
 
     samples.safetensors                nfe1, nfe2, ...: the samples at the end, float32
     samples/step_00000400.safetensors  the first of the same samples at an evaluation
-    real.safetensors                   what real data are beside them; for pictures label [k],
+    real.safetensors                   real data to compare with; for pictures label [k],
                                        nearest_nfe1 [k c h w], distance_nfe1 [k], ... and
                                        real_distance [m], for points real [n 2]
 
@@ -52,7 +52,7 @@ def draw_samples(
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
     cond = to_device(_chosen(experiment.dataset, num, labels), experiment.device)
     return {
-        n: evaluate.seen(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
+        n: evaluate.decoded(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
         for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
     }
 

@@ -71,7 +71,7 @@ def as_teacher(experiment: Experiment, net: FlowNetwork) -> Experiment:
 
 
 def after_teacher(experiment: Experiment) -> Experiment:
-    """The run on what its teacher's part leaves of the budget, to the step."""
+    """The run with the rest of the budget, exact to the step, after its teacher's part."""
     assert experiment.teacher is not None, "the experiment has no teacher"
     budget = experiment.budget
     amount = budget.amount - _scaled(budget, experiment.teacher.pretrain).amount

@@ -120,7 +120,7 @@ def by_turns(
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(turns + 1):
         for i in range(len(steps)):
-            which = (i + turn) % len(steps)  # another one begins each turn
+            which = (i + turn) % len(steps)  # a different one begins each turn
             seconds[which].append(_seconds(steps[which], device, each) / each)
     return [of_one[1:] for of_one in seconds]
 

@@ -136,12 +136,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -P -m benchmarks.speed.loading", description=about
     )
-    parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; none: noise")
+    parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; default: noise")
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1024, help="of all processes together")
+    parser.add_argument("--batch", type=int, default=1024, help="rows of all processes together")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--resolution", type=int, default=256, help="of pictures")
-    parser.add_argument("--rows", type=int, default=8 * SHARD_ROWS, help="of the latents of noise")
+    parser.add_argument("--resolution", type=int, default=256, help="side of pictures")
+    parser.add_argument(
+        "--rows", type=int, default=8 * SHARD_ROWS, help="number of latents of noise"
+    )
     given = vars(parser.parse_args())
     load_plugins()
     rows, folder = given.pop("rows"), given.pop("folder")

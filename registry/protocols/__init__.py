@@ -1,12 +1,12 @@
 """The contracts between the parts; see each class for shapes, units and ranges.
 
-    methods        what a method of training brings: an objective and its parts, a sampler
-    networks       what a network is, and what a backbone and a head bring
+    methods        a method of training: an objective and its parts, a sampler
+    networks       a network, and the backbone and the heads that make it
     batches        what an objective is given and what it returns
-    data           what a data set brings
+    data           data sets, and the VAEs whose latents are data
     runs           what surrounds a run: engine, optimizer, metric, recorder, launcher, pruner
     capabilities   what a part of a run may declare beside its contract, and the defaults
-    parts          what is asked of any part: its source, the parts inside it
+    parts          any part: its source, and the parts inside it
 
 Time runs from t=0 (data) to t=1 (noise); `0 <= r <= t <= 1`, float32, shape [b]. `v` is the
 velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) u`.

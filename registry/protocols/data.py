@@ -1,4 +1,4 @@
-"""What a data set brings, and what it may bring beside that: shares, codes."""
+"""Data sets, what they may add (reading a share, decoding codes), and the VAEs behind codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method of training brings: an objective, the parts that it is made of, a sampler.
+"""The contracts of a method of training: an objective, its parts, and a sampler.
 
 Time runs from t=0 (data) to t=1 (noise); `0 <= r <= t <= 1`, float32, shape [b]. `v` is the
 velocity dx/dt at t, `u` the average velocity over [r, t]: `x_r = x_t - (t - r) u`.
@@ -29,7 +29,7 @@ class Objective(Protocol):
     `full_gradient`   True if targets are differentiated too
     `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
                       default), for the "distribution" alone, or "none"
-    `exact_with`      the fields {name: value} with which it is one, besides `unweighted` weights
+    `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights
 
     The last three are for `objective-zoo check`.
     """

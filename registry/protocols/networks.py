@@ -1,4 +1,4 @@
-"""What a network is to objectives and samplers, and what a backbone and a head bring to one."""
+"""The contracts of a network, as objectives and samplers call it, and of its trunk and heads."""
 
 from __future__ import annotations
 

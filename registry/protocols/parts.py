@@ -1,4 +1,4 @@
-"""What is asked of any part: where it comes from, and which parts are inside it."""
+"""Where a part comes from, and which parts are inside it."""
 
 from __future__ import annotations
 

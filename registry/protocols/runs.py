@@ -106,7 +106,7 @@ class Recorder(Protocol):
 
 
 class RunRecord(Protocol):
-    """The record of one run. Values are plain Python; nothing is lost when a server is away.
+    """The record of one run. Values are plain Python; nothing is lost if a server is down.
 
     `text` writes a file into the run's folder, and `artifact` records a file that is there. `child`
     starts the record of a run that belongs to this one. `close` takes "FINISHED", "FAILED" or

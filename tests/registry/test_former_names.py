@@ -106,7 +106,7 @@ def test_binding_that_nothing_uses_is_found_under_its_former_name(tmp_path):
     built()
     assert gin_setup.inert_bindings() == (NEW,)
     assert NEW in Request(file=file).own_keys(("",))
-    assert Request(file=file, bindings=(f"a/{OLD} = 1.0",)).asked == {f"a/{NEW}"}
+    assert Request(file=file, bindings=(f"a/{OLD} = 1.0",)).bound_keys == {f"a/{NEW}"}
 
 
 def test_former_name_is_told_once_for_each_text(tmp_path, caplog):
@@ -178,8 +178,8 @@ def test_axes_refuse_one_parameter_under_both_names(tmp_path):
         declared(tmp_path, text)
 
 
-@pytest.mark.parametrize(("axis", "asked"), [(OLD, NEW), (NEW, OLD)])
-def test_request_may_not_bind_an_axis_under_its_other_name(tmp_path, axis, asked):
+@pytest.mark.parametrize(("axis", "bound"), [(OLD, NEW), (NEW, OLD)])
+def test_request_may_not_bind_an_axis_under_its_other_name(tmp_path, axis, bound):
     file = write(tmp_path, f"Grid.axes = {{'{axis}': [1.0]}}\n")
     with pytest.raises(ValueError, match="has no effect: the file's axis"):
-        Request(file=file, bindings=(f"{asked} = 1.0",)).axes()
+        Request(file=file, bindings=(f"{bound} = 1.0",)).axes()

@@ -47,7 +47,7 @@ def main() -> int:
         finally:
             run.close()
         if run.process.returncode or len(losses(run.cell)) != steps:
-            print(run.said()[-3000:])
+            print(run.output()[-3000:])
             return 1
     print(f"stage {stage}: {steps} steps in {time.monotonic() - begun:.0f} s")
     grown = [told for rank, samples in enumerate(seen) for told in growth(rank, samples, steps)]

@@ -64,13 +64,13 @@ class Run:
     def trained(self, steps: int) -> bool:
         return (self.cell / "record.jsonl").exists() and len(losses(self.cell)) >= steps
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def ends(self, within: float) -> int:
         begun = time.monotonic()
         status = self.process.wait(PATIENCE)
-        assert time.monotonic() - begun < within, self.said()[-3000:]
+        assert time.monotonic() - begun < within, self.output()[-3000:]
         return status
 
     def close(self) -> None:
@@ -87,6 +87,6 @@ class Run:
 def wait_for(event: Callable[[], bool], run: Run) -> None:
     begun = time.monotonic()
     while not event():
-        assert run.alive, run.said()[-3000:]
-        assert time.monotonic() - begun < PATIENCE, run.said()[-3000:]
+        assert run.alive, run.output()[-3000:]
+        assert time.monotonic() - begun < PATIENCE, run.output()[-3000:]
         time.sleep(0.1)

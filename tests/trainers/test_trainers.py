@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from trainer_toys import StopAt, ToyData, ToyNet, ToyObjective, run, same
 
+from registry import progress
 from registry.protocols import Batch, LossOutput, Share
 from trainers import (
     AdamW,
@@ -33,7 +34,6 @@ from trainers import (
     TorchEngine,
     TrainState,
     TrainStep,
-    progress,
 )
 from trainers.rng import generator, seed_dropout, stream
 from zoo.ops import mean_flat

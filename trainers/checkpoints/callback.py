@@ -103,8 +103,8 @@ class CheckpointCallback(Callback):
 
     def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
         def stop(number: int, frame: FrameType | None) -> None:
-            state.asked = signal.Signals(number).name
-            log.warning("%s: the run ends after this step, with a checkpoint", state.asked)
+            state.stop_request = signal.Signals(number).name
+            log.warning("%s: the run ends after this step, with a checkpoint", state.stop_request)
             self._restore_handlers()
 
         return stop

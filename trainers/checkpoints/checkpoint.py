@@ -124,7 +124,7 @@ def restore(state: TrainState) -> None:
     for name, now in (("seed", state.seed), ("batch_size", state.batch_size)):
         if saved[name] != now:
             log.warning(
-                "%s was made with %s = %s and goes on with %s: not the run it would have been",
+                "%s was made with %s = %s and goes on with %s, so it is another run now",
                 path, name, saved[name], now,
             )  # fmt: skip
     state.step, state.images = saved["step"], saved["images"]

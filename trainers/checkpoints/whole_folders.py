@@ -64,7 +64,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; at no moment is a part of one seen under its name."""
+    """Delete a checkpoint; it is renamed first, so that no part of one is found under its name."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.discarded")
         shutil.rmtree(doomed, ignore_errors=True)

@@ -21,13 +21,13 @@ from trainers.checkpoints.whole_files import whole_file
 from trainers.ema.power_function import Profile, exponent, mixture
 from trainers.ema.snapshots import Stored, stored
 
-LARGE_ERROR = 0.1  # of a profile: above it a warning is given
+LARGE_ERROR = 0.1  # a warning is given if more than this share of a profile is missed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class Reconstruction:
     """A file of weights that `reconstruct` wrote; `error` is that of `ProfileMixture`."""
 
     path: Path
@@ -38,7 +38,7 @@ class Made:
 
 def reconstruct(
     run: Path, sigma_rel: float, step: int | None = None, out: Path | None = None
-) -> Made:
+) -> Reconstruction:
     """Write the average of relative width `sigma_rel` as it was at `step`; default: the last step.
 
     A warning is given if the stored averages cannot make it well. The file is called
@@ -63,7 +63,7 @@ def reconstruct(
     with whole_file(out) as aside:
         save_tensors(aside, tensors, about)
     steps = {profile.step for profile in profiles}
-    return Made(path=out, wanted=wanted, error=found.error, num_snapshots=len(steps))
+    return Reconstruction(path=out, wanted=wanted, error=found.error, num_snapshots=len(steps))
 
 
 def _warn(profiles: Sequence[Profile], wanted: Profile, error: float) -> None:

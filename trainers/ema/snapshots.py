@@ -94,13 +94,13 @@ class EmaSnapshots(Callback):
             self._save(state)
 
     def on_end(self, state: TrainState) -> None:
-        """Store the last snapshot if a budget of seconds ended after `on_step` had looked at it."""
+        """Store the last snapshot if a budget of seconds ended after `on_step` had checked it."""
         if state.finished and not state.stop and self._done < self.count:
             self._done = self.count
             self._save(state)
 
     def _due(self, state: TrainState, spent: Counters) -> int:
-        """How many snapshots there must be when so much is spent."""
+        """How many snapshots there must be when this much of the budget is spent."""
         budget = state.budget
         return int(budget.spent(spent) * self.count // budget.amount)
 

@@ -141,7 +141,7 @@ class ZeroEngine:
 
     @property
     def whole_weights(self) -> bool:
-        """Stage 3 gathers weights layer by layer, by autograd.Functions round every layer."""
+        """Stage 3 gathers weights layer by layer, by autograd.Functions around every layer."""
         return self.stage < 3
 
     def check_batch(self, batch_size: int) -> None:

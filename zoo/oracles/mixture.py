@@ -10,7 +10,7 @@ Given its component, a point is Gaussian: a_k and s_k^2 / S_k^2 are mean and var
 zoo/oracles/gaussian.py, g_k is the posterior of the component, and the laws of total expectation
 and variance give the rest; l is the score.
 
-The average velocity is integrated as itself. With s in [0, 1] running from t down to r,
+The average velocity solves an ODE of its own. With s from 0 (at time t) to 1 (at time r),
 
     w(0) = 0,   w'(s) = v*(x - (t - r) w, t - s (t - r)),   u* = w(1),   X = x - (t - r) u*
 

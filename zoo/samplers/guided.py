@@ -1,4 +1,4 @@
-"""Samplers that guide another one, their field `sampler`; guidance of scale 1 is none.
+"""Samplers that run another one, their field `sampler`, with guidance; scale 1 means no guidance.
 
 cfg              u and v <- null + scale (given - null), by two rows of the network per sample
 input_guidance   the scale and the interval are inputs of a network that was trained with them
@@ -84,12 +84,12 @@ class InputGuidance(GuidedSampler):
         super().__post_init__()
         if not self.scale >= 1:
             raise ValueError(
-                f"input_guidance.scale = {self.scale!r} must be at least 1, which is no guidance"
+                f"input_guidance.scale = {self.scale!r} must be at least 1; 1 is no guidance"
             )
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        told = x1.new_tensor([self.scale, *self.interval]).expand(len(x1), 3)
-        return self.inner()(net, x1, {**(cond or {}), "guidance": told}, rng)
+        guidance = x1.new_tensor([self.scale, *self.interval]).expand(len(x1), 3)
+        return self.inner()(net, x1, {**(cond or {}), "guidance": guidance}, rng)
 
 
 def guided_network(net: Network, scale: float, interval: tuple[float, float]) -> Network:

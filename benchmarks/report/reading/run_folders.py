@@ -1,4 +1,4 @@
-"""Where the runs are that a report was asked for: folders, or MLflow runs that lie on this disk."""
+"""Finds the runs of a report: in folders, or as MLflow runs whose folders are on this disk."""
 
 from __future__ import annotations
 

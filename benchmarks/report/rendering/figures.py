@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.curves import Curve, Figure, Panel
-from benchmarks.report.rendering.styles import PLOTLY_DASHES, PLOTLY_MARKERS, Look
+from benchmarks.report.rendering.styles import PLOTLY_DASHES, PLOTLY_MARKERS, RowStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ _COLUMNS = 3  # panels in a line on paper
 _REAL = "#7F7F7F"
 
 
-def plotly_panel(panel: Panel, looks: Mapping[str, Look], *, legend: bool) -> dict[str, Any]:
+def plotly_panel(panel: Panel, styles: Mapping[str, RowStyle], *, legend: bool) -> dict[str, Any]:
     """{"data": traces, "layout": ...} without colours of the page, which its script sets.
 
     Each trace names its row in `meta`, so that the page can switch one off everywhere.
@@ -26,7 +26,7 @@ def plotly_panel(panel: Panel, looks: Mapping[str, Look], *, legend: bool) -> di
     traces = [
         trace
         for curve in panel.curves
-        for trace in _traces(curve, looks[curve.group], legend=legend, floor=floor)
+        for trace in _traces(curve, styles[curve.group], legend=legend, floor=floor)
     ]
     layout: dict[str, Any] = {
         "title": {"text": panel.title, "font": {"size": 14}, "x": 0.02, "xanchor": "left"},
@@ -56,8 +56,8 @@ def plotly_panel(panel: Panel, looks: Mapping[str, Look], *, legend: bool) -> di
     return {"data": traces, "layout": layout}
 
 
-def _traces(curve: Curve, look: Look, *, legend: bool, floor: float) -> list[dict[str, Any]]:
-    """The band, cut off at `floor`, and then its line, which so lies over it."""
+def _traces(curve: Curve, style: RowStyle, *, legend: bool, floor: float) -> list[dict[str, Any]]:
+    """The band, cut off at `floor`, and then its line, which is drawn over it."""
     common = {"meta": curve.group, "legendgroup": curve.group, "type": "scatter"}
     line = {
         **common,
@@ -66,10 +66,10 @@ def _traces(curve: Curve, look: Look, *, legend: bool, floor: float) -> list[dic
         "y": [_number(y) for y in curve.y],
         "mode": "lines+markers",
         "showlegend": legend,
-        "line": {"color": look.colour, "dash": PLOTLY_DASHES[look.dash], "width": 2},
+        "line": {"color": style.colour, "dash": PLOTLY_DASHES[style.dash], "width": 2},
         "marker": {
-            "color": look.colour,
-            "symbol": PLOTLY_MARKERS[look.marker],
+            "color": style.colour,
+            "symbol": PLOTLY_MARKERS[style.marker],
             "size": 8 if len(curve.x) < 20 else 3,
         },
         "customdata": [
@@ -86,7 +86,7 @@ def _traces(curve: Curve, look: Look, *, legend: bool, floor: float) -> list[dic
         "y": [_number(y + h) for y, h in edges]
         + [_number(max(y - h, floor)) for y, h in reversed(edges)],
         "fill": "toself",
-        "fillcolor": look.band,
+        "fillcolor": style.band,
         "line": {"width": 0},
         "mode": "lines",
         "hoverinfo": "skip",
@@ -100,7 +100,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def save_figure(figure: Figure, looks: Mapping[str, Look], stem: Path) -> list[Path]:
+def save_figure(figure: Figure, styles: Mapping[str, RowStyle], stem: Path) -> list[Path]:
     """The figure as PNG (200 dpi) and PDF, all panels on one sheet of a page's width."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Sheet
@@ -112,7 +112,7 @@ def save_figure(figure: Figure, looks: Mapping[str, Look], stem: Path) -> list[P
         sheet = Sheet(figsize=size, dpi=200, layout="constrained")
         for i, panel in enumerate(figure.panels):
             axes = sheet.add_subplot(lines, columns, i + 1)
-            _draw(axes, panel, looks)
+            _draw(axes, panel, styles)
         handles = {
             str(line.get_label()): line
             for axes in sheet.axes
@@ -132,17 +132,17 @@ def save_figure(figure: Figure, looks: Mapping[str, Look], stem: Path) -> list[P
     return paths
 
 
-def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+def _draw(axes: Axes, panel: Panel, styles: Mapping[str, RowStyle]) -> None:
     for curve in panel.curves:
-        look = looks[curve.group]
+        style = styles[curve.group]
         low = [y - h for y, h in zip(curve.y, curve.half, strict=True)]
         high = [y + h for y, h in zip(curve.y, curve.half, strict=True)]
         axes.plot(
-            curve.x, curve.y, color=look.colour, linestyle=look.dash, linewidth=1.2,
-            marker=look.marker if len(curve.x) < 20 else "", markersize=4, label=curve.group,
+            curve.x, curve.y, color=style.colour, linestyle=style.dash, linewidth=1.2,
+            marker=style.marker if len(curve.x) < 20 else "", markersize=4, label=curve.group,
         )  # fmt: skip
         if any(curve.half):
-            axes.fill_between(curve.x, low, high, color=look.colour, alpha=0.18, linewidth=0)
+            axes.fill_between(curve.x, low, high, color=style.colour, alpha=0.18, linewidth=0)
     if panel.log_y:
         axes.set_yscale("log")
     if panel.ticks:

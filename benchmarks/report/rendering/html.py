@@ -19,7 +19,7 @@ from benchmarks.report.reading.origins import Origins
 from benchmarks.report.rendering import markdown
 from benchmarks.report.rendering.figures import plotly_panel
 from benchmarks.report.rendering.sample_viewer import Viewer
-from benchmarks.report.rendering.styles import Look
+from benchmarks.report.rendering.styles import RowStyle
 from benchmarks.report.tables import Report
 
 ASSETS = Path(__file__).with_name("assets")
@@ -30,7 +30,7 @@ def to_page(
     origins: Origins,
     figures: Mapping[int, list[Figure]],
     viewers: Mapping[int, Viewer],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, RowStyle],
 ) -> str:
     """The page; `figures` and `viewers` by the number of their section."""
     from plotly.offline import get_plotlyjs  # a second to import
@@ -48,11 +48,11 @@ def to_page(
         origins=origins,
         figures=figures,
         viewers=viewers,
-        looks=looks,
+        styles=styles,
         writing=markdown,
         calls=nfes(report.evaluations),
         arms={group: i for i, group in enumerate(report.runs.groups)},
-        data=_json(_data(figures, viewers, looks)),
+        data=_json(_data(figures, viewers, styles)),
         style=(ASSETS / "page.css").read_text(),
         script=(ASSETS / "page.js").read_text(),
         plotly=get_plotlyjs(),
@@ -60,11 +60,13 @@ def to_page(
 
 
 def _data(
-    figures: Mapping[int, list[Figure]], viewers: Mapping[int, Viewer], looks: Mapping[str, Look]
+    figures: Mapping[int, list[Figure]],
+    viewers: Mapping[int, Viewer],
+    styles: Mapping[str, RowStyle],
 ) -> dict[str, Any]:
     """What the script draws: panels by the id of their place, and the pictures of earlier steps."""
     panels = {
-        f"{figure.name}-{number}-{i}": plotly_panel(panel, looks, legend=i == 0)
+        f"{figure.name}-{number}-{i}": plotly_panel(panel, styles, legend=i == 0)
         for number, made in figures.items()
         for figure in made
         for i, panel in enumerate(figure.panels)

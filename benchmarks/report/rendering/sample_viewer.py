@@ -1,8 +1,8 @@
 """The sample viewer: what each row made of the same noise and labels, at every NFE and step kept.
 
 Pictures come as strips, one column for each noise, and beside the final ones their nearest training
-pictures (see benchmarks/runs/samples.py). Points come as small scatter plots over real points. What
-the runs kept is shown; nothing is drawn from a network.
+pictures (see benchmarks/runs/samples.py). Points come as small scatter plots over real points. The
+viewer shows what the runs kept; nothing is drawn from a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a row looks in every figure: colour, marker and dash, told apart in grey print as well.
+"""How a row is drawn in every figure: colour, marker and dash, which also differ in grey print.
 
 The colours are those of Okabe and Ito, chosen for colour-blind readers, without the yellow, which
 paper does not show, and with grey in place of black, which a dark page does not.
@@ -24,7 +24,7 @@ PLOTLY_DASHES = {"solid": "solid", "dashed": "dash", "dashdot": "dashdot", "dott
 
 
 @dataclass(frozen=True)
-class Look:
+class RowStyle:
     """A row's colour, marker and dash, by matplotlib's names."""
 
     colour: str
@@ -38,10 +38,10 @@ class Look:
         return f"rgba({red},{green},{blue},0.18)"
 
 
-def looks_of(groups: Sequence[str]) -> dict[str, Look]:
-    """The looks of all rows; 7 x 8 x 4 of them are different."""
+def styles_of(groups: Sequence[str]) -> dict[str, RowStyle]:
+    """The styles of all rows; 7 x 8 x 4 of them are different."""
     return {
-        group: Look(
+        group: RowStyle(
             COLOURS[i % len(COLOURS)],
             MARKERS[i % len(MARKERS)],
             DASHES[(i + i // len(COLOURS)) % len(DASHES)],

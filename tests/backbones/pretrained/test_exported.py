@@ -63,7 +63,7 @@ def test_folder_that_cannot_be_exported_or_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda config: config | {"format": 2}, "of format 2; 1 can be read"),
+        (lambda config: config | {"format": 2}, "of format 2; this version reads format 1"),
         (lambda config: [config], "of format None"),
         (lambda config: config["fields"].update(num_heads=1) or config, "not as it was exported"),
         (lambda config: config | {"heads": ["velocity"]}, "not as it was exported"),
@@ -254,7 +254,7 @@ def test_noise_predictor_teaches_only_a_student_with_other_weights(pictures, tmp
     ]
     done = run(pictures, "decm", tmp_path / "alone", *bound, backbone="dit")
     assert done.status == 2
-    assert "it needs run.start_from, other weights for the student" in done.err
+    assert "bind run.start_from to other weights for the student" in done.err
     start = [f"run.start_from = '{tmp_path / 'sit.safetensors'}'", "run.start_layout = 'sit'"]
     done = run(pictures, "decm", tmp_path / "out", *bound, *start, backbone="dit")
     assert done.status == 0, done.err

@@ -116,7 +116,7 @@ def test_engine_of_one_process_is_planned_beside_the_stages(engines: None) -> No
     stages = {}
     for engine in ("wrapped", "in_pieces"):
         bindings = (*TINY, f"run.engine = @{engine}()")
-        request = Request(file=Path(DIGITS), bindings=bindings, arm="flow_matching")
+        request = Request(file=Path(DIGITS), bindings=bindings, only=("flow_matching",))
         (found,) = predict(request, Machine(gpus=1, memory=80e9), (0,))
         stages[engine] = [fit.stage for fit in found.fits]
     assert stages == {"wrapped": [None, 0], "in_pieces": [0]}
@@ -209,8 +209,8 @@ def recorders() -> Iterator[None]:
 @pytest.fixture
 def planned(recorders: None) -> Plan:
     bindings = (*TINY, "run.recorder = @theirs()")
-    request = Request(file=Path(DIGITS), bindings=bindings, arm="flow_matching")
-    return plan(request, request.declared(), look=lambda _: TimeEstimate(1.0, 1.0))
+    request = Request(file=Path(DIGITS), bindings=bindings, only=("flow_matching",))
+    return plan(request, request.declared(), cost_of=lambda _: TimeEstimate(1.0, 1.0))
 
 
 def test_store_of_a_third_party_is_asked_which_cells_are_finished(
@@ -218,7 +218,7 @@ def test_store_of_a_third_party_is_asked_which_cells_are_finished(
 ) -> None:
     (state,) = states_of(planned, tmp_path).values()
     assert (state.status, state.folder) == ("finished", Path("/there/it/is"))
-    assert state.said == "their run 7"
+    assert state.note == "their run 7"
 
 
 def test_store_of_a_third_party_is_shown(recorders: None, tmp_path: Path) -> None:

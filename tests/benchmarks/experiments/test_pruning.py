@@ -13,7 +13,7 @@ from tiny_runs import entries, zoo
 
 from benchmarks.experiments.pruning import PRUNED, SuccessiveHalving, check_pruner, why_pruned
 from benchmarks.records.jsonl import RECORD, read_record
-from benchmarks.records.open_run import Run
+from benchmarks.records.open_run import OpenRun
 from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.result import RESULT
 from registry.protocols import IntermediateValue
@@ -96,7 +96,9 @@ def test_cells_that_run_at_once_are_halved_as_the_paper_says(
             del running[cell]
 
 
-def cell(parent: Run, name: str, values: dict[int, float], seed: int = 0, group: str = "") -> Path:
+def cell(
+    parent: OpenRun, name: str, values: dict[int, float], seed: int = 0, group: str = ""
+) -> Path:
     folder = parent.folder / name
     with parent.child(name, folder, tags={"group": group or name}) as record:
         record.params({"run.seed": seed})
@@ -106,18 +108,18 @@ def cell(parent: Run, name: str, values: dict[int, float], seed: int = 0, group:
 
 
 @pytest.fixture
-def grid(tmp_path: Path) -> Run:
+def grid(tmp_path: Path) -> OpenRun:
     return Jsonl().start("grid", tmp_path / "grid")
 
 
-def test_cell_competes_with_those_beside_it(grid: Run) -> None:
+def test_cell_competes_with_those_beside_it(grid: OpenRun) -> None:
     cell(grid, "a", {10: 1.0, 20: 1.0})
     weak = cell(grid, "b", {10: 2.0})
     assert why_pruned(halving(), weak) == "nfe1/fd = 2 is not among the best of 2 cells"
     assert why_pruned(halving(), cell(grid, "c", {10: 0.5})) == ""
 
 
-def test_cells_of_other_seeds_and_other_grids_do_not_compete(grid: Run, tmp_path: Path) -> None:
+def test_cells_of_other_seeds_and_other_grids_do_not_compete(grid: OpenRun, tmp_path: Path) -> None:
     cell(grid, "a", {10: 1.0}, seed=1)
     other = Jsonl().start("other", tmp_path / "other")
     with other.child("x", grid.folder / "x") as stray:
@@ -127,7 +129,7 @@ def test_cells_of_other_seeds_and_other_grids_do_not_compete(grid: Run, tmp_path
     assert why_pruned(halving(), cell(grid, "c", {10: 2.0}, seed=1)) != ""
 
 
-def test_other_seeds_of_a_pruned_arm_are_pruned(grid: Run) -> None:
+def test_other_seeds_of_a_pruned_arm_are_pruned(grid: OpenRun) -> None:
     first = cell(grid, "b-0", {10: 2.0}, seed=0, group="b")
     with Jsonl().start("b-0", first) as again:
         again.tags({PRUNED: "at step 10: weak"})
@@ -137,7 +139,7 @@ def test_other_seeds_of_a_pruned_arm_are_pruned(grid: Run) -> None:
     assert why_pruned(halving(), cell(grid, "c-1", {5: 0.1}, seed=1, group="c")) == ""
 
 
-def test_what_others_report_later_does_not_count(grid: Run) -> None:
+def test_what_others_report_later_does_not_count(grid: OpenRun) -> None:
     early = cell(grid, "a", {10: 2.0})
     cell(grid, "b", {10: 1.0})
     assert why_pruned(halving(), early) == ""

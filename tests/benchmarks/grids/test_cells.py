@@ -245,6 +245,6 @@ def test_setting_what_an_axis_binds_is_refused(planned):
 
 def test_networks_are_dropped_once_checked(planned):
     nets = []
-    planned(FM + SEEDS, look=lambda experiment: nets.append(weakref.ref(experiment.net)))
+    planned(FM + SEEDS, cost_of=lambda experiment: nets.append(weakref.ref(experiment.net)))
     gc.collect()
     assert [net() for net in nets] == [None, None]

@@ -28,7 +28,7 @@ from benchmarks.records import mlflow_store
 from benchmarks.records.jsonl import RECORD, read_record
 from benchmarks.records.mlflow_store import Store, _import_mlflow
 from benchmarks.records.mlflow_sync import ID_TAG, SENT, Copy, Follower, send
-from benchmarks.records.open_run import Run
+from benchmarks.records.open_run import OpenRun
 from benchmarks.records.recorders import Jsonl, Mlflow
 
 
@@ -66,7 +66,7 @@ def assert_copied(uri: str, folder: Path) -> None:
     assert (run.info.status, run.info.end_time) == (record.status, record.ended)
 
 
-def log_steps(run: Run, first: int, last: int) -> None:
+def log_steps(run: OpenRun, first: int, last: int) -> None:
     for step in range(first, last):
         run.metrics({"loss": 1 / (step + 1), "rate": step}, step)
 

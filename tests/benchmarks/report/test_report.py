@@ -23,7 +23,7 @@ from benchmarks.report.rendering.data_frame import report_frame, to_csv
 from benchmarks.report.rendering.html import to_page
 from benchmarks.report.rendering.markdown import to_markdown
 from benchmarks.report.rendering.sample_viewer import viewer_of
-from benchmarks.report.rendering.styles import looks_of
+from benchmarks.report.rendering.styles import styles_of
 from benchmarks.report.tables import build_report
 
 ROWS = {
@@ -61,7 +61,7 @@ def outputs(report) -> dict[str, str]:
     """The page, without figures, and the two other texts."""
     origins = origins_of(report.runs.cells)
     figures = {i: [] for i in range(len(report.compared))}
-    page = to_page(report, origins, figures, {}, looks_of(report.runs.groups))
+    page = to_page(report, origins, figures, {}, styles_of(report.runs.groups))
     return {"page": page, "markdown": to_markdown(report, origins), "csv": to_csv(report)}
 
 
@@ -418,9 +418,9 @@ def test_what_is_rendered_was_read_before(tmp_path):
     runs = comparison(tmp_path / "runs", ROWS)
     report = build_report(read_runs([runs]))
     origins, kept = origins_of(report.runs.cells), kept_samples(report.compared[0].section)
-    looks = looks_of(report.runs.groups)
+    styles = styles_of(report.runs.groups)
     shutil.rmtree(runs)
-    page = to_page(report, origins, {0: []}, {0: viewer_of(kept)}, looks)
+    page = to_page(report, origins, {0: []}, {0: viewer_of(kept)}, styles)
     assert "data:image/png;base64," in page
     assert to_markdown(report, origins)
     assert to_csv(report)

@@ -21,7 +21,7 @@ from benchmarks.report.reading.kept_samples import MAX_STEPS, kept_samples
 from benchmarks.report.reading.recorded_runs import read_runs
 from benchmarks.report.rendering.figures import plotly_panel, save_figure
 from benchmarks.report.rendering.sample_viewer import GAP, NUM_COLUMNS, viewer_of
-from benchmarks.report.rendering.styles import COLOURS, looks_of
+from benchmarks.report.rendering.styles import COLOURS, styles_of
 from benchmarks.report.tables import build_report
 
 ROWS = {
@@ -101,7 +101,7 @@ def test_figure_of_the_page_is_valid_for_plotly_and_names_the_row_of_each_trace(
 
     for name in ("quality_nfe", "quality_seconds", "training"):
         for panel in figure(runs, name).panels:
-            made = plotly_panel(panel, looks_of(list(ROWS)), legend=True)
+            made = plotly_panel(panel, styles_of(list(ROWS)), legend=True)
             graph_objects.Figure(made)  # raises for any property that plotly does not know
             assert {trace["meta"] for trace in made["data"]} == set(ROWS)
 
@@ -109,20 +109,20 @@ def test_figure_of_the_page_is_valid_for_plotly_and_names_the_row_of_each_trace(
 def test_band_of_a_logarithmic_axis_stays_above_zero():
     curve = Curve(group="a", x=(1.0, 2.0), y=(1.0, 100.0), half=(5.0, 5.0), n=2)
     panel = Panel(title="loss", x_title="step", y_title="", curves=(curve,))
-    band = plotly_panel(panel, looks_of(["a"]), legend=False)["data"][0]
+    band = plotly_panel(panel, styles_of(["a"]), legend=False)["data"][0]
     assert panel.log_y
     assert min(band["y"]) == 0.1
 
 
 def test_looks_tell_rows_apart_without_colour():
-    looks = looks_of([str(i) for i in range(2 * len(COLOURS))])
-    assert len(set(looks.values())) == len(looks)
-    without = [(look.marker, look.dash) for look in looks.values()][: len(COLOURS)]
+    styles = styles_of([str(i) for i in range(2 * len(COLOURS))])
+    assert len(set(styles.values())) == len(styles)
+    without = [(style.marker, style.dash) for style in styles.values()][: len(COLOURS)]
     assert len(set(without)) == len(without)
 
 
 def test_paper_figures_are_written_as_png_and_pdf(runs, tmp_path):
-    paths = save_figure(figure(runs, "quality_nfe"), looks_of(list(ROWS)), tmp_path / "f" / "nfe")
+    paths = save_figure(figure(runs, "quality_nfe"), styles_of(list(ROWS)), tmp_path / "f" / "nfe")
     assert [path.name for path in paths] == ["nfe.png", "nfe.pdf"]
     with Image.open(paths[0]) as picture:
         assert picture.width >= 900  # 4.5 inches at 200 dpi

@@ -47,13 +47,13 @@ def test_killed_process_ends_the_others_and_the_run_resumes_exactly(
     left = run.ranks()[0]
     victim.send_signal(signal.SIGKILL)
     assert run.ends(within=BOUND) == 128 + signal.SIGKILL
-    assert "process 1 of 2 was ended by SIGKILL" in run.said()
+    assert "process 1 of 2 was ended by SIGKILL" in run.output()
     assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
     stopped_at = len(losses(run.cell))
     assert stopped_at < 60
 
     again = running(tmp_path, steps, resume=True)
-    assert again.ends(within=PATIENCE) == 0, again.said()[-3000:]
+    assert again.ends(within=PATIENCE) == 0, again.output()[-3000:]
     plain = tmp_path / "plain"
     done = zoo(
         "run", tmp_path / "tiny.gin", "--out", plain,
@@ -77,7 +77,7 @@ def test_run_goes_on_with_another_number_of_processes_and_another_stage(
     assert run.ends(within=BOUND) == 130
     done = max(losses(run.cell))
     again = running(tmp_path, steps, "zero_engine.stage = 3", resume=True, ranks=1)
-    assert again.ends(within=PATIENCE) == 0, again.said()[-3000:]
+    assert again.ends(within=PATIENCE) == 0, again.output()[-3000:]
     assert done < 60 == len(losses(run.cell))
     assert len(entries(run.cell, "resume")) == 1
 
@@ -111,7 +111,7 @@ def test_second_run_in_a_folder_is_refused(tmp_path: Path, running: Callable[...
     second = Run(tmp_path, "run.steps = 100000", resume=True)
     try:
         assert second.ends(within=PATIENCE) == 2
-        assert "another process runs" in run.said()
+        assert "another process runs" in run.output()
         assert run.alive
     finally:
         second.close()
@@ -144,8 +144,8 @@ def test_loss_that_is_not_finite_in_one_process_stops_all_and_names_the_row(
         tmp_path, "run.steps = 100000", "run.objective = @bad_rows()", imports="import bad_rows"
     )
     assert run.ends(within=PATIENCE) == 1
-    assert "step 10: the loss is not finite" in run.said()
-    assert "row 5:" in run.said()  # of the global batch; in process 1 it is row 2
+    assert "step 10: the loss is not finite" in run.output()
+    assert "row 5:" in run.output()  # of the global batch; in process 1 it is row 2
 
 
 FULL_DISK = """
@@ -160,9 +160,9 @@ if os.environ.get("RANK") == "1":
 def test_full_disk_of_one_process_is_a_warning(tmp_path: Path, running: Callable[..., Run]) -> None:
     (tmp_path / "full_disk.py").write_text(FULL_DISK)
     run = running(tmp_path, "run.steps = 30", imports="import full_disk")
-    assert run.ends(within=PATIENCE) == 0, run.said()[-3000:]
-    assert "NO CHECKPOINT at step" in run.said()
-    assert "process 1" in run.said()
+    assert run.ends(within=PATIENCE) == 0, run.output()[-3000:]
+    assert "NO CHECKPOINT at step" in run.output()
+    assert "process 1" in run.output()
     assert checkpoints(run.cell / "checkpoints") == []
     assert (run.cell / "result.json").exists()
 
@@ -207,7 +207,7 @@ def test_processes_of_any_launcher_make_one_run_and_wait_for_a_late_one(tmp_path
 def test_process_with_other_words_ends_all(tmp_path: Path) -> None:
     ended, told = _two(tmp_path, 0.0, "run.steps = 3", "run.stesp = 3")
     assert ended == [2, 2], told
-    assert all("process 1 was started with other words" in text for text in told)
+    assert all("process 1 was started with other arguments" in text for text in told)
     assert "run.stesp" in told[0]
 
 

@@ -43,7 +43,7 @@ def test_run_killed_again_and_again_while_it_saves_ends_as_if_it_never_was(
     """A checkpoint is on its way at nearly every moment; one of three processes dies at random."""
     bindings = ("run.steps = 120", "run.checkpoint_seconds = 0.001", f"zero_engine.stage = {stage}")
     plain = running(tmp_path / "plain", *bindings)
-    assert plain.ends(within=PATIENCE) == 0, plain.said()[-3000:]
+    assert plain.ends(within=PATIENCE) == 0, plain.output()[-3000:]
     rng = random.Random(stage)
     killed = 0
     while killed < 6:
@@ -58,7 +58,7 @@ def test_run_killed_again_and_again_while_it_saves_ends_as_if_it_never_was(
         assert not psutil.wait_procs(processes, timeout=BOUND)[1]
         killed += 1
     last = running(tmp_path / "killed", *bindings, resume=True)
-    assert last.ends(within=PATIENCE) == 0, last.said()[-3000:]
+    assert last.ends(within=PATIENCE) == 0, last.output()[-3000:]
     assert losses(last.cell) == losses(plain.cell)  # bit for bit
     assert len(entries(last.cell, "resume")) == 6
     assert read_values(last) == read_values(plain)
@@ -79,9 +79,9 @@ def test_process_that_stops_answering_is_waited_for_as_long_as_bound(
     stopped = run.ranks()[1]
     stopped.send_signal(signal.SIGSTOP)
     assert run.ends(within=15 + BOUND) == 1
-    assert "timed out" in run.said().lower()
-    assert "Processes wait for each other for zero_engine.timeout_minutes" in run.said()
-    assert "--resume" in run.said()
+    assert "timed out" in run.output().lower()
+    assert "Processes wait for each other for zero_engine.timeout_minutes" in run.output()
+    assert "--resume" in run.output()
     assert not psutil.wait_procs([stopped], timeout=BOUND)[1]
 
 
@@ -95,8 +95,8 @@ def test_run_goes_on_without_mlflow_and_its_record_is_sent_later(
         f"mlflow.tracking_uri = 'http://127.0.0.1:{free_port()}'",
         "mlflow.close_seconds = 2",
     )
-    assert run.ends(within=PATIENCE) == 0, run.said()[-3000:]
-    assert "objective-zoo send" in run.said()
+    assert run.ends(within=PATIENCE) == 0, run.output()[-3000:]
+    assert "objective-zoo send" in run.output()
     assert sorted(losses(run.cell)) == [1, 2, 3, 4, 5]
     store = f"sqlite:///{tmp_path / 'late.db'}"
     sent = zoo("send", run.out, "--tracking-uri", store)
@@ -131,7 +131,7 @@ def test_pruner_of_the_leading_process_ends_all(
         tmp_path, "run.steps = 100000", "run.evaluate_every = 3", "run.pruner = @none_is_good()",
         imports="import none_is_good",
     )  # fmt: skip
-    assert run.ends(within=PATIENCE) in (0, 1), run.said()[-3000:]
-    assert "cannot go on" not in run.said()
+    assert run.ends(within=PATIENCE) in (0, 1), run.output()[-3000:]
+    assert "cannot go on" not in run.output()
     assert "at step 3" in read_record(run.cell).tags[PRUNED]
     assert sorted(losses(run.cell)) == [1, 2, 3]

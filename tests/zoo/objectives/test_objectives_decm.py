@@ -148,7 +148,7 @@ def test_start_time_rises_to_exactly_one():
 
 @pytest.mark.parametrize("lam_gamma", [(0.5, 1.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 def test_noise_to_noisy_residual_is_the_identity(lam_gamma):
-    """The one of zoo/identities, for whatever network; its velocity is u(x, t, t)."""
+    """The one of zoo/oracles/identities, for whatever network; its velocity is u(x, t, t)."""
     lam, gamma = lam_gamma
     objective = DECM(lam=lam, gamma=gamma)
     seen = watch(objective, labels="none")

@@ -133,7 +133,7 @@ def test_bootstrapped_target_is_exact_at_the_truth(law):
 
 
 def test_target_is_the_identitys():
-    """The residual of zoo/identities, for whatever network."""
+    """The residual of zoo/oracles/identities, for whatever network."""
     objective = Shortcut(bootstrap_fraction=1.0, teacher=Online(), clip=1e9)
     seen = watch(objective, labels="none")
     call = seen.trained()

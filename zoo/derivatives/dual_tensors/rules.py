@@ -161,7 +161,7 @@ def product(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
 
 
 def quotient(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
-    """Division by a constant; other divisions go by dual numbers."""
+    """Division by a constant; other divisions use dual numbers."""
     if len(args) != 2 or kwargs or type(args[1]) is DualTensor:
         return by_dual_numbers(func, *args, **kwargs)
     a, b = args

@@ -1,4 +1,4 @@
-"""The table of rules: which function has which."""
+"""The table of rules: each function and its rule."""
 
 from __future__ import annotations
 
