@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from backbones.network import FlowNetwork
     from benchmarks.conformance import ConformanceReport
-    from benchmarks.grids.comparison import CellsFailed as CellsFailed
+    from benchmarks.grids.outcome import CellsFailed as CellsFailed
     from objective_zoo.comparing import Comparison as Comparison
     from objective_zoo.comparing import PlannedRun as PlannedRun
     from objective_zoo.runs import Run as Run
@@ -38,7 +38,7 @@ __all__ = [
     "load_network", "objectives", "parts", "report", "run",
 ]  # fmt: skip
 _LAZY = {
-    "CellsFailed": "benchmarks.grids.comparison",
+    "CellsFailed": "benchmarks.grids.outcome",
     "Comparison": "objective_zoo.comparing",
     "PlannedRun": "objective_zoo.comparing",
     "Run": "objective_zoo.runs",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import registry
 from benchmarks.grids import comparison as library
+from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import wide
 from benchmarks.runs.frame import frame
@@ -38,7 +39,7 @@ KINDS: Mapping[str, Registry] = {  # of the arguments of `run` that are parts
 class Comparison:
     """The outcome of a comparison: its table, the runs that have finished, why others failed."""
 
-    def __init__(self, found: library.ComparisonOutcome):
+    def __init__(self, found: ComparisonOutcome):
         self._found = found
         self.folder = found.folder
 
@@ -168,8 +169,8 @@ def _part(name: str, value: Any) -> Any:
     return f"@{value}" if name == "backbone" else f"@{value}()"
 
 
-def _finished(work: Callable[[], library.ComparisonOutcome]) -> Comparison:
+def _finished(work: Callable[[], ComparisonOutcome]) -> Comparison:
     try:
         return Comparison(work())
-    except library.CellsFailed as failure:
-        raise library.CellsFailed(failure.failed, Comparison(failure.comparison)) from None
+    except CellsFailed as failure:
+        raise CellsFailed(failure.failed, Comparison(failure.comparison)) from None

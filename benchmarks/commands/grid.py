@@ -23,8 +23,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _grid(arguments: argparse.Namespace) -> None:
-    from benchmarks.grids.comparison import CellsFailed, run_grid
+    from benchmarks.grids.comparison import run_grid
     from benchmarks.grids.dry_run import dry_run
+    from benchmarks.grids.outcome import CellsFailed
 
     request, out = request_of(arguments), arguments.out or Path("runs") / arguments.file.stem
     if arguments.dry_run:

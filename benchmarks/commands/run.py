@@ -13,7 +13,7 @@ from benchmarks.commands.arguments import Commands, add_request, add_store, requ
 from benchmarks.launchers.slurm import take_place
 
 if TYPE_CHECKING:
-    from benchmarks.grids.comparison import ComparisonOutcome
+    from benchmarks.grids.outcome import ComparisonOutcome
 
 
 def add_to(commands: Commands) -> None:
@@ -51,7 +51,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if status := start(words[1:], arguments.ranks):
             raise SystemExit(status)
         return
-    from benchmarks.grids.comparison import CellsFailed, compare
+    from benchmarks.grids.comparison import compare
+    from benchmarks.grids.outcome import CellsFailed
 
     def lead() -> None:
         try:
