@@ -13,10 +13,16 @@ from trainers.ema.power_function import exponent
 
 
 def bound(name: str, part: Any, kind: registry.Registry) -> Any:
-    """The part as it was given; ValueError for None and for a plain value, such as a number."""
-    if part is not None and not isinstance(part, str | int | float | tuple | list | dict):
+    """The part as it was given; ValueError for None, plain values and parts of other kinds."""
+    cls = part if isinstance(part, type) else type(part)
+    other = next((k for k in registry.kinds if k is not kind and _registered(cls, k)), None)
+    plain = part is None or isinstance(part, str | int | float | tuple | list | dict)
+    if not plain and other is None:
         return part
-    given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
+    if other is not None:
+        given = f"= @{_registered(cls, other)} is of the kind {other.kind!r}, not {kind.kind!r}"
+    else:
+        given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
     raise ValueError(
         f"run.{name} {given}. Bind it in the gin file or by --set, for example "
         f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
@@ -52,9 +58,9 @@ def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
                 yield from _settings(f"{owner}.{f.name}", getattr(value, f.name))
 
 
-def _registered(cls: type) -> str:
-    """The name of a class among all registered ones; '' if it is not registered."""
-    for kind in registry.kinds:
+def _registered(cls: type, *kinds: registry.Registry) -> str:
+    """The name of a class among the registered ones of these kinds, or of all; '' for another."""
+    for kind in kinds or registry.kinds:
         for name in kind.names():
             if issubclass(cls, kind.get(name)):
                 return name

@@ -111,8 +111,9 @@ def _resolve(
     objective = bound("objective", given["objective"], registry.objectives)
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)
+    name = registry.objectives.name_of(objective)
     sampler = given["sampler"] or defaults.sampler(objective)
-    check_sampler(registry.objectives.name_of(objective), objective, sampler)
+    check_sampler(name, objective, sampler)
     evaluate.samplers_for(sampler, given["nfe"])
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
