@@ -61,7 +61,7 @@ class Comparison:
     def table(self, by: str = "") -> pd.DataFrame:
         """Means over seeds: one line for each row, the columns are pairs (metric, NFE).
 
-        ("fid", 4) is the metric at 4 NFE and ("fid", "real") what real data score; ("runs", "") is
+        ("fid", 4) is the metric at 4 NFE and ("fid", "real") what real data score; ("seeds", "") is
         the number of runs, and ("cost", "seconds_per_step") and others are what a run cost. `by`
         names one of the grid's axes, such as "n2n_every": lines are then its values (with the arm
         before them where there are several), and means go over everything else. KeyError, with the

@@ -24,8 +24,8 @@ def wide(frame: pd.DataFrame) -> pd.DataFrame:
 
     The columns are pairs (metric, nfe): ("fid", 4); ("fid", "real") for what real data score;
     ("velocity_error", "") for a value without NFE; ("cost", "steps") and the other costs;
-    ("sampler", "") and ("runs", "") for the sampler and the number of runs. A mean is missing where
-    one of the row's runs lacks the value.
+    ("sampler", "") and ("seeds", "") for the sampler and the number of runs. A mean is missing
+    where one of the row's runs lacks the value.
     """
     means = _means(frame)
     columns = _columns(means)
@@ -64,7 +64,7 @@ def _means(frame: pd.DataFrame) -> Means:
     for row, lines in frame.groupby("row", sort=False):
         runs = int((lines["metric"] == f"{COST}steps").sum())
         of: dict[Column, Any] = {("sampler", NO_NFE): lines["sampler"].iloc[0]}
-        of["runs", NO_NFE] = runs
+        of["seeds", NO_NFE] = runs
         for (metric, nfe), same in lines.groupby(["metric", "nfe"], sort=False, dropna=False):
             if len(same) == runs:
                 of[_column(metric, nfe)] = fmean(same["value"])
@@ -118,7 +118,7 @@ def _first_metric(means: Means, metric: str, nfes: Sequence[int]) -> list[str]:
         [row, of["sampler", NO_NFE], *(_number(of, (metric, n)) for n in nfes), *_cost(of)]
         for row, of in means.items()
     ]
-    counts = [of["runs", NO_NFE] for of in means.values()]
+    counts = [of["seeds", NO_NFE] for of in means.values()]
     if max(counts) > 1:
         title += "; means over n runs"
         header.append("n")

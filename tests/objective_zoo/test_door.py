@@ -72,7 +72,7 @@ def test_table_has_rows_by_metric_and_nfe_with_seeds_and_cost(compared):
     assert table.loc["dumo", ("fd_pixels", "real")] == run.values["fd_pixels_floor"]
     cost = table.loc["dumo", "cost"]
     assert (cost["steps"], cost["parameters"]) == (4, run.num_params)
-    assert table.loc["dumo", ("runs", "")] == 1
+    assert table.loc["dumo", ("seeds", "")] == 1
     assert compared.failed == {}
 
 
@@ -274,7 +274,7 @@ def test_table_of_a_grid_by_one_of_its_axes(grid_file, tmp_path):
     found = oz.grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
     table = found.table(by="power")
     assert table.index.tolist() == [0.5, 1.0]
-    assert table["runs", ""].tolist() == [2, 2]
+    assert table["seeds", ""].tolist() == [2, 2]
     values = [r.result.values["nfe1/fd_pixels"] for n, r in found.runs.items() if "power=0.5" in n]
     assert table.loc[0.5, ("fd_pixels", 1)] == pytest.approx(sum(values) / 2)
     with pytest.raises(KeyError, match=r"adaptive\.power"):

@@ -97,7 +97,7 @@ def test_data_frame_holds_the_means_by_metric_and_nfe():
     first = found.loc["decm rate=0.5"]
     assert (first["fid", 1], first["fid", 4], first["fid", "real"]) == (45.0, 12345678.9, 3.0)
     assert first["precision_pixels", "real"] == 0.9
-    assert (first["velocity_error", ""], first["runs", ""]) == (0.125, 2)
+    assert (first["velocity_error", ""], first["seeds", ""]) == (0.125, 2)
     assert (first["cost", "steps"], first["cost", "images"]) == (22, 1280)
     assert first["cost", "seconds_per_step"] == 2.0 / 12
     assert list(found["fid"].columns) == [1, 4, "real"]
