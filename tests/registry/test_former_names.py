@@ -36,6 +36,7 @@ def job(weight=None, seed=0):
 @pytest.fixture(autouse=True)
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """gin's registry with a part of which a parameter was renamed, and a function to build it."""
+    load_plugins()  # into the lasting registry: modules that are imported register but once
     fresh = type(gin.config._REGISTRY)()  # its copy() would share the tree of names
     for selector, found in gin.config._REGISTRY.items():
         fresh[selector] = found

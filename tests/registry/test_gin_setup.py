@@ -48,6 +48,7 @@ class Grid:
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     """gin's registry holds what the tests need, and is left as it was."""
+    load_plugins()  # into the lasting registry: modules that are imported register but once
     fresh = type(gin.config._REGISTRY)()  # its copy() would share the tree of names
     for selector, found in gin.config._REGISTRY.items():
         if selector.split(".")[-1] not in ("job", "Grid"):  # the real Grid is not tested here
