@@ -249,7 +249,8 @@ def data(tmp_path_factory) -> Path:
 def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
     pytest.importorskip("diffusers")
     request = shrunken(Request(file=ROOT / f"{recipe}.gin"), data)
-    (result,) = compare(request, tmp_path / "out", again="")
+    (row,) = compare(request, tmp_path / "out").rows.values()
+    (result,) = row.results
     assert result.num_params < 200_000
     assert result.steps == 4
     assert all(f"nfe{n}/kid_pixels" in result.values for n in gin_setup.query("run.nfe"))
