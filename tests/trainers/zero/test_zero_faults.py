@@ -241,9 +241,9 @@ def test_launcher_wants_a_process() -> None:
 
 
 def test_loss_of_a_process_is_told_with_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert start([], 2, "dies", again="Ask again") == 128 + signal.SIGKILL
-    assert "was ended by SIGKILL; the others end too. Ask again" in capfd.readouterr().err
+    assert "was ended by SIGKILL; the others end too. Ask again" in caplog.text
