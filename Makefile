@@ -51,7 +51,7 @@ test-all: $(dev)
 
 # What the planner predicts beside the memory of processes: minutes.
 plan-check: $(dev)
-	OMP_NUM_THREADS=1 $(py) -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.planning.check
+	OMP_NUM_THREADS=1 $(py) -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.plan_check
 
 test-browser: $(dev)
 	@command -v chromium >/dev/null || { echo "The page is tested in Chromium, which is not on the PATH." \

@@ -17,12 +17,16 @@ PACKAGES = ("registry", "zoo", "backbones", "trainers", "benchmarks")
 
 
 class _Lines(logging.Handler):
-    """Notes as plain lines, warnings with their level, on what is stderr at that moment."""
+    """Notes as plain lines, warnings with their level, on what is stderr at that moment.
+
+    What ends a process goes to the original stderr, since processes that follow have closed theirs.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         line = text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
-        print(line, file=sys.stderr, flush=True)
+        critical = record.levelno >= logging.CRITICAL
+        print(line, file=sys.__stderr__ if critical else sys.stderr, flush=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ The functions here exchange a few numbers and texts, over gloo on the CPU, so th
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 MINUTES = 30.0  # that a process waits for another one
 
@@ -136,10 +137,9 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
     except RuntimeError:
         slow = "timed out" in problem.lower()
         hint = "Processes wait for each other for zero_engine.timeout_minutes. " if slow else ""
-        print(
-            f"process {number()} cannot go on with the others, or they without it: {problem}\n"
-            f"{hint}The run continues from its last checkpoint with --resume",
-            file=sys.__stderr__,
-            flush=True,
+        log.critical(
+            "process %d cannot go on with the others, or they without it: %s\n%sThe run continues "
+            "from its last checkpoint with --resume",
+            *(number(), problem, hint),
         )
         os._exit(1)

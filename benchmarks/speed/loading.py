@@ -1,6 +1,6 @@
 """How fast the processes of a run read their batches, beside a plain copy of the same bytes.
 
-    python -P -m benchmarks.speed.loading FOLDER --ranks 8 --batch 1024
+    python -P -m benchmarks.loading FOLDER --ranks 8 --batch 1024
 
 FOLDER holds latents or pictures. Without it, latents of noise are made, each as large as those of
 Stable Diffusion's VAE at 256 pixels. Every process reads its share as in training, with the next
@@ -11,9 +11,7 @@ more processes than cores, the rate per second of CPU time tells more.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ from torch import Tensor
 from benchmarks.data.image_folder import ImageFolder
 from benchmarks.latents.dataset import Latents
 from benchmarks.latents.shards import MANIFEST, Manifest, Moments, write_shard
-from registry.plugins import load_plugins
 from registry.protocols import Dataset, Share, read_share
 
 SHAPE = (4, 32, 32)
@@ -129,31 +126,3 @@ def _rank(work: Work, rank: int, barrier: Any, results: Any) -> None:
             act(step)
         found.append((time.perf_counter() - wall, time.process_time() - cpu))
     results.put(found)
-
-
-def main() -> None:
-    about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(
-        prog="python -P -m benchmarks.speed.loading", description=about
-    )
-    parser.add_argument("folder", type=Path, nargs="?", help="latents or pictures; default: noise")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1024, help="rows of all processes together")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--resolution", type=int, default=256, help="side of pictures")
-    parser.add_argument(
-        "--rows", type=int, default=8 * SHARD_ROWS, help="number of latents of noise"
-    )
-    given = vars(parser.parse_args())
-    load_plugins()
-    rows, folder = given.pop("rows"), given.pop("folder")
-    with tempfile.TemporaryDirectory() as made:
-        if folder is None:
-            write_noise(Path(made), rows)
-        work = Work(folder=folder or Path(made), **given)
-        for name, rates in zip(("reading", "plain copy"), measure(work), strict=True):
-            print(f"{name:<10} {rates.wall:>12,.0f} images/s {rates.cpu:>12,.0f} per CPU second")
-
-
-if __name__ == "__main__":
-    main()

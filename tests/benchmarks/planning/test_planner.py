@@ -361,7 +361,7 @@ def test_prediction_agrees_with_the_peak_of_two_processes():
     words = ["--objectives", "mean_flow", "--stages", "2", "--checkpointing", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "benchmarks.planning.check", *words, "--dim", "256", "--bound", "0.15"],
+         "-m", "benchmarks.plan_check", *words, "--dim", "256", "--bound", "0.15"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -30,7 +30,7 @@ def test_the_command_reads_encoded_latents(tmp_path):
 
     vae = find_vae(str(save_kl(tmp_path / "vae")))
     encode(photos(tmp_path / "p"), tmp_path / "out", Encoder(vae=vae, resolution=16))
-    command = [sys.executable, "-m", "benchmarks.speed.loading"]
+    command = [sys.executable, "-P", "-m", "benchmarks.loading"]
     words = ["--ranks", "1", "--batch", "8", "--steps", "2"]
     done = subprocess.run([*command, tmp_path / "out", *words], capture_output=True, text=True)
     assert "images/s" in done.stdout, done.stderr
