@@ -8,6 +8,7 @@ The functions here exchange a few numbers and texts, over gloo on the CPU, so th
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
