@@ -77,7 +77,7 @@ def _check_law(name: str, sampler: Any, network: Network, *, exact: bool) -> flo
         ((x0.mean(0) - mean).abs() - slack) / (GAUSSIAN.std / NUM**0.5),
         ((x0.var(0) - variance).abs() - slack * variance) / (variance * (2 / NUM) ** 0.5),
     )
-    # nan counts as an infinite error
+    # A nan among the samples counts as an infinite error, so that the claim fails.
     worst = float(torch.cat(errors).max().nan_to_num(nan=torch.inf))
     if not worst < LIMIT:
         raise Broken(

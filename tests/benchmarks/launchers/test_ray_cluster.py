@@ -58,7 +58,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
     def make(*scripts: str) -> list[Job]:
         made = []
-        for name, script in zip("abcdefgh", scripts, strict=False):
+        for name, script in zip("abcdefgh"[: len(scripts)], scripts, strict=True):
             (tmp_path / name).mkdir()
             (tmp_path / name / "script.py").write_text(script)
             made.append(Job(name, tmp_path / name))

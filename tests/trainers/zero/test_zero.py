@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_pieces_are_read_whatever_the_cuts_were(
     folder = tmp_path_factory.mktemp("pieces")
     whole = {f"w{i}": torch.randn(n) for i, n in enumerate(sizes)}
     edges = [0, *sorted(cuts), 30]
-    for rank, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for rank, (a, b) in enumerate(pairwise(edges)):
         _write(folder, rank, {name: (a, value[a:b]) for name, value in whole.items()})
     with Pieces(folder) as pieces:
         for name, value in whole.items():

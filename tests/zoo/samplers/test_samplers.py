@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,7 +162,7 @@ def test_shifted_times_fall_from_one_to_zero(nfe, shift):
     assert len(times) == nfe + 1
     assert times[0] == pytest.approx(1)
     assert times[-1] == 0
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in pairwise(times))
     middle = shifted([0.5], shift)[0]
     assert middle == pytest.approx(shift / (1 + shift))
 
