@@ -157,8 +157,8 @@ def _largest(gradient: Tensor, names: list[str], floor: float) -> Bias:
     by_step = gradient.unflatten(0, (-1, len(STEPS)))
     chance = (by_step - by_step.mean(0)).square().sum((0, 1)) / freedom
     error = (chance / len(gradient)).sqrt()
-    # A nan in the gradient counts as an infinite shift, and one in t (infinity over infinity) as
-    # infinite too, so that argmax finds it and the claim fails with the parameter's name.
+    # A nan in the gradient counts as an infinite shift. Its error is nan, and so is t, which counts
+    # as infinite too: argmax finds it, and the claim fails with the parameter's name.
     shift = mean.abs().nan_to_num(nan=torch.inf)
     t = (shift - floor).clamp_min(0) / error.clamp_min(torch.finfo(error.dtype).tiny)
     worst = int(t.nan_to_num(nan=torch.inf).argmax())
