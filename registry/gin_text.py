@@ -6,7 +6,9 @@
 
 A field that has its default is left out. Where other bindings could reach an instance, and where
 two instances of one class differ, every field is written, under a scope that is named after the
-place where the instance stands. What is built is therefore always equal to what was given.
+place where the instance stands. What is built is therefore equal to what was given, with one
+exception: gin has no text for infinity, so a field whose default is infinite is left out, and a
+binding of a file for this field still reaches the instance.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ def _reference(key: str, part: Any, place: str, plain: set[type], inner: list[st
         if not f.init:
             continue
         value = getattr(part, f.name)
-        # gin has no text for infinity: such a default is left out in every case.
+        # An infinite default is left out in every case, since gin has no text for it.
         infinite = isinstance(value, float) and math.isinf(value)
         if not ((alone or infinite) and _is_default(f, value)):
             lines = _bindings(f"{selector}.{f.name}", value, plain)
