@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -127,3 +127,27 @@ def run(**changes: Any) -> tuple[TrainState, list[Tensor]]:
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Plain gradient descent, whose step shows the gradient."""
+
+    lr: float = 1.0
+
+    def build(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=self.lr)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """A loss without randomness: rows weigh differently, so that their order and mean matter."""
+
+    heads: ClassVar = ("u",)
+
+    def loss(self, net: Any, batch: Batch, rng: torch.Generator) -> LossOutput:
+        t = torch.linspace(0, 1, len(batch))
+        x0, t, cond = batch.share.rows(batch.x0, t, batch.cond)
+        u = net(x0, t * 0, t * 0, cond)["u"]
+        error = mean_flat((u - x0 * cond["label"][:, None]) ** 2)
+        return LossOutput(per_sample=error, terms={"u": error.detach()}, t=t, r=t)
