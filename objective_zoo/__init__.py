@@ -152,12 +152,12 @@ def parts(kind: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from registry.catalogue import kind_of, reference_of
+    from registry.catalogue import kind_named, reference_of
     from registry.core import summary
     from registry.plugins import load_plugins
 
     load_plugins()
-    found = {name: kind_of(kind).get(name) for name in kind_of(kind).names()}
+    found = {name: kind_named(kind).get(name) for name in kind_named(kind).names()}
     papers = {name: reference_of(cls) for name, cls in found.items()}
     columns = {
         "summary": {name: summary(cls) for name, cls in found.items()},

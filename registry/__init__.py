@@ -18,6 +18,7 @@ __all__ = [
     "extractors",
     "guidance_laws",
     "heads",
+    "kind_of",
     "kinds",
     "launchers",
     "metrics",
@@ -34,6 +35,18 @@ __all__ = [
     "vaes",
     "weights",
 ]
+
+
+def kind_of(part: object) -> Registry | None:
+    """The registry that has the part's class, or else its nearest base; None if none has.
+
+    A class stands for itself: `kind_of(MeanFlow)` is `kind_of(MeanFlow())`.
+    """
+    for ancestor in (part if isinstance(part, type) else type(part)).__mro__:
+        for kind in kinds:
+            if kind.holds(ancestor):
+                return kind
+    return None
 
 
 def _check_objective(name: str, cls: type) -> None:

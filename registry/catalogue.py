@@ -15,13 +15,13 @@ def catalogue(kind: str | None = None, file: Path | None = None, *, bibtex: bool
     load_plugins()
     if file is not None:
         import_file(file)
-    chosen = list(registry.kinds) if kind is None else [kind_of(kind)]
+    chosen = list(registry.kinds) if kind is None else [kind_named(kind)]
     if bibtex:
         return "\n\n".join(_references(chosen))
     return "\n\n".join(_section(k) for k in chosen if k.names())
 
 
-def kind_of(name: str) -> Registry:
+def kind_named(name: str) -> Registry:
     """The registry of a kind, such as "objective", "objectives" or "time_law"."""
     for kind in registry.kinds:
         word = kind.kind.replace(" ", "_")

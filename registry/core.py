@@ -77,6 +77,10 @@ class Registry:
                     return name
         raise KeyError(f"{cls.__name__} is not a registered {self.kind}")
 
+    def holds(self, cls: type) -> bool:
+        """Whether this very class is registered, not a base of it."""
+        return cls in self._classes.values()
+
     def __contains__(self, name: str) -> bool:
         return name in self._classes
 

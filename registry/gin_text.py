@@ -125,11 +125,11 @@ def _reference(key: str, part: Any, place: str, plain: set[type], inner: list[st
 
 
 def _name(key: str, cls: type) -> str:
+    if (owner := registry.kind_of(cls)) and owner.holds(cls):
+        return owner.name_of(cls)
     for kind in registry.kinds:
         for name in kind.names():
             known = kind.get(name)
-            if known is cls:
-                return name
             if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
                 raise ValueError(
                     f"{key}: this {cls.__qualname__} is older than the class that is registered "

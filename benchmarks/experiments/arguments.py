@@ -14,15 +14,13 @@ from trainers.ema.power_function import exponent
 
 def bound(name: str, part: Any, kind: registry.Registry) -> Any:
     """The part as it was given; ValueError for None, plain values and parts of other kinds."""
-    cls = part if isinstance(part, type) else type(part)
-    other = next((k for k in registry.kinds if k is not kind and _registered(cls, k)), None)
-    plain = part is None or isinstance(part, str | int | float | tuple | list | dict)
-    if not plain and other is None:
-        return part
-    if other is not None:
-        given = f"= @{_registered(cls, other)} is of the kind {other.kind!r}, not {kind.kind!r}"
-    else:
+    found = registry.kind_of(part)
+    if found is not None and found is not kind:
+        given = f"= @{found.name_of(part)} is of the kind {found.kind!r}, not {kind.kind!r}"
+    elif part is None or isinstance(part, str | int | float | tuple | list | dict):
         given = "is not bound" if part is None else f"= {part!r} is no {kind.kind}"
+    else:
+        return part
     raise ValueError(
         f"run.{name} {given}. Bind it in the gin file or by --set, for example "
         f"run.{name} = @{kind.names()[0]}{'' if name == 'backbone' else '()'}; "
@@ -39,7 +37,8 @@ def check_built(given: Mapping[str, Any]) -> None:
         if name in ("backbone", "heads"):
             continue
         for key, value in _settings(f"run.{name}", part):
-            if isinstance(value, type) and (found := _registered(value)):
+            if isinstance(value, type) and (kind := registry.kind_of(value)):
+                found = kind.name_of(value)
                 raise ValueError(
                     f"{key} = @{found} lacks brackets: write @{found}(), which builds the part"
                 )
@@ -52,19 +51,11 @@ def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         for one in value:
             yield from _settings(key, one)
     elif is_dataclass(value) and not isinstance(value, type):
-        owner = _registered(type(value)) or key
+        kind = registry.kind_of(value)
+        owner = kind.name_of(value) if kind else key
         for f in fields(value):
             if f.init:
                 yield from _settings(f"{owner}.{f.name}", getattr(value, f.name))
-
-
-def _registered(cls: type, *kinds: registry.Registry) -> str:
-    """The name of a class among the registered ones of these kinds, or of all; '' for another."""
-    for kind in kinds or registry.kinds:
-        for name in kind.names():
-            if issubclass(cls, kind.get(name)):
-                return name
-    return ""
 
 
 def check_seed(seed: Any) -> None:
