@@ -39,10 +39,10 @@ def _main(argv: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)
     arguments.words = ["objective-zoo", *(sys.argv[1:] if argv is None else argv)]
-    from benchmarks.console import shown
+    from benchmarks.console import show_output
 
     try:
-        with shown():
+        with show_output():
             arguments.command(arguments)
     except BrokenPipeError:
         raise

@@ -30,7 +30,7 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def shown() -> Iterator[None]:
+def show_output() -> Iterator[None]:
     """Show bars, our packages' log from INFO on, and everybody's from WARNING on."""
     handler, root = _Lines(), logging.getLogger()
     ours = [logging.getLogger(name) for name in PACKAGES]
@@ -39,7 +39,7 @@ def shown() -> Iterator[None]:
     for logger in ours:
         logger.setLevel(logging.INFO)
     try:
-        with progress.shown():
+        with progress.show_progress():
             yield
     finally:
         root.removeHandler(handler)

@@ -35,12 +35,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # Outside training, where nothing can be saved; training takes both signals itself.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from benchmarks.console import shown
+    from benchmarks.console import show_output
 
     run_cell = pkgutil.resolve_name(address)
 
     def lead() -> None:
-        with shown():
+        with show_output():
             ended = run_cell(Path(folder))
         os.write(answer, json.dumps(asdict(ended)).encode())
 

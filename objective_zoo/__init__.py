@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from objective_zoo.own_packages import first
+from objective_zoo.own_packages import put_first
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,9 +175,9 @@ def check(name: str, file: str | Path | None = None) -> ConformanceReport:
     ()
     """
     from benchmarks.conformance import check as conformance
-    from objective_zoo.calls import called
+    from objective_zoo.calls import isolated_call
 
-    with called():
+    with isolated_call():
         return conformance(name, Path(file) if file else None)
 
 
@@ -190,9 +190,9 @@ def report(
     'report.html'
     """
     from benchmarks.report import write_report
-    from objective_zoo.calls import called, listed
+    from objective_zoo.calls import isolated_call, listed
 
-    with called():
+    with isolated_call():
         write_report(listed("runs", runs), Path(out), baseline=baseline, force=force)
     return Path(out) / "report.html"
 
@@ -207,4 +207,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-first()
+put_first()

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.console import shown
+from benchmarks.console import show_output
 from registry import gin_setup
-from registry import progress as progress_of
+from registry.progress import show_progress
 
 
 @contextmanager
-def called(progress: bool = False) -> Iterator[None]:
+def isolated_call(progress: bool = False) -> Iterator[None]:
     """Give a call its own gin, let it train as in a new process, and put the state back afterwards.
 
     Nothing is shown unless `progress`.
@@ -27,7 +27,7 @@ def called(progress: bool = False) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(),
-        shown() if progress else progress_of.shown(False),
+        show_output() if progress else show_progress(False),
     ):
         # Given by torch itself at the first forward-mode derivative.
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)

@@ -12,7 +12,7 @@ from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome
 from benchmarks.grids.request import Request
 from benchmarks.grids.result_table import wide
 from benchmarks.runs.frame import frame
-from objective_zoo.calls import called, listed
+from objective_zoo.calls import isolated_call, listed
 from objective_zoo.runs import Run
 from registry.core import Registry
 from registry.gin_text import bindings_of_values
@@ -96,7 +96,7 @@ class PlannedRun:
     def run(self, out: str | Path, *, resume: bool = False, progress: bool = False) -> Run:
         """Train, sample, measure and record it in `out`, a new folder."""
         request = Request(file=None, bindings=self._bindings)
-        with called(progress):
+        with isolated_call(progress):
             found = _finished(lambda: library.compare(request, Path(out), resume=resume))
         return next(iter(found.runs.values()))
 
@@ -111,7 +111,7 @@ def compare(
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.run`."""
-    with called(progress):
+    with isolated_call(progress):
         request = _request(file, arms, values)
         return _finished(lambda: library.compare(request, out, resume=resume))
 
@@ -127,7 +127,7 @@ def grid(
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.grid`."""
-    with called(progress):
+    with isolated_call(progress):
         request = _request(file, arms, values)
         return _finished(
             lambda: library.run_grid(request, out, workers=workers, retry_failed=retry_failed)

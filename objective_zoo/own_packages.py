@@ -22,7 +22,7 @@ class _Beside:
         return PathFinder.find_spec(name, [str(ROOT)]) if name in PACKAGES else None
 
 
-def first() -> None:
+def put_first() -> None:
     """From now on our packages are found before others of their names.
 
     Raises ImportError if another package has taken one of the names already.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.runs.result import Result, finished_run
-from objective_zoo.calls import called, listed
+from objective_zoo.calls import isolated_call, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,14 +134,14 @@ class Run:
         lists = {k: v for k, v in {"nfe": nfe, **options}.items() if k in _LISTS}
         given = {**options, **{name: listed(name, value) for name, value in lists.items()}}
         request = EvaluationRequest(num=num, **given)
-        with called(progress):
+        with isolated_call(progress):
             return evaluate_run(self.folder, request)
 
     @cached_property
     def _opened(self) -> tuple[Built, FlowNetwork]:
         from benchmarks.runs.finished import open_run
 
-        with called():
+        with isolated_call():
             return open_run(self.folder)
 
     def _drawn(

@@ -1,6 +1,6 @@
 """Progress of long work: bars and lines on stderr, shown only to a caller who asked for them.
 
-The library is silent. The command line and its workers open `shown()`; so does `progress=True` of
+The library is silent. The command line and its workers open `show_progress()`; so does `progress=True` of
 the Python door. Code with long work makes its bars here and need not know who asked.
 """
 
@@ -22,7 +22,7 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def shown(yes: bool = True) -> Iterator[None]:
+def show_progress(yes: bool = True) -> Iterator[None]:
     """Show progress, or hide it, inside the `with` block."""
     before = _SHOWN.set(yes)
     try:

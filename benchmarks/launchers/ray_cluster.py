@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.console import shown
+from benchmarks.console import show_output
 from benchmarks.launchers.launcher import OUTPUT, Progress, interruptible
 from benchmarks.launchers.subprocesses import Worker
 from benchmarks.records.mlflow_sync import reason
@@ -193,7 +193,7 @@ def _run_cell(
         open(folder / OUTPUT, "a") as output,
         redirect_stdout(output),
         redirect_stderr(output),
-        shown(),
+        show_output(),
     ):
         return run_cell(folder)
 

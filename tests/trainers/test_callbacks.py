@@ -75,7 +75,7 @@ def test_progress_bar_shows_loss_rate_and_time_left(capsys: pytest.CaptureFixtur
         def on_step(self, state: TrainState, out: LossOutput) -> None:
             bar._shown = -1e9
 
-    with progress.shown():
+    with progress.show_progress():
         run(callbacks=[Impatient(), bar], budget=Budget(steps=4))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
@@ -88,7 +88,7 @@ def test_progress_bar_draws_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress.shown():
+    with progress.show_progress():
         run(callbacks=[ProgressBar(label="toy")], budget=Budget(steps=4))
     text = capsys.readouterr().err
     assert "\r" in text

@@ -194,7 +194,7 @@ def test_read_pictures_refuses_more_than_memory(tmp_path):
 
 def test_read_pictures_shows_progress_for_many_files(tmp_path, monkeypatch, capsys):
     files = tuple(picture(tmp_path / f"{i}.png") for i in range(3))
-    with progress.shown():
+    with progress.show_progress():
         read_pictures(files, 3, 3)
         assert "reading pictures" not in capsys.readouterr().err
         monkeypatch.setattr(image_pixels, "BAR_FROM", 3)

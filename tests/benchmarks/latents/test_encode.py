@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_named_and_only_it_is_redone(
 
 @pytest.mark.slow  # two processes import diffusers
 def test_two_workers_write_what_one_writes(encoded, pictures, kl, tmp_path, caplog, capsys):
-    with progress.shown():
+    with progress.show_progress():
         encode(pictures, tmp_path, encoder(kl), shard_rows=8, workers=2)
     assert contents(tmp_path) == contents(encoded)
     assert not caplog.records
