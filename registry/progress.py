@@ -1,7 +1,8 @@
 """Progress of long work: bars and lines on stderr, shown only to a caller who asked for them.
 
-The library is silent. The command line and its workers open `show_progress()`; so does `progress=True` of
-the Python door. Code with long work makes its bars here and need not know who asked.
+The library is silent. The command line and its workers open `show_progress()`; so does
+`progress=True` of the Python door. Code with long work makes its bars here and need not know who
+asked.
 """
 
 from __future__ import annotations
