@@ -30,9 +30,10 @@ _REFERENCE = re.compile(r"@[\w./]+(\(\))?|%[\w.]+")
 def bindings_of_values(values: Mapping[str, Any], *, beside_file: bool = False) -> list[str]:
     """One binding a line, in the order of the keys and then of the fields.
 
-    A value is plain data, a registered class or an instance of one that is a dataclass, or such in
-    tuples, lists and dicts. A text that begins with @ or % is a gin reference. ValueError, with the
-    key, for anything else. `beside_file` says that a gin file is read before these bindings.
+    A value is plain data, a registered class, or an instance of a registered dataclass; tuples,
+    lists and dicts may hold such values. A text that begins with @ or % is a gin reference. Any
+    other value raises a ValueError that names its key. `beside_file` says that a gin file is read
+    before these bindings.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f'{values!r} must be a dict of bindings, such as {{"run.steps": 50}}')

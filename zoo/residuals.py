@@ -49,7 +49,7 @@ class Exact:
 @residuals.register("rcgm")
 @dataclass(frozen=True, kw_only=True)
 class Rcgm:
-    """A finite difference of the flow map, which a few teacher steps carry on to r."""
+    """A finite difference of the flow map, continued to r by a few steps of the teacher."""
 
     reference: ClassVar = Reference(
         title="Any-step Generation via N-th Order Recursive Consistent Velocity Field Estimation",

@@ -37,7 +37,10 @@ class Store:
 
     @classmethod
     def of(cls, uri: str, experiment: str) -> Store:
-        """The store of this uri, a sqlite path made absolute; ValueError for a uri that is none."""
+        """The store at this address; ValueError for an address that MLflow does not take.
+
+        The path of a sqlite file is made absolute.
+        """
         if not uri.startswith("sqlite:"):
             if urlsplit(uri).scheme in ("", "file"):
                 raise ValueError(
