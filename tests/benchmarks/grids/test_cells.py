@@ -248,3 +248,16 @@ def test_networks_are_dropped_once_checked(planned):
     planned(FM + SEEDS, cost_of=lambda experiment: nets.append(weakref.ref(experiment.net)))
     gc.collect()
     assert [net() for net in nets] == [None, None]
+
+
+@pytest.mark.parametrize("axis", ["torch_engine.clip", "torch_engine.max_grad_norm"])
+def test_cells_keep_id_and_folder_whichever_name_of_a_parameter_an_axis_uses(planned, axis):
+    """A grid that was begun under the former name goes on under the present one."""
+    engine = "run.engine = @torch_engine()\n"
+    former = planned(FM + engine + "Grid.axes = {'torch_engine.clip': [0.5, 1.0]}\n")
+    found = planned(FM + engine + f"Grid.axes = {{'{axis}': [0.5, 1.0]}}\n")
+    assert ids(found) == ids(former)
+    assert [one.cell.name for one in found.cells] == [
+        f"flow_matching_clip={value}-{one.cell.id[:8]}"
+        for value, one in zip(("0.5", "1.0"), former.cells, strict=True)
+    ]
