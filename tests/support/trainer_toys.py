@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from registry.protocols import Batch, LossOutput, Network, Teacher
-from trainers import AdamW, Budget, Callback, TrainState, fit
+from trainers import AdamW, Budget, Callback, CheckpointCallback, TrainState, fit
 from zoo.ops import like, mean_flat, normal_like
 from zoo.teachers import EmaTeacher
 
@@ -151,3 +152,10 @@ class Quadratic:
         u = net(x0, t * 0, t * 0, cond)["u"]
         error = mean_flat((u - x0 * cond["label"][:, None]) ** 2)
         return LossOutput(per_sample=error, terms={"u": error.detach()}, t=t, r=t)
+
+
+def trained(folder: Path, steps: int = 9, every: int = 3, keep: int = 10, **more: Any) -> Path:
+    """A finished short run with checkpoints; the folder that holds them."""
+    saving = CheckpointCallback(every=every, keep=keep)
+    run(folder=folder, budget=Budget(steps=steps), callbacks=[saving], **more)
+    return folder / "checkpoints"
