@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from benchmarks.commands import bench, check, encode, evaluate, grid, plan, report, run, weights
+from benchmarks.threads import choose_threads
 
 EXPECTED = (ValueError, KeyError, OSError, ImportError)
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    choose_threads()
     # Given by torch itself at the first forward-mode derivative.
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)

@@ -21,11 +21,14 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.threads import choose_threads
+
 
 def main() -> None:
     folder, cores, processes, address = sys.argv[1:]
     if cores:
         os.sched_setaffinity(0, map(int, cores.split(",")))
+    choose_threads()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if int(processes) > 1 and "RANK" not in os.environ:
         from benchmarks.launchers.ranks import start

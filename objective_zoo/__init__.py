@@ -208,3 +208,4 @@ def __dir__() -> list[str]:
 
 
 put_first()
+importlib.import_module("benchmarks.threads").choose_threads()

@@ -20,7 +20,12 @@ BELOW = {  # each package, and those that it may import
     "benchmarks": {"registry", "zoo", "backbones", "trainers"},
     "objective_zoo": {"registry", "zoo", "backbones", "trainers", "benchmarks"},
 }
-LEAVES = {"console", "locks", "markdown"}  # modules of benchmarks that any of its folders may use
+LEAVES = {
+    "console",
+    "locks",
+    "markdown",
+    "threads",
+}  # modules of benchmarks that any of its folders may use
 INSIDE = {  # the folders of benchmarks, and those that each may import
     "data": set(),
     "records": set(),
@@ -37,7 +42,13 @@ INSIDE = {  # the folders of benchmarks, and those that each may import
     "speed": {"grids", "runs", "experiments", "data", "latents", "metrics", "records"},
 }
 # Those that may import every folder.
-PROGRAMS = {"cli", "worker", "loading", "plan_check"}  # they print and exit, as commands do
+PROGRAMS = {
+    "cli",
+    "worker",
+    "loading",
+    "plan_check",
+    "waiting",
+}  # they print and exit, as commands do
 ENTRIES = PROGRAMS | {"builtin_parts", "exported", "commands"}
 MOST_MODULES = 12  # of a folder
 

@@ -18,6 +18,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from benchmarks.threads import num_cores
+
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 Tell: TypeAlias = Callable[[int], object]  # is told how many more rows are done
@@ -41,9 +43,9 @@ def outcomes(
     """
     if workers <= 1:
         for task in tasks:
-            yield task, partial(work, task, devices[0], os.cpu_count() or 1, tell)
+            yield task, partial(work, task, devices[0], num_cores(), tell)
         return
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, num_cores() // workers)
     context = multiprocessing.get_context("spawn")
     places, count = context.Queue(), context.Value("q", 0)
     for number in range(workers):

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from benchmarks.threads import NUM_THREADS, threads_of_each
 from trainers import ranks
 
 GRACE_SECONDS = 20.0  # that the others have to end after the first one has ended
@@ -43,7 +44,7 @@ def start(
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_threads(processes)),
+        NUM_THREADS: threads_of_each(processes),
     }
     started = []
     for rank in range(processes):
@@ -120,10 +121,6 @@ def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _threads(processes: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def free_port() -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from benchmarks.launchers.launcher import OUTPUT, Progress, interruptible
+from benchmarks.threads import core_numbers
 from registry import launchers
 from registry.protocols import Ended, Job, RunCell
 
@@ -70,7 +71,7 @@ class Subprocesses:
             raise KeyboardInterrupt
 
     def _worker(self, job: Job, run_cell: RunCell, place: int) -> Worker:
-        cores = _share(_cores(), place, self.workers)
+        cores = _share(core_numbers(), place, self.workers)
         pinned = cores if hasattr(os, "sched_setaffinity") else ()
         threads = max(1, len(cores) // self.ranks)
         environment = _environment(threads, place, self.workers)
@@ -140,12 +141,6 @@ def _share(items: Sequence[T], place: int, places: int) -> Sequence[T]:
     """This worker's share; with more workers than items, one item each, used in turns."""
     size = len(items) // places
     return items[place * size :][:size] if size else items[place % len(items) :][:1]
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _gpus() -> list[str]:

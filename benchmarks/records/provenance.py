@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from benchmarks.threads import num_cores
 
 PACKAGES = (
     "objective-zoo",
@@ -37,7 +38,7 @@ def provenance() -> dict[str, str]:
     facts["version.python"] = platform.python_version()
     facts |= {f"version.{name}": version_of(name) for name in PACKAGES}
     facts["platform"] = platform.platform()
-    facts["cpus"] = str(_num_cpus())
+    facts["cpus"] = str(num_cores())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts["gpus"] = ", ".join(gpus) or "none"
     return facts
@@ -68,12 +69,6 @@ def checkout(root: Path) -> dict[str, str]:
         return {"commit": "not a checkout", "dirty": "unknown"}
     except FileNotFoundError:
         return {"commit": "unknown: git is not installed", "dirty": "unknown"}
-
-
-def _num_cpus() -> int | None:
-    if hasattr(os, "sched_getaffinity"):  # macOS does not have it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -29,6 +29,7 @@ from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.records.jsonl import read_record
 from benchmarks.records.recorders import Jsonl
 from benchmarks.runs.result import Result
+from benchmarks.threads import core_numbers
 from registry.protocols import Ended, Job
 
 WAITS = """
@@ -133,7 +134,7 @@ def test_no_more_cells_run_at_once_than_there_are_workers(jobs: Callable[..., li
     assert max(at_once) == 2
 
 
-@pytest.mark.skipif(len(subprocesses._cores()) < 2, reason="needs two cores")
+@pytest.mark.skipif(len(core_numbers()) < 2, reason="needs two cores")
 def test_workers_divide_the_cores_between_them(
     jobs: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +147,7 @@ def test_workers_divide_the_cores_between_them(
     """
     started = jobs(script, script)
     list(Subprocesses(workers=2)(started, run_cell))
-    cores = subprocesses._cores()
+    cores = core_numbers()
     half = len(cores) // 2
     threads = [str(half)] * 3
     assert {(job.folder / "has").read_text() for job in started} == {
