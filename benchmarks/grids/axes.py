@@ -6,10 +6,11 @@
       mode = 'product'                     # every combination: 4 settings
       repeat = {'run.seed': [0, 1, 2]}     # crossed with every cell: 4 x 2 arms x 3 seeds
 
-In the mode 'zip' the axes move together (2 settings); in 'one_at_a_time' there is the file's own
-setting, and each axis varied around it alone (5). `repeat` holds in every mode. A value is whatever
-gin can write: number, text, tuple, reference (`@jvp()`) or macro. The key 'include' stands for
-whole files, a key without a dot for a macro.
+In the mode 'zip' the axes move together (2 settings), and a value may come again. In the mode
+'one_at_a_time' there is the file's own setting, and each axis varied around it alone (5). `repeat`
+holds in every mode. A value is whatever gin can write: number, text, tuple, reference (`@jvp()`) or
+macro. The key 'include' stands for whole files, a key without a dot for a macro. A grid of more
+than `max_cells` is refused.
 
 Axes are read, not built: a setting is a tuple of pairs of texts, key and gin value.
 """
@@ -17,19 +18,23 @@ Axes are read, not built: a setting is a tuple of pairs of texts, key and gin va
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gin
 
 from registry import gin_setup
 
 MODES = ("product", "zip", "one_at_a_time")
+MAX_CELLS = 10_000  # each is built before any of them runs
 INCLUDE = "include"
 
+T = TypeVar("T")
 Setting = tuple[tuple[str, str], ...]
 Axes = Mapping[str, Sequence[str]]
 
@@ -48,6 +53,7 @@ class Grid:
     mode: str = "product"
     repeat: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     launcher: Any = None
+    max_cells: int = MAX_CELLS
     only: str | None = None
     folders: tuple[str, ...] = ()
 
@@ -59,6 +65,7 @@ class Declared:
     axes: Axes = field(default_factory=dict)
     mode: str = "product"
     repeat: Axes = field(default_factory=dict)
+    max_cells: int = MAX_CELLS
 
     def __bool__(self) -> bool:
         return bool(self.axes or self.repeat)
@@ -70,8 +77,20 @@ class Declared:
     def cells(self, arms: Sequence[str]) -> list[tuple[str, Setting]]:
         """Every arm in every setting, one repetition after the other.
 
-        So a grid that is stopped early has complete repetitions.
+        So a grid that is stopped early has complete repetitions. ValueError for more than
+        `max_cells`.
         """
+        settings, again = (
+            num_settings(varied, mode)
+            for varied, mode in ((self.axes, self.mode), (self.repeat, "product"))
+        )
+        if (count := again * len(arms) * settings) > self.max_cells:
+            raise ValueError(
+                f"this grid has {count:,} cells ({again:,} repetitions x {len(arms)} arms x "
+                f"{settings:,} settings of its axes), more than Grid.max_cells = "
+                f"{self.max_cells:,}. Shorten its axes, or raise the limit: "
+                f"--set 'Grid.max_cells = {count}'"
+            )
         return [
             (arm, setting + again)
             for again in vary(self.repeat, "product")
@@ -90,17 +109,27 @@ def vary(axes: Axes, mode: str) -> Iterable[Setting]:
     return zip(*columns, strict=True) if mode == "zip" else itertools.product(*columns)
 
 
+def num_settings(axes: Axes, mode: str) -> int:
+    """The number of settings that `vary` gives, without making them."""
+    lengths = list(map(len, axes.values()))
+    if mode == "one_at_a_time":
+        return 1 + sum(lengths)
+    return min(lengths, default=1) if mode == "zip" else math.prod(lengths)
+
+
 def declared(folder: Path) -> Declared:
     """What Grid.axes, Grid.mode and Grid.repeat say; files in them are found from `folder`."""
     if gin_setup.query("Grid.only") is not None:
         return Declared()
+    mode = gin_setup.query("Grid.mode", "product")
+    if mode not in MODES:
+        raise ValueError(f"Grid.mode = {mode!r} is none of {', '.join(MODES)}")
     found = Declared(
-        axes=_read("Grid.axes", folder),
-        mode=gin_setup.query("Grid.mode", "product"),
+        axes=_read("Grid.axes", folder, may_repeat=mode == "zip"),
+        mode=mode,
         repeat=_read("Grid.repeat", folder),
+        max_cells=_max_cells(),
     )
-    if found.mode not in MODES:
-        raise ValueError(f"Grid.mode = {found.mode!r} is none of {', '.join(MODES)}")
     axes, repeat = ({gin_setup.own_key(key) for key in a} for a in (found.axes, found.repeat))
     if both := sorted(axes & repeat):
         raise ValueError(f"{', '.join(both)} is in Grid.axes and in Grid.repeat; keep one of them")
@@ -110,10 +139,24 @@ def declared(folder: Path) -> Declared:
         raise ValueError(
             f"Grid.mode = 'zip' moves all axes together, so they need equally many values: {counts}"
         )
+    if found.mode == "zip" and (twice := _repeated(vary(found.axes, "zip"))):
+        raise ValueError(f"Grid.axes has the setting {label('', twice[0])} more than once")
     return found
 
 
-def _read(name: str, folder: Path) -> dict[str, list[str]]:
+def _max_cells() -> int:
+    limit = gin_setup.query("Grid.max_cells", MAX_CELLS)
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"Grid.max_cells = {limit!r} must be a whole number from 1 on")
+    return limit
+
+
+def _repeated(values: Iterable[T]) -> list[T]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _read(name: str, folder: Path, may_repeat: bool = False) -> dict[str, list[str]]:
+    """The axes by key; `may_repeat` says whether an axis may have a value more than once."""
     bound = gin_setup.query(name, {})
     if not isinstance(bound, dict):
         raise ValueError(f"{name} = {bound!r} must be a dict, such as {{'run.seed': [0, 1, 2]}}")
@@ -125,7 +168,7 @@ def _read(name: str, folder: Path) -> dict[str, list[str]]:
                 "'run.seed': [0, 1, 2]"
             )
         texts = [_text(key, value, folder) for value in values]
-        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+        if not may_repeat and (twice := _repeated(texts)):
             raise ValueError(f"{name} gives {key} the value {', '.join(twice)} more than once")
         if again := [other for other in axes if gin_setup.own_key(other) == gin_setup.own_key(key)]:
             raise ValueError(f"{name} has {again[0]} and {key}, which are one parameter; keep one")

@@ -87,6 +87,10 @@ def run_cell(folder: Path) -> Ended:
         log.exception("the run %s failed", cell.name)
         ranks.fail_together(message_of(error))
         return Ended(cell.name, "failed", message_of(error))
+    except SystemExit as end:  # of a part's own code; the other cells go on
+        log.exception("the run %s failed", cell.name)
+        ranks.fail_together(_exited(end))
+        return Ended(cell.name, "failed", _exited(end))
     return Ended(cell.name, "finished")
 
 
@@ -104,6 +108,12 @@ def follow() -> None:
             continue
         except Exception as error:
             ranks.fail_together(message_of(error))
+        except SystemExit as end:
+            ranks.fail_together(_exited(end))
+
+
+def _exited(end: SystemExit) -> str:
+    return f"its code asked Python to exit, with {end.code!r}; raise an error there instead"
 
 
 def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:

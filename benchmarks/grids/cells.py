@@ -56,6 +56,7 @@ class Plan:
     name: str
     cells: tuple[Planned, ...]
     axes: Declared
+    whole: bool  # it has all arms of its file
     notes: tuple[str, ...]  # on axes without effect
     config: str  # of all cells
     launcher: Launcher
@@ -129,6 +130,7 @@ def plan(
             for number, draft in enumerate(different, 1)
         ),
         axes=declared,
+        whole=not request.only,
         notes=tuple(_notes(drafts, len(different))),
         config=request.text(opened, verb, request.command(verb, request.only)),
         launcher=gin_setup.build("Grid.launcher") or InProcess(),

@@ -131,7 +131,7 @@ def _run(
             jobs.append(Job(one.cell.name, _prepare(one, out / one.cell.name)))
     with planned.recorder.start(name=out.name, folder=out, tags={"grid": planned.name}) as parent:
         parent.text(planned.config, "config.gin")
-        parent.text(_about(planned, states), GRID)
+        parent.text(_about(planned, states, out), GRID)
         failed |= _launch(planned, jobs, parent)
         comparison = ComparisonOutcome(
             folder=out,
@@ -165,9 +165,9 @@ def _prepare(one: Planned, folder: Path) -> Path:
     return folder
 
 
-def _about(planned: Plan, states: Mapping[str, State]) -> str:
-    """The content of grid.json."""
-    cells = [
+def _about(planned: Plan, states: Mapping[str, State], out: Path) -> str:
+    """The content of grid.json. Where only some arms run, the other arms' cells stay in it."""
+    cells: list[dict[str, Any]] = [
         {
             "name": one.cell.name,
             "id": one.cell.id,
@@ -179,6 +179,10 @@ def _about(planned: Plan, states: Mapping[str, State]) -> str:
         }
         for one in planned.cells
     ]
+    arms = {cell["arm"] for cell in cells}
+    if not planned.whole and (out / GRID).exists():
+        before = json.loads((out / GRID).read_text())["cells"]
+        cells += [cell for cell in before if cell["arm"] not in arms]
     about = {**asdict(planned.axes), "notes": planned.notes, "cells": cells}
     return json.dumps({"grid": planned.name, **about}, indent=1) + "\n"
 

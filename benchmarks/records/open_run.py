@@ -195,7 +195,8 @@ class OpenRun:
             return
         else:
             self.tags({"error": f"{kind.__name__}: {error}"})
-            self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+            failed = issubclass(kind, (Exception, SystemExit))
+            self.close("FAILED" if failed else "KILLED")
 
     def _start_line(self, parent: Path | None) -> dict[str, Any]:
         above = None

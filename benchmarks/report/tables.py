@@ -1,9 +1,10 @@
 """Every number of a report. Page, Markdown and CSV only show what is worked out here, once.
 
 A table is one metric, its rows are arms (with the values of a grid's axes), its columns numbers of
-network evaluations. Against the baseline a row is `better` or `worse` only where the interval of
-the paired difference excludes zero. A row is the `best` of a column only where it is better in
-this sense than every other row.
+network evaluations. Each row has a baseline: the user's, else the row of flow matching at the same
+budget; where a grid varies each axis alone, the arm's own setting. Against it a row is `better` or
+`worse` only where the interval of the paired difference excludes zero. A row is the `best` of a
+column only where it is better in this sense than every other row of its budget.
 """
 
 from __future__ import annotations
@@ -77,10 +78,15 @@ class Compared:
     """The tables and costs of a section; `against` is the row whose time per step counts as 1."""
 
     section: Section
-    baseline: str
+    baselines: Mapping[str, str]  # by row; a baseline may have none
     tables: tuple[Table, ...]
     costs: Mapping[str, RowCost]
     against: str
+
+    @property
+    def baseline(self) -> str:
+        """The baseline of all rows, or the list of them."""
+        return ", ".join(dict.fromkeys(self.baselines.values())) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +112,30 @@ def build_report(runs: Runs, *, baseline: str = "", force: bool = False) -> Repo
 
 def _compared(section: Section, wanted: str) -> Compared:
     groups = section.groups
-    baseline = _row(section.cells, wanted) or _row(section.cells, BASELINE) or groups[0]
-    against = next((c.group for c in section.cells if c.result.objective == BASELINE), baseline)
+    baselines = _baselines(section, wanted)
+    measured_by = (c.group for c in section.cells if c.result.objective == BASELINE)
+    against = next(measured_by, next(iter(baselines.values()), groups[0]))
     return Compared(
         section=section,
-        baseline=baseline,
-        tables=tuple(_tables(section, baseline)),
+        baselines=baselines,
+        tables=tuple(_tables(section, baselines)),
         costs={group: _cost(section, group, against) for group in groups},
         against=against,
     )
+
+
+def _baselines(section: Section, wanted: str) -> dict[str, str]:
+    """The row that each row is compared with; see the head of this module."""
+    plain = [cell for cell in section.cells if not cell.varied]
+    found = {}
+    for cell in section.cells:
+        same = section.conditions[cell.group]
+        peers = [peer for peer in section.cells if section.conditions[peer.group] == same]
+        peers.sort(key=lambda peer: peer.varied)  # an arm's own setting before those of an axis
+        asked = _row(peers, wanted) or _row(section.cells, wanted)
+        own = _row(plain, cell.arm) if cell.alone and cell.varied else ""
+        found[cell.group] = asked or own or _row(peers, BASELINE) or peers[0].group
+    return found
 
 
 def _row(cells: Sequence[RecordedCell], name: str) -> str:
@@ -123,7 +144,7 @@ def _row(cells: Sequence[RecordedCell], name: str) -> str:
     return next(found, "")
 
 
-def _tables(section: Section, baseline: str) -> list[Table]:
+def _tables(section: Section, baselines: Mapping[str, str]) -> list[Table]:
     """A table for each sampled metric, as recorded, and one of errors against the exact flow."""
     keys = list(dict.fromkeys(key for cell in section.cells for key in cell.result.values))
     sampled = list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith("nfe")))
@@ -133,16 +154,16 @@ def _tables(section: Section, baseline: str) -> list[Table]:
         side = next((s for s in BETTER if f"{metric}_{s}" in keys), "")
         columns = [(f"nfe{n}/{metric}", f"NFE {n}") for n in nfes if f"nfe{n}/{metric}" in keys]
         real = f"{metric}_{side}" if side else ""
-        made.append(_table(section, baseline, metric, BETTER.get(side, ""), columns, real))
+        made.append(_table(section, baselines, metric, BETTER.get(side, ""), columns, real))
     exact = [(k, k.replace("_", " ")) for k in keys if "/" not in k and "_error" in k]
     if exact:
-        made.append(_table(section, baseline, "error against the exact flow", "lower", exact, ""))
+        made.append(_table(section, baselines, "error against the exact flow", "lower", exact, ""))
     return made
 
 
 def _table(
     section: Section,
-    baseline: str,
+    baselines: Mapping[str, str],
     title: str,
     better: str,
     columns: Sequence[tuple[str, str]],
@@ -156,7 +177,7 @@ def _table(
             Column(
                 key=key,
                 label=label,
-                entries=_entries(section, key, baseline, better),
+                entries=_entries(section, key, baselines, better),
                 real=interval(list(scores.values())) if scores else None,
             )
             for key, label in columns
@@ -164,7 +185,9 @@ def _table(
     )
 
 
-def _entries(section: Section, key: str, baseline: str, better: str) -> dict[str, Entry]:
+def _entries(
+    section: Section, key: str, baselines: Mapping[str, str], better: str
+) -> dict[str, Entry]:
     by_seed = {
         group: {c.seed: c.values[key] for c in section.of(group) if key in c.values}
         for group in section.groups
@@ -180,7 +203,9 @@ def _entries(section: Section, key: str, baseline: str, better: str) -> dict[str
 
     entries = {}
     for group, values in by_seed.items():
-        others = [other for other in by_seed if other != group]
+        same = section.conditions[group]
+        others = [o for o in by_seed if o != group and section.conditions[o] == same]
+        baseline = baselines[group]
         against = baseline in by_seed and group != baseline
         entries[group] = Entry(
             by_seed=values,

@@ -2,9 +2,10 @@
 
 A number depends on the data, on what measured it (features with their weights, resize, rounding,
 count, reference), on the guidance of the samples, and on the budget and the schedule that was
-laid out over it. Rows that differ in one of these facts are refused, with two exceptions. Where the
-axes of one grid vary a fact, or the arms of one file have different budgets, this is the question
-of the comparison: such rows get sections of their own, and no difference is taken across sections.
+laid out over it. Rows that differ in one of these facts are refused, with three exceptions. Where
+the axes of one grid vary the budget, the rows stand in one table, whose rows say the axis; a row is
+compared with rows of its own budget. Where the axes vary another fact, or the arms of one file have
+different budgets, such rows get sections of their own, and no difference is taken across sections.
 Rows that the user forces into one section are shown with a flag.
 """
 
@@ -36,6 +37,7 @@ BOUND_BY = {
     "budget": ("run.steps", "run.images", "run.seconds", "run.batch_size"),
     "schedule": ("run.schedule",),
 }
+IN_ROWS = ("budget", "schedule")  # the facts that do not split a section where an axis binds them
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Section:
     """Cells that may stand side by side; `title` says what sets them apart from other sections.
 
     `flags` says how a group differs from the first one, where the user forced them together.
+    `conditions` has what an axis sets for each group of the facts in `IN_ROWS`.
     """
 
     title: str
     cells: tuple[RecordedCell, ...]
     flags: Mapping[str, str]
+    conditions: Mapping[str, tuple[str, ...]]
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -80,7 +84,8 @@ def facts(cell: RecordedCell) -> dict[str, str]:
 
 def sections(cells: Sequence[RecordedCell], *, force: bool = False) -> list[Section]:
     """The cells in sections of equal facts; ValueError for a difference that nobody declared."""
-    split = _declared(cells)
+    in_rows = [name for name in IN_ROWS if _bound_by_axis(name, cells)]
+    split = [name for name in _declared(cells) if name not in in_rows]
     found: dict[tuple[str, ...], list[RecordedCell]] = {}
     for cell in cells:
         known = facts(cell)
@@ -88,26 +93,31 @@ def sections(cells: Sequence[RecordedCell], *, force: bool = False) -> list[Sect
     made = []
     for key, members in found.items():
         title = "; ".join(f"{n} {v}" for n, v in zip(split, key, strict=True) if n != "reference")
-        differing = _differing(members)
+        differing = _differing(members, in_rows)
         if differing and not force:
             raise ValueError(
                 "these rows cannot stand side by side:\n  "
                 + "\n  ".join(differing.values())
                 + "\nReport them apart, or add --force to show them with this flag"
             )
-        made.append(Section(title, tuple(members), differing))
+        conditions = {c.group: tuple(facts(c)[name] for name in in_rows) for c in members}
+        made.append(Section(title, tuple(members), differing, conditions))
     return made
+
+
+def _bound_by_axis(fact: str, cells: Sequence[RecordedCell]) -> bool:
+    axes = frozenset().union(*(cell.axes for cell in cells))
+    return any(_binds(axis, BOUND_BY[fact], cells) for axis in axes)
 
 
 def _declared(cells: Sequence[RecordedCell]) -> list[str]:
     """The facts that a grid's axes make differ, and the budget where the arms of a file do."""
     grids = {cell.record.parent for cell in cells}
-    axes = frozenset().union(*(cell.axes for cell in cells))
     return [
         name
-        for name, keys in BOUND_BY.items()
+        for name in BOUND_BY
         if len({facts(cell)[name] for cell in cells if cell.seed == cells[0].seed}) > 1
-        if any(_binds(axis, keys, cells) for axis in axes)
+        if _bound_by_axis(name, cells)
         or (name == "budget" and len(grids) == 1 and None not in grids)
     ]
 
@@ -126,14 +136,16 @@ def _binds(axis: str, keys: Sequence[str], cells: Sequence[RecordedCell]) -> boo
     return any(map(read.search, concerned))
 
 
-def _differing(cells: Sequence[RecordedCell]) -> dict[str, str]:
-    """How the facts of each group differ from those of the first one, seed by seed."""
+def _differing(cells: Sequence[RecordedCell], in_rows: Sequence[str]) -> dict[str, str]:
+    """How the facts of each group, but for `in_rows`, differ from the first one's, seed by seed."""
     first = cells[0].group
     mine = {cell.seed: facts(cell) for cell in cells if cell.group == first}
     found: dict[str, dict[str, str]] = {}
     for cell in cells:
         theirs = mine.get(cell.seed, facts(cells[0]))
         for name, value in facts(cell).items():
+            if name in in_rows:
+                continue
             if name == "reference" and cell.seed not in mine:
                 continue  # other seeds draw another reference
             if value != theirs[name]:

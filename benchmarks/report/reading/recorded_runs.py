@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from benchmarks.grids.cell_status import State, state_in
 from benchmarks.records.jsonl import RECORD, Record, read_record
@@ -29,11 +30,15 @@ _KILLED = "stopped or killed, or still running"
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedCell:
-    """One finished run; `group` names its row of a table, whose seeds are averaged."""
+    """One finished run; `group` names its row of a table, whose seeds are averaged.
+
+    `alone` says that its grid varies each axis alone, around the arms' own settings.
+    """
 
     record: Record
     result: Result
     group: str
+    alone: bool = False
 
     @property
     def folder(self) -> Path:
@@ -42,6 +47,15 @@ class RecordedCell:
     @property
     def seed(self) -> int:
         return self.result.seed
+
+    @property
+    def arm(self) -> str:
+        return self.record.tags["arm"]
+
+    @property
+    def varied(self) -> bool:
+        """Whether an axis sets it apart from its arm's own settings, apart from the seed."""
+        return self.record.tags.get("group", self.arm) != self.arm
 
     @property
     def values(self) -> dict[str, float]:
@@ -93,7 +107,7 @@ class Unfinished:
 
     name: str
     group: str
-    state: str  # "failed", "pruned", "half-done" or "not started"
+    state: str  # "failed", "pruned", "half-done", "not started", "not here" or "unreadable"
     reason: str
     steps: int
     command: str
@@ -122,13 +136,19 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
     records = {record.id: record for record in map(read_record, found.started)}
     own = {r.folder: (r, state_in(r.folder)) for r in records.values() if "arm" in r.tags}
     groups = {**{folder: _group(record) for folder, (record, _) in own.items()}, **found.groups}
-    done = [_cell(r, groups[r.folder]) for r, state in own.values() if state.status == "finished"]
+    alone = {folder for folder, mode in found.modes.items() if mode == "one_at_a_time"}
+    done = [
+        replace(_cell(r, groups[r.folder]), alone=r.folder.resolve() in alone)
+        for r, state in own.values()
+        if state.status == "finished"
+    ]
     others = [
         _unfinished(r, groups[r.folder], state)
         for r, state in own.values()
         if state.status != "finished"
     ]
     others += [_not_started(folder) for folder in found.prepared]
+    others += [_not_here(cell) for cell in found.missing]
     if not done:
         listed = "".join(f"\n  {cell.name}: {cell.state} {cell.reason}" for cell in others)
         raise ValueError(
@@ -176,15 +196,29 @@ def _unfinished(record: Record, group: str, state: State) -> Unfinished:
 
 
 def _not_started(folder: Path) -> Unfinished:
-    cell = json.loads((folder / CELL).read_text())
-    tags = cell["tags"]
+    name, state, reason, tags = folder.name, "not started", "", {}
+    try:
+        tags = dict(json.loads((folder / CELL).read_text(encoding="utf-8"))["tags"])
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        state, reason = "unreadable", f"{folder / CELL} is damaged"
+    return Unfinished(
+        name=name,
+        group=str(tags.get("group", name)),
+        state=state,
+        reason=reason,
+        steps=0,
+        command=str(tags.get("cell.command", "")),
+    )
+
+
+def _not_here(cell: Mapping[str, Any]) -> Unfinished:
     return Unfinished(
         name=cell["name"],
-        group=tags.get("group", cell["name"]),
-        state="not started",
-        reason="",
+        group=cell["group"],
+        state="not here",
+        reason=f"it was finished in {cell['folder']}, and no such folder is there any more",
         steps=0,
-        command=tags.get("cell.command", ""),
+        command=str(cell.get("command", "")),
     )
 
 

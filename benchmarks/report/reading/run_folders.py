@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.records.jsonl import RECORD, read_start
 from benchmarks.records.mlflow_store import Store
@@ -20,25 +21,44 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}\Z")
 class RunFolders:
     """The folders of runs that were `started`, and of cells that are only `prepared`.
 
-    `notes` name what is missing. `groups` says which row a folder belongs to in the grid that the
-    user gave, since a grid may use cells that another one has finished.
+    `notes` name what is not counted. `groups` says which row a folder belongs to in the grid that
+    the user gave, since a grid may use cells that another one has finished. `modes` has that grid's
+    mode. `missing` are cells that a grid found finished in folders that are not here any more.
     """
 
     started: tuple[Path, ...]
     prepared: tuple[Path, ...]
     notes: tuple[str, ...]
     groups: Mapping[Path, str]
+    modes: Mapping[Path, str]
+    missing: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the grids below a folder say."""
+
+    notes: list[str] = field(default_factory=list)
+    groups: dict[Path, str] = field(default_factory=dict)
+    modes: dict[Path, str] = field(default_factory=dict)
+    missing: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def folders_of(runs: Sequence[str | Path], tracking_uri: str = "") -> RunFolders:
     """Every run in or below these folders, and the cells that a grid found finished elsewhere."""
-    notes: list[str] = []
-    groups: dict[Path, str] = {}
+    known = _Found()
     tops = [top for run in runs for top in _tops(run, tracking_uri)]
-    folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, notes, groups)))
+    folders = list(dict.fromkeys(f.resolve() for top in tops for f in _inside(top, known)))
     started = [folder for folder in folders if (folder / RECORD).exists()]
     prepared = [folder for folder in folders if folder not in started]
-    return RunFolders(tuple(started), tuple(prepared), tuple(dict.fromkeys(notes)), groups)
+    return RunFolders(
+        started=tuple(started),
+        prepared=tuple(prepared),
+        notes=tuple(dict.fromkeys(known.notes)),
+        groups=known.groups,
+        modes=known.modes,
+        missing=tuple(known.missing),
+    )
 
 
 def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
@@ -49,20 +69,48 @@ def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
     return _of_mlflow(str(run), Mlflow(tracking_uri=tracking_uri).store)
 
 
-def _inside(top: Path, notes: list[str], groups: dict[Path, str]) -> Iterator[Path]:
-    """The folders of runs, in the order of the grid that made them, else of their beginning."""
+def _inside(top: Path, found: _Found) -> Iterator[Path]:
+    """The folders of runs, in the order of the grid that made them, else of their beginning.
+
+    What lies in the folder of a grid and is none of its cells is named and left out.
+    """
+    cells_of: dict[Path, set[str]] = {}
     for grid in sorted(top.rglob(GRID)):
-        for cell in json.loads(grid.read_text())["cells"]:
+        if (about := _grid(grid, found.notes)) is None:
+            continue
+        cells_of[grid.parent] = {cell["name"] for cell in about["cells"]}
+        for cell in about["cells"]:
             here = grid.parent / cell["name"]
             folder = here if here.is_dir() else Path(cell["folder"])
             if folder.is_dir():
-                groups.setdefault(folder.resolve(), cell["group"])
+                found.groups.setdefault(folder.resolve(), cell["group"])
+                found.modes.setdefault(folder.resolve(), about.get("mode", "product"))
                 yield folder
             else:
-                notes.append(f"{cell['name']} is in {folder}, which is not here: left out")
-    records = [path.parent for path in top.rglob(RECORD)]
-    yield from sorted(records, key=_began)
-    yield from sorted(path.parent for path in top.rglob(CELL))
+                found.missing.append({**cell, "folder": str(folder)})
+    records = sorted((path.parent for path in top.rglob(RECORD)), key=_began)
+    for folder in [*records, *sorted(path.parent for path in top.rglob(CELL))]:
+        if folder.name in cells_of.get(folder.parent, {folder.name}):
+            yield folder
+        else:
+            found.notes.append(
+                f"{folder} is no longer a cell of the grid in {folder.parent}: it is not counted. "
+                "Give its folder to the report, too, if it is to count"
+            )
+
+
+def _grid(file: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The content of grid.json; None, with a note, where it cannot be read."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        for cell in about["cells"]:
+            if Path(cell["name"]).name != cell["name"] or not isinstance(cell["group"], str):
+                raise ValueError("a cell has no plain name or group")
+            Path(cell["folder"])
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        notes.append(f"{file} cannot be read: the runs beside it are counted as they lie there")
+        return None
+    return dict(about)
 
 
 def _began(folder: Path) -> tuple[int, str]:

@@ -14,6 +14,7 @@ COLUMNS = (
 )
 
 Line = dict[str, object]
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a spreadsheet's formula may begin
 
 
 def report_frame(report: Report) -> pd.DataFrame:
@@ -25,10 +26,19 @@ def report_frame(report: Report) -> pd.DataFrame:
 
 
 def to_csv(report: Report) -> str:
-    """The frame as text. What is missing is empty, and a value that is not a number is nan."""
-    text = _frame(report).map(lambda value: "" if value is None else value)
+    """The frame as text. What is missing is empty, and a value that is not a number is nan.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    text = _frame(report).map(_written)
     written: str = text.to_csv(index=False, lineterminator="\n", na_rep="nan")
     return written
+
+
+def _written(value: object) -> object:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else value
+    return "" if value is None else value
 
 
 def _frame(report: Report) -> pd.DataFrame:
@@ -54,7 +64,11 @@ def _lines(compared: Compared) -> list[Line]:
                 group,
                 column.key,
                 entry.value,
-                **(_difference(compared.baseline, entry.difference) if entry.difference else {}),
+                **(
+                    _difference(compared.baselines[group], entry.difference)
+                    if entry.difference
+                    else {}
+                ),
                 verdict=entry.verdict,
                 best="best" if entry.best else "",
                 flag=section.flags.get(group, ""),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 
 from benchmarks.markdown import markdown
@@ -23,6 +25,20 @@ EVALUATED = (
     "compared. Real halves are what one half of the reference scores against the other."
 )
 SINGLE = "Rows with n = 1 have no interval, and nothing is marked for them."
+
+
+def plain(text: str) -> str:
+    """A text from a record as a line of Markdown that shows it as it is, without HTML and links."""
+    line = re.sub(r"\s+", " ", html.escape(text, quote=False))
+    return re.sub(r"([\\`|\[\]])", r"\\\1", line)
+
+
+def code(text: str) -> str:
+    """A text from a record as code in a cell of a table."""
+    line = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def number(value: float) -> str:
@@ -104,7 +120,7 @@ def to_markdown(report: Report, origins: Origins) -> str:
         parts += ["## Cells without a result", "None of them enters a number above."]
         parts += [_table(["cell", "state", "reason", "steps"], rows)]
     if report.runs.notes:
-        parts += ["## Notes", "\n".join(f"- {note}" for note in report.runs.notes)]
+        parts += ["## Notes", "\n".join(f"- {plain(note)}" for note in report.runs.notes)]
     groups = list(report.runs.groups)
     parts += [
         "## Provenance",
@@ -117,19 +133,21 @@ def to_markdown(report: Report, origins: Origins) -> str:
         rows = [[name, *(values.get(g, "-") for g in groups)] for name, values in found.items()]
         if rows:
             parts += [f"### {title}", _table(["", *groups], rows)]
-    cells = [[cell.group, str(cell.seed), f"`{cell.command}`"] for cell in report.runs.cells]
-    parts += ["## One line for each cell", _table(["row", "seed", "command"], cells)]
+    cells = [[plain(c.group), str(c.seed), code(c.command)] for c in report.runs.cells]
+    parts += ["## One line for each cell", markdown(["row", "seed", "command"], cells)]
     return "\n\n".join(parts) + "\n"
 
 
 def _section(compared: Compared) -> list[str]:
     section = compared.section
-    parts = [f"## {title(compared)}", f"Baseline: {compared.baseline}."]
+    parts = [f"## {plain(title(compared))}", f"Baseline: {plain(compared.baseline)}."]
     if single(compared):
         parts.append(SINGLE)
-    parts += [f"**Forced:** {flag}; nothing is marked for it." for flag in section.flags.values()]
+    parts += [
+        f"**Forced:** {plain(flag)}; nothing is marked for it." for flag in section.flags.values()
+    ]
     for table in compared.tables:
-        parts += [f"### {heading(table)}", _metric(compared, table)]
+        parts += [f"### {plain(heading(table))}", _metric(compared, table)]
     rows = [[_flagged(compared, g), *cost_cells(cost)] for g, cost in compared.costs.items()]
     return [*parts, "### Cost", _table(["row", *cost_heads(compared)], rows)]
 
@@ -158,4 +176,5 @@ def _flagged(compared: Compared, group: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown(header, [[cell.replace("|", "\\|") for cell in row] for row in rows])
+    """The cells come from records."""
+    return markdown([plain(cell) for cell in header], [[plain(c) for c in row] for row in rows])

@@ -142,3 +142,42 @@ def test_axes_that_make_no_sense_are_refused(text, says):
 def test_kept_text_of_a_cell_has_no_axes():
     assert not declared("Grid.only = 'dumo'\nGrid.axes = {'run.seed': [0, 1]}")
     assert declared("Grid.axes = {'run.seed': [0, 1]}")
+
+
+def test_zip_may_have_a_value_again_but_no_setting():
+    gin_setup.parse([], ["Grid.axes = {'run.steps': [1, 1, 2], 'adamw.lr': [3, 4, 4]}"])
+    with pytest.raises(ValueError, match="gives run.steps the value 1 more than once"):
+        axes.declared(Path())
+    gin_setup.parse([], [*_ZIP, "Grid.axes = {'run.steps': [1, 1, 2], 'adamw.lr': [3, 4, 4]}"])
+    assert len(axes.declared(Path()).cells([""])) == 3
+    gin_setup.parse([], [*_ZIP, "Grid.axes = {'run.steps': [1, 1], 'adamw.lr': [3, 3]}"])
+    with pytest.raises(ValueError, match=r"has the setting steps=1 lr=3 more than once"):
+        axes.declared(Path())
+
+
+_ZIP = ["Grid.mode = 'zip'"]
+
+
+@pytest.mark.parametrize("mode", axes.MODES)
+@given(varied=AXES)
+def test_settings_are_counted_without_making_them(mode, varied):
+    if mode == "zip":
+        varied = {key: list("ab") for key in varied}
+    assert axes.num_settings(varied, mode) == len(list(vary(varied, mode)))
+
+
+def test_a_grid_of_too_many_cells_is_refused_at_once_with_the_number():
+    many = [str(i) for i in range(1000)]
+    huge = Declared(axes={"adamw.lr": many, "mlp.dim": many}, repeat={"run.seed": many})
+    with pytest.raises(
+        ValueError, match=r"2,000,000,000 cells .* Grid.max_cells = 10,000.*2000000000"
+    ):
+        huge.cells(["mean_flow", "dumo"])
+    assert len(Declared(axes={"mlp.dim": many}, max_cells=1000).cells([""])) == 1000
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1.5", "True", "'10'"])
+def test_the_limit_of_cells_is_a_whole_number(limit):
+    gin_setup.parse([], [f"Grid.max_cells = {limit}"])
+    with pytest.raises(ValueError, match="Grid.max_cells"):
+        axes.declared(Path())

@@ -16,6 +16,7 @@ import pytest
 from tiny_runs import entries, losses, zoo
 
 from benchmarks.records.jsonl import read_record
+from benchmarks.report.reading.recorded_runs import read_runs
 from registry import objectives, pruners
 from zoo.objectives.flow_matching import FlowMatching
 
@@ -49,6 +50,8 @@ class Fragile(FlowMatching):
                 os.kill(os.getpid(), signal.SIGINT)
             elif self.how == "memory":
                 raise MemoryError("no room")
+            elif self.how == "exit":
+                sys.exit("of its own accord")
             elif self.how == "nan":
                 return super().loss(_times_nan(net), batch, rng)
         return super().loss(net, batch, rng)
@@ -94,8 +97,9 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
     grid, fragile, tmp_path
 ):
     text = (
-        "Grid.arms = ('plain', 'memory', 'nan')\nplain/run.objective = @fragile()\n"
+        "Grid.arms = ('plain', 'memory', 'exit', 'nan')\nplain/run.objective = @fragile()\n"
         "memory/run.objective = @fragile()\nmemory/fragile.how = 'memory'\n"
+        "exit/run.objective = @fragile()\nexit/fragile.how = 'exit'\n"
         "nan/run.objective = @fragile()\nnan/fragile.how = 'nan'\n"
         f"fragile.mark = '{tmp_path / 'mark'}'\n" + ONE_SEED
     )
@@ -105,7 +109,12 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
     assert "NonFiniteLoss" in done.err
     found = cells(tmp_path / "out")
     ends = {name: status(folder) for name, folder in found.items()}
-    assert ends == {"plain 1": "FINISHED", "memory 1": "FAILED", "nan 1": "FAILED"}
+    assert ends == dict.fromkeys(("memory 1", "exit 1", "nan 1"), "FAILED") | {
+        "plain 1": "FINISHED"
+    }
+    assert "of its own accord" in read_record(found["exit 1"]).tags["error"]
+    unfinished = {cell.group: cell.state for cell in read_runs([tmp_path / "out"]).unfinished}
+    assert unfinished == dict.fromkeys(("memory", "exit", "nan"), "failed")
     assert "no room" in read_record(found["memory 1"]).tags["error"]
     assert "step 3" in read_record(found["nan 1"]).tags["error"]
     table = (tmp_path / "out" / "table.md").read_text()
@@ -117,7 +126,7 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
     before = (found["plain 1"] / "result.json").stat().st_mtime_ns
     done = grid(text)
     assert done.status == 1
-    assert done.err.count("--retry-failed runs it again") == 2
+    assert done.err.count("--retry-failed runs it again") == 3
     assert done.err.count("finished already") == 1
     done = grid(text, "--retry-failed")
     assert done.status == 0, done.err
@@ -126,6 +135,17 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
     assert (found["plain 1"] / "result.json").stat().st_mtime_ns == before
     assert losses(found["memory 1"]) == losses(found["plain 1"])  # to the bit, from step 2 on
     assert "| memory" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_huge_grid_is_refused_at_once_and_the_limit_can_be_raised(grid, tmp_path):
+    seeds = f"Grid.repeat = {{'run.seed': {list(range(20_000))}}}\n"
+    done = grid("Grid.arms = ('flow_matching',)\n" + seeds, "--dry-run")
+    assert done.status == 2
+    assert "20,000 cells" in done.err
+    assert not (tmp_path / "out").exists()
+    one = "Grid.arms = ('flow_matching',)\nGrid.max_cells = 1\n" + SEEDS
+    assert "2 cells" in grid(one, "--dry-run").err
+    assert grid(one, "--dry-run", "--set", "Grid.max_cells = 2").status == 0
 
 
 def test_sigint_stops_the_grid_and_the_same_command_goes_on(grid, fragile, tmp_path):

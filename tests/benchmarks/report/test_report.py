@@ -262,7 +262,7 @@ def test_forced_rows_are_flagged_in_every_output(tmp_path):
     assert [name for name, text in said.items() if flag not in text] == []
 
 
-def test_axis_over_the_budget_makes_sections_and_no_difference_across_them(tmp_path):
+def test_axis_over_the_budget_is_read_in_one_table_and_each_budget_has_its_baseline(tmp_path):
     runs = comparison(tmp_path / "runs", {})
     for steps in ("20", "40"):
         for arm, by_seed in reversed(ROWS.items()):
@@ -276,15 +276,26 @@ def test_axis_over_the_budget_makes_sections_and_no_difference_across_them(tmp_p
                 more = {"tags": tags, "settings": {"run.steps": steps}, "objective": arm}
                 cell(runs, name, seed, found, **more)
     report = build_report(read_runs([runs]))
-    assert [c.section.title for c in report.compared] == [
-        "budget 20 steps at batch 8",
-        "budget 40 steps at batch 8",
-    ]
-    for compared in report.compared:
-        assert len(compared.section.groups) == 2
-        assert compared.baseline == compared.section.groups[1]  # flow_matching, by its arm
-    swapped = build_report(read_runs([runs]), baseline="mean_flow")
-    assert swapped.compared[1].baseline == "mean_flow steps=40 rate=0.5"
+    (compared,) = report.compared
+    assert len(compared.section.groups) == 4
+    for steps in ("20", "40"):
+        rows = {arm: f"{arm} steps={steps} rate=0.5" for arm in ROWS}
+        assert {compared.baselines[row] for row in rows.values()} == {rows["flow_matching"]}
+    # Where rows of another budget counted, too, only one row of a column could be the best.
+    marked = [e for t in compared.tables for c in t.columns for e in c.entries.values() if e.best]
+    assert len(marked) == 2 * sum(
+        entry.best
+        for table in build_report(read_runs([comparison(tmp_path / "one", ROWS)]))
+        .compared[0]
+        .tables
+        for column in table.columns
+        for entry in column.entries.values()
+    )
+    swapped = build_report(read_runs([runs]), baseline="mean_flow").compared[0]
+    assert swapped.baselines["flow_matching steps=40 rate=0.5"] == "mean_flow steps=40 rate=0.5"
+    one = "mean_flow steps=20 rate=0.5"
+    named = build_report(read_runs([runs]), baseline=one).compared[0]
+    assert named.baselines["flow_matching steps=20 rate=0.5"] == one
     for text in outputs(report).values():  # a name with a dot is a name
         assert text.count("mean_flow steps=40 rate=0.5") > 1
 
@@ -333,7 +344,82 @@ def test_cell_finished_elsewhere_is_found_through_the_grid(tmp_path):
     (here / "grid.json").write_text(json.dumps({"cells": cells}))
     runs = read_runs([here])
     assert runs.groups == ("dumo steps=3", "mean_flow")  # as this grid calls them
-    assert ["lost is in /gone/lost" in note for note in runs.notes] == [True]
+    (lost,) = runs.unfinished
+    assert (lost.name, lost.state) == ("lost", "not here")
+    assert "/gone/lost" in lost.reason
+    assert "/gone/lost" in outputs(build_report(runs))["markdown"]
+
+
+def test_what_a_record_says_is_shown_as_text_in_every_format(tmp_path):
+    evil = "=cmd <img src=x onerror=alert(1)> [a](javascript:b) `c` | d\n# e"
+    more = {"group": evil, "cell.command": f"objective-zoo `{evil}` </script>", "guidance": evil}
+    runs = comparison(tmp_path / "runs", {})
+    cell(runs, "mean_flow", 0, values(1.0, 1.0), tags=more)
+    report = build_report(read_runs([runs]))
+    said = outputs(report)
+    assert "<img" not in said["page"].replace("&lt;img", "")
+    outside = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", said["markdown"])
+    assert "<img" not in outside
+    assert not re.search(r"(?<!\\)\]\(", outside)
+    assert "\n# e" not in said["markdown"]
+    lines = csv.DictReader(said["csv"].splitlines(keepends=True))
+    assert {line["row"] for line in lines} == {f"'{evil}", "real data"}
+    assert set(report_frame(report)["row"]) == {
+        evil,
+        "real data",
+    }  # in Python it is what was recorded
+
+
+def grid_of(folder: Path, names: list[str], **more) -> Path:
+    """The grid.json of a folder, with these of its cells."""
+    cells = [{"name": n, "group": n.rsplit("-", 1)[0], "folder": str(folder / n)} for n in names]
+    (folder / "grid.json").write_text(json.dumps({"cells": cells, **more}))
+    return folder
+
+
+def test_a_cell_that_the_grid_no_longer_has_is_named_and_not_counted(tmp_path):
+    runs = grid_of(comparison(tmp_path / "runs", ROWS), ["mean_flow-1", "mean_flow-2"])
+    found = read_runs([runs])
+    assert [(c.group, c.seed) for c in found.cells] == [("mean_flow", 1), ("mean_flow", 2)]
+    assert sum("is no longer a cell of the grid" in note for note in found.notes) == 4
+    asked = read_runs([runs, runs / "mean_flow-0"])
+    assert [c.seed for c in asked.of("mean_flow")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", '{"cells": [{}]}', '{"cells": [{"name": "../x", "group": "x"}]}']
+)
+def test_a_damaged_grid_is_named_and_the_runs_beside_it_count(tmp_path, content):
+    runs = comparison(tmp_path / "runs", ROWS)
+    (runs / "grid.json").write_text(content)
+    found = read_runs([runs])
+    assert len(found.cells) == 6
+    assert ["grid.json cannot be read" in note for note in found.notes] == [True]
+
+
+def test_a_damaged_cell_file_is_named_among_the_cells_without_a_result(tmp_path):
+    runs = comparison(tmp_path / "runs", ROWS)
+    prepared(runs, "later")
+    (cell_file,) = (p for p in runs.rglob("cell.json") if not (p.parent / "record.jsonl").exists())
+    cell_file.write_text("[" * 100_000)
+    (found,) = read_runs([runs]).unfinished
+    assert (found.state, str(cell_file) in found.reason) == ("unreadable", True)
+
+
+def test_where_axes_vary_alone_each_arms_own_setting_is_its_baseline(tmp_path):
+    runs = comparison(tmp_path / "runs", {})
+    for arm in ("flow_matching", "mean_flow"):
+        for row, more in ((arm, {}), (f"{arm} lr=1", {"adamw.lr": "1"})):
+            tags = {"arm": arm, "group": row}
+            cell(runs, row, 0, values(1.0, 1.0), tags=tags, settings=more, objective=arm)
+    names = sorted(path.name for path in runs.iterdir() if path.is_dir())
+    (compared,) = build_report(read_runs([grid_of(runs, names, mode="one_at_a_time")])).compared
+    assert compared.baselines == {
+        "flow_matching": "flow_matching", "flow_matching lr=1": "flow_matching",
+        "mean_flow": "flow_matching", "mean_flow lr=1": "mean_flow",
+    }  # fmt: skip
+    (compared,) = build_report(read_runs([grid_of(runs, names, mode="product")])).compared
+    assert compared.baseline == "flow_matching"
 
 
 def test_mlflow_runs_are_found_by_id(tmp_path, mlflow_store):
@@ -378,7 +464,8 @@ def test_axis_over_the_budget_may_be_a_key_a_macro_or_a_file(tmp_path, binding):
         settings = {"STEPS": steps}
         cell(runs, f"dumo_{steps}", 0, values(1.0, 1.0), tags=more, settings=settings)
     away = comparison(tmp_path / "away", {"mean_flow": {0: values(1.0, 1.0)}})
-    assert len(sections(read_runs([runs]).cells)) == 2
+    (section,) = sections(read_runs([runs]).cells)
+    assert len({budget for budget, *_ in section.conditions.values()}) == 2
     more = {"tags": {"measured.samples": "5"}}
     other = comparison(tmp_path / "other", {"shortcut": {0: values(1.0, 1.0)}}, **more)
     if "include" not in binding:  # a file may bind anything
