@@ -182,7 +182,7 @@ def _about(planned: Plan, states: Mapping[str, State], out: Path) -> str:
     arms = {cell["arm"] for cell in cells}
     if not planned.whole and (out / GRID).exists():
         before = json.loads((out / GRID).read_text())["cells"]
-        cells += [cell for cell in before if cell["arm"] not in arms]
+        cells = [*(cell for cell in before if cell["arm"] not in arms), *cells]
     about = {**asdict(planned.axes), "notes": planned.notes, "cells": cells}
     return json.dumps({"grid": planned.name, **about}, indent=1) + "\n"
 

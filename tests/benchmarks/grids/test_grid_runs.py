@@ -321,3 +321,11 @@ def test_dry_run_lists_the_cells_and_runs_nothing(grid, tmp_path):
     estimate = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
     # 60 s in two cells, and 600,000 steps of which the slowest was timed within this call
     assert 120 <= estimate <= 120 + 600_000 * took / 3
+
+
+def test_arms_that_run_one_after_the_other_into_a_folder_stay_a_comparison(tmp_path):
+    for arm, more in (("flow_matching", []), ("mean_flow", ["--resume"])):
+        file = tmp_path / "mine.gin"
+        file.write_text(BASE + JSONL + "Grid.arms = ('flow_matching', 'mean_flow')\n")
+        assert zoo("run", file, "--arm", arm, "--out", tmp_path / "out", *more).status == 0
+    assert read_runs([tmp_path / "out"]).groups == ("flow_matching", "mean_flow")
