@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ _NO_VALUE = re.compile(r"Failed to parse token '(.*)'", re.DOTALL)
 _NOT_GIVEN = re.compile(
     r"missing \d+ required .*arguments?: '(\w+)'.*In call to configurable '([\w.]+)'", re.DOTALL
 )
+
+
+# What gin adds to the text of an error that a part raises while it is built.
+_IN_CALL = re.compile(
+    r"\s*In call to configurable '([\w./]+)' \(<.*?>\)(?: in scope '([\w./]*)')?", re.DOTALL
+)
+_ADDRESS = re.compile(r"<([\w.]+) ([\w.<>]+) at 0x[0-9a-f]+>")
+_UNQUOTED = re.compile(r"([\w./]+)\s*=\s*([^\s='\"@%\[({].*)\Z")
 
 
 def explain(error: ValueError | ModuleNotFoundError) -> ValueError | ModuleNotFoundError:
@@ -86,7 +95,17 @@ def message_of(error: BaseException) -> str:
     """The error as one line for the user.
 
     If the user can mend it, the line is the text of the error; else the type stands before it.
+    Names of Python stand in it without their addresses.
     """
+    return _ADDRESS.sub(r"\1 \2", _IN_CALL.sub(_while_building, _text_of(error)))
+
+
+def _while_building(match: re.Match[str]) -> str:
+    where = f" in {match[2]}" if match[2] else ""
+    return f"\n  while {match[1].rsplit('.')[-1]!r} was built{where}"
+
+
+def _text_of(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])  # str() would quote it
     if isinstance(error, ValueError | OSError | ImportError):
@@ -120,4 +139,10 @@ def explain_syntax(
             f"cannot read the value {value}. A text needs quotes ({value!r}), a part an @ and, "
             f"to be built, brackets (@{value}())\n  In {where}"
         )
-    return ValueError(f"this is not gin: {error.msg}\n  In {where}")
+    hint = ""
+    if match := _UNQUOTED.match(str(error.text).strip()):
+        key, value = match.groups()
+        text = f"{key} = {value!r}"
+        word = shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+        hint = f"\n  A text needs quotes: {text}\n  In a shell: --set {word}"
+    return ValueError(f"this is not gin: {error.msg}\n  In {where}{hint}")

@@ -49,6 +49,8 @@ def resolve(name: str | Path, folder: Path | None = None) -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
+    if folders := [path for path in candidates if path.is_dir()]:
+        raise IsADirectoryError(f"{folders[0]} is a folder; give a gin file, such as one in it")
     shipped = {f.relative_to(root).as_posix() for root in roots() for f in root.rglob("*.gin")}
     raise FileNotFoundError(
         f"no gin file {str(name)!r}.{did_you_mean(inside.as_posix(), shipped)} Looked at:"

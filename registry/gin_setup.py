@@ -93,7 +93,7 @@ def arm(name: str = "") -> Iterator[None]:
     """Run under the bindings of an arm; '' means the plain bindings."""
     if name and name not in arms():
         raise ValueError(
-            f"no arm named {name!r}.{did_you_mean(name, arms())} "
+            f"no arm named {name!r}.{did_you_mean(name, arms())} {_several(name)}"
             f"Arms: {', '.join(arms()) or 'none; these files have no arms'}"
         )
     if missing := required(name):
@@ -272,9 +272,19 @@ def _is_macro(value: object) -> bool:
     return isinstance(value, config.ConfigurableReference) and value.configurable.selector == MACRO
 
 
+def _several(name: str) -> str:
+    return "Give --arm again for each of several arms. " if "," in name else ""
+
+
 def _without_macros(value: Any) -> Any:
     if _is_macro(value):
-        return _without_macros(config._CONFIG[value.config_key]["value"])
+        bound = config._CONFIG.get(value.config_key, {})
+        if "value" not in bound:
+            name = value.config_key[0]
+            raise ValueError(
+                f"the macro %{name} is read, and it is not set. Add a line such as {name} = 1"
+            )
+        return _without_macros(bound["value"])
     if isinstance(value, Mapping):
         return {_without_macros(k): _without_macros(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

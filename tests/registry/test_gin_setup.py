@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import gin
 import pytest
 
 from registry import gin_files, gin_setup, objectives, weights
+from registry.gin_errors import message_of
 from registry.plugins import import_file, load_plugins
 
 
@@ -251,6 +254,36 @@ def test_mistake_in_a_binding_shows_the_binding():
         gin_setup.parse([], ["job.seed = 1", "test_adaptive.powr = 1"])
     with pytest.raises(ValueError, match=r"(?s)not gin.*In bindings, line 2: job.seed 3"):
         gin_setup.parse([], ["job.steps = 1", "job.seed 3"])
+
+
+@pytest.mark.parametrize("binding", ["job.steps=/tmp/a b", "job.steps = ~/x", "job.steps = ../x"])
+def test_a_path_without_quotes_is_shown_with_them_as_a_shell_takes_it(binding):
+    with pytest.raises(ValueError, match="A text needs quotes") as error:
+        gin_setup.parse([], [binding])
+    (word,) = re.findall(r"--set (.*)", str(error.value))
+    gin_setup.parse([], shlex.split(word))
+    assert gin_setup.query("job.steps") == binding.split("=")[1].strip()
+
+
+def test_an_error_of_a_part_has_no_addresses_of_python():
+    class Grumpy:
+        def __init__(self):
+            raise TypeError(f"no good: {test_an_error_of_a_part_has_no_addresses_of_python}")
+
+    with weights.temporary("grumpy", Grumpy):
+        gin_setup.parse([], ["a/job.seed = @grumpy()"])
+        with pytest.raises(TypeError) as error:
+            gin_setup.build("job.seed", "a")
+    text = message_of(error.value)
+    assert "no good: function test_an_error" in text
+    assert "while 'grumpy' was built in a" in text
+    assert " at 0x" not in text
+
+
+def test_a_macro_in_a_list_that_is_not_set_is_named():
+    gin_setup.parse([], ["job.steps = [1, %NOPE]"], [])
+    with pytest.raises(ValueError, match="macro %NOPE is read, and it is not set"):
+        gin_setup.query("job.steps")
 
 
 # Macros
