@@ -17,7 +17,10 @@ class UnreadableTensors(ValueError):
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file; OSError if it cannot be written."""
+    """Write tensors as a safetensors file; OSError if it cannot be written.
+
+    Every file of ours is written here, since the library gives its files to their owner alone.
+    """
     unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -26,8 +29,11 @@ def save_tensors(
             value = value.clone()
         seen.add(value.data_ptr())
         unshared[name] = value
+    path.touch()
+    mode = path.stat().st_mode  # by the umask, as for every other file that is opened
     try:
         save_file(unshared, path, metadata)
+        path.chmod(mode)
     except SafetensorError as problem:
         raise OSError(f"{path} cannot be written: {problem}") from problem
 
