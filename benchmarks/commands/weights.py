@@ -14,6 +14,10 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--out", type=Path, required=True, help="an empty folder to write")
     export.add_argument("--layout", default="", help="layout of a public checkpoint: dit, sit")
     export.add_argument("--num-heads", type=int, help="only for a checkpoint of unusual width")
+    export.add_argument(
+        "--num-classes", type=int, metavar="N",
+        help="only for a checkpoint trained without label dropout, whose last row is a class",
+    )  # fmt: skip
     add_weights(export)
     add_bindings(export, "latents.folder = '/new/place'")
     export.set_defaults(command=_export)
@@ -46,7 +50,13 @@ def _export(arguments: argparse.Namespace) -> None:
             "--set changes bindings of a run's gin file, and a public checkpoint has no such file"
         )
     else:
-        where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
+        where = export_file(
+            arguments.run,
+            arguments.out,
+            arguments.layout,
+            arguments.num_heads,
+            arguments.num_classes,
+        )
     print(f"{where}: model.safetensors, config.json, README.md")
 
 

@@ -94,10 +94,27 @@ def export_run(
     )
 
 
-def export_file(file: Path, out: Path, layout: str = "", num_heads: int | None = None) -> Path:
-    """Convert a public checkpoint into the folder `out`; logs which of its tensors had no use."""
-    imported = import_file(file, layout, num_heads)
+def export_file(
+    file: Path,
+    out: Path,
+    layout: str = "",
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+) -> Path:
+    """Convert a public checkpoint into the folder `out`; logs which of its tensors had no use.
+
+    ValueError for a number of classes that does not fit its table of labels.
+    """
+    imported = import_file(file, layout, num_heads, num_classes)
+    if num_classes is not None and imported.num_classes != num_classes:
+        raise ValueError(
+            f"{file}: --num-classes {num_classes} does not fit its table of labels, which has rows "
+            f"for {imported.num_classes} classes and no label (null), or for "
+            f"{imported.num_classes + 1} classes alone"
+        )
     save_exported(imported.network(), out, layout=imported.layout, source=file.name)
+    for note in imported.notes:
+        log.warning("%s: %s", file, note)
     for name, reason in imported.unused.items():
         log.info("not needed: %s (%s)", name, reason)
     return out
