@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_bindings, add_weights
+from benchmarks.commands.arguments import (
+    Commands,
+    add_bindings,
+    add_trust,
+    add_weights,
+    import_given,
+)
 
 
 def add_to(commands: Commands) -> None:
@@ -20,6 +26,7 @@ def add_to(commands: Commands) -> None:
     )  # fmt: skip
     add_weights(export)
     add_bindings(export, "latents.folder = '/new/place'")
+    add_trust(export)
     export.set_defaults(command=_export)
 
     ema = commands.add_parser("ema", help="an average of the weights whose width is chosen now")
@@ -42,9 +49,12 @@ def add_to(commands: Commands) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from benchmarks.runs.finished import export_file, export_run
 
+    import_given(arguments)
     if arguments.run.is_dir():
         bindings = tuple(arguments.bindings)
-        where = export_run(arguments.run, arguments.out, arguments.weights, bindings)
+        where = export_run(
+            arguments.run, arguments.out, arguments.weights, bindings, arguments.trust_code
+        )
     elif arguments.bindings:
         raise ValueError(
             "--set changes bindings of a run's gin file, and a public checkpoint has no such file"
