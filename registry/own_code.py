@@ -11,13 +11,14 @@ Then nothing is executed. `--trust-code` consents to the rest.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from registry.folders import file_sha256
 
 CODE = "code.json"
 DYNAMIC = "__gin__"  # gin's module that lets a file refer to any function of any module
@@ -72,7 +73,7 @@ def hashes(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, str]:
     found = {}
     for file in dict.fromkeys([*files, *beside]):
         root = next((root for root in roots if file.is_relative_to(root)), file.parent)
-        found[file.relative_to(root).as_posix()] = _sha256(file)
+        found[file.relative_to(root).as_posix()] = file_sha256(file)
     return dict(sorted(found.items()))
 
 
@@ -81,7 +82,7 @@ def warn_of_changes(folder: Path) -> None:
     for name, then in recorded_hashes(folder).items():
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         file = _file_of(module)
-        if file is not None and (now := _sha256(file)) != then:
+        if file is not None and (now := file_sha256(file)) != then:
             log.warning(
                 "%s has changed since the run in %s was made: its sha256 was %s and is %s",
                 *(file, folder, then, now),
@@ -99,7 +100,7 @@ def _files(name: str, folders: Iterable[Path]) -> list[Path]:
 
 
 def _described(file: Path, recorded: Mapping[str, str]) -> str:
-    now = _sha256(file)
+    now = file_sha256(file)
     same = [then for name, then in recorded.items() if file.as_posix().endswith(f"/{name}")]
     if not same:
         return f"{file}, sha256 {now}; no hash of it was recorded when the run was made"
@@ -121,7 +122,3 @@ def _file_of(module: str) -> Path | None:
     file = getattr(sys.modules.get(module), "__file__", None)
     path = Path(file).resolve() if isinstance(file, str) else None
     return path if path and path.suffix == ".py" and path.is_file() else None
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,9 +43,7 @@ def load_into(path: Path, module: nn.Module) -> None:
 
     A file that is no safetensors file raises UnreadableTensors, which is a ValueError too.
     """
-    if not path.is_file():
-        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
-        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
+    _check_there(path)
     try:
         tensors = load_file(path)
     except SafetensorError as problem:
@@ -56,6 +54,25 @@ def load_into(path: Path, module: nn.Module) -> None:
         {name: tuple(value.shape) for name, value in module.state_dict().items()},
     )
     module.load_state_dict(tensors)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file by name; only its header is read.
+
+    UnreadableTensors, which is a ValueError, for a file that is none.
+    """
+    _check_there(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as problem:
+        raise UnreadableTensors(f"{path} is no safetensors file: {problem}") from problem
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
+        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
 
 
 def check_fit(

@@ -12,9 +12,10 @@ from backbones.pretrained.imports import import_file
 from benchmarks.data.pictures import picture
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.runs.result import finished_run
+from benchmarks.runs.result import finished_run, measured_weights
 from benchmarks.runs.samples import draw_samples
 from registry import gin_setup, own_code
+from registry.folders import file_in
 from trainers.checkpoints.weights import load_module
 
 log = logging.getLogger(__name__)
@@ -33,20 +34,21 @@ def open_run(
     Python code that the run's configuration imports is executed only with `trust_code`; without it
     ValueError says what would be.
     """
-    measured = finished_run(folder)
+    own = finished_run(folder) if weights else measured_weights(folder)
+    config = file_in(folder, "config.gin")
     if sampler:
         registry.samplers.get(sampler)  # raises an error that lists the known names
-        gin_setup.parse([folder / "config.gin"], trusted=trust_code)
+        gin_setup.parse([config], trusted=trust_code)
         arm = arm_of_run()
         bindings = (
             *bindings,
             f"{arm}/run.sampler = @{sampler}()" if arm else f"run.sampler = @{sampler}()",
         )
-    gin_setup.parse([folder / "config.gin"], bindings, trusted=trust_code)
+    gin_setup.parse([config], bindings, trusted=trust_code)
     own_code.warn_of_changes(folder)
     with gin_setup.arm(arm_of_run()):
         experiment = run()
-    load_module(weights or measured, experiment.net)
+    load_module(weights or own, experiment.net)
     return experiment, experiment.net.to(experiment.device).eval()
 
 

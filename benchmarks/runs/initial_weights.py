@@ -19,7 +19,7 @@ from backbones.pretrained.imports import import_file
 from backbones.pretrained.layouts import NUM_HEADS
 from backbones.pretrained.public_files import SUFFIXES
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.runs.result import RESULT, finished_run
+from benchmarks.runs.result import RESULT, measured_weights
 from registry import gin_setup
 from trainers.checkpoints.weights import load_module
 from zoo.teachers import Frozen
@@ -61,7 +61,7 @@ def load_initial_weights(experiment: Experiment) -> None:
     folder = Path(teacher.checkpoint)
     with _naming("frozen.checkpoint", teacher.checkpoint):
         if is_run(folder):
-            load_module(finished_run(folder), network)
+            load_module(measured_weights(folder), network)
             _check_backbone(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
