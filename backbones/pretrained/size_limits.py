@@ -26,15 +26,22 @@ _SPARE_TENSORS, _SPARE_ELEMENTS, _TABLES = 100, 10**6, 2**26
 
 
 def check_numbers(fields: Mapping[str, Any], shapes: Shapes, config: Path) -> None:
-    """ValueError for a whole number that is larger than the number of values in the file."""
+    """ValueError for a number that is not finite or exceeds the number of values in the file."""
     most = max(_elements(shapes), 2**16)
     for name, value in fields.items():
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int) and abs(number) > most:
-                raise ValueError(
-                    f"{config} says {name} = {value!r}, and the file of its weights holds "
-                    f"{_elements(shapes):,} values: it belongs to a smaller network"
-                )
+        if any(not abs(number) <= most for number in _numbers(value)):
+            raise ValueError(
+                f"{config} says {name} = {value!r}, and the file of its weights holds "
+                f"{_elements(shapes):,} values: the two do not belong together"
+            )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, int | float):
+        yield value
 
 
 @contextmanager

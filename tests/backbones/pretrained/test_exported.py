@@ -284,7 +284,10 @@ def rewritten(out: Path, **fields) -> Path:
         ({"dim": 2**16, "num_heads": 1}, "describes a larger network"),
         ({"num_classes": 2**62}, "num_classes = .* holds"),
         ({"shape": [1, 50_000, 50_000], "patch": 1}, "describes a larger network"),
-        ({"shape": [1, 10**9, 10**9], "patch": 7}, "belongs to a smaller network"),
+        ({"shape": [1, 10**9, 10**9], "patch": 7}, "the two do not belong together"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio = inf, and the file"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio = nan, and the file"),
+        ({"mlp_ratio": 60_000.0}, "describes a larger network"),
     ],
 )
 def test_configuration_cannot_ask_for_more_than_the_weights_hold(fields, said, tmp_path):
