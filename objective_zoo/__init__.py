@@ -122,15 +122,18 @@ def experiment(
     )
 
 
-def load(folder: str | Path) -> Run:
+def load(folder: str | Path, *, trust_code: bool = False) -> Run:
     """The finished run in a folder; ValueError, with the runs that are in it, if it is none.
+
+    A run's configuration may import Python code of its own, which may do anything. It is executed,
+    when the network is needed, only with `trust_code`; modules that you have imported are used.
 
     >>> load("x/mean_flow").result.objective
     'mean_flow'
     """
     from objective_zoo.runs import Run
 
-    return Run(Path(folder))
+    return Run(Path(folder), trust_code=trust_code)
 
 
 def load_network(folder: str | Path) -> FlowNetwork:

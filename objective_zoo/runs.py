@@ -26,9 +26,10 @@ _LISTS = ("nfe", "metrics", "features")  # among the options of an evaluation
 class Run:
     """A finished run: its configuration, figures and records; its network, to draw and measure."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, trust_code: bool = False):
         finished_run(folder)
         self.folder = folder
+        self._trust_code = trust_code
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} = {value:.4g}" for name, value in self.result.values.items())
@@ -133,7 +134,7 @@ class Run:
 
         lists = {k: v for k, v in {"nfe": nfe, **options}.items() if k in _LISTS}
         given = {**options, **{name: listed(name, value) for name, value in lists.items()}}
-        request = EvaluationRequest(num=num, **given)
+        request = EvaluationRequest(num=num, trust_code=self._trust_code, **given)
         with isolated_call(progress):
             return evaluate_run(self.folder, request)
 
@@ -142,7 +143,7 @@ class Run:
         from benchmarks.runs.finished import open_run
 
         with isolated_call():
-            return open_run(self.folder)
+            return open_run(self.folder, trust_code=self._trust_code)
 
     def _drawn(
         self, nfe: tuple[int, ...], num: int, labels: int | Sequence[int] | None, seed: int

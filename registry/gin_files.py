@@ -19,6 +19,7 @@ from typing import IO
 
 from gin import config, config_parser
 
+from registry import own_code
 from registry.core import did_you_mean
 from registry.plugins import make_importable
 
@@ -87,8 +88,11 @@ class Reading:
 
 
 @contextmanager
-def reader() -> Iterator[Reading]:
+def reader(*, trusted: bool = True) -> Iterator[Reading]:
     """While it is open, gin opens its files through `resolve`; yields the `Reading`.
+
+    Files that are not `trusted` may import nothing that is not imported already, and include only
+    files of their own folder and ours; see own_code.py.
 
     gin's own second reader logs an error at the root for every name that it does not know.
     """
@@ -99,9 +103,14 @@ def reader() -> Iterator[Reading]:
         path = resolve(name, reading.open[-1].parent if reading.open else None)
         if path in reading.open:
             raise ValueError(f"{path} includes itself")
+        if reading.open and not trusted:
+            _check_include(path, reading.open[0])
         reading.opened.append(path)
         reading.open.append(path)
-        _make_imports_work(path)
+        if trusted:
+            _make_imports_work(path)
+        else:
+            own_code.check(path, *_imports_of(path))
         yield _stream(path)
         reading.open.pop()
 
@@ -138,14 +147,23 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
+def _check_include(path: Path, first: Path) -> None:
+    """ValueError if a file that came from elsewhere includes one outside its folder, not ours."""
+    if not any(path.is_relative_to(root) for root in (first.parent, *roots())):
+        raise ValueError(
+            f"{first} includes {path}, which lies outside its folder. If you trust it, say "
+            "--trust-code"
+        )
+
+
 def _make_imports_work(path: Path) -> None:
-    """Let a gin file import the Python files next to it.
+    """Let a gin file import the Python files in the folders that it names, and those next to it.
 
     ValueError if another module of the same name would be imported instead.
     """
     names, folders = imports_of(path)
     for name in names:
-        near = [folder for folder in (path.parent, *folders) if _holds(folder, name)]
+        near = [folder for folder in (*folders, path.parent) if _holds(folder, name)]
         if folders and not near and importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
                 f"{path} imports {name!r}, which lay in {' or '.join(map(str, folders))} and is "
@@ -156,16 +174,37 @@ def _make_imports_work(path: Path) -> None:
 
 
 def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """The modules that a gin file imports, and the folders where it says that they lie."""
+    """The packages that a gin file imports, and the folders where it says that they lie."""
+    modules, folders = _imports_of(path)
+    return tuple(dict.fromkeys(name.split(".")[0] for name in modules)), folders
+
+
+def _imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """As `imports_of`, with the whole names of the modules."""
     names: list[str] = []
     folders: list[Path] = []
     for statement in config_parser.ConfigParser(_stream(path), Verbatim()):
         if isinstance(statement, config_parser.ImportStatement):
-            names.append(statement.module.split(".")[0])
+            names.append(statement.module)
         elif isinstance(statement, config_parser.BindingStatement):
             if (statement.selector, statement.arg_name) == ("Grid", "folders"):
-                folders += map(Path, statement.value)
+                folders += _folders(path, statement.value)
     return tuple(dict.fromkeys(names)), tuple(folders)
+
+
+def _folders(path: Path, value: object) -> list[Path]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{path}: Grid.folders = {value!r} must be a list of folders' names")
+    return [Path(name) for name in value]
+
+
+def code_hashes(opened: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 of the Python files, outside the installed packages, that these gin files import.
+
+    Modules beside them, which they have imported in turn, are among them.
+    """
+    opened = tuple(opened)
+    return own_code.hashes(imported_files(opened), map(Path, import_folders(opened)))
 
 
 def imported_files(opened: Iterable[Path]) -> tuple[Path, ...]:

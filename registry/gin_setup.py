@@ -23,6 +23,7 @@ from registry.core import did_you_mean
 from registry.former_names import accepted, former_name, present_name
 from registry.gin_errors import collected, explain, explain_syntax
 from registry.gin_files import Verbatim, reader
+from registry.gin_files import code_hashes as code_hashes
 from registry.gin_files import import_folders as import_folders
 from registry.gin_files import imported_files as imported_files
 from registry.gin_files import portable as portable
@@ -35,18 +36,23 @@ _alone = threading.RLock()
 
 
 def parse(
-    files: Sequence[str | Path], bindings: Sequence[str] = (), troubles: list[str] | None = None
+    files: Sequence[str | Path],
+    bindings: Sequence[str] = (),
+    troubles: list[str] | None = None,
+    *,
+    trusted: bool = True,
 ) -> tuple[Path, ...]:
     """Forget every binding, then read the files and the bindings; returns the files read, in order.
 
-    A file may import the Python files next to it (`import my_loss`). Where `troubles` is given, it
+    A file may import the Python files next to it (`import my_loss`), unless it came with a folder
+    and is not `trusted`: then it may import what is imported already. Where `troubles` is given, it
     gets what is wrong with a binding, and reading goes on without that binding.
     """
     load_plugins()
     gin.clear_config()
     paths = [str(resolve(file)) for file in files]
     trouble = nullcontext() if troubles is None else collected(troubles)
-    with reader() as reading, accepted(reading), trouble:
+    with reader(trusted=trusted) as reading, accepted(reading), trouble:
         try:
             gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         except (SyntaxError, tokenize.TokenError) as error:

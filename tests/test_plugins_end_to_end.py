@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import gin
 import pytest
 from tiny_runs import DIGITS, FILE_ONLY, losses, sets, zoo
 
+import objective_zoo
 from registry import objectives
 
 LOSS = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
+import objective_zoo
 from registry import objectives
 from registry.protocols import LossOutput
 from zoo.ops import like, mean_flat, normal_like
@@ -91,12 +94,13 @@ def test_objective_of_ones_own_runs_alone_and_is_sampled_later(plugin, tmp_path)
     assert "scale=2.0" in (run / "objective.txt").read_text()
 
     plugin.forget()
-    done = zoo("sample", run, "--num", "2", "--out", tmp_path / "grid.png")
+    done = zoo("sample", run, "--num", "2", "--out", tmp_path / "grid.png", "--trust-code")
     assert done.status == 0, done.err
     assert (tmp_path / "grid.png").exists()
 
     plugin.forget()
-    done = zoo("run", run / "config.gin", "--out", tmp_path / "again")
+    assert "run THIS_FILE --trust-code" in (run / "config.gin").read_text()
+    done = zoo("run", run / "config.gin", "--out", tmp_path / "again", "--trust-code")
     assert done.status == 0, done.err
     assert losses(tmp_path / "again" / plugin.name) == losses(run)
 
@@ -105,7 +109,9 @@ def test_run_whose_objective_is_gone_says_where_it_was(plugin, tmp_path):
     assert zoo("run", plugin.gin, "--out", tmp_path / "out", *sets(*FILE_ONLY)).status == 0
     plugin.forget()
     plugin.code.rename(tmp_path / "elsewhere.py")
-    done = zoo("sample", tmp_path / "out" / plugin.name, "--out", tmp_path / "grid.png")
+    words = ("sample", tmp_path / "out" / plugin.name, "--out", tmp_path / "grid.png")
+    assert f"{plugin.module}: there is no such file here" in zoo(*words).err
+    done = zoo(*words, "--trust-code")
     assert done.status == 2
     assert f"imports '{plugin.module}', which lay in {plugin.code.parent}" in done.err
     assert "Traceback" not in done.err
@@ -119,7 +125,9 @@ def test_objective_of_ones_own_is_a_sixth_arm(tmp_path):
     assert len(list((tmp_path / "out").glob("*/result.json"))) == 6
     plugin.forget()
     run = tmp_path / "out" / "mean_flow"  # its text imports the plug-in too
-    assert zoo("sample", run, "--num", "2", "--out", tmp_path / "grid.png").status == 0
+    words = ("sample", run, "--num", "2", "--out", tmp_path / "grid.png")
+    assert zoo(*words).status == 2
+    assert zoo(*words, "--import", plugin.code).status == 0
     plugin.forget()
 
 
@@ -166,3 +174,41 @@ def test_distribution_with_an_entry_point_is_a_plugin(tmp_path, monkeypatch):
     assert done.status == 0, done.err
     assert (tmp_path / "out" / plugin.name / "result.json").exists()
     plugin.forget()
+
+
+def test_run_folder_executes_nothing_without_consent(plugin, tmp_path):
+    """Every command that reads the configuration of a run asks first."""
+    assert zoo("run", plugin.gin, "--out", tmp_path / "out", *sets(*FILE_ONLY)).status == 0
+    run = tmp_path / "out" / plugin.name
+    recorded = json.loads((run / "code.json").read_text())
+    assert list(recorded) == [plugin.code.name]
+    digest = recorded[plugin.code.name]
+    plugin.forget()
+    mark = tmp_path / "EXECUTED"
+    plugin.code.write_text(f"open({str(mark)!r}, 'w').close()\n" + plugin.code.read_text())
+    plan = ("--gpus", 1, "--memory", "8GB", "--cpu")
+    config = run / "config.gin"
+    for words in (
+        ("sample", run, "--num", 2, "--out", tmp_path / "a.png"),
+        ("evaluate", run, "--num", 4),
+        ("export", run, "--out", tmp_path / "exported"),
+        ("plan", config, *plan),
+        ("run", config, "--out", tmp_path / "b"),
+        ("grid", config, "--out", tmp_path / "c", "--dry-run"),
+        ("bench", config),
+    ):
+        done = zoo(*words)
+        assert done.status == 2, words
+        assert "imports code that came with it" in done.err
+        assert f"IT HAS CHANGED since the run was made, when it was {digest}" in done.err
+        assert "--trust-code" in done.err
+    with pytest.raises(ValueError, match="imports code that came with it"):
+        objective_zoo.load(run).net  # noqa: B018
+    assert not mark.exists()
+    plugin.forget()
+    assert objective_zoo.load(run, trust_code=True).net.keys == ("u",)
+    assert mark.exists()
+    plugin.forget()
+    done = zoo("export", run, "--out", tmp_path / "exported", "--trust-code")
+    assert done.status == 0, done.err
+    assert f"{plugin.code} has changed since the run" in done.err

@@ -19,6 +19,8 @@ def py_mean_flow(source: Source, num_heads: int | None) -> dict[str, Any]:
     sides = sorted(
         {int(m[1]) for name in source.left if (m := re.match(r"enc\.(\d+)x", name))}, reverse=True
     )
+    if not sides:
+        raise ValueError("the checkpoint has no encoder, such as 'enc.32x32_conv.weight'")
     blocks = source.count(rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.")
     enc, dec = _block_names(sides, blocks)
     attention = [
@@ -99,7 +101,12 @@ def _joint(source: Source) -> tuple[dict[str, Tensor], int]:
     The public code has sines before cosines. It adds the augmentation before the first layer, and
     we add it after that layer, so the two matrices are multiplied.
     """
-    first = source.take("map_layer0.weight")
+    first = source.take("map_layer0.weight", ndim=2)
+    if first.shape[1] != 4 * NUM_FREQUENCIES:
+        raise ValueError(
+            f"map_layer0.weight has shape {list(first.shape)}; only embeddings of two times with "
+            f"{2 * NUM_FREQUENCIES} features each can be read"
+        )
     sine_t, cosine_t, sine_h, cosine_h = first.split(NUM_FREQUENCIES, dim=1)
     ours = "trunk.conditioning"
     weights = {
@@ -110,6 +117,6 @@ def _joint(source: Source) -> tuple[dict[str, Tensor], int]:
     }
     if "map_augment.weight" not in source:
         return weights, 0
-    augment = source.take("map_augment.weight")
+    augment = source.take("map_augment.weight", ndim=2)
     weights[f"{ours}.augment.weight"] = (first.double() @ augment.double()).float()
     return weights, augment.shape[1]

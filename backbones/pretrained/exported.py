@@ -17,16 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import registry
 from backbones.network import FlowNetwork
 from backbones.noise import NoiseNetwork
-from backbones.pretrained.tensors import load_into, save_tensors
+from backbones.pretrained.size_limits import check_numbers, no_larger_than
+from backbones.pretrained.tensors import check_fit, load_into, save_tensors, tensor_shapes
 from backbones.trunk import TrunkModule
+from registry.folders import file_in, file_sha256
 from registry.plugins import load_plugins
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 DEFINING = ("network", "backbone", "fields", "heads")  # the network that the weights belong to
-HIDDEN = ("fields", "format", "defined_by")  # what the model card leaves out
+HIDDEN = ("fields", "format", "defined_by", "weights_sha256")  # what the model card leaves out
 CONVENTIONS = (
     "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
     "(t - r)}; label -1 is none"
@@ -41,10 +45,11 @@ def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
     config = {**_architecture(net), **about, "conventions": CONVENTIONS}
-    text = json.dumps(config, indent=2)
+    json.dumps(config)  # an error comes before anything is written
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / MODEL, net.state_dict())
-    (out / CONFIG).write_text(text + "\n")
+    config["weights_sha256"] = file_sha256(out / MODEL)
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (out / "README.md").write_text(_card(config))
     return out
 
@@ -52,11 +57,30 @@ def save_exported(net: FlowNetwork, out: Path, **about: str) -> Path:
 def load_exported(folder: Path | str) -> FlowNetwork:
     """The network in a folder that `save_exported` wrote, on the CPU, in evaluation mode.
 
-    ValueError if the folder is not as it was written, or if this version cannot read it.
+    Its sizes are those of the tensors in the file of weights: a configuration that asks for more or
+    larger ones is refused before a network is built. ValueError if the folder is not as it was
+    written, or if this version cannot read it.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    weights = file_in(folder, MODEL)
+    shapes = tensor_shapes(weights)
+    if (recorded := config.get("weights_sha256")) and file_sha256(weights) != recorded:
+        raise ValueError(
+            f"{weights} is not the file that was exported: its sha256 is not that in {CONFIG}. "
+            "It was damaged or exchanged: restore it, or export the network again"
+        )
     load_plugins()
+    check_numbers(config["fields"], shapes, folder / CONFIG)
+    with torch.device("meta"), no_larger_than(shapes, folder / CONFIG):
+        outline = _built(config, folder)
+    check_fit(weights, shapes, {name: tuple(x.shape) for name, x in outline.state_dict().items()})
+    net = _built(config, folder)
+    load_into(weights, net)
+    return net.eval()
+
+
+def _built(config: Mapping[str, Any], folder: Path) -> FlowNetwork:
     kinds = {"flow": FlowNetwork, "noise": NoiseNetwork}
     fields = {
         name: tuple(value) if isinstance(value, list) else value
@@ -69,23 +93,27 @@ def load_exported(folder: Path | str) -> FlowNetwork:
             f"{folder / CONFIG} is of another version of this package: {error}"
         ) from None
     heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
-    net = kinds[config["network"]](trunk, heads)
-    load_into(folder / MODEL, net)
-    return net.eval()
+    return kinds[config["network"]](trunk, heads)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The contents of config.json; ValueError unless it is as `save_exported` wrote it."""
-    path = folder / CONFIG
+    path = file_in(folder, CONFIG)
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {CONFIG}; `objective-zoo export RUN` writes such folders"
         )
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     form = config.get("format") if isinstance(config, dict) else None
+    if form is None and isinstance(config, dict):
+        raise ValueError(
+            f"{path} was not written by `objective-zoo export`: it is the configuration of another "
+            f"package. Give the file of weights itself, and its layout; {folder} has "
+            f"{', '.join(sorted(f.name for f in folder.iterdir() if f.is_file())[:8])}"
+        )
     if form != 1:
         raise ValueError(f"{path} is of format {form!r}; this version reads format 1")
     if config.get("defined_by") != _digest(config):
@@ -93,6 +121,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} is not as it was exported: the weights belong to other values of "
             f"{', '.join(DEFINING)}. Restore it, or export the network again"
         )
+    network, backbone, fields, heads = (config.get(name) for name in DEFINING)
+    if not (
+        network in ("flow", "noise")
+        and isinstance(backbone, str)
+        and isinstance(fields, dict)
+        and isinstance(heads, list)
+        and all(isinstance(head, str) for head in heads)
+    ):
+        raise ValueError(f"{path} does not describe a network: {', '.join(DEFINING)} are damaged")
     return config
 
 

@@ -32,12 +32,10 @@ import registry
 from backbones.network import FlowNetwork, build_network
 from backbones.noise import NoiseNetwork
 from backbones.pretrained.layouts import CONVERTERS
-from backbones.pretrained.public_files import read_state
+from backbones.pretrained.public_files import read_state, shard_hint
 from backbones.pretrained.source import Source
+from backbones.pretrained.wrappings import unwrapped
 from registry.core import did_you_mean
-
-_WRAPPERS = ("ema", "model", "state_dict", "net_ema")
-_PREFIXES = ("module.", "_orig_mod.", "net_ema.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,7 @@ class Imported:
     keys: tuple[str, ...]  # of "v" and "u"
     weights: Mapping[str, Tensor]
     unused: Mapping[str, str]
+    notes: tuple[str, ...] = ()  # what was decided where the file leaves a choice
 
     def network(self) -> FlowNetwork:
         """The network, its weights loaded strictly."""
@@ -83,42 +82,30 @@ def layouts() -> tuple[str, ...]:
 
 
 def import_weights(
-    state: Mapping[str, Any], layout: str = "", num_heads: int | None = None
+    state: Mapping[str, Any],
+    layout: str = "",
+    num_heads: int | None = None,
+    num_classes: int | None = None,
 ) -> Imported:
     """Convert a public checkpoint; ValueError names a tensor that is missing or those left over.
 
     Without `layout` the names of the tensors decide. Sizes that no paper has need `num_heads`.
+    `num_classes` says whether the last row of the table of labels is a class or stands for no
+    label; see `layouts.labels`.
     """
-    tensors, unused = _unwrapped(state)
+    tensors, unused = unwrapped(state)
     layout = layout or _detect(tensors)
     if layout not in CONVERTERS:
         raise ValueError(
             f"no checkpoint layout {layout!r}.{did_you_mean(layout, layouts())} "
             f"There are: {', '.join(layouts())}"
         )
-    source = Source(tensors, layout)
+    source = Source(tensors, layout, num_classes)
     imported = CONVERTERS[layout](source, num_heads)
     source.check_empty()
-    return Imported(**imported, layout=layout, unused=unused | source.unused)
-
-
-def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The averaged weights, else the trained ones, without prefixes; and a list of the rest."""
-    unused = {}
-    inside = [name for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
-    if inside:
-        unused = {name: "not the weights" for name in state if name != inside[0]}
-        state = state[inside[0]]
-    if any(name.startswith("net_ema.") for name in state):
-        others = [name for name in state if not name.startswith("net_ema.")]
-        unused |= dict.fromkeys(others, "not the averaged weights")
-        state = {name: value for name, value in state.items() if name not in unused}
-    found = {}
-    for name, value in state.items():
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        found[name] = value
-    return found, unused
+    return Imported(
+        **imported, layout=layout, unused=unused | source.unused, notes=tuple(source.notes)
+    )
 
 
 def _detect(names: Mapping[str, Tensor]) -> str:
@@ -140,9 +127,15 @@ def _detect(names: Mapping[str, Tensor]) -> str:
     )
 
 
-def import_file(path: Path, layout: str = "", num_heads: int | None = None) -> Imported:
+def import_file(
+    path: Path, layout: str = "", num_heads: int | None = None, num_classes: int | None = None
+) -> Imported:
     """A public checkpoint, converted; ValueError names the file and what is wrong with it."""
     try:
-        return import_weights(read_state(path), layout, num_heads)
+        state = read_state(path)
+        try:
+            return import_weights(state, layout, num_heads, num_classes)
+        except ValueError as error:
+            raise ValueError(f"{error}{shard_hint(path)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -29,9 +29,9 @@ def _transformer(
     source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
 ) -> dict[str, Any]:
     """The fields and weights of every transformer, except positions, MLPs and final layers."""
-    patches = source.take("x_embedder.proj.weight")
+    patches = source.take("x_embedder.proj.weight", ndim=4)
     dim, channels, patch, _ = patches.shape
-    side = math.isqrt(source.left["pos_embed"].shape[1])
+    side = _side(source)
     if num_heads is None and dim not in NUM_HEADS:
         raise ValueError(f"the number of heads at width {dim} is in no tensor; give num_heads")
     weights = {
@@ -40,9 +40,10 @@ def _transformer(
         **source.linear("t_embedder.mlp.0", "trunk.conditioning.time.hidden"),
         **source.linear("t_embedder.mlp.2", "trunk.conditioning.time.output"),
     }
-    if labels is not None:
-        weights[TABLE] = source.take(f"{labels}.weight")
+    num_classes = 0 if labels is None else _labels(source, f"{labels}.weight", weights)
     depth = source.count(r"blocks\.(\d+)\.")
+    if not depth:
+        raise ValueError(f"the checkpoint has no blocks, which layout {source.layout!r} needs")
     for i in range(depth):
         theirs, ours = f"blocks.{i}", f"trunk.blocks.{i}"
         for part in ("attn.qkv", "attn.proj"):
@@ -60,10 +61,62 @@ def _transformer(
     return {
         "backbone": "dit",
         "shape": (channels, side * patch, side * patch),
-        "num_classes": len(weights[TABLE]) - 1 if TABLE in weights else 0,
+        "num_classes": num_classes,
         "fields": fields,
         "weights": weights,
     }
+
+
+def _side(source: Source) -> int:
+    """How many patches a side of the image has, which only the table of positions tells."""
+    table = source.left.get("pos_embed")
+    if table is None:
+        raise ValueError(
+            "the checkpoint has no 'pos_embed', and no other tensor tells the size of its images. "
+            "Its code keeps the positions outside the weights: add them to the file under this name"
+        )
+    side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+    if not side or side * side != table.shape[1]:
+        raise ValueError(
+            f"'pos_embed' of the checkpoint has shape {list(table.shape)}; only positions of "
+            "square images, [1, side * side, dim], can be read"
+        )
+    return side
+
+
+def _labels(source: Source, name: str, weights: dict[str, Tensor]) -> int:
+    """Take the table of labels [rows dim] into the weights; returns the number of classes.
+
+    Where a code drops labels in training, it keeps one more row than classes, the last, for no
+    label. No tensor tells whether it did, so that the caller's number of classes decides. Without
+    one the last row stands for no label, and a note says so. A table that has a row for each class
+    and no other gets the mean of its rows for no label. One row alone is the same vector for every
+    input, which is added to the bias of the time embedding.
+    """
+    table, wanted = source.take(name, ndim=2), source.num_classes
+    rows = len(table)
+    if rows == 1 and not wanted:
+        bias = "trunk.conditioning.time.output.bias"
+        weights[bias] = weights[bias] + table[0]
+        source.notes.append(
+            "its table of labels has one row, as without labels: the network has no classes"
+        )
+        return 0
+    if wanted == rows:
+        weights[TABLE] = torch.cat([table, table.mean(0, keepdim=True)])
+        source.notes.append(
+            f"its table of labels has a row for each of the {rows} classes and none for no label "
+            "(null): it was trained without label dropout. The mean of the rows is taken for that"
+        )
+        return rows
+    weights[TABLE] = table
+    if wanted is None:
+        source.notes.append(
+            f"its table of labels has {rows} rows, read as {rows - 1} classes and, last, the row "
+            f"for no label (null). If it was trained without label dropout, it has {rows} classes: "
+            f"give num_classes = {rows} (--num-classes {rows})"
+        )
+    return rows - 1
 
 
 def _gelu_mlps(source: Source, made: dict[str, Any]) -> None:
@@ -89,6 +142,10 @@ def _readout(
     made["weights"] |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
     channels, patch = made["shape"][0], made["fields"]["patch"]
     for part, rows in source.linear(f"{theirs}.linear", f"{ours}.linear").items():
+        if len(rows) % patch**2:
+            raise ValueError(
+                f"{theirs}.linear has {len(rows)} rows, which are not {patch}x{patch} pixels each"
+            )
         cells = rows.unflatten(0, (patch * patch, -1))  # [p q, channels, ...]
         if cells.shape[1] not in (channels, 2 * channels):
             raise ValueError(
@@ -111,6 +168,11 @@ def _other_way(made: dict[str, Any]) -> None:
         weights[name] = -weights[name]
     name = "trunk.conditioning.time.hidden.weight"
     w = frequencies(made["fields"]["max_frequency"], made["fields"]["time_features"]).double()
+    if weights[name].ndim != 2 or weights[name].shape[1] != 2 * NUM_FREQUENCIES:
+        raise ValueError(
+            f"t_embedder.mlp.0.weight has shape {list(weights[name].shape)}; only embeddings of "
+            f"{2 * NUM_FREQUENCIES} time features can be read"
+        )
     cos, sin = weights[name].double().split(NUM_FREQUENCIES, dim=1)
     turned = torch.cat([cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1)
     weights[name] = turned.float()
@@ -176,7 +238,7 @@ def _mf_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     fields, weights = made["fields"], made["weights"]
     fields |= {"max_frequency": 1000.0, "second_time": "r", "norm": "rms", "qk_norm": True}
     fields["trained_positions"] = True
-    weights["trunk.positions"] = source.take("pos_embed")[0]
+    weights["trunk.positions"] = source.take("pos_embed", ndim=3)[0]
     for i in range(fields["depth"]):
         for norm in ("attn.q_norm.weight", "attn.k_norm.weight"):
             weights[f"trunk.blocks.{i}.{norm}"] = source.take(f"blocks.{i}.{norm}")

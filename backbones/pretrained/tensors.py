@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,7 +17,10 @@ class UnreadableTensors(ValueError):
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file; OSError if it cannot be written."""
+    """Write tensors as a safetensors file; OSError if it cannot be written.
+
+    Every file of ours is written here, since the library gives its files to their owner alone.
+    """
     unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -26,8 +29,11 @@ def save_tensors(
             value = value.clone()
         seen.add(value.data_ptr())
         unshared[name] = value
+    path.touch()
+    mode = path.stat().st_mode  # by the umask, as for every other file that is opened
     try:
         save_file(unshared, path, metadata)
+        path.chmod(mode)
     except SafetensorError as problem:
         raise OSError(f"{path} cannot be written: {problem}") from problem
 
@@ -37,9 +43,7 @@ def load_into(path: Path, module: nn.Module) -> None:
 
     A file that is no safetensors file raises UnreadableTensors, which is a ValueError too.
     """
-    if not path.is_file():
-        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
-        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
+    _check_there(path)
     try:
         tensors = load_file(path)
     except SafetensorError as problem:
@@ -50,6 +54,25 @@ def load_into(path: Path, module: nn.Module) -> None:
         {name: tuple(value.shape) for name, value in module.state_dict().items()},
     )
     module.load_state_dict(tensors)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file by name; only its header is read.
+
+    UnreadableTensors, which is a ValueError, for a file that is none.
+    """
+    _check_there(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as problem:
+        raise UnreadableTensors(f"{path} is no safetensors file: {problem}") from problem
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        there = sorted(f.name for f in path.parent.glob("*.safetensors"))
+        raise ValueError(f"{path} is missing; there are: {', '.join(there) or 'no weights'}")
 
 
 def check_fit(

@@ -19,6 +19,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="only this arm of the file; may be repeated",
     )  # fmt: skip
     add_bindings(parser, "run.seed = 1")
+    add_trust(parser)
 
 
 def add_bindings(parser: argparse.ArgumentParser, example: str) -> None:
@@ -38,10 +39,37 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
+        help="a Python file of your own parts, imported first; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="import the Python code that a run's folder names, which may do anything",
+    )  # fmt: skip
+
+
+def import_given(arguments: argparse.Namespace) -> None:
+    """Import the files of --import, after the parts that are installed."""
+    from registry.plugins import import_file, load_plugins
+
+    if arguments.imports:
+        load_plugins()
+    for file in arguments.imports:
+        import_file(file)
+
+
 def request_of(arguments: argparse.Namespace) -> Request:
     from benchmarks.grids.request import Request
 
+    import_given(arguments)
     bindings = list(arguments.bindings)
     if arguments.tracking_uri:
         bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
-    return Request(file=arguments.file, bindings=tuple(bindings), only=tuple(arguments.only))
+    return Request(
+        file=arguments.file,
+        bindings=tuple(bindings),
+        only=tuple(arguments.only),
+        trust_code=arguments.trust_code,
+    )

@@ -6,7 +6,13 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_bindings, add_store, request_of
+from benchmarks.commands.arguments import (
+    Commands,
+    add_bindings,
+    add_store,
+    add_trust,
+    request_of,
+)
 
 
 def add_to(commands: Commands) -> None:
@@ -32,6 +38,7 @@ def add_to(commands: Commands) -> None:
     bench.add_argument("--compare", type=Path, metavar="FILE", help="fail if a ratio has grown")
     add_store(bench)
     add_bindings(bench, "dit.dim = 768")
+    add_trust(bench)
     bench.set_defaults(command=_bench, only=[])
 
 

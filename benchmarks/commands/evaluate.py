@@ -6,7 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_bindings, add_weights
+from benchmarks.commands.arguments import (
+    Commands,
+    add_bindings,
+    add_trust,
+    add_weights,
+    import_given,
+)
 from benchmarks.launchers.slurm import take_place
 
 
@@ -22,6 +28,7 @@ def add_to(commands: Commands) -> None:
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the picture to write")
     add_weights(sample)
     add_bindings(sample, "euler.shift = 2.0")
+    add_trust(sample)
     sample.set_defaults(command=_sample)
 
 
@@ -60,6 +67,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="where features of references are kept")
     add_weights(parser)
     add_bindings(parser, "euler.shift = 2.0")
+    add_trust(parser)
     parser.set_defaults(command=_evaluate)
 
 
@@ -77,6 +85,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from benchmarks.evaluation.protocol import evaluate_run, table
     from benchmarks.evaluation.request import EvaluationRequest
 
+    import_given(arguments)
     request = EvaluationRequest(
         num=arguments.num,
         nfe=tuple(arguments.nfe),
@@ -90,6 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         save_images=arguments.save_images,
         weights=arguments.weights,
         cache=arguments.cache,
+        trust_code=arguments.trust_code,
     )
     if values := evaluate_run(arguments.run, request, arguments.out):
         print(table(values))
@@ -98,6 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from benchmarks.runs.finished import sample_run
 
+    import_given(arguments)
     where = sample_run(
         arguments.run,
         nfe=tuple(arguments.nfe),
@@ -107,5 +118,6 @@ def _sample(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         weights=arguments.weights,
         bindings=tuple(arguments.bindings),
+        trust_code=arguments.trust_code,
     )
     print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")

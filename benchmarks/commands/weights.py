@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_bindings, add_weights
+from benchmarks.commands.arguments import (
+    Commands,
+    add_bindings,
+    add_trust,
+    add_weights,
+    import_given,
+)
 
 
 def add_to(commands: Commands) -> None:
@@ -14,8 +20,13 @@ def add_to(commands: Commands) -> None:
     export.add_argument("--out", type=Path, required=True, help="an empty folder to write")
     export.add_argument("--layout", default="", help="layout of a public checkpoint: dit, sit")
     export.add_argument("--num-heads", type=int, help="only for a checkpoint of unusual width")
+    export.add_argument(
+        "--num-classes", type=int, metavar="N",
+        help="only for a checkpoint trained without label dropout, whose last row is a class",
+    )  # fmt: skip
     add_weights(export)
     add_bindings(export, "latents.folder = '/new/place'")
+    add_trust(export)
     export.set_defaults(command=_export)
 
     ema = commands.add_parser("ema", help="an average of the weights whose width is chosen now")
@@ -38,15 +49,24 @@ def add_to(commands: Commands) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from benchmarks.runs.finished import export_file, export_run
 
+    import_given(arguments)
     if arguments.run.is_dir():
         bindings = tuple(arguments.bindings)
-        where = export_run(arguments.run, arguments.out, arguments.weights, bindings)
+        where = export_run(
+            arguments.run, arguments.out, arguments.weights, bindings, arguments.trust_code
+        )
     elif arguments.bindings:
         raise ValueError(
             "--set changes bindings of a run's gin file, and a public checkpoint has no such file"
         )
     else:
-        where = export_file(arguments.run, arguments.out, arguments.layout, arguments.num_heads)
+        where = export_file(
+            arguments.run,
+            arguments.out,
+            arguments.layout,
+            arguments.num_heads,
+            arguments.num_classes,
+        )
     print(f"{where}: model.safetensors, config.json, README.md")
 
 

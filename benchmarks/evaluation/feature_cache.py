@@ -21,9 +21,10 @@ from typing import Protocol
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from backbones.pretrained.tensors import save_tensors
 from benchmarks.metrics.evaluate import BLOCK
 from registry import progress
 from registry.protocols import Extractor
@@ -77,7 +78,7 @@ class FeatureSink:
             write_text(about, _text(self.about))
         features = self.extractor(images).contiguous()
         with whole_file(path, durable=False) as partial:  # its SHA-256 is checked before it is used
-            save_file({"features": features}, partial, {"sha256": _digest(features)})
+            save_tensors(partial, {"features": features}, {"sha256": _digest(features)})
 
     def load(self) -> Tensor:
         """All features [num d] in order."""

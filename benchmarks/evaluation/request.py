@@ -31,6 +31,7 @@ class EvaluationRequest:
     save_images: Path | None = None
     weights: Path | None = None  # a file to measure instead of the run's own
     cache: Path | None = None  # of the reference's features; None: the user's own
+    trust_code: bool = False  # import the Python code that the run's configuration names
 
     def __post_init__(self) -> None:
         if self.num < 2 or self.batch_size < 1:

@@ -121,7 +121,9 @@ class Samples:
 
 def open_samples(folder: Path, request: EvaluationRequest, cache: Path) -> Samples:
     """The samples of the finished run in `folder`, before any is drawn; `cache` is for features."""
-    experiment, net = open_run(folder, request.bindings, weights=request.weights)
+    experiment, net = open_run(
+        folder, request.bindings, weights=request.weights, trust_code=request.trust_code
+    )
     # Taken at once, because the text grows with every part that gin builds from here on.
     operative = hashlib.sha256(gin_setup.operative_text().encode()).hexdigest()
     dataset = experiment.dataset

@@ -31,6 +31,7 @@ from benchmarks.runs.measure import measured_names
 from benchmarks.runs.result import RESULT
 from registry import gin_setup
 from registry.gin_errors import message_of
+from registry.own_code import CODE
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
 from trainers.checkpoints.whole_files import write_json, write_text
@@ -118,8 +119,11 @@ def _exited(end: SystemExit) -> str:
 
 def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:
     def built() -> Experiment:
-        gin_setup.parse([folder / CONFIG])
-        return build(cell.arm)
+        opened = gin_setup.parse([folder / CONFIG])
+        made = build(cell.arm)
+        if code := gin_setup.code_hashes(opened):
+            record.text(json.dumps(code, indent=1) + "\n", CODE)
+        return made
 
     experiment = ranks.together(built, Exception)
     texts = texts_of(cell.arm, (folder / CONFIG).read_text())

@@ -19,6 +19,8 @@ from benchmarks.grids.axes import Declared
 from registry import gin_setup
 from registry.core import did_you_mean
 
+KEPT = ("record.jsonl", "result.json", "cell.json", "grid.json")  # beside a config.gin of ours
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -30,6 +32,7 @@ class Request:
     file: Path | None
     bindings: tuple[str, ...] = ()
     only: tuple[str, ...] = ()  # of the arms; () is all
+    trust_code: bool = False  # also that of a run's folder, where the file may lie
 
     @property
     def name(self) -> str:
@@ -40,7 +43,8 @@ class Request:
         self, more: Sequence[str] = (), troubles: list[str] | None = None
     ) -> tuple[Path, ...]:
         files = [self.file] if self.file else []
-        return gin_setup.parse(files, [*self.bindings, *more], troubles)
+        trusted = self.trust_code or self.file is None or not _is_kept(self.file)
+        return gin_setup.parse(files, [*self.bindings, *more], troubles, trusted=trusted)
 
     def arms(self) -> tuple[str, ...]:
         """The arms to run; ('',) stands for one run outside every arm.
@@ -126,10 +130,20 @@ class Request:
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)
         made = command.replace("\n", "\n#   ")
+        trust = " --trust-code" if gin_setup.import_folders(opened) else ""
         return (
-            f"# Made by: {made}\n# The same again: objective-zoo {verb} THIS_FILE\n\n"
+            f"# Made by: {made}\n# The same again: objective-zoo {verb} THIS_FILE{trust}\n\n"
             f"{gin_setup.full_text()}\n"
         )
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether the gin file lies in a folder that a run or a comparison has written.
+
+    Such a file may have come from somebody else, together with code; others are one's own.
+    """
+    folder = gin_setup.resolve(file).parent
+    return any((folder / name).exists() for name in KEPT)
 
 
 def _declared_arms() -> tuple[str, ...]:

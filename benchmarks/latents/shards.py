@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from backbones.pretrained.tensors import save_tensors
 from trainers.checkpoints.whole_files import file_sha256, whole_file, write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -126,7 +127,7 @@ def write_shard(
     """
     path = folder / shard_name(number)
     with whole_file(path) as partial:
-        save_file(dict(tensors), partial)
+        save_tensors(partial, tensors)
     shard = Shard(
         file=path.name,
         rows=len(tensors["posterior"]),

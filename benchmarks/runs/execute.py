@@ -32,6 +32,7 @@ from benchmarks.runs.training import fit_experiment
 from registry.protocols import RunRecord, parts, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
+from trainers.checkpoints.whole_files import file_sha256
 from zoo.guidance import Guided
 
 
@@ -77,6 +78,7 @@ def execute(
         seconds=state.seconds + teacher.seconds,
         teacher_steps=teacher.steps,
         teacher_seconds=teacher.seconds,
+        weights_sha256=file_sha256(folder / MODEL) if ranks.leads() else "",
     )
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
     record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)

@@ -7,6 +7,7 @@ folder with config.json    an exported network (backbones/pretrained/exported.py
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,24 +19,34 @@ from backbones.pretrained.imports import import_file
 from backbones.pretrained.layouts import NUM_HEADS
 from backbones.pretrained.public_files import SUFFIXES
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.runs.result import RESULT, finished_run
+from benchmarks.runs.result import RESULT, measured_weights
 from registry import gin_setup
 from trainers.checkpoints.weights import load_module
 from zoo.teachers import Frozen
 
+log = logging.getLogger(__name__)
+
 
 def is_run(path: Path) -> bool:
     """Whether this is one of our runs, or a folder that may have been meant as one."""
-    if path.suffix in SUFFIXES and not path.is_dir():
+    if path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
         return False
     return (path / RESULT).exists() or not (path / CONFIG).exists()
 
 
-def load_pretrained(path: Path, layout: str = "", num_heads: int | None = None) -> FlowNetwork:
-    """The network of an exported folder or of a public checkpoint."""
+def load_pretrained(
+    path: Path, layout: str = "", num_heads: int | None = None, num_classes: int | None = None
+) -> FlowNetwork:
+    """The network of an exported folder or of a public checkpoint.
+
+    `num_heads` and `num_classes` are for a checkpoint whose tensors do not tell them.
+    """
     if path.is_dir():
         return load_exported(path)
-    return import_file(path, layout, num_heads).network()
+    imported = import_file(path, layout, num_heads, num_classes)
+    for note in imported.notes:
+        log.warning("%s: %s", path, note)
+    return imported.network()
 
 
 def load_initial_weights(experiment: Experiment) -> None:
@@ -50,7 +61,7 @@ def load_initial_weights(experiment: Experiment) -> None:
     folder = Path(teacher.checkpoint)
     with _naming("frozen.checkpoint", teacher.checkpoint):
         if is_run(folder):
-            load_module(finished_run(folder), network)
+            load_module(measured_weights(folder), network)
             _check_backbone(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
@@ -69,9 +80,9 @@ def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
     """An exported network or that of a public checkpoint; ValueError for data of another shape."""
     fields = getattr(experiment.net.trunk, "fields", {})
     num_heads = None if fields.get("dim") in NUM_HEADS else fields.get("num_heads")
-    network = load_pretrained(Path(path), layout, num_heads)
-    made_for = getattr(network.trunk, "fields", {})
     dataset = experiment.dataset
+    network = load_pretrained(Path(path), layout, num_heads, dataset.num_classes)
+    made_for = getattr(network.trunk, "fields", {})
     for what, theirs, ours in (
         ("shape", tuple(made_for["shape"]), tuple(dataset.shape)),
         ("number of classes", made_for["num_classes"], dataset.num_classes),

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainers.checkpoints.whole_files import write_json
+from registry.folders import file_in
+from trainers.checkpoints.whole_files import file_sha256, write_json
 
 MODEL, RESULT = "model.safetensors", "result.json"
 SAMPLES, REAL = "samples.safetensors", "real.safetensors"  # see benchmarks/runs/samples.py
@@ -28,6 +29,7 @@ class Result:
     seconds: float
     teacher_steps: int = 0
     teacher_seconds: float = 0.0
+    weights_sha256: str = ""  # of the file MODEL; '' in a folder of an earlier version
 
     @property
     def seconds_per_step(self) -> float:
@@ -49,3 +51,24 @@ def finished_run(folder: Path) -> Path:
         hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"{folder} holds no finished run (no {RESULT}).{hint}")
     return folder / MODEL
+
+
+def measured_weights(folder: Path) -> Path:
+    """The weights of the finished run in `folder`, checked to be those that it has measured.
+
+    ValueError if there is no finished run, or if the file was changed or exchanged since. Earlier
+    versions recorded no hash, and their weights are taken as they are.
+    """
+    finished_run(folder)
+    path = file_in(folder, MODEL)
+    try:
+        recorded = json.loads(file_in(folder, RESULT).read_text()).get("weights_sha256")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{folder / RESULT} is not as a run wrote it; restore it") from None
+    if recorded and path.is_file() and (now := file_sha256(path)) != recorded:
+        raise ValueError(
+            f"{path} is not the file that the run has measured: its sha256 was {recorded} and is "
+            f"{now}. It was damaged or exchanged: restore it. To use it all the same, say "
+            f"--weights {path}"
+        )
+    return path

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from backbones.pretrained.tensors import save_tensors
 from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
@@ -82,14 +82,14 @@ def keep_samples(experiment: Experiment, net: Callable[..., Any], folder: Path, 
     samples = _first(final_samples(experiment, net))
     if ranks.leads():
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(samples, folder / f"step_{step:08d}.safetensors")
+        save_tensors(folder / f"step_{step:08d}.safetensors", samples)
 
 
 def keep_all(
     experiment: Experiment, samples: Mapping[int, Tensor], images_seen: int, folder: Path
 ) -> None:
     """Save the run's samples, and the real data that a report shows beside them."""
-    save_file({f"nfe{n}": x.contiguous() for n, x in samples.items()}, folder / SAMPLES)
+    save_tensors(folder / SAMPLES, {f"nfe{n}": x for n, x in samples.items()})
     dataset, real = experiment.dataset, {}
     if is_points(dataset.shape):
         real["real"] = dataset.reference(_num(experiment), experiment.seed)[0][:NUM_POINTS]
@@ -99,7 +99,7 @@ def keep_all(
         if labels := dataset.sample_labels(_num(experiment)):
             real |= {name: value[:NUM_KEPT] for name, value in labels.items()}
     if real:
-        save_file({name: x.contiguous() for name, x in real.items()}, folder / REAL)
+        save_tensors(folder / REAL, real)
 
 
 def _num(experiment: Experiment) -> int:

@@ -12,7 +12,6 @@ ever reads it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -21,6 +20,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from registry.folders import file_sha256 as file_sha256
 
 PARTIAL = ".*.partial"  # matches every file that is not in its place yet
 
@@ -63,12 +64,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits; the file is read every time."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remembered_sha256(path: Path) -> str:

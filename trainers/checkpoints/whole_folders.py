@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from registry.folders import file_in
 from trainers.checkpoints.whole_files import file_sha256, sync, write_json
 
 MANIFEST = "manifest.json"
@@ -43,14 +44,29 @@ def publish(aside: Path, target: Path, marks: Mapping[str, Mapping[str, Any]]) -
 
 
 def verify(path: Path) -> None:
-    """Raise BrokenCheckpoint, naming the file, unless all files are as they were written."""
+    """Raise BrokenCheckpoint, naming the file, unless all files are as they were written.
+
+    The folder holds what its manifest lists and nothing else but hidden files. A name that leads
+    out of the folder is refused, and so is a link that does.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {name: (int(m["size"]), str(m["sha256"])) for name, m in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {problem!r}") from problem
+    if not expected:
+        raise BrokenCheckpoint(f"{path / MANIFEST} lists no files")
+    there = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    if unknown := sorted(there - expected.keys() - {MANIFEST}):
+        raise BrokenCheckpoint(
+            f"{path / unknown[0]} is not in {MANIFEST}, so that nobody can tell whether it is as "
+            "it was written. If it is not a part of the checkpoint, put it elsewhere"
+        )
     for name, (size, digest) in expected.items():
-        file = path / name
+        try:
+            file = file_in(path, name)
+        except ValueError as problem:
+            raise BrokenCheckpoint(str(problem)) from None
         if not file.is_file():
             raise BrokenCheckpoint(f"{file} is missing")
         if file.stat().st_size != size:

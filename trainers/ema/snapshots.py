@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from backbones.pretrained.tensors import save_tensors
+from registry.folders import file_in
 from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.budget import Counters
@@ -197,7 +198,7 @@ def stored(run: Path) -> list[Stored]:
     """The averages in a run's folder, in the order of steps; ValueError if there are none."""
     folder = run / FOLDER
     found = [
-        Stored(Profile(snapshot.step, sigma_rel), path / file, frozenset(snapshot.buffers))
+        Stored(Profile(snapshot.step, sigma_rel), file_in(path, file), frozenset(snapshot.buffers))
         for path, snapshot in _whole(checkpoints(folder))
         for file, sigma_rel in snapshot.widths.items()
     ]

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backbones.pretrained.tensors import check_fit, save_tensors
@@ -117,7 +116,7 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
             kind = "weight" if f"weight/{name}" in pieces else "buffer"
             pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
     with whole_file(out) as partial:
-        save_file({name.removeprefix(prefix): x for name, x in tensors.items()}, partial)
+        save_tensors(partial, {name.removeprefix(prefix): x for name, x in tensors.items()})
 
 
 class Pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import gin
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import METRIC, SIZES, sets, zoo
 
 import registry
+from backbones.pretrained import exported
 from backbones.pretrained.exported import load_exported, save_exported
 from benchmarks.runs.initial_weights import load_pretrained
 
@@ -145,7 +147,9 @@ class Bad:
 
 def test_file_that_would_execute_something_is_refused(tmp_path, capsys):
     torch.save({"model": Bad()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad.pt: it cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"bad.pt: to read it, Python would have to execute builtins.print"
+    ):
         load_pretrained(tmp_path / "bad.pt")
     assert "executed" not in capsys.readouterr().out
 
@@ -154,7 +158,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*gone.pt"):
         load_pretrained(tmp_path / "gone.pt")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"torn.safetensors: it cannot be read"):
+    with pytest.raises(ValueError, match=r"torn.safetensors: it is a text, not weights"):
         load_pretrained(tmp_path / "torn.safetensors")
 
 
@@ -258,3 +262,83 @@ def test_noise_predictor_teaches_only_a_student_with_other_weights(pictures, tmp
     start = [f"run.start_from = '{tmp_path / 'sit.safetensors'}'", "run.start_layout = 'sit'"]
     done = run(pictures, "decm", tmp_path / "out", *bound, *start, backbone="dit")
     assert done.status == 0, done.err
+
+
+# folders of somebody else
+
+
+def rewritten(out: Path, **fields) -> Path:
+    """The folder with other fields, and the hash that belongs to them."""
+    config = json.loads((out / "config.json").read_text())
+    config["fields"] |= fields
+    config["defined_by"] = exported._digest(config)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"depth": 10**8}, "depth = 100000000, and the file of its weights holds"),
+        ({"depth": 60_000}, "describes a larger network than the file of its weights holds"),
+        ({"dim": 2**16, "num_heads": 1}, "describes a larger network"),
+        ({"num_classes": 2**62}, "num_classes = .* holds"),
+        ({"shape": [1, 50_000, 50_000], "patch": 1}, "describes a larger network"),
+        ({"shape": [1, 10**9, 10**9], "patch": 7}, "the two do not belong together"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio = inf, and the file"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio = nan, and the file"),
+        ({"mlp_ratio": 60_000.0}, "describes a larger network"),
+    ],
+)
+def test_configuration_cannot_ask_for_more_than_the_weights_hold(fields, said, tmp_path):
+    out = rewritten(save_exported(small("dit"), tmp_path / "out"), **fields)
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=said):
+        load_exported(out)
+    assert time.monotonic() - begun < 10  # at 10^8 layers it went on for minutes
+
+
+def test_configuration_of_another_size_is_refused_by_its_tensors(tmp_path):
+    out = rewritten(save_exported(small("dit"), tmp_path / "out"), depth=3)
+    with pytest.raises(ValueError, match="does not fit this network"):
+        load_exported(out)
+
+
+def test_weights_that_were_changed_or_exchanged_are_refused(tmp_path):
+    out = save_exported(small("mlp"), tmp_path / "out")
+    path = out / "model.safetensors"
+    save_file({name: x + 1 for name, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="model.safetensors is not the file that was exported"):
+        load_exported(out)
+    config = json.loads((out / "config.json").read_text())
+    del config["weights_sha256"]  # as earlier versions wrote it
+    (out / "config.json").write_text(json.dumps(config))
+    load_exported(out)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        out = save_exported(small("mlp"), tmp_path / name / "out")
+        (out / name).rename(out.parent / "elsewhere")
+        (out / name).symlink_to("../elsewhere")
+        with pytest.raises(ValueError, match=f"{name} is a link to"):
+            load_exported(out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"backbone": 3}, {"fields": [1]}, {"heads": "velocity"}, {"network": "other"}]
+)
+def test_configuration_that_describes_no_network_is_named(change, tmp_path):
+    out = save_exported(small("mlp"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text()) | change
+    config["defined_by"] = exported._digest(config)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not describe a network"):
+        load_exported(out)
+
+
+def test_folder_of_another_package_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="the configuration of another package.*model.bin"):
+        load_exported(tmp_path)

@@ -97,7 +97,7 @@ def test_py_mean_flow_unet_keeps_its_times_and_signs(augmented):
     wrapped |= {f"net.{k}": v + 1 for k, v in state.items()}
     imported = import_weights({"model": wrapped, "optimizer": {}})
     assert imported.layout == "py_mean_flow"
-    assert {"num_updates", "optimizer", "net.map_layer0.bias"} <= set(imported.unused)
+    assert {"model.num_updates", "optimizer", "model.net"} <= set(imported.unused)
     x, t, r, *_ = points(side=8)
     augment = torch.randn(5, 6) if augmented else None
     expected = unet(state, x, t, t - r, augment)

@@ -146,7 +146,7 @@ def test_files_are_hashed_and_moved_into_place_in_one_module_only():
                         continue
                 found.add((file.relative_to(ROOT).as_posix(), name))
     assert found == {
-        ("trainers/checkpoints/whole_files.py", "file_digest"),
+        ("registry/folders.py", "file_digest"),
         ("trainers/checkpoints/whole_files.py", "fsync"),
         ("trainers/checkpoints/whole_files.py", "replace"),
         ("trainers/checkpoints/whole_folders.py", "rename"),  # of folders
