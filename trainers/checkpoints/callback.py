@@ -17,7 +17,7 @@ from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.checkpoints import checkpoint
 from trainers.finite import NonFiniteLoss
-from trainers.sharding import local
+from trainers.sharding import weight_pieces
 from trainers.state import Callback, TrainState
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ class CheckpointCallback(Callback):
 
     def _save(self, state: TrainState) -> None:
         with state.paused():
-            norm = torch.nn.utils.get_total_norm([local(p) for p in state.net.parameters()])
-            if any(ranks.largest(not norm.isfinite())):
+            own = [piece.view for piece in weight_pieces(state.net) if len(piece.view)]
+            largest = torch.nn.utils.get_total_norm(own, torch.inf)
+            if any(ranks.largest(not largest.isfinite())):
                 raise NonFiniteLoss(f"step {state.step}: the weights are not finite; not saved")
             try:
                 self._pending = checkpoint.PendingCheckpoint(state)
