@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,8 +123,16 @@ def together(act: Callable[[], T], *expected: type[Exception]) -> T:
         raise problem
     for rank, other in enumerate(problems):
         if other is not None:
-            raise other[0](f"process {rank}: {other[1]}")
+            raise _like(other[0], f"process {rank}: {other[1]}")
     return result
+
+
+def _like(kind: type[Exception], text: str) -> Exception:
+    """An error of this type, or of the nearest type above it that a text alone makes."""
+    for above in kind.__mro__:
+        with suppress(TypeError):
+            return cast(Exception, above(text))
+    raise AssertionError("Exception takes a text")
 
 
 def fail_together(problem: str, seconds: float = 30.0) -> None:

@@ -5,19 +5,21 @@ Beside its other files such a folder has a manifest of their sizes and SHA-256.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainers.checkpoints.whole_files import file_sha256, sync, write_json
+from trainers.checkpoints.whole_files import file_sha256, read_json, sync, write_json
 
 MANIFEST = "manifest.json"
 
 
 class BrokenCheckpoint(ValueError):
-    """A checkpoint that is torn, truncated or edited; the message says which file and how."""
+    """A checkpoint that is torn, truncated, edited or of another run.
+
+    The message says which file and how.
+    """
 
 
 def aside_of(target: Path) -> Path:
@@ -45,17 +47,26 @@ def publish(aside: Path, target: Path, marks: Mapping[str, Mapping[str, Any]]) -
 def verify(path: Path) -> None:
     """Raise BrokenCheckpoint, naming the file, unless all files are as they were written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
+    except ValueError as problem:
+        raise BrokenCheckpoint(str(problem)) from problem
+    try:
         expected = {name: (int(m["size"]), str(m["sha256"])) for name, m in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {problem!r}") from problem
+    except (ValueError, TypeError, KeyError, OverflowError) as problem:
+        raise BrokenCheckpoint(
+            f"{path / MANIFEST} cannot be read: it does not say size and SHA-256 of every file"
+        ) from problem
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
             raise BrokenCheckpoint(f"{file} is missing")
         if file.stat().st_size != size:
             raise BrokenCheckpoint(f"{file} has {file.stat().st_size} bytes instead of {size}")
-        if file_sha256(file) != digest:
+        try:
+            found = file_sha256(file)
+        except OSError as problem:
+            raise BrokenCheckpoint(f"{file} cannot be read: {problem.strerror}") from problem
+        if found != digest:
             raise BrokenCheckpoint(f"{file} was changed after it was written (SHA-256 differs)")
 
 
