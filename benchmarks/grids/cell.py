@@ -12,7 +12,6 @@ only closes its record.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,12 +27,12 @@ from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.initial_weights import load_initial_weights
 from benchmarks.runs.measure import measured_names
-from benchmarks.runs.result import RESULT
+from benchmarks.runs.result import RESULT, has_result
 from registry import gin_setup
 from registry.gin_errors import message_of
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
-from trainers.checkpoints.whole_files import write_json, write_text
+from trainers.checkpoints.whole_files import read_json, write_json, write_text
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
 
@@ -60,7 +59,10 @@ class Cell:
     def load(cls, folder: Path) -> Cell:
         if not (folder / CELL).exists():
             raise ValueError(f"{folder} has no {CELL}; `objective-zoo grid` prepares such folders")
-        return cls(**json.loads((folder / CELL).read_text()))
+        try:
+            return cls(**read_json(folder / CELL))
+        except TypeError as problem:
+            raise ValueError(f"{folder / CELL} cannot be read: it describes no cell") from problem
 
 
 def run_cell(folder: Path) -> Ended:
@@ -74,7 +76,7 @@ def run_cell(folder: Path) -> Ended:
             _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
         ):
             record.tags(_cleared_tags(folder))
-            if (folder / RESULT).exists():
+            if has_result(folder):
                 record.artifact(folder / RESULT)
             else:
                 ranks.from_leader(folder.resolve())

@@ -33,7 +33,7 @@ from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
-from benchmarks.runs.result import RESULT, SAMPLES
+from benchmarks.runs.result import SAMPLES, has_result
 from registry import gin_setup, kinds
 from registry.protocols import Job, RunRecord, is_serial, store_of
 
@@ -188,7 +188,7 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for one in planned.cells:
         folder = states[one.cell.name].folder
-        if (folder / RESULT).exists():
+        if has_result(folder):
             arm = one.cell.tags["arm"]
             row = rows.get(one.group) or Row(arm=arm, values=dict(one.values), folders=())
             rows[one.group] = replace(row, folders=(*row.folders, folder))
@@ -229,7 +229,7 @@ def _where(state: State, out: Path) -> str:
     """Where a cell is, if it is not in `out`."""
     if state.folder.parent.resolve() == out.resolve():
         return f" ({state.note})" if state.note else ""
-    if (state.folder / RESULT).exists():
+    if has_result(state.folder):
         return f" in {state.folder} ({state.note})"
     return (
         f" ({state.note}), but {state.folder} is not here, so the table lacks it. To run it again, "
@@ -239,7 +239,7 @@ def _where(state: State, out: Path) -> str:
 
 def _check_same(one: Planned, folder: Path) -> None:
     """ValueError if the folder holds a cell of other settings, which must not be overwritten."""
-    if (folder / CELL).exists() and Cell.load(folder).id == one.cell.id:
+    if (cell := _cell_in(folder)) and cell.id == one.cell.id:
         return
     if not (folder / "operative.gin").exists():
         return
@@ -253,13 +253,24 @@ def _check_same(one: Planned, folder: Path) -> None:
     )
     differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
     shown = [f"{k} = {theirs.get(k, 'unset')}, now {ours.get(k, 'unset')}" for k in differing]
-    if shown or (folder / CELL).exists():
-        done = "finished" if (folder / RESULT).exists() else "half-done"
+    if shown or cell:
+        done = "finished" if has_result(folder) else "half-done"
         raise ValueError(
             f"{folder} is {done} with other settings: "
             f"{'; '.join(shown[:5]) or 'other data, code or version of objective-zoo'}. "
             "Remove it to run it again, or choose another --out"
         )
+
+
+def _cell_in(folder: Path) -> Cell | None:
+    """The cell of a folder; None, and a warning, if its file cannot be read."""
+    if not (folder / CELL).exists():
+        return None
+    try:
+        return Cell.load(folder)
+    except ValueError as problem:
+        log.warning("%s. It is written anew", problem)
+        return None
 
 
 def _check_folder(out: Path, resume: bool) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.checkpoints import checkpoint
+from trainers.checkpoints.whole_files import sync
 from trainers.finite import NonFiniteLoss
 from trainers.sharding import weight_pieces
 from trainers.state import Callback, TrainState
@@ -31,12 +33,14 @@ class CheckpointCallback(Callback):
     SIGTERM or SIGINT. Its files are written while training goes on; the next checkpoint, and the
     end of the run, wait for them. A first signal ends the run after the current step, with a
     checkpoint and without an error; a second one acts at once. If the disk fails, a warning is
-    given and training goes on.
+    given and training goes on. What was written to the files `along` is on the disk before a
+    checkpoint is in its place, so that a power cut leaves them no shorter than the checkpoint.
     """
 
     every: int = 0
     every_seconds: float = 600.0
     keep: int = 2
+    along: tuple[Path, ...] = ()
 
     _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
     _pending: checkpoint.PendingCheckpoint | None = field(default=None, init=False, repr=False)
@@ -97,10 +101,19 @@ class CheckpointCallback(Callback):
         if pending is None:
             return
         with state.paused():
+            self._sync_along()
             try:
                 pending.finish(self.keep)
             except OSError as problem:
                 _warn(pending.step, problem)
+
+    def _sync_along(self) -> None:
+        for path in self.along if ranks.leads() else ():
+            try:
+                if path.exists():
+                    sync(path)
+            except OSError as problem:
+                log.warning("%s may not be on the disk yet: %s", path, problem.strerror)
 
     def _stopper(self, state: TrainState) -> Callable[[int, FrameType | None], None]:
         def stop(number: int, frame: FrameType | None) -> None:

@@ -272,6 +272,24 @@ def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.M
     assert [int(p.name[-2:]) for p in checkpoints(tmp_path / "checkpoints")] == [3, 6, 8]
 
 
+def test_files_along_are_on_the_disk_before_the_checkpoint_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that after a power cut a record is never shorter than the checkpoint beside it."""
+    from trainers.checkpoints import callback
+
+    record, seen = tmp_path / "record", []
+    record.write_text("one line")
+
+    def synced(path: Path) -> None:
+        seen.append((path.name, [p.name for p in checkpoints(tmp_path / "checkpoints")]))
+
+    monkeypatch.setattr(callback, "sync", synced)
+    saving = CheckpointCallback(every=2, keep=9, along=(record, tmp_path / "not there"))
+    run(folder=tmp_path, budget=Budget(steps=4), callbacks=[saving])
+    assert seen == [("record", []), ("record", ["step_00000002"])]
+
+
 # --- failures
 
 
