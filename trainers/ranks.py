@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, TypeVar, cast
 
 import torch
@@ -142,9 +143,11 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
     """
     if count() == 1:
         return
-    try:
-        dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
-    except RuntimeError:
+    met = Event()
+    # A thread, since only process 0 heeds the time-out of a barrier: the others would wait for it
+    # as long as their group was once made to, even if it has stopped answering.
+    Thread(target=_meet, args=(met, seconds), daemon=True).start()
+    if not met.wait(seconds):
         slow = "timed out" in problem.lower()
         hint = "Processes wait for each other for zero_engine.timeout_minutes. " if slow else ""
         log.critical(
@@ -153,3 +156,9 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
             *(number(), problem, hint),
         )
         os._exit(1)
+
+
+def _meet(met: Event, seconds: float) -> None:
+    with suppress(RuntimeError):  # a process is gone or late: nobody is met
+        dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
+        met.set()
