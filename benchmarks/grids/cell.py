@@ -21,7 +21,6 @@ from benchmarks.experiments import defaults
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, check_pruner
-from benchmarks.locks import alone
 from benchmarks.records.jsonl import read_record, read_start
 from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
@@ -32,6 +31,7 @@ from registry import gin_setup
 from registry.gin_errors import message_of
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
+from trainers.checkpoints.locks import alone
 from trainers.checkpoints.whole_files import read_json, write_json, write_text
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"

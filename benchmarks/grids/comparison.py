@@ -31,11 +31,11 @@ from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome, Row
 from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
-from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
 from benchmarks.runs.result import SAMPLES, has_result
 from registry import gin_setup, kinds
 from registry.protocols import Job, RunRecord, is_serial, store_of
+from trainers.checkpoints.locks import alone
 
 GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture

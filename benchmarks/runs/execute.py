@@ -53,6 +53,8 @@ def execute(
 ) -> Result:
     """Run it in `folder`, or continue what is there; the result is saved and returned."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.rglob(f".{MODEL}.*.partial") if ranks.leads() else ():
+        left.unlink()  # of a process that was killed while it wrote the weights
     _describe(experiment, texts, record)
     # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}

@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +19,14 @@ import torch
 from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.checkpoints import checkpoint
+from trainers.checkpoints.locks import alone
 from trainers.checkpoints.whole_files import sync
+from trainers.checkpoints.whole_folders import remove_leftovers
 from trainers.finite import NonFiniteLoss
 from trainers.sharding import weight_pieces
 from trainers.state import Callback, TrainState
+
+LOCK = "training.lock"
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,7 @@ class CheckpointCallback(Callback):
 
     _last: tuple[int, float] = field(default=(-1, 0.0), init=False, repr=False)
     _pending: checkpoint.PendingCheckpoint | None = field(default=None, init=False, repr=False)
+    _lock: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _handlers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,8 +58,11 @@ class CheckpointCallback(Callback):
             raise ValueError(f"CheckpointCallback(keep={self.keep!r}) must be 1 or more")
 
     def on_start(self, state: TrainState) -> None:
+        """ValueError if the folder has checkpoints of another run, or another process uses it."""
+        ranks.together(partial(self._take, state), ValueError)
         present = checkpoint.checkpoints(checkpoint.folder_of(state))
         if present and not state.resumed:
+            self._lock.close()
             raise ValueError(
                 f"{state.folder} holds checkpoints of an earlier run (newest: {present[-1].name}). "
                 "Resume it, or choose another folder"
@@ -83,6 +93,14 @@ class CheckpointCallback(Callback):
             if self._pending is not None:
                 self._pending.drop()
             self._restore_handlers()
+            self._lock.close()
+
+    def _take(self, state: TrainState) -> None:
+        """Lock the folder, and delete what a killed process has left there."""
+        folder = checkpoint.folder_of(state)
+        if ranks.leads():
+            self._lock.enter_context(alone(folder.parent / LOCK, "a training"))
+            remove_leftovers(folder)
 
     def _save(self, state: TrainState) -> None:
         with state.paused():

@@ -5,6 +5,7 @@ Beside its other files such a folder has a manifest of their sizes and SHA-256.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from trainers.checkpoints.whole_files import file_sha256, read_json, sync, write_json
 
 MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
 
 
 class BrokenCheckpoint(ValueError):
@@ -81,3 +84,13 @@ def discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of folders that they wrote or discarded.
+
+    Only a process that alone may write in the folder may call it.
+    """
+    for left in [*folder.glob(".*.partial"), *folder.glob(".*.discarded")]:
+        log.info("removing %s, which a process that ended early has left", left)
+        shutil.rmtree(left)

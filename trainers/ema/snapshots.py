@@ -34,6 +34,7 @@ from trainers.checkpoints.whole_folders import (
     discard,
     fingerprint,
     publish,
+    remove_leftovers,
     verify,
 )
 from trainers.ema.averages import power_name
@@ -150,8 +151,7 @@ def _kept(state: TrainState) -> Snapshot | None:
     if not ranks.leads():
         return None
     folder = folder_of(state)
-    for left in folder.glob(".step_*"):
-        shutil.rmtree(left)
+    remove_leftovers(folder)
     found = checkpoints(folder)
     kept = [path for path in found if int(path.name.removeprefix("step_")) <= state.step]
     for path in found[len(kept) :]:

@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -398,3 +400,40 @@ def test_second_signal_acts_at_once(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, ambient)
     assert not checkpoints(tmp_path / "checkpoints")
+
+
+# --- what killed processes leave
+
+
+def test_leftovers_of_killed_processes_are_removed_by_the_next_start(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    for name in (".step_00000012.partial", ".step_00000003.discarded"):
+        shutil.copytree(folder / "step_00000006", folder / name)
+    run(folder=tmp_path, resume=True, budget=Budget(steps=9), callbacks=[CheckpointCallback()])
+    kept = ["step_00000003", "step_00000006", "step_00000009"]
+    assert sorted(p.name for p in folder.iterdir()) == kept
+
+
+def test_what_a_living_process_writes_is_left_and_a_second_training_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    being_written = folder / ".step_00000012.partial"
+    shutil.copytree(folder / "step_00000006", being_written)
+    code = (
+        "import sys; from pathlib import Path; from trainers.checkpoints.locks import alone\n"
+        f"with alone(Path({str(tmp_path)!r}) / 'training.lock', 'a training'):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        go: Any = {"folder": tmp_path, "resume": True, "budget": Budget(steps=10)}
+        with pytest.raises(ValueError, match="another process runs a training"):
+            run(**go, callbacks=[CheckpointCallback()])
+        assert being_written.exists()
+        other.kill()
+    run(**go, callbacks=[CheckpointCallback()])
+    assert not being_written.exists()
