@@ -1,6 +1,6 @@
 """A lock that processes and threads wait for, on a lock file.
 
-It is a lock of `lockf`, as in trainers/checkpoints/locks.py, where a process that comes second is refused.
+It is a lock of `lockf`, as in trainers/checkpoints/locks.py, where a second process is refused.
 """
 
 from __future__ import annotations
