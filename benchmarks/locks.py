@@ -1,8 +1,6 @@
-"""Locks of processes, each held on a lock file.
+"""A lock that processes and threads wait for, on a lock file.
 
-They are locks of `lockf`. A lock of `flock` would pass to every forked data loader, which keeps it
-after the process that took it has ended. A lock ends with its process at the latest, so that a
-killed process blocks nobody.
+It is a lock of `lockf`, as in trainers/checkpoints/locks.py, where a second process is refused.
 """
 
 from __future__ import annotations
@@ -14,21 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _one_thread = threading.RLock()
-
-
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file at `path`; ValueError if another process holds it.
-
-    `what` names the work for the error, such as "an encoding".
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process runs {what} in {path.parent}") from error
-        yield
 
 
 @contextmanager

@@ -53,15 +53,17 @@ def run(
     set: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    fork: str | Path | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Train, sample and measure the arms of a gin file, or its one run; as `objective-zoo run`.
 
     `arms` picks some of the file's arms; `set` binds more, such as {"run.steps": 50}. Its values
     are Python data, parts, or gin references as texts ("@dumo()"). `out` is a new folder, by
-    default runs/NAME-DATE-TIME; with `resume` what is in it goes on. ValueError is raised before
-    any training for whatever does not fit together. CellsFailed, at the end, names the arms that
-    failed and carries the outcome of the others.
+    default runs/NAME-DATE-TIME; with `resume` what is in it goes on. With `fork`, the folder of
+    earlier runs, new runs start from their newest checkpoints, with other settings. ValueError is
+    raised before any training for whatever does not fit together. CellsFailed, at the end, names
+    the arms that failed and carries the outcome of the others.
 
     >>> c = run("experiments/digits.gin", arms=["mean_flow"], set=TINY, out="x")
     >>> list(c.runs), c.failed
@@ -70,7 +72,9 @@ def run(
     from objective_zoo import comparing
 
     folder = Path(out or Path("runs") / f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return comparing.compare(file, arms, set or {}, folder, resume=resume, progress=progress)
+    return comparing.compare(
+        file, arms, set or {}, folder, resume=resume, fork=fork, progress=progress
+    )
 
 
 def grid(

@@ -93,11 +93,23 @@ class PlannedRun:
         """One binding a line."""
         return "\n".join(self._bindings)
 
-    def run(self, out: str | Path, *, resume: bool = False, progress: bool = False) -> Run:
-        """Train, sample, measure and record it in `out`, a new folder."""
+    def run(
+        self,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        fork: str | Path | None = None,
+        progress: bool = False,
+    ) -> Run:
+        """Train, sample, measure and record it in `out`, a new folder.
+
+        With `resume` what is in it goes on; with `fork` it starts from the run in that folder.
+        """
         request = Request(file=None, bindings=self._bindings)
         with isolated_call(progress):
-            found = _finished(lambda: library.compare(request, Path(out), resume=resume))
+            found = _finished(
+                lambda: library.compare(request, Path(out), resume=resume, fork=_path(fork))
+            )
         return next(iter(found.runs.values()))
 
 
@@ -108,12 +120,13 @@ def compare(
     out: Path,
     *,
     resume: bool,
+    fork: str | Path | None,
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.run`."""
     with isolated_call(progress):
         request = _request(file, arms, values)
-        return _finished(lambda: library.compare(request, out, resume=resume))
+        return _finished(lambda: library.compare(request, out, resume=resume, fork=_path(fork)))
 
 
 def grid(
@@ -141,6 +154,10 @@ def experiment(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Plann
     if twice := sorted(given.keys() & {*values}):
         raise ValueError(f"set has {', '.join(twice)}, which an argument gives too; keep one")
     return PlannedRun(bindings_of_values(given | dict(values)))
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _request(file: str | Path, arms: Sequence[str], values: Mapping[str, Any]) -> Request:

@@ -37,7 +37,15 @@ from registry.protocols import (
     parts,
 )
 from trainers import ranks
-from trainers.checkpoints.weights import copied, copied_state, load_module, read_state, save_state
+from trainers.checkpoints.weights import (
+    check_state,
+    copied,
+    copied_state,
+    read_module,
+    read_state,
+    save_state,
+)
+from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.ema.averages import Ema, PowerEma, frozen_copy
 from zoo.derivatives.one_pass import apart
 
@@ -248,11 +256,23 @@ class TorchEngine:
         return write
 
     def load(self, folder: Path) -> None:
+        """Read everything before anything is put in its place.
+
+        BrokenCheckpoint for files that cannot be read or do not fit.
+        """
         if (folder / "zero.json").exists():
-            raise ValueError(f"{folder} was made by zero_engine: go on with @zero_engine()")
-        for name, module in self._networks():
-            load_module(folder / f"{name}.safetensors", module)
-        self._optimizer.load_state_dict(read_state(folder / "optimizer.pt"))
+            raise BrokenCheckpoint(f"{folder} was made by zero_engine: go on with @zero_engine()")
+        networks = [
+            (module, read_module(folder / f"{name}.safetensors", module))
+            for name, module in self._networks()
+        ]
+        state = read_state(path := folder / "optimizer.pt")
+        check_state(path, state, self._optimizer)
+        for module, tensors in networks:
+            module.load_state_dict(tensors)
+        # The options are the run's own, so that a damaged file cannot change them.
+        options = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["state"], "param_groups": options})
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
         """The networks that a checkpoint keeps, by the names of their files."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from threading import Event, Thread
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,8 +124,16 @@ def together(act: Callable[[], T], *expected: type[Exception]) -> T:
         raise problem
     for rank, other in enumerate(problems):
         if other is not None:
-            raise other[0](f"process {rank}: {other[1]}")
+            raise _like(other[0], f"process {rank}: {other[1]}")
     return result
+
+
+def _like(kind: type[Exception], text: str) -> Exception:
+    """An error of this type, or of the nearest type above it that a text alone makes."""
+    for above in kind.__mro__:
+        with suppress(TypeError):
+            return cast(Exception, above(text))
+    raise AssertionError("Exception takes a text")
 
 
 def fail_together(problem: str, seconds: float = 30.0) -> None:
@@ -133,9 +143,11 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
     """
     if count() == 1:
         return
-    try:
-        dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
-    except RuntimeError:
+    met = Event()
+    # A thread, since only process 0 heeds the time-out of a barrier: the others would wait for it
+    # as long as their group was once made to, even if it has stopped answering.
+    Thread(target=_meet, args=(met, seconds), daemon=True).start()
+    if not met.wait(seconds):
         slow = "timed out" in problem.lower()
         hint = "Processes wait for each other for zero_engine.timeout_minutes. " if slow else ""
         log.critical(
@@ -144,3 +156,9 @@ def fail_together(problem: str, seconds: float = 30.0) -> None:
             *(number(), problem, hint),
         )
         os._exit(1)
+
+
+def _meet(met: Event, seconds: float) -> None:
+    with suppress(RuntimeError):  # a process is gone or late: nobody is met
+        dist.monitored_barrier(group=_control, timeout=timedelta(seconds=seconds))
+        met.set()

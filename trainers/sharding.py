@@ -56,17 +56,11 @@ def shape_of(param: Any) -> tuple[int, ...]:
     return tuple(param.ds_shape if is_sharded(param) else param.shape)
 
 
-def local(param: Any) -> Tensor:
-    """What this process holds of a parameter."""
-    return param.ds_tensor if is_sharded(param) else param
-
-
 def weight_pieces(module: nn.Module) -> Iterator[Piece]:
     params: Iterable[tuple[str, Any]] = module.named_parameters()
     for name, param in params:
         if is_sharded(param):
-            start, length = _range(param)
-            yield Piece(name, start, param.ds_tensor.data.view(-1)[:length])
+            yield Piece(name, _range(param)[0], _own(param))
         else:
             yield Piece(name, 0, param.data.view(-1), everywhere=True)
 
@@ -106,7 +100,7 @@ def refresh_masters(module: nn.Module, optimizer: Any) -> None:
 
 @contextmanager
 def shards(module: nn.Module) -> Iterator[None]:
-    """Inside the `with` block a parameter's data is this process's piece of it.
+    """Inside the `with` block a parameter's data is this process's piece of it, without padding.
 
     So arithmetic by elements works on sharded weights.
     """
@@ -117,7 +111,7 @@ def shards(module: nn.Module) -> Iterator[None]:
     kept = [p.data for p in params]
     try:
         for p in params:
-            p.data = p.ds_tensor.data
+            p.data = _own(p)
         yield
     finally:
         for p, data in zip(params, kept, strict=True):
@@ -147,6 +141,15 @@ def whole(param: Any) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([param]):
         return param.detach().cpu().clone()
+
+
+def _own(param: Any) -> Tensor:
+    """The elements of a sharded parameter that this process holds.
+
+    DeepSpeed never writes the padding after them, so it may hold any bits, even NaN.
+    """
+    own: Tensor = param.ds_tensor.data.view(-1)[: _range(param)[1]]
+    return own
 
 
 def _range(param: Any) -> tuple[int, int]:

@@ -39,7 +39,12 @@ def save_tensors(
 
 
 def load_into(path: Path, module: nn.Module) -> None:
-    """Load weights that fit the module exactly; ValueError names what differs or is missing.
+    """Load weights that fit the module exactly; errors as of `fitting`."""
+    module.load_state_dict(fitting(path, module))
+
+
+def fitting(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Weights that fit the module exactly; ValueError names what differs or is missing.
 
     A file that is no safetensors file raises UnreadableTensors, which is a ValueError too.
     """
@@ -53,7 +58,7 @@ def load_into(path: Path, module: nn.Module) -> None:
         {name: tuple(value.shape) for name, value in tensors.items()},
         {name: tuple(value.shape) for name, value in module.state_dict().items()},
     )
-    module.load_state_dict(tensors)
+    return tensors
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

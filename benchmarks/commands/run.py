@@ -21,6 +21,10 @@ def add_to(commands: Commands) -> None:
     add_request(run)
     run.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME-DATE-TIME")
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    run.add_argument(
+        "--fork", type=Path, metavar="DIR",
+        help="start new runs in --out from the newest checkpoints in DIR, with other settings",
+    )  # fmt: skip
     add_store(run)
     run.add_argument(
         "--ranks", type=int, default=1, help="run in this many processes of this machine"
@@ -56,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     def lead() -> None:
         try:
-            show(compare(request, out, resume=arguments.resume))
+            show(compare(request, out, resume=arguments.resume, fork=arguments.fork))
         except CellsFailed as failure:
             show(failure.comparison)
             raise SystemExit(str(failure)) from failure

@@ -22,19 +22,19 @@ from benchmarks.experiments import defaults
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, check_pruner
-from benchmarks.locks import alone
 from benchmarks.records.jsonl import read_record, read_start
 from benchmarks.records.open_run import NullRun
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.initial_weights import load_initial_weights
 from benchmarks.runs.measure import measured_names
-from benchmarks.runs.result import RESULT
+from benchmarks.runs.result import RESULT, has_result
 from registry import gin_setup
 from registry.gin_errors import message_of
 from registry.own_code import CODE
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
-from trainers.checkpoints.whole_files import write_json, write_text
+from trainers.checkpoints.locks import alone
+from trainers.checkpoints.whole_files import read_json, write_json, write_text
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
 
@@ -61,7 +61,10 @@ class Cell:
     def load(cls, folder: Path) -> Cell:
         if not (folder / CELL).exists():
             raise ValueError(f"{folder} has no {CELL}; `objective-zoo grid` prepares such folders")
-        return cls(**json.loads((folder / CELL).read_text()))
+        try:
+            return cls(**read_json(folder / CELL))
+        except TypeError as problem:
+            raise ValueError(f"{folder / CELL} cannot be read: it describes no cell") from problem
 
 
 def run_cell(folder: Path) -> Ended:
@@ -75,7 +78,7 @@ def run_cell(folder: Path) -> Ended:
             _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
         ):
             record.tags(_cleared_tags(folder))
-            if (folder / RESULT).exists():
+            if has_result(folder):
                 record.artifact(folder / RESULT)
             else:
                 ranks.from_leader(folder.resolve())

@@ -11,7 +11,7 @@ from typing import Literal
 from benchmarks.experiments.pruning import PRUNED
 from benchmarks.records.jsonl import read_record, read_start
 from benchmarks.records.mlflow_sync import reason
-from benchmarks.runs.result import RESULT
+from benchmarks.runs.result import has_result
 from registry.protocols import RecordStore
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def state_in(folder: Path) -> State:
     A cell that was killed after its result was written, and before its record was closed, is
     half-done.
     """
-    result = (folder / RESULT).exists()
+    result = has_result(folder)
     if read_start(folder) is None:
         return State("finished" if result else "new", folder)
     record = read_record(folder)

@@ -45,6 +45,7 @@ class Planned:
     bindings: tuple[str, ...]
     config: str
     operative: str
+    data: str  # what its data set calls itself
     prunes: bool
     cost: Any  # what `cost_of` returned
 
@@ -79,6 +80,7 @@ class _Draft:
     command: str  # that runs this cell alone
     config: str
     operative: str
+    data: str
     recorder: Recorder
     prunes: bool
     cost: Any
@@ -152,7 +154,8 @@ def _draft(
         raise ValueError("; ".join(new))
     experiment = build(arm)
     operative = gin_setup.operative_text()
-    identity = _id(opened, experiment.dataset.identity())
+    data = experiment.dataset.identity()
+    identity = _id(opened, data)
     cost = cost_of(experiment)
     gin_setup.build("Grid.launcher")  # so that its bindings count as used
     inert = set(gin_setup.inert_bindings(arm))
@@ -174,6 +177,7 @@ def _draft(
         command=command,
         config=request.text(opened, "run", command, arm),
         operative=operative,
+        data=data,
         recorder=experiment.recorder,
         prunes=experiment.pruner is not None,
         cost=cost,
@@ -208,6 +212,7 @@ def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Plann
         bindings=bindings,
         config=draft.config,
         operative=draft.operative,
+        data=draft.data,
         prunes=draft.prunes,
         cost=draft.cost,
     )

@@ -24,18 +24,19 @@ from safetensors.torch import load_file
 
 from benchmarks.data.pictures import picture
 from benchmarks.grids.axes import Declared
-from benchmarks.grids.cell import CELL, Cell, run_cell
+from benchmarks.grids.cell import run_cell
 from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
+from benchmarks.grids.continuing import FORK, as_forked, check_same, fork, state_to_fork
 from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome, Row
 from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
-from benchmarks.locks import alone
 from benchmarks.records.provenance import commit
-from benchmarks.runs.result import RESULT, SAMPLES
-from registry import gin_setup, kinds
+from benchmarks.runs.result import SAMPLES, has_result
+from registry import kinds
 from registry.protocols import Job, RunRecord, is_serial, store_of
+from trainers.checkpoints.locks import alone
 
 GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture
@@ -43,14 +44,19 @@ NUM_COLUMNS = 20  # samples per line of the picture
 log = logging.getLogger(__name__)
 
 
-def compare(request: Request, out: Path, *, resume: bool = False) -> ComparisonOutcome:
+def compare(
+    request: Request, out: Path, *, resume: bool = False, fork: Path | None = None
+) -> ComparisonOutcome:
     """Run every arm, or those that the request names.
 
     Arms that are finished already are not run again. One that fails is recorded and the others
     run; CellsFailed at the end names it. After a signal KeyboardInterrupt is raised, and the same
-    call with `resume` goes on.
+    call with `resume` goes on. Each new run starts from the newest checkpoint of its namesake in
+    the folder `fork`, or of the one run there, if it is given.
     """
     _check_folder(out, resume)
+    if fork is not None and fork.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--fork {fork} cannot be continued inside itself; choose another --out")
     arms, axes = request.arms(), request.declared()
     if axes and arms != ("",) and not request.only:
         raise ValueError(
@@ -62,9 +68,14 @@ def compare(request: Request, out: Path, *, resume: bool = False) -> ComparisonO
     planned = plan(request, Declared())
     with alone(out / LOCK, "a comparison"):
         states = {planned.cell.name: state_in(out / planned.cell.name) for planned in planned.cells}
+        if fork is not None:
+            _fork(planned, fork, out, states)
+        planned = replace(
+            planned, cells=tuple(as_forked(one, out / one.cell.name) for one in planned.cells)
+        )
         for one in planned.cells:
-            if states[one.cell.name].status == "finished":
-                _check_same(one, out / one.cell.name)
+            if (state := states[one.cell.name]).status != "new":
+                check_same(one, state.folder, may_change=state.status != "finished")
         return _run(planned, out, states, retry_failed=True)
 
 
@@ -104,7 +115,7 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
     for one in planned.cells:
         state = state_in(out / one.cell.name)
         if state.status != "new":
-            _check_same(one, state.folder)
+            check_same(one, state.folder, may_change=False)
         states[one.cell.name] = state
     missing = {o.cell.id: o for o in planned.cells if states[o.cell.name].status != "finished"}
     if store := store_of(planned.recorder):
@@ -192,7 +203,7 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for one in planned.cells:
         folder = states[one.cell.name].folder
-        if (folder / RESULT).exists():
+        if has_result(folder):
             arm = one.cell.tags["arm"]
             row = rows.get(one.group) or Row(arm=arm, values=dict(one.values), folders=())
             rows[one.group] = replace(row, folders=(*row.folders, folder))
@@ -233,7 +244,7 @@ def _where(state: State, out: Path) -> str:
     """Where a cell is, if it is not in `out`."""
     if state.folder.parent.resolve() == out.resolve():
         return f" ({state.note})" if state.note else ""
-    if (state.folder / RESULT).exists():
+    if has_result(state.folder):
         return f" in {state.folder} ({state.note})"
     return (
         f" ({state.note}), but {state.folder} is not here, so the table lacks it. To run it again, "
@@ -241,29 +252,16 @@ def _where(state: State, out: Path) -> str:
     )
 
 
-def _check_same(one: Planned, folder: Path) -> None:
-    """ValueError if the folder holds a cell of other settings, which must not be overwritten."""
-    if (folder / CELL).exists() and Cell.load(folder).id == one.cell.id:
-        return
-    if not (folder / "operative.gin").exists():
-        return
-    ours, theirs = (
-        {
-            key.removeprefix(f"{one.cell.arm}/"): value
-            for key, value in gin_setup.bindings_of(text).items()
-            if not key.split("/")[-1].startswith("mlflow.")
-        }
-        for text in (one.operative, (folder / "operative.gin").read_text())
-    )
-    differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
-    shown = [f"{k} = {theirs.get(k, 'unset')}, now {ours.get(k, 'unset')}" for k in differing]
-    if shown or (folder / CELL).exists():
-        done = "finished" if (folder / RESULT).exists() else "half-done"
-        raise ValueError(
-            f"{folder} is {done} with other settings: "
-            f"{'; '.join(shown[:5]) or 'other data, code or version of objective-zoo'}. "
-            "Remove it to run it again, or choose another --out"
-        )
+def _fork(planned: Plan, source: Path, out: Path, states: Mapping[str, State]) -> None:
+    """Give each new cell the state of its parent; nothing is copied if one has none."""
+    new = [
+        one
+        for one in planned.cells
+        if states[one.cell.name].status == "new" and not (out / one.cell.name / FORK).exists()
+    ]
+    found = [state_to_fork(one, source) for one in new]
+    for one, checkpoint in zip(new, found, strict=True):
+        fork(one, checkpoint, out / one.cell.name)
 
 
 def _check_folder(out: Path, resume: bool) -> None:

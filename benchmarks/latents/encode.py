@@ -35,8 +35,8 @@ from benchmarks.latents.shard_encoder import (
     encode_shard,
 )
 from benchmarks.latents.shards import PLAN, Manifest, Shard, channel_statistics, finished_shards
-from benchmarks.locks import alone
 from registry import progress
+from trainers.checkpoints.locks import alone
 from trainers.checkpoints.whole_files import PARTIAL, write_json
 from trainers.devices import device_of
 

@@ -10,14 +10,16 @@ Lines are only ever added at the end:
     {"kind": "resume", "time": ms}          the run goes on after an end
 
 Every line is handed to the operating system before the call returns, so a killed process loses at
-most the line that it was writing. A reader skips such a torn line and counts it. Numbers that are
-not finite are written as the texts "NaN", "Infinity" and "-Infinity", so that every line is strict
-JSON. Times are in milliseconds since 1970.
+most the line that it was writing, and every checkpoint waits until the disk has the lines before
+it. A reader skips such a torn line and counts it. Numbers that are not finite are written as the
+texts "NaN", "Infinity" and "-Infinity", so that every line is strict JSON. Times are in
+milliseconds since 1970.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -29,29 +31,65 @@ import numpy as np
 
 RECORD = "record.jsonl"
 
+log = logging.getLogger(__name__)
+
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
 class RecordWriter:
-    """Appends lines to the record of a folder. If the last line is torn, it is ended first."""
+    """Appends lines to the record of a folder. If the last line is torn, it is ended first.
+
+    While the disk is full, lines wait in memory, and the run goes on. A warning says so once, and
+    once more when they are written. `append` never raises for that; `close` returns how many lines
+    are lost because there was no room until the end.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / RECORD
-        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-        self._file = open(path, "ab")
-        if torn:
-            self._file.write(b"\n")
+        self._path = folder / RECORD
+        torn = (
+            self._path.exists() and self._path.stat().st_size and not _ends_with_newline(self._path)
+        )
+        self._file = open(self._path, "ab", buffering=0)
+        self._waiting = bytearray(b"\n" if torn else b"")  # what the file does not have yet
+        self._failed = False
 
     def append(self, kind: str, **entry: Any) -> None:
         line = json.dumps({"kind": kind, **entry}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._waiting += line.encode() + b"\n"
+        self._write()
 
-    def close(self) -> None:
-        self._file.close()
+    def close(self) -> int:
+        self._write()
+        if lost := self._waiting.count(b"\n"):
+            log.error("%d lines of the record %s could not be written", lost, self._path)
+        try:
+            self._file.close()
+        except OSError as problem:  # as some network file systems tell it
+            log.error("the record %s may not be whole: %s", self._path, problem.strerror)
+        return lost
+
+    def _write(self) -> None:
+        """Write what waits, from the byte on at which the disk was full, so that no line tears."""
+        waited = self._waiting.count(b"\n")
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as problem:
+            if not self._failed:
+                log.warning(
+                    "the record %s cannot be written: %s. The run goes on, and its lines wait in "
+                    "memory until there is room",
+                    self._path,
+                    problem.strerror,
+                )
+            self._failed = True
+        else:
+            if self._failed:
+                log.warning("the record %s is whole again: %d lines waited", self._path, waited)
+            self._failed = False
 
 
 def numbers(values: Mapping[str, float]) -> dict[str, float | str]:

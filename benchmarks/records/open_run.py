@@ -161,7 +161,8 @@ class OpenRun:
     def close(self, status: str = "FINISHED") -> None:
         """Record how the run ended, and send to MLflow what is left.
 
-        If that fails, a warning says how to send it later.
+        If that fails, a warning says how to send it later. OSError for a finished run whose record
+        is not whole because the disk is full.
         """
         if status not in STATUSES:
             raise ValueError(f"the status {status!r} must be one of {', '.join(STATUSES)}")
@@ -169,14 +170,21 @@ class OpenRun:
             return
         self._closed = True
         self._file.append("end", status=status, time=now_ms())
-        self._file.close()
-        if self._copy is None or self._follower is None:
-            return
-        if trouble := self._follower.close(self._copy.close_seconds):
+        lost = self._file.close()
+        if self._copy is not None and self._follower is not None:
+            self._send_rest(self._copy, self._follower)
+        if lost and status == "FINISHED":
+            raise OSError(
+                f"{lost} lines of the record {self.folder / RECORD} could not be written: the "
+                "disk is full"
+            )
+
+    def _send_rest(self, copy: CopySettings, follower: Follower) -> None:
+        if trouble := follower.close(copy.close_seconds):
             log.warning(
                 "the MLflow store %s has no whole copy of the run %s (%s).\n"
                 "The record is in %s. Send it later with\n    %s",
-                *(self._copy.store.name, self.name, trouble, self.folder / RECORD),
+                *(copy.store.name, self.name, trouble, self.folder / RECORD),
                 shlex.join(["objective-zoo", "send", str(self.folder)]),
             )
 

@@ -14,8 +14,10 @@ The run's folder holds
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import file_sha256
 from zoo.guidance import Guided
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
@@ -50,6 +54,8 @@ def execute(
 ) -> Result:
     """Run it in `folder`, or continue what is there; the result is saved and returned."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.rglob(f".{MODEL}.*.partial") if ranks.leads() else ():
+        left.unlink()  # of a process that was killed while it wrote the weights
     _describe(experiment, texts, record)
     # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
@@ -61,10 +67,11 @@ def execute(
     record.metrics({"cost/passes_per_step": passes_per_step(experiment).total}, 0)
     state = fit_experiment(experiment, record, folder, resume)
     net = state.ema_net
-    save_module(folder / MODEL, net)
+    unsaved = _Unsaved()
+    unsaved.attempt(partial(save_module, folder / MODEL, net))
     values = dict(measure(experiment, net))
     record.metrics(values, state.step)
-    _keep_samples(experiment, net, state.images, record, folder)
+    unsaved.attempt(partial(_keep_samples, experiment, net, state.images, record, folder))
     result = Result(
         name=record.name,
         objective=experiment.objective_name,
@@ -83,9 +90,39 @@ def execute(
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
     record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)
     if ranks.leads():
-        result.save(folder)
+        if unsaved.problem is None:
+            unsaved.attempt(partial(result.save, folder))
+        unsaved.tell(result)
         record.artifact(folder / RESULT)
     return result
+
+
+class _Unsaved:
+    """What a full disk does not take at the end of a run, when the figures are not yet known.
+
+    A run has a result only if everything before it was saved.
+    """
+
+    problem: OSError | None = None
+
+    def attempt(self, save: Callable[[], object]) -> None:
+        """Call `save`, in which all processes may have to take part."""
+        try:
+            save()
+        except OSError as problem:
+            self.problem = self.problem or problem
+
+    def tell(self, result: Result) -> None:
+        """Raise the error, if there was one, after the figures were logged."""
+        if self.problem is None:
+            return
+        figures = ", ".join(f"{name} = {value:.6g}" for name, value in result.values.items())
+        log.error(
+            "%s: the run came to its end at step %d, and its result cannot be saved. It found %s. "
+            "With room on the disk, --resume goes on from the last checkpoint",
+            *(result.name, result.steps, figures),
+        )
+        raise self.problem
 
 
 def _keep_samples(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from registry.folders import file_in
-from trainers.checkpoints.whole_files import file_sha256, write_json
+from trainers.checkpoints.whole_files import file_sha256, read_json, write_json
 
 MODEL, RESULT = "model.safetensors", "result.json"
 SAMPLES, REAL = "samples.safetensors", "real.safetensors"  # see benchmarks/runs/samples.py
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,37 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> Result:
-        return cls(**json.loads((folder / RESULT).read_text()))
+        """ValueError, which names the file, for one that is no result."""
+        content = read_json(folder / RESULT)
+        try:
+            result = cls(**content)
+            numbers = (result.seed, result.num_params, result.steps, result.images, result.seconds)
+            if not all(isinstance(n, int | float) for n in (*numbers, *result.values.values())):
+                raise TypeError("a figure is no number")
+        except (TypeError, AttributeError) as problem:
+            raise ValueError(f"{folder / RESULT} cannot be read: it lacks figures") from problem
+        return result
+
+
+def has_result(folder: Path) -> bool:
+    """Whether the run in `folder` has its result.
+
+    A file that cannot be read, such as one that a full disk left empty, is no result: a warning
+    names it, and the run is resumed to make it again.
+    """
+    if not (folder / RESULT).exists():
+        return False
+    try:
+        Result.load(folder)
+    except ValueError as problem:
+        log.warning("%s. So this run is not finished", problem)
+        return False
+    return True
 
 
 def finished_run(folder: Path) -> Path:
     """The weights of the finished run in `folder`; ValueError if there is none."""
-    if not (folder / RESULT).exists():
+    if not has_result(folder):
         inside = sorted(p.parent.name for p in folder.glob(f"*/{RESULT}"))
         hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"{folder} holds no finished run (no {RESULT}).{hint}")
@@ -61,10 +88,7 @@ def measured_weights(folder: Path) -> Path:
     """
     finished_run(folder)
     path = file_in(folder, MODEL)
-    try:
-        recorded = json.loads(file_in(folder, RESULT).read_text()).get("weights_sha256")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{folder / RESULT} is not as a run wrote it; restore it") from None
+    recorded = Result.load(folder).weights_sha256
     if recorded and path.is_file() and (now := file_sha256(path)) != recorded:
         raise ValueError(
             f"{path} is not the file that the run has measured: its sha256 was {recorded} and is "

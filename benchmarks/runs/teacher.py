@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +17,10 @@ from registry.protocols import RunRecord
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints.weights import load_module, save_module
-from trainers.checkpoints.whole_files import write_json
+from trainers.checkpoints.whole_files import read_json, write_json
 from zoo.objectives.flow_matching import FlowMatching
+
+SPENT = "spent.json"
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,8 @@ def prepare_teacher(experiment: Experiment, record: RunRecord, folder: Path, res
     teacher, network = experiment.distilled
     if teacher.checkpoint:
         return Spent()
-    if resume and (folder / MODEL).exists():
-        spent = Spent(**json.loads((folder / "spent.json").read_text()))
-    else:
+    spent = _found(folder) if resume and (folder / MODEL).exists() else None
+    if spent is None:
         log.info(
             "  first its teacher: flow matching with %s of the budget", f"{teacher.pretrain:.0%}"
         )
@@ -79,12 +79,21 @@ def after_teacher(experiment: Experiment) -> Experiment:
     return replace(experiment, budget=_of(budget, amount))
 
 
+def _found(folder: Path) -> Spent | None:
+    """What the teacher in `folder` took; None, and a warning, if the file cannot be read."""
+    try:
+        return Spent(**read_json(folder / SPENT))
+    except (ValueError, TypeError):
+        log.warning("%s cannot be read, so the teacher goes on from its checkpoint", folder / SPENT)
+        return None
+
+
 def _train_teacher(teaching: Experiment, record: RunRecord, folder: Path, resume: bool) -> Spent:
     folder.mkdir(parents=True, exist_ok=True)
     state = fit_experiment(teaching, record, folder, resume, prefix="teacher/")
     spent = Spent(state.step, state.images, state.seconds)
     if ranks.leads():
-        write_json(folder / "spent.json", asdict(spent))
+        write_json(folder / SPENT, asdict(spent))
     save_module(folder / MODEL, state.ema_net)  # last: a resumed run looks for it
     ranks.gathered(None)
     return spent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.pruning import PRUNED, Pruned, Pruning
+from benchmarks.records.jsonl import RECORD
 from benchmarks.runs.measure import measure
 from benchmarks.runs.peak_memory import PeakMemory
 from benchmarks.runs.samples import keep_samples
@@ -21,6 +23,8 @@ from trainers.callbacks import (
 from trainers.ema.snapshots import EmaSnapshots
 from trainers.loop import fit
 from trainers.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,18 +45,21 @@ def fit_experiment(
     """
     peak = PeakMemory(experiment.device)
 
-    def log(values: dict[str, float], step: int) -> None:
+    def keep(values: dict[str, float], step: int) -> None:
         record.metrics({prefix + name: value for name, value in values.items()}, step)
 
     def evaluation(state: TrainState) -> dict[str, float]:
         with peak.paused():
-            keep_samples(experiment, state.ema_net, folder / "samples", state.step)
+            try:
+                keep_samples(experiment, state.ema_net, folder / "samples", state.step)
+            except OSError as problem:
+                log.warning("NO SAMPLES kept of step %d: %s", state.step, problem)
             values = dict(measure(experiment, state.ema_net))
         return values | {"images": float(state.images), "seconds": state.seconds}
 
     callbacks: list[Callback] = [
         StopOnNonFinite(policy=experiment.non_finite),
-        MetricsLog(record=log, every=experiment.log_every),
+        MetricsLog(record=keep, every=experiment.log_every),
         ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
     ]
     if every := experiment.evaluate_every:
@@ -61,7 +68,8 @@ def fit_experiment(
         callbacks.append(EmaSnapshots(sigma_rels=sigma_rels, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
-    callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds))
+    records = (folder / RECORD, folder.parent / RECORD)  # its own, or that of its teacher's run
+    callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds, along=records))
     state = fit(experiment.training, callbacks=callbacks, folder=folder, resume=resume)
     if pruning.reason:
         record.tags({PRUNED: pruning.reason})
@@ -72,5 +80,5 @@ def fit_experiment(
     cost = {"cost/seconds_per_step": state.seconds / state.step}
     if peak.mib is not None:
         cost["cost/peak_memory_mib"] = peak.mib
-    log(cost, state.step)
+    keep(cost, state.step)
     return state

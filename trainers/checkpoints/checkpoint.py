@@ -7,25 +7,27 @@ Training waits only until a copy is in memory; files are written and hashed whil
         state.json       step, images and seconds so far, and what made them
         manifest.json    size and SHA-256 of every other file
 
-zero_engine writes other files (zero/checkpoint.py), and several processes write together. If the
-files of a folder do not fit its manifest, a warning names the folder and the one before it is used.
+zero_engine writes other files (zero/checkpoint.py), and several processes write together. If a
+folder cannot be read, does not fit its manifest or is of another network, a warning names it, and
+the one before it is used; a checkpoint is read whole before anything of it is put in its place.
 Loading executes nothing: weights are safetensors, the optimizer is read with `weights_only`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainers import ranks
-from trainers.checkpoints.whole_files import sync, write_json
+from trainers.checkpoints.whole_files import read_json, sync, write_json
 from trainers.checkpoints.whole_folders import (
     BrokenCheckpoint,
     aside_of,
@@ -37,9 +39,46 @@ from trainers.checkpoints.whole_folders import (
 )
 from trainers.state import TrainState
 
+STATE, VERSION = "state.json", 1
 _NAME = re.compile(r"step_(\d{8,})\Z")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCounters:
+    """The content of state.json: how far a run was, and what made it so."""
+
+    step: int
+    images: int
+    seconds: float
+    seed: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, state: TrainState) -> SavedCounters:
+        return cls(**{field.name: getattr(state, field.name) for field in fields(cls)})
+
+    @classmethod
+    def load(cls, path: Path) -> SavedCounters:
+        """BrokenCheckpoint, naming the file, unless every counter is a number that can be."""
+        try:
+            saved = read_json(path)
+        except ValueError as problem:
+            raise BrokenCheckpoint(str(problem)) from problem
+        if (version := saved.get("version")) != VERSION:
+            raise BrokenCheckpoint(
+                f"{path} has the version {version!r}, and this objective-zoo reads {VERSION}: go "
+                "on with the one that wrote it"
+            )
+        found: dict[str, Any] = {field.name: saved.get(field.name) for field in fields(cls)}
+        for name, value in found.items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or (name == "seconds" and isinstance(value, float))):
+                raise BrokenCheckpoint(f"{path} has {name} = {value!r}, which is no whole number")
+            if name != "seed" and not 0 <= value < math.inf:
+                raise BrokenCheckpoint(f"{path} has {name} = {value!r}, which cannot be")
+        return cls(**found)
 
 
 class PendingCheckpoint:
@@ -52,9 +91,9 @@ class PendingCheckpoint:
 
     def __init__(self, state: TrainState):
         self.step = state.step
-        self._target = folder_of(state) / f"step_{state.step:08d}"
+        self._target = folder_of(state) / _name(state.step)
         self._partial = aside_of(self._target)
-        self._counters = _counters(state)
+        self._counters = SavedCounters.of(state)
         ranks.together(self._begin, OSError)
         write = state.engine.save(self._partial)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -100,8 +139,8 @@ class PendingCheckpoint:
                     f"{file} is not what another process wrote: the folder of a run must be on a "
                     "file system that all its machines share"
                 )
-        state = self._partial / "state.json"
-        write_json(state, self._counters)
+        state = self._partial / STATE
+        write_json(state, {"version": VERSION, **asdict(self._counters)})
         publish(self._partial, self._target, manifest | {state.name: fingerprint(state)})
 
 
@@ -114,26 +153,43 @@ def _marked(write: Callable[[], Sequence[Path]]) -> dict[str, dict[str, Any]]:
 
 
 def restore(state: TrainState) -> None:
-    """Continue from the newest whole checkpoint under state.folder; from the start without one."""
-    path = ranks.from_leader(ranks.together(lambda: _latest_of(state), BrokenCheckpoint))
-    if path is None:
-        log.debug("no checkpoint in %s: starting from the beginning", folder_of(state))
+    """Continue from the newest usable checkpoint under state.folder; from the start without one.
+
+    A warning names each one that cannot be read or does not fit, and the one before it is tried.
+    BrokenCheckpoint, with the newest one's reason, if there are some and none of them can be used.
+    """
+    found = ranks.from_leader(checkpoints(folder_of(state)) if ranks.leads() else [])
+    refused: list[str] = []
+    for path in reversed(found):
+        try:
+            saved = _loaded(state, path)
+        except (ValueError, OSError) as problem:
+            _refuse(problem)
+            refused.append(str(problem))
+            continue
+        for name, now in (("seed", state.seed), ("batch_size", state.batch_size)):
+            if (before := getattr(saved, name)) != now:
+                log.warning(
+                    "%s was made with %s = %s and goes on with %s, so it is another run now",
+                    path, name, before, now,
+                )  # fmt: skip
+        state.step, state.images = saved.step, saved.images
+        state.clock.elapsed = saved.seconds
+        state.resumed = path
         return
-    ranks.together(lambda: state.engine.load(path), ValueError, OSError)
-    saved = json.loads((path / "state.json").read_text())
-    for name, now in (("seed", state.seed), ("batch_size", state.batch_size)):
-        if saved[name] != now:
-            log.warning(
-                "%s was made with %s = %s and goes on with %s, so it is another run now",
-                path, name, saved[name], now,
-            )  # fmt: skip
-    state.step, state.images = saved["step"], saved["images"]
-    state.clock.elapsed = saved["seconds"]
-    state.resumed = path
+    if refused:
+        raise _none_usable(folder_of(state), refused)
+    log.debug("no checkpoint in %s: starting from the beginning", folder_of(state))
 
 
-def _latest_of(state: TrainState) -> Path | None:
-    return latest(folder_of(state)) if ranks.leads() else None
+def _loaded(state: TrainState, path: Path) -> SavedCounters:
+    """Load one checkpoint in all processes, or raise in all of them."""
+    ranks.together(lambda: verify(path) if ranks.leads() else None, ValueError)
+    saved = ranks.together(partial(SavedCounters.load, path / STATE), ValueError)
+    if path.name != _name(saved.step):
+        raise BrokenCheckpoint(f"{path / STATE} is of step {saved.step}, not of {path.name}")
+    ranks.together(partial(state.engine.load, path), ValueError, OSError)
+    return saved
 
 
 def latest(folder: Path) -> Path | None:
@@ -141,19 +197,28 @@ def latest(folder: Path) -> Path | None:
 
     A warning names each broken one. BrokenCheckpoint if all of them are.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    refused = []
+    for path in reversed(checkpoints(folder)):
         try:
             verify(path)
             return path
         except BrokenCheckpoint as problem:
-            log.warning("checkpoint refused, trying the one before it: %s", problem)
-    if found:
-        raise BrokenCheckpoint(
-            f"none of the {len(found)} checkpoints in {folder} is whole. "
-            "Remove them to start from the beginning"
-        )
+            _refuse(problem)
+            refused.append(str(problem))
+    if refused:
+        raise _none_usable(folder, refused)
     return None
+
+
+def _refuse(problem: Exception) -> None:
+    log.warning("checkpoint refused, trying the one before it: %s", problem)
+
+
+def _none_usable(folder: Path, refused: Sequence[str]) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"none of the {len(refused)} checkpoints in {folder} can be used; the newest one: "
+        f"{refused[0]}. Remove them to start from the beginning"
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -168,12 +233,5 @@ def folder_of(state: TrainState) -> Path:
     return state.folder / "checkpoints"
 
 
-def _counters(state: TrainState) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "step": state.step,
-        "images": state.images,
-        "seconds": state.seconds,
-        "seed": state.seed,
-        "batch_size": state.batch_size,
-    }
+def _name(step: int) -> str:
+    return f"step_{step:08d}"

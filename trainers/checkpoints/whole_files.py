@@ -57,6 +57,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, which names the file, if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ValueError(f"{path} cannot be read: {problem.strerror}") from problem
+    except json.JSONDecodeError as problem:
+        place = f"its line {problem.lineno} is no JSON" if problem.doc.strip() else "it is empty"
+        raise ValueError(f"{path} cannot be read: {place}") from problem
+    except (ValueError, RecursionError) as problem:
+        why = "it is no UTF-8 text" if isinstance(problem, UnicodeError) else "it is no plain JSON"
+        raise ValueError(f"{path} cannot be read: {why}") from problem
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
 def sync(path: Path) -> None:
     """Wait until the disk has what was written to a file, or to the list of a folder's files."""
     descriptor = os.open(path, os.O_RDONLY)

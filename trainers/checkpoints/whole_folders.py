@@ -5,20 +5,25 @@ Beside its other files such a folder has a manifest of their sizes and SHA-256.
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from registry.folders import file_in
-from trainers.checkpoints.whole_files import file_sha256, sync, write_json
+from trainers.checkpoints.whole_files import file_sha256, read_json, sync, write_json
 
 MANIFEST = "manifest.json"
 
+log = logging.getLogger(__name__)
+
 
 class BrokenCheckpoint(ValueError):
-    """A checkpoint that is torn, truncated or edited; the message says which file and how."""
+    """A checkpoint that is torn, truncated, edited or of another run.
+
+    The message says which file and how.
+    """
 
 
 def aside_of(target: Path) -> Path:
@@ -50,10 +55,15 @@ def verify(path: Path) -> None:
     out of the folder is refused, and so is a link that does.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
+    except ValueError as problem:
+        raise BrokenCheckpoint(str(problem)) from problem
+    try:
         expected = {name: (int(m["size"]), str(m["sha256"])) for name, m in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {problem!r}") from problem
+    except (ValueError, TypeError, KeyError, OverflowError) as problem:
+        raise BrokenCheckpoint(
+            f"{path / MANIFEST} cannot be read: it does not say size and SHA-256 of every file"
+        ) from problem
     if not expected:
         raise BrokenCheckpoint(f"{path / MANIFEST} lists no files")
     there = {file.name for file in path.iterdir() if not file.name.startswith(".")}
@@ -71,7 +81,11 @@ def verify(path: Path) -> None:
             raise BrokenCheckpoint(f"{file} is missing")
         if file.stat().st_size != size:
             raise BrokenCheckpoint(f"{file} has {file.stat().st_size} bytes instead of {size}")
-        if file_sha256(file) != digest:
+        try:
+            found = file_sha256(file)
+        except OSError as problem:
+            raise BrokenCheckpoint(f"{file} cannot be read: {problem.strerror}") from problem
+        if found != digest:
             raise BrokenCheckpoint(f"{file} was changed after it was written (SHA-256 differs)")
 
 
@@ -86,3 +100,13 @@ def discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of folders that they wrote or discarded.
+
+    Only a process that alone may write in the folder may call it.
+    """
+    for left in [*folder.glob(".*.partial"), *folder.glob(".*.discarded")]:
+        log.info("removing %s, which a process that ended early has left", left)
+        shutil.rmtree(left)

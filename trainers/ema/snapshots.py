@@ -15,7 +15,6 @@ the magnitudes of its coefficients. That sum is 1 to 5 for a sigma_rel between t
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,14 +28,14 @@ from registry.protocols import LossOutput
 from trainers import ranks
 from trainers.budget import Counters
 from trainers.checkpoints.checkpoint import checkpoints
-from trainers.checkpoints.whole_files import sync, write_json
+from trainers.checkpoints.whole_files import read_json, sync, write_json
 from trainers.checkpoints.whole_folders import (
-    BrokenCheckpoint,
     aside_of,
     begin,
     discard,
     fingerprint,
     publish,
+    remove_leftovers,
     verify,
 )
 from trainers.ema.averages import power_name
@@ -153,8 +152,7 @@ def _kept(state: TrainState) -> Snapshot | None:
     if not ranks.leads():
         return None
     folder = folder_of(state)
-    for left in folder.glob(".step_*"):
-        shutil.rmtree(left)
+    remove_leftovers(folder)
     found = checkpoints(folder)
     kept = [path for path in found if int(path.name.removeprefix("step_")) <= state.step]
     for path in found[len(kept) :]:
@@ -167,10 +165,13 @@ def _whole(folders: Iterable[Path]) -> Iterator[tuple[Path, Snapshot]]:
     for folder in folders:
         try:
             verify(folder)
-        except BrokenCheckpoint as problem:
+            snapshot = Snapshot(**read_json(folder / ABOUT))
+        except TypeError:
+            log.warning("snapshot left out: %s describes no snapshot", folder / ABOUT)
+        except ValueError as problem:
             log.warning("snapshot left out: %s", problem)
         else:
-            yield folder, Snapshot(**json.loads((folder / ABOUT).read_text()))
+            yield folder, snapshot
 
 
 def _lead(act: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from backbones.pretrained.tensors import check_fit, save_tensors
 from trainers import ranks
-from trainers.checkpoints.weights import copied
-from trainers.checkpoints.whole_files import whole_file, write_json
+from trainers.checkpoints.weights import copied, kept_by
+from trainers.checkpoints.whole_files import read_json, whole_file, write_json
 from trainers.checkpoints.whole_folders import BrokenCheckpoint, verify
 from trainers.sharding import (
     Piece,
@@ -73,24 +74,72 @@ def save(
 
 
 def load(module: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
-    """Fill this process's pieces; returns zero.json. ValueError if the checkpoint does not fit."""
+    """Fill this process's pieces; returns zero.json. BrokenCheckpoint if it cannot be read or fit.
+
+    All processes read everything before any of them puts anything in its place.
+    """
+    about, found = ranks.together(partial(_read, module, optimizer, folder), BrokenCheckpoint)
+    with torch.no_grad():
+        for piece in _weights(module):
+            piece.view.copy_(found[piece.name])
+        refresh_masters(module, optimizer)
+        if keys := {name.split("/")[0] for name in found} - {"weight", "buffer"}:
+            _make_state(module, optimizer, keys, about["numbers"])
+        for piece in _states(module, optimizer):
+            piece.view.copy_(found[piece.name])
+    return about
+
+
+def _read(
+    module: nn.Module, optimizer: Any, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of zero.json, and this process's pieces by name, in the memory of the host."""
     if not (folder / INDEX).exists():
-        raise ValueError(
+        raise BrokenCheckpoint(
             f"{folder} was not made by zero_engine: go on with the engine that made it, or start "
             "a new run in another folder"
         )
-    about = json.loads((folder / INDEX).read_text())
-    there = {name: tuple(shape) for name, shape in about["shapes"].items()}
-    check_fit(folder, there, shapes(module))
-    with Pieces(folder) as pieces, torch.no_grad():
-        for piece in _weights(module):
-            pieces.fill(piece)
-        refresh_masters(module, optimizer)
-        if keys := pieces.kinds() - {"weight", "buffer"}:
-            _make_state(module, optimizer, keys, about["numbers"])
-        for piece in _states(module, optimizer):
-            pieces.fill(piece)
-    return about
+    about = _index(folder)
+    try:
+        check_fit(folder, about["shapes"], shapes(module))
+    except ValueError as problem:
+        raise BrokenCheckpoint(str(problem)) from problem
+    with Pieces(folder) as pieces:
+        keys = pieces.kinds() - {"weight", "buffer"}
+        kept, there = kept_by(torch_optimizer(optimizer)), keys | about["numbers"].keys()
+        if there and there != kept:
+            raise BrokenCheckpoint(
+                f"{folder} keeps {', '.join(sorted(there))} of each weight; the optimizer of this "
+                f"run keeps {', '.join(sorted(kept)) or 'nothing'}"
+            )
+        wanted = [*_weights(module)]
+        wanted += [
+            replace(piece, name=f"{key}/{piece.name}")
+            for place in state_pieces(module, optimizer)
+            for piece in [place.of(place.flat)]
+            for key in keys
+        ]
+        found = {}
+        for piece in wanted:
+            found[piece.name] = torch.empty_like(piece.view, device="cpu")
+            pieces.fill(replace(piece, view=found[piece.name]))
+    return about, found
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """The content of zero.json; BrokenCheckpoint if it is not what `save` wrote."""
+    path = folder / INDEX
+    try:
+        about = read_json(path)
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in about["shapes"].items()}
+        numbers = {str(name): float(value) for name, value in about["numbers"].items()}
+        scale, good = about.get("loss_scale", (1.0, 0))
+        about |= {"loss_scale": [float(scale), int(good)]} if "loss_scale" in about else {}
+    except (AttributeError, KeyError, TypeError) as problem:
+        raise BrokenCheckpoint(f"{path} lacks shapes or numbers") from problem
+    except ValueError as problem:
+        raise BrokenCheckpoint(str(problem)) from problem
+    return {**about, "shapes": shapes, "numbers": numbers}
 
 
 def consolidate(folder: Path, out: Path, decay: str = "") -> None:
@@ -101,7 +150,7 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
     if not (folder / INDEX).exists():
         raise ValueError(f"{folder} is no checkpoint of zero_engine: it has no {INDEX}")
     verify(folder)
-    shapes = json.loads((folder / INDEX).read_text())["shapes"]
+    shapes = _index(folder)["shapes"]
     prefix = f"averages.{decay.replace('.', '-')}." if decay else "net."
     tensors = {
         name: torch.empty(shape) for name, shape in shapes.items() if name.startswith(prefix)
@@ -130,12 +179,22 @@ class Pieces:
     def __enter__(self) -> Pieces:
         for path in sorted(self._folder.glob("rank_*.safetensors")):
             try:
-                file = self._files.enter_context(safe_open(path, framework="pt"))
+                self._open(path)
+            except OSError as problem:
+                raise BrokenCheckpoint(f"{path} cannot be read: {problem.strerror}") from problem
             except SafetensorError as problem:
                 raise BrokenCheckpoint(f"{path} is no safetensors file: {problem}") from problem
-            for name, start in json.loads(file.metadata()["starts"]).items():
-                self._found[name].append((start, file.get_slice(name)))
+            except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as problem:
+                raise BrokenCheckpoint(f"{path} does not say where its pieces start") from problem
         return self
+
+    def _open(self, path: Path) -> None:
+        file = self._files.enter_context(safe_open(path, framework="pt"))
+        for name, start in json.loads(file.metadata()["starts"]).items():
+            piece = file.get_slice(name)
+            if len(piece.get_shape()) != 1:
+                raise BrokenCheckpoint(f"{path}: {name} is no flat piece")
+            self._found[name].append((int(start), piece))
 
     def __exit__(self, *exception: object) -> None:
         self._files.close()

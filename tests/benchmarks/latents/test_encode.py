@@ -421,7 +421,7 @@ def test_a_second_encoding_in_the_folder_waits_for_nobody(pictures, kl, tmp_path
 HOLD = """
 import sys, time
 from pathlib import Path
-from benchmarks.locks import alone
+from trainers.checkpoints.locks import alone
 with alone(Path(sys.argv[1]), "an encoding"):
     print("held", flush=True)
     time.sleep(60)

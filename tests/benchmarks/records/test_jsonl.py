@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.records.jsonl import RECORD, RecordWriter, numbers, read_lines, read_record
+from benchmarks.records.recorders import Jsonl
 
 START = {"id": "7", "name": "a", "time": 1, "parent": None, "store": None}
 values = st.dictionaries(st.text(min_size=1), st.floats(), max_size=4)
@@ -129,3 +133,59 @@ while True:
 def test_folder_without_a_record_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"record\.jsonl is missing"):
         read_record(tmp_path)
+
+
+# --- a full disk
+
+
+@contextmanager
+def no_file_above(limit: int) -> Iterator[None]:
+    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_torn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = RecordWriter(tmp_path)
+    writer.append("start", **START)
+    full = (tmp_path / RECORD).stat().st_size + 30  # in the middle of a line
+    with no_file_above(full):
+        for step in range(5):
+            writer.append("metrics", step=step, time=step, values={"loss": float(step)})
+    assert (tmp_path / RECORD).stat().st_size == full
+    writer.append("metrics", step=5, time=5, values={"loss": 5.0})
+    assert writer.close() == 0
+    record = read_record(tmp_path)
+    assert record.metrics["loss"].values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert record.unreadable == 0
+    first, second = (r.getMessage() for r in caplog.records)  # once each
+    assert first.startswith(f"the record {tmp_path / RECORD} cannot be written: ")
+    assert "is whole again: 6 lines waited" in second
+
+
+def test_lines_that_never_found_room_are_counted_and_the_run_is_not_called_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Jsonl().start("a", tmp_path)
+    with no_file_above((tmp_path / RECORD).stat().st_size):
+        run.metrics({"loss": 1.0}, 1)
+        with pytest.raises(OSError, match=r"2 lines of the record .* could not be written"):
+            run.close()
+    assert "2 lines of the record" in caplog.text
+    assert read_record(tmp_path).status == "RUNNING"
+
+
+def test_error_of_a_run_is_not_hidden_by_a_record_that_has_no_room(tmp_path: Path) -> None:
+    run = Jsonl().start("a", tmp_path)
+    with (
+        no_file_above((tmp_path / RECORD).stat().st_size),
+        pytest.raises(RuntimeError, match="it broke"),
+        run,
+    ):
+        raise RuntimeError("it broke")

@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ def test_loading_never_executes_code(tmp_path: Path) -> None:
         "size": len(content), "sha256": hashlib.sha256(content).hexdigest()
     }  # fmt: skip
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(BrokenCheckpoint, match=r"optimizer\.pt holds no optimizer's state"):
         run(folder=tmp_path, resume=True)
     assert not witness.exists()
     torch.load(path / "optimizer.pt", weights_only=False)
@@ -273,6 +274,24 @@ def test_checkpoints_come_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.M
     assert [int(p.name[-2:]) for p in checkpoints(tmp_path / "checkpoints")] == [3, 6, 8]
 
 
+def test_files_along_are_on_the_disk_before_the_checkpoint_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that after a power cut a record is never shorter than the checkpoint beside it."""
+    from trainers.checkpoints import callback
+
+    record, seen = tmp_path / "record", []
+    record.write_text("one line")
+
+    def synced(path: Path) -> None:
+        seen.append((path.name, [p.name for p in checkpoints(tmp_path / "checkpoints")]))
+
+    monkeypatch.setattr(callback, "sync", synced)
+    saving = CheckpointCallback(every=2, keep=9, along=(record, tmp_path / "not there"))
+    run(folder=tmp_path, budget=Budget(steps=4), callbacks=[saving])
+    assert seen == [("record", []), ("record", ["step_00000002"])]
+
+
 # --- failures
 
 
@@ -381,3 +400,40 @@ def test_second_signal_acts_at_once(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, ambient)
     assert not checkpoints(tmp_path / "checkpoints")
+
+
+# --- what killed processes leave
+
+
+def test_leftovers_of_killed_processes_are_removed_by_the_next_start(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    for name in (".step_00000012.partial", ".step_00000003.discarded"):
+        shutil.copytree(folder / "step_00000006", folder / name)
+    run(folder=tmp_path, resume=True, budget=Budget(steps=9), callbacks=[CheckpointCallback()])
+    kept = ["step_00000003", "step_00000006", "step_00000009"]
+    assert sorted(p.name for p in folder.iterdir()) == kept
+
+
+def test_what_a_living_process_writes_is_left_and_a_second_training_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    being_written = folder / ".step_00000012.partial"
+    shutil.copytree(folder / "step_00000006", being_written)
+    code = (
+        "import sys; from pathlib import Path; from trainers.checkpoints.locks import alone\n"
+        f"with alone(Path({str(tmp_path)!r}) / 'training.lock', 'a training'):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        go: Any = {"folder": tmp_path, "resume": True, "budget": Budget(steps=10)}
+        with pytest.raises(ValueError, match="another process runs a training"):
+            run(**go, callbacks=[CheckpointCallback()])
+        assert being_written.exists()
+        other.kill()
+    run(**go, callbacks=[CheckpointCallback()])
+    assert not being_written.exists()
