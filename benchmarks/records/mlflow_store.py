@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 URI, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", PASSWORD, "MLFLOW_TRACKING_TOKEN")
 SQLITE = "sqlite:///"
-_MAX_EXPERIMENT_LENGTH = 500  # of MLflow
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +51,6 @@ class Store:
         The path of a sqlite file is made absolute. In it `%3F` stands for a question mark, and
         `%25` for a per cent sign that two hexadecimal digits follow.
         """
-        if not (experiment and len(experiment) <= _MAX_EXPERIMENT_LENGTH):
-            raise ValueError(
-                f"mlflow.experiment = {experiment!r} must have 1 to {_MAX_EXPERIMENT_LENGTH} "
-                "characters"
-            )
         if not uri.startswith("sqlite:"):
             if urlsplit(uri).scheme in ("", "file"):
                 raise ValueError(

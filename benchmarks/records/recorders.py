@@ -22,6 +22,7 @@ from benchmarks.records.open_run import CopySettings, NullRun, OpenRun
 from registry import recorders
 
 STORE_FILE = "mlflow.db"
+MAX_EXPERIMENT_LENGTH = 500  # of MLflow
 
 
 @recorders.register("null")
@@ -70,6 +71,11 @@ class Mlflow:
 
     def __post_init__(self) -> None:
         _ = self.store_for(Path())  # raises for a uri that is no store
+        if not (self.experiment and len(self.experiment) <= MAX_EXPERIMENT_LENGTH):
+            raise ValueError(
+                f"mlflow.experiment = {self.experiment!r} must have 1 to {MAX_EXPERIMENT_LENGTH} "
+                "characters"
+            )
         if not (self.send_seconds > 0 and self.close_seconds > 0):
             raise ValueError(
                 f"mlflow.send_seconds = {self.send_seconds} and mlflow.close_seconds = "
