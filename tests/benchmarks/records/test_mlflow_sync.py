@@ -154,7 +154,7 @@ def test_torn_line_is_left_out_and_told(
         log_steps(run, 3, 5)
     send(tmp_path, uri)
     assert_copied(uri, tmp_path)
-    assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
+    assert len([r for r in caplog.records if "cannot be read, not sent" in r.message]) == 1
 
 
 def test_lost_artifact_is_told_and_stops_nothing(
