@@ -13,6 +13,7 @@ import posixpath
 import re
 
 MAX_NAME_LENGTH = 250
+_EMPTY = "_x110000_"  # the code after the last character
 _TAKEN = re.compile(r"[\w.\- :/]\Z")
 _LIKE_A_CODE = re.compile(r"_(?=x[0-9a-f]+_)")
 
@@ -28,7 +29,7 @@ def stored_name(name: str) -> str:
     if len(text) > MAX_NAME_LENGTH:
         end = f"_x{hashlib.sha256(name.encode()).hexdigest()[:16]}_"
         text = text[: MAX_NAME_LENGTH - len(end)] + end
-    return text or "_x_"
+    return text or _EMPTY
 
 
 def _code(character: str) -> str:
