@@ -9,8 +9,10 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from benchmarks.commands import bench, check, encode, evaluate, grid, plan, report, run, weights
 from benchmarks.threads import choose_threads
@@ -40,7 +42,16 @@ def _main(argv: Sequence[str] | None) -> int:
     # Given by torch itself at the first forward-mode derivative.
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
     arguments = _parser().parse_args(argv)
-    arguments.words = ["objective-zoo", *(sys.argv[1:] if argv is None else argv)]
+    from benchmarks.console import concealing
+    from registry.secrets import concealed
+
+    given = ["objective-zoo", *(sys.argv[1:] if argv is None else argv)]
+    arguments.words = [concealed(word) for word in given]  # to be shown, and handed on
+    with concealing():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.console import show_output
 
     try:
@@ -50,7 +61,8 @@ def _main(argv: Sequence[str] | None) -> int:
         raise
     except Exception as error:
         if arguments.traceback:
-            raise
+            traceback.print_exc()
+            return 1
         from registry.gin_errors import message_of
 
         hint = "" if isinstance(error, EXPECTED) else "\nobjective-zoo --traceback ... shows where"
@@ -68,6 +80,15 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows no secret that stands among the words it cannot read."""
+
+    def error(self, message: str) -> NoReturn:
+        from registry.secrets import concealed
+
+        super().error(concealed(message))
+
+
 class _Version(argparse.Action):
     """Looks the version up when it is asked for; importlib.metadata takes a while to import."""
 
@@ -82,7 +103,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="objective-zoo",
         description="Compare training objectives for one- and few-step generation.",
     )

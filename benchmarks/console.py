@@ -10,8 +10,10 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 from registry import progress
+from registry.secrets import concealed
 
 PACKAGES = ("registry", "zoo", "backbones", "trainers", "benchmarks")
 
@@ -23,15 +25,51 @@ class _Lines(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = concealed(self.format(record))
         line = text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
         critical = record.levelno >= logging.CRITICAL
         print(line, file=sys.__stderr__ if critical else sys.stderr, flush=True)
 
 
+class _Concealing:
+    """A stream through which no secret passes, whoever writes to it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(concealed(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def concealing() -> Iterator[None]:
+    """Inside, what is printed to stdout and stderr shows no secrets."""
+    before = sys.stdout, sys.stderr
+    inside = cast(TextIO, _Concealing(sys.stdout)), cast(TextIO, _Concealing(sys.stderr))
+    sys.stdout, sys.stderr = inside
+    try:
+        yield
+    finally:  # a stream that was replaced meanwhile stays
+        sys.stdout = before[0] if sys.stdout is inside[0] else sys.stdout
+        sys.stderr = before[1] if sys.stderr is inside[1] else sys.stderr
+
+
 @contextmanager
 def show_output() -> Iterator[None]:
-    """Show bars, our packages' log from INFO on, and everybody's from WARNING on."""
+    """Show bars, our packages' log from INFO on, and everybody's from WARNING on.
+
+    No secret is shown, whoever prints it.
+    """
+    with concealing(), _shown_log():
+        yield
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
     handler, root = _Lines(), logging.getLogger()
     ours = [logging.getLogger(name) for name in PACKAGES]
     before = [logger.level for logger in ours]

@@ -29,7 +29,9 @@ from registry.gin_files import imported_files as imported_files
 from registry.gin_files import portable as portable
 from registry.gin_files import read_text as read_text
 from registry.gin_files import resolve as resolve
+from registry.gin_secrets import withdraw_secrets
 from registry.plugins import load_plugins
+from registry.secrets import forget, kept
 
 MACRO = "gin.macro"
 _alone = threading.RLock()
@@ -60,6 +62,7 @@ def parse(
         except (ValueError, ModuleNotFoundError) as error:
             raise explain(error) from None
     try:
+        withdraw_secrets()
         _check_macros(bindings)
     except ValueError as error:
         if troubles is None:
@@ -81,16 +84,17 @@ def isolated() -> Iterator[None]:
         config._OPERATIVE_CONFIG,
     )
     with _alone:
-        kept = [store.copy() for store in stores]
+        copies, secrets = [store.copy() for store in stores], kept()
         locked = gin.config_is_locked()
         gin.clear_config()
         try:
             with gin.config_scope(None):
                 yield
         finally:
-            for store, before in zip(stores, kept, strict=True):
+            for store, before in zip(stores, copies, strict=True):
                 store.clear()
                 store.update(before)
+            forget(secrets)
             config._set_config_is_locked(locked)
 
 

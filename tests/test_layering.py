@@ -197,7 +197,8 @@ def prints_or_exits(tree: ast.Module) -> Iterator[str]:
 
 
 def test_the_library_neither_prints_nor_exits():
-    programs = {f"benchmarks.{name}" for name in PROGRAMS}
+    shows = "benchmarks.console"  # it stands between the streams and whoever prints
+    programs = {f"benchmarks.{name}" for name in PROGRAMS} | {shows}
     found = {
         name: list(prints_or_exits(tree))
         for name, tree in trees().items()

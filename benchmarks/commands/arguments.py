@@ -30,7 +30,7 @@ def add_bindings(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tracking-uri", help="MLflow store; default sqlite:///runs/mlflow.db")
+    parser.add_argument("--tracking-uri", help="MLflow store; default: mlflow.db beside --out")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

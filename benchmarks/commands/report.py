@@ -16,7 +16,9 @@ def add_to(commands: Commands) -> None:
     )
     report.add_argument("--baseline", default="", help="row to compare with; default flow_matching")
     report.add_argument("--force", action="store_true", help="show rows that cannot be compared")
-    report.add_argument("--tracking-uri", default="", help="MLflow store of the run ids")
+    report.add_argument(
+        "--tracking-uri", default="", help="MLflow store of the run ids; default runs/mlflow.db"
+    )
     report.set_defaults(command=_report)
 
     send = commands.add_parser("send", help="send records to MLflow that could not be sent before")

@@ -52,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.ranks > 1 and not ranks.launched():
         from benchmarks.launchers.ranks import start
 
+        request.parse(troubles=[])  # keeps secrets in the environment, for the processes to find
         if status := start(words[1:], arguments.ranks):
             raise SystemExit(status)
         return

@@ -4,8 +4,11 @@
 (real_side.py) and works out values from the features of both (scores.py). It writes
 
     OUT/features/                 see feature_cache.py; a killed evaluation continues
-    OUT/evaluation.json           values, and everything that they depend on
-    OUT/evaluation.md             the table
+    OUT/evaluation.json           values, and everything that they depend on (kept_evaluations.py)
+    OUT/evaluation.md             the tables
+
+and adds the values to the run's record, and so to MLflow, as `evaluation/ID/nfe4/fid`; the tag
+`evaluation.ID` says how they were measured.
 
 Both sides are rounded to uint8 first. Beside each distance stands what one half of the real images
 scores against the other, at half their number. Under torchrun, or with `--ranks 8`, every process
@@ -14,6 +17,7 @@ draws a share of the samples, and the values are the same.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,23 +26,26 @@ from typing import Any
 
 import registry
 from benchmarks.data.pictures import is_picture
+from benchmarks.evaluation.kept_evaluations import OTHERS, how, identity, joined, kept
 from benchmarks.evaluation.real_side import real_sides
 from benchmarks.evaluation.request import EvaluationRequest
 from benchmarks.evaluation.samples import Samples, open_samples
 from benchmarks.evaluation.scores import scores
+from benchmarks.locks import locked
 from benchmarks.markdown import markdown
 from benchmarks.metrics.distances import VectorMetric
 from benchmarks.metrics.features import best_available
+from benchmarks.records.afterwards import add_to_record
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.finished import arm_of_run
-from benchmarks.runs.result import finished_run
+from benchmarks.runs.result import Result, finished_run
 from registry import gin_setup
 from registry.protocols import Extractor
 from trainers import ranks
-from trainers.checkpoints.whole_files import write_json
+from trainers.checkpoints.whole_files import write_json, write_text
 
 METRICS = ("frechet", "kid", "precision_recall")
-EVALUATION = "evaluation.json"
+EVALUATION, LOCK = "evaluation.json", "evaluation.lock"
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +53,7 @@ log = logging.getLogger(__name__)
 def evaluate_run(
     folder: Path, request: EvaluationRequest, out: Path | None = None
 ) -> dict[str, float]:
-    """The values by name, also written under `out`, by default RUN/evaluation.
+    """The values by name, also added to what is under `out`, by default RUN/evaluation.
 
     Other weights than the run's own are measured into RUN/evaluation_NAME, after their file.
 
@@ -56,6 +63,7 @@ def evaluate_run(
     out = out or folder / (
         f"evaluation_{request.weights.stem}" if request.weights else "evaluation"
     )
+    kept(out / EVALUATION)  # raises now, and not after the samples, if it cannot be read
     with _processes():
         samples = open_samples(folder, request, cache=out / "features")
         extractors = _extractors(request, samples.shape)
@@ -73,11 +81,33 @@ def evaluate_run(
                 "values": values,
                 "features": {side.extractor.label: side.about() for side in sides},
             }
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / EVALUATION, about)
-            (out / EVALUATION).with_suffix(".md").write_text(table(values))
+            _keep(folder, out, about)
         ranks.gathered(None)  # a process that left early would be missed by the others
         return values
+
+
+def _keep(folder: Path, out: Path, about: Mapping[str, Any]) -> None:
+    """Add an evaluation to the files in `out` and to the record of the run."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / EVALUATION
+    with locked(out / LOCK):
+        content = joined(about, kept(path))
+        write_json(path, content)
+        tables = [table(content["values"])]
+        for other in content[OTHERS]:
+            tables += [f"Measured in another way, {identity(other)}:", table(other["values"])]
+        write_text(path.with_suffix(".md"), "\n\n".join(tables) + "\n")
+    result = Result.load(folder)
+    made = json.loads(json.dumps(about))
+    add_to_record(
+        folder,
+        tags={
+            f"evaluation.{identity(made)}": json.dumps({**how(made), "sampler": made["sampler"]})
+        },
+        metrics={f"evaluation/{identity(made)}/{k}": v for k, v in about["values"].items()},
+        step=result.steps - result.teacher_steps,
+        files=[path, path.with_suffix(".md")],
+    )
 
 
 def _extractors(request: EvaluationRequest, shape: tuple[int, ...]) -> list[Extractor]:
@@ -117,6 +147,7 @@ def _about(samples: Samples, metrics: Sequence[VectorMetric]) -> dict[str, Any]:
         "seed": samples.request.seed,
         "labels": samples.label_rule,
         "weights": samples.weights,
+        "sampler": {str(nfe): repr(sampler) for nfe, sampler in samples.samplers.items()},
         "shape": samples.shape,
         "rounding": "uint8: round(127.5 (x + 1)), clipped" if picture else "none",
         "metrics": [repr(metric) for metric in metrics],
@@ -154,4 +185,5 @@ def table(values: Mapping[str, float]) -> str:
 
 
 def _cells(values: Mapping[str, float], nfe: str, names: Sequence[str]) -> list[str]:
-    return [f"{values[f'{nfe}/{name}']:.4g}" for name in names]
+    found = [values.get(f"{nfe}/{name}") for name in names]
+    return ["-" if value is None else f"{value:.4g}" for value in found]

@@ -118,7 +118,7 @@ def states_of(planned: Plan, out: Path) -> dict[str, State]:
             check_same(one, state.folder, may_change=False)
         states[one.cell.name] = state
     missing = {o.cell.id: o for o in planned.cells if states[o.cell.name].status != "finished"}
-    if store := store_of(planned.recorder):
+    if store := store_of(planned.recorder, out):
         found = finished_elsewhere(store, missing)
         states |= {missing[id].cell.name: state for id, state in found.items()}
     return states
@@ -149,7 +149,7 @@ def _run(
             rows=_rows(planned, states),
             failed=failed,
             seconds=time.monotonic() - started,
-            store=store_of(planned.recorder),
+            store=store_of(planned.recorder, out),
         )
         _keep(comparison, parent)
         parent.close("FAILED" if failed else "FINISHED")

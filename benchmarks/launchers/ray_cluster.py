@@ -30,6 +30,7 @@ from benchmarks.records.mlflow_sync import reason
 from benchmarks.records.provenance import version_of
 from registry import launchers
 from registry.protocols import Ended, Job, RunCell
+from registry.secrets import KEPT
 
 PACKAGE = "objective-zoo"
 
@@ -75,7 +76,7 @@ class RayCluster:
         task = ray.remote(_run_cell).options(
             num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.retries
         )
-        environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+        environment = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", KEPT))}
         if not self.num_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         where = Path.cwd()

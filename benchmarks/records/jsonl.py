@@ -11,9 +11,9 @@ Lines are only ever added at the end:
 
 Every line is handed to the operating system before the call returns, so a killed process loses at
 most the line that it was writing, and every checkpoint waits until the disk has the lines before
-it. A reader skips such a torn line and counts it. Numbers that are not finite are written as the
-texts "NaN", "Infinity" and "-Infinity", so that every line is strict JSON. Times are in
-milliseconds since 1970.
+it. A reader skips such a torn line, and any other line that has not this form, and counts them.
+Numbers that are not finite are written as the texts "NaN", "Infinity" and "-Infinity", so that
+every line is strict JSON. Times are in milliseconds since 1970.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,15 @@ from typing import Any
 
 import numpy as np
 
+from registry.secrets import concealed
+
 RECORD = "record.jsonl"
+KINDS = ("start", "params", "tags", "metrics", "artifact", "end", "resume")
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
+_LARGEST = 2**62  # of steps and times, which NumPy and MLflow keep in 64 bits
+_ID = re.compile(r"[\w-]+")  # it stands in queries to MLflow
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a text that no file can hold
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +124,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 def read_start(folder: Path) -> dict[str, Any] | None:
     """The start line of the folder's record; None if there is none that can be read."""
     path = folder / RECORD
-    if not path.exists():
+    if not path.is_file():
         return None
     starts = (e for e, _ in read_lines(path) if e is not None and e["kind"] == "start")
     return next(starts, None)
@@ -151,11 +161,16 @@ class Record:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, History] = field(default_factory=dict)
     artifacts: list[Path] = field(default_factory=list)
-    unreadable: int = 0  # torn lines
+    unreadable_lines: list[int] = field(default_factory=list)  # their numbers, from 1 on
+
+    @property
+    def unreadable(self) -> int:
+        """The number of lines that were skipped: torn ones, and those of another form."""
+        return len(self.unreadable_lines)
 
     def text(self, name: str) -> str:
         """The last content that `text(content, name)` of the run recorded."""
-        return (self.folder / name).read_text(encoding="utf-8")
+        return concealed((self.folder / name).read_text(encoding="utf-8"))
 
 
 def read_record(folder: Path | str) -> Record:
@@ -167,17 +182,17 @@ def read_record(folder: Path | str) -> Record:
     parent = start["parent"]["id"] if start["parent"] else None
     record = Record(folder, start["id"], start["name"], start["time"], parent)
     points: dict[str, dict[int, tuple[float, int]]] = {}
-    read = 0
-    for entry, end in read_lines(folder / RECORD):
-        read = end
+    number, read = 0, 0
+    for number, (entry, read) in enumerate(read_lines(folder / RECORD), 1):  # noqa: B007
         if entry is None:
-            record.unreadable += 1
+            record.unreadable_lines.append(number)
         elif entry["kind"] == "metrics":
             for name, value in entry["values"].items():
                 points.setdefault(name, {})[entry["step"]] = (float(value), entry["time"])
         else:
             _apply(record, entry)
-    record.unreadable += read < (folder / RECORD).stat().st_size
+    if read < (folder / RECORD).stat().st_size:
+        record.unreadable_lines.append(number + 1)
     record.metrics = {name: _history(by_step) for name, by_step in points.items()}
     return record
 
@@ -185,9 +200,9 @@ def read_record(folder: Path | str) -> Record:
 def _apply(record: Record, entry: dict[str, Any]) -> None:
     match entry["kind"]:
         case "params":
-            record.params.update(entry["values"])
+            record.params.update(_concealed(entry["values"]))
         case "tags":
-            record.tags.update(entry["values"])
+            record.tags.update(_concealed(entry["values"]))
         case "artifact":
             path = record.folder / entry["path"]
             if path not in record.artifacts:
@@ -196,6 +211,11 @@ def _apply(record: Record, entry: dict[str, Any]) -> None:
             record.status, record.ended = entry["status"], entry["time"]
         case "resume":
             record.status, record.ended = "RUNNING", None
+
+
+def _concealed(values: Mapping[str, str]) -> dict[str, str]:
+    """Without secrets, which earlier versions recorded."""
+    return {name: concealed(value) for name, value in values.items()}
 
 
 def _history(by_step: dict[int, tuple[float, int]]) -> History:
@@ -210,9 +230,55 @@ def _history(by_step: dict[int, tuple[float, int]]) -> History:
 def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and "kind" in entry else None
+    return entry if isinstance(entry, dict) and _has_form(entry) else None
+
+
+def _has_form(entry: dict[str, Any]) -> bool:
+    """Whether a line has what its kind needs; of a kind that is not known, nothing is asked."""
+    match entry:
+        case {"kind": "start", "id": id, "name": name, "time": time, "parent": up, "store": store}:
+            return (
+                _is_text(id)
+                and bool(_ID.fullmatch(id))
+                and _is_text(name)
+                and _is_whole(time)
+                and (up is None or _holds_texts(up, "id", "folder"))
+                and (store is None or _holds_texts(store, "uri", "experiment"))
+            )
+        case {"kind": "params" | "tags", "values": dict(values)}:
+            return all(map(_is_text, (*values, *values.values())))
+        case {"kind": "metrics", "step": step, "time": time, "values": dict(values)}:
+            whole = _is_whole(step) and _is_whole(time)
+            return whole and all(map(_is_text, values)) and all(map(_is_number, values.values()))
+        case {"kind": "artifact", "path": path}:
+            return _is_text(path)
+        case {"kind": "end", "status": status, "time": time}:
+            return status in STATUSES and _is_whole(time)
+        case {"kind": "resume", "time": time}:
+            return _is_whole(time)
+        case {"kind": str(kind)}:
+            return kind not in KINDS
+    return False
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _HALF_CHARACTER.search(value)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) < _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return value in NON_FINITE
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+def _holds_texts(value: object, *names: str) -> bool:
+    return isinstance(value, dict) and all(_is_text(value.get(name)) for name in names)
 
 
 def _non_finite(value: float) -> str:

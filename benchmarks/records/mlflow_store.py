@@ -2,28 +2,37 @@
 
 A local store is a sqlite file with the artifacts in a folder beside it. Any other store is a server
 with an address. mlflow takes seconds to import, so it is imported when a store is opened.
+
+An address may hold a password. It is written as `***`, and found in the environment again: in
+MLFLOW_TRACKING_URI, if that is the same address, or in MLFLOW_TRACKING_PASSWORD.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sqlite3
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from benchmarks.locks import locked
 from registry.protocols import StoredRun
+from registry.secrets import concealed, revealed
 from trainers.checkpoints.whole_files import whole_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+URI, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", PASSWORD, "MLFLOW_TRACKING_TOKEN")
+SQLITE = "sqlite:///"
 
 log = logging.getLogger(__name__)
 
@@ -32,45 +41,68 @@ log = logging.getLogger(__name__)
 class Store:
     """An MLflow tracking store and the experiment in it; made by `Store.of`."""
 
-    uri: str
+    uri: str = field(repr=False)  # may hold a password
     experiment: str
 
     @classmethod
     def of(cls, uri: str, experiment: str) -> Store:
         """The store at this address; ValueError for an address that MLflow does not take.
 
-        The path of a sqlite file is made absolute.
+        The path of a sqlite file is made absolute. In it `%3F` stands for a question mark, and
+        `%25` for a per cent sign that two hexadecimal digits follow.
         """
         if not uri.startswith("sqlite:"):
             if urlsplit(uri).scheme in ("", "file"):
                 raise ValueError(
-                    f"tracking_uri {uri!r} is not an MLflow store; "
+                    f"tracking_uri {concealed(uri)!r} is not an MLflow store; "
                     "give 'sqlite:///FOLDER/mlflow.db' or a server such as 'http://localhost:5000'"
                 )
             return cls(uri, experiment)
-        path = uri.removeprefix("sqlite:///")
-        if path == uri or not path or any(c in path for c in "%?#"):
+        path = uri.removeprefix(SQLITE)
+        if path == uri or not path or "?" in path:
             raise ValueError(
-                f"tracking_uri {uri!r} must be 'sqlite:///' and the path of a file, without '%?#'"
+                f"tracking_uri {concealed(uri)!r} must be 'sqlite:///' and the path of a file, in "
+                "which a question mark is written %3F"
             )
-        return cls(f"sqlite:///{Path(path).absolute()}", experiment)
+        return cls.in_file(Path(unquote(path)), experiment)
+
+    @classmethod
+    def in_file(cls, path: Path, experiment: str) -> Store:
+        """The store in this sqlite file, whatever characters its path has."""
+        return cls(_sqlite_uri(path.absolute()), experiment)
 
     @property
     def name(self) -> str:
-        """The uri without its password. Files and messages have only this."""
-        parts = urlsplit(self.uri)
-        return self.uri.replace(f":{parts.password}@", "@") if parts.password else self.uri
+        """The uri with `***` for its password. Files and messages have only this."""
+        return concealed(self.uri)
 
     @property
     def file(self) -> Path | None:
         """The database file of a sqlite store; None for a server."""
-        path = self.uri.removeprefix("sqlite:///")
-        return None if path == self.uri else Path(path)
+        path = self.uri.removeprefix(SQLITE)
+        return None if path == self.uri else Path(unquote(path))
+
+    @property
+    def address(self) -> str:
+        """The uri as MLflow is to be given it; ValueError where no password is known."""
+        if self.file is not None:
+            return _sqlite_address(self.file)
+        return self.with_password()
+
+    def with_password(self) -> str:
+        """The uri with its password; ValueError where no password is known."""
+        found = revealed(self.uri, PASSWORD)
+        if found is None:
+            raise ValueError(
+                f"the MLflow store {self.name} was recorded without its password. Set {PASSWORD} "
+                f"to the password or {URI} to the whole address, or give that as --tracking-uri"
+            )
+        return found
 
     def client(self) -> MlflowClient:
         """A client of the store. A sqlite store that does not exist yet is made first."""
         if self.file is None:
-            return _import_mlflow().MlflowClient(self.uri)
+            return _import_mlflow().MlflowClient(self.address)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.file.with_name(self.file.name + ".lock")):
             if not self.file.exists():
@@ -78,7 +110,7 @@ class Store:
             # A file that is no database fails here at once. MLflow would try for minutes.
             with closing(sqlite3.connect(self.file)) as connection:
                 connection.execute("pragma schema_version")
-            return _import_mlflow().MlflowClient(self.uri)
+            return _import_mlflow().MlflowClient(self.address)
 
     def experiment_id(self, client: MlflowClient) -> str:
         """The id of the experiment, which is made if it does not exist.
@@ -104,7 +136,7 @@ class Store:
         if self.file is None:
             return self.name
         beside = Path(sys.executable).with_name("mlflow")
-        return shlex.join([str(beside), "ui", "--backend-store-uri", self.uri])
+        return shlex.join([str(beside), "ui", "--backend-store-uri", self.address])
 
     def finished(self, ids: Iterable[str]) -> dict[str, StoredRun]:
         """The finished cells among those with these ids, by id; raises what MLflow raises."""
@@ -132,7 +164,21 @@ def _make_tables(file: Path) -> None:
     MLflow cannot open a database that a killed process left half-made.
     """
     with whole_file(file) as new:
-        _import_mlflow().MlflowClient(f"sqlite:///{new}")
+        _import_mlflow().MlflowClient(_sqlite_address(new))
+
+
+def _sqlite_uri(file: Path) -> str:
+    return SQLITE + re.sub("[%?#]", lambda found: quote(found[0]), str(file))
+
+
+def _sqlite_address(file: Path) -> str:
+    """The uri by which SQLAlchemy opens this file. It reads %25 as % from version 2.1 on only."""
+    from sqlalchemy import make_url
+
+    for uri in (_sqlite_uri(file), f"{SQLITE}{file}"):
+        if make_url(uri).database == str(file):
+            return uri
+    raise ValueError(f"this version of SQLAlchemy cannot open {file}; choose a path without '?'")
 
 
 def _import_mlflow() -> Any:

@@ -8,7 +8,8 @@ That changes nothing. MLflow keeps a metric point of the same key, step, time an
 it accepts a param or a tag again if its value is the same, and the MLflow run is found again by its
 tag `objective_zoo.run`.
 
-MLflow stores NaN as NaN, and an infinity as the largest float of its sign.
+A record may come from somebody else. So nothing is sent that lies outside its folder, no secret is
+sent, and the credentials of the environment go only to a server that the user names.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.locks import locked
 from benchmarks.records.jsonl import RECORD, read_lines, read_start
-from benchmarks.records.mlflow_store import Store
+from benchmarks.records.mlflow_entries import (
+    MAX_TAG_LENGTH,
+    METRICS_PER_REQUEST,
+    artifact_path,
+    send_entries,
+    shortened,
+)
+from benchmarks.records.mlflow_names import MAX_NAME_LENGTH
+from benchmarks.records.mlflow_store import CREDENTIALS, URI, Store
+from registry.secrets import concealed
 from trainers.checkpoints.whole_files import write_json
 
 if TYPE_CHECKING:
@@ -33,12 +42,7 @@ if TYPE_CHECKING:
 ID_TAG = "objective_zoo.run"
 SENT = "record.sent.json"
 LOCK = "record.lock"
-MAX_PARAM_LENGTH = 6000
-MAX_TAG_LENGTH = 8000
-METRICS_PER_REQUEST = 1000  # the most that MLflow takes
-TEXTS_PER_REQUEST = 10  # MLflow takes 100, but a request may not be above 1 MB
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +67,7 @@ class Copy:
             run_id, offset = _read_sent(self.folder)[self.store.name]
             entries, end = _next_entries(self.folder / RECORD, offset)
             if entries:
-                _send(client, run_id, self.folder, entries)
+                send_entries(client, run_id, self.folder, entries)
             if end > offset:
                 _note_sent(self.folder, self.store, run_id, end)
         self._client = client
@@ -142,13 +146,18 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
     records = sorted(folder.rglob(RECORD), key=lambda path: (len(path.parts), path))
     if not records:
         raise ValueError(f"no {RECORD} in {folder}; give a run's folder, or one that holds runs")
-    sent = []
+    found: list[tuple[Path, Store]] = []
     for run_folder in (path.parent for path in records):
         start = read_start(run_folder)
         if start is None:
             log.warning("%s has no readable start line and is not sent", run_folder / RECORD)
             continue
-        store = _store_of(run_folder, start, tracking_uri)
+        found.append((run_folder, _store_of(run_folder, start, tracking_uri)))
+    for run_folder, store in found:  # before anything of any record is sent
+        _check_artifacts(run_folder)
+        store.with_password()
+    sent = []
+    for run_folder, store in found:
         try:
             copy = Copy(run_folder, store)
             while copy.send_some():
@@ -157,14 +166,14 @@ def send(folder: Path | str, tracking_uri: str | None = None) -> list[tuple[Path
             raise ConnectionError(
                 f"could not send {run_folder} to {store.name} ({reason(error)}). Nothing is lost: "
                 "send again when the store is there; what has arrived is not sent twice."
-            ) from error
+            ) from None  # the error itself may show the password of the store
         sent.append((run_folder, _read_sent(run_folder)[store.name][0]))
     return sent
 
 
 def reason(error: Exception) -> str:
-    """The error in one line of at most 300 characters."""
-    lines = str(error).strip().splitlines() or [""]
+    """The error in one line of at most 300 characters, without secrets."""
+    lines = concealed(str(error)).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
@@ -198,12 +207,27 @@ def _create_run(
     client: MlflowClient, store: Store, folder: Path, start: dict[str, Any], experiment: str
 ) -> str:
     tags = {ID_TAG: start["id"]}
-    if start["parent"]:
-        parent = Path(os.path.normpath(folder / start["parent"]["folder"]))
+    if parent := _parent_of(folder, start):
         with locked(parent / LOCK):
             tags["mlflow.parentRunId"] = _ensure_run(client, store, parent)
-    run = client.create_run(experiment, start_time=start["time"], tags=tags, run_name=start["name"])
+    name = concealed(start["name"])
+    if len(name) > MAX_NAME_LENGTH:
+        tags["objective_zoo.name"] = shortened(name, MAX_TAG_LENGTH, "tags")
+        name = name[:MAX_NAME_LENGTH]
+    run = client.create_run(experiment, start_time=start["time"], tags=tags, run_name=name)
     return run.info.run_id
+
+
+def _parent_of(folder: Path, start: dict[str, Any]) -> Path | None:
+    """The folder of the parent, where its record has the id that this record names."""
+    if not start["parent"]:
+        return None
+    parent = Path(os.path.normpath(folder / start["parent"]["folder"]))
+    theirs = read_start(parent)
+    if theirs is not None and theirs["id"] == start["parent"]["id"]:
+        return parent
+    log.warning("%s holds no record of the parent of %s, so MLflow has it alone", parent, folder)
+    return None
 
 
 def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
@@ -213,7 +237,7 @@ def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     for entry, end in read_lines(path, offset):
         offset = end
         if entry is None:
-            log.warning("%s: the line that ends at byte %d is torn and is not sent", path, end)
+            log.warning("%s: the line that ends at byte %d cannot be read, not sent", path, end)
             continue
         entries.append(entry)
         size += len(entry.get("values", ()))
@@ -222,47 +246,11 @@ def _next_entries(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     return entries, offset
 
 
-def _send(client: MlflowClient, run_id: str, folder: Path, entries: list[dict[str, Any]]) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
-    params: dict[str, str] = {}
-    tags: dict[str, str] = {}
-    metrics: list[Metric] = []
-    for entry in entries:
-        match entry["kind"]:
-            case "params":
-                params.update(entry["values"])
-            case "tags":
-                tags.update(entry["values"])
-            case "metrics":
-                for name, value in entry["values"].items():
-                    metrics.append(Metric(name, float(value), entry["time"], entry["step"]))
-    cut_params = [Param(k, _cut(v, MAX_PARAM_LENGTH, "params")) for k, v in params.items()]
-    cut_tags = [RunTag(k, _cut(v, MAX_TAG_LENGTH, "tags")) for k, v in tags.items()]
-    for some_params in _chunks(cut_params, TEXTS_PER_REQUEST):
-        client.log_batch(run_id, params=some_params, synchronous=True)
-    for some_tags in _chunks(cut_tags, TEXTS_PER_REQUEST):
-        client.log_batch(run_id, tags=some_tags, synchronous=True)
-    for some_metrics in _chunks(metrics, METRICS_PER_REQUEST):
-        client.log_batch(run_id, metrics=some_metrics, synchronous=True)
-    for entry in entries:
-        _send_event(client, run_id, folder, entry)
-
-
-def _send_event(client: MlflowClient, run_id: str, folder: Path, entry: dict[str, Any]) -> None:
-    match entry["kind"]:
-        case "artifact":
-            path = folder / entry["path"]
-            inside = not Path(entry["path"]).is_absolute()
-            where = Path(entry["path"]).parent.as_posix() if inside else "."
-            if path.exists():
-                client.log_artifact(run_id, str(path), None if where == "." else where)
-            else:
-                log.warning("the artifact %s is gone, so MLflow does not get it", path)
-        case "end":
-            client.set_terminated(run_id, entry["status"], end_time=entry["time"])
-        case "resume":
-            client.update_run(run_id, status="RUNNING")
+def _check_artifacts(folder: Path) -> None:
+    """ValueError if the record names an artifact outside the folder."""
+    for entry, _ in read_lines(folder / RECORD):
+        if entry is not None and entry["kind"] == "artifact":
+            artifact_path(folder, entry["path"])
 
 
 def _store_of(folder: Path, start: dict[str, Any], tracking_uri: str | None) -> Store:
@@ -270,23 +258,36 @@ def _store_of(folder: Path, start: dict[str, Any], tracking_uri: str | None) -> 
     uri = tracking_uri or recorded["uri"]
     if uri is None:
         raise ValueError(f"the record in {folder} names no MLflow store; give a tracking uri")
-    return Store.of(uri, recorded["experiment"])
-
-
-def _cut(text: str, limit: int, kind: str) -> str:
-    if len(text) <= limit:
-        return text
-    note = f" ... [cut; all {len(text)} characters are in the artifact {kind}.json]"
-    return text[: limit - len(note)] + note
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+    store = Store.of(uri, recorded["experiment"])
+    held = [name for name in CREDENTIALS if os.environ.get(name)]
+    own = tracking_uri or concealed(os.environ.get(URI, "")) == store.name
+    if held and store.file is None and not own:
+        raise ValueError(
+            f"the record in {folder} names the MLflow server {store.name}, and what "
+            f"{', '.join(held)} of the environment hold would be sent there. If you trust it, give "
+            f"--tracking-uri {store.name}"
+        )
+    return store
 
 
 def _read_sent(folder: Path) -> dict[str, tuple[str, int]]:
+    """What was noted, by the name of the store; {} and a warning for a file that cannot be read."""
     path = folder / SENT
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = {str(name): (str(id), int(end)) for name, (id, end) in _object(path).items()}
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        log.warning("%s cannot be read, so %s is sent from its beginning", path, folder / RECORD)
+        return {}
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def _note_sent(folder: Path, store: Store, run_id: str, offset: int) -> None:

@@ -10,8 +10,6 @@ import json
 import logging
 import math
 import os
-import posixpath
-import re
 import shlex
 import uuid
 from collections.abc import Mapping
@@ -20,12 +18,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.records.jsonl import RECORD, RecordWriter, now_ms, numbers, read_record, read_start
+from benchmarks.records.jsonl import (
+    RECORD,
+    STATUSES,
+    RecordWriter,
+    now_ms,
+    numbers,
+    read_record,
+    read_start,
+)
+from benchmarks.records.mlflow_entries import MAX_PARAM_LENGTH, MAX_TAG_LENGTH
 from benchmarks.records.mlflow_store import Store
-from benchmarks.records.mlflow_sync import MAX_PARAM_LENGTH, MAX_TAG_LENGTH, Copy, Follower
+from benchmarks.records.mlflow_sync import Copy, Follower
+from registry.secrets import concealed
 from trainers.checkpoints.whole_files import write_text
-
-STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +85,6 @@ class OpenRun:
         self.name = name
         self.folder = folder
         self._copy = copy
-        self._valid_names: set[str] = set()
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._closed = False
@@ -123,12 +128,12 @@ class OpenRun:
             self._keep_whole("tags.json", self._tags, MAX_TAG_LENGTH)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step.
+        """Record numbers at a step; ValueError, which names it, for a value that is no number.
 
         The first number of a name that is not finite also becomes the tag `non_finite.NAME`.
         """
-        self._check_names("metric", values)
-        floats = {name: float(value) for name, value in values.items()}
+        _check_names("metric", values)
+        floats = {name: _number(name, value) for name, value in values.items()}
         self._file.append("metrics", step=int(step), time=now_ms(), values=numbers(floats))
         for name, value in floats.items():
             if not math.isfinite(value) and f"non_finite.{name}" not in self._tags:
@@ -146,13 +151,19 @@ class OpenRun:
         self.artifact(path)
 
     def artifact(self, path: Path | str) -> None:
-        """Record a file by its path. It is read only when it is sent, so it must stay there."""
+        """Record a file of the run's folder. It is read when it is sent, so it must stay there.
+
+        ValueError for a path that leads out of the folder, also by a link.
+        """
         path = Path(path).resolve()
         if not path.is_file():
             raise ValueError(f"the artifact {path} is not a file; give the path of a file")
         folder = self.folder.resolve()
-        inside = path.is_relative_to(folder)
-        self._file.append("artifact", path=str(path.relative_to(folder) if inside else path))
+        if not path.is_relative_to(folder):
+            raise ValueError(
+                f"the artifact {path} lies outside the run's folder {folder}; copy it there"
+            )
+        self._file.append("artifact", path=path.relative_to(folder).as_posix())
 
     def child(self, name: str, folder: Path, tags: Mapping[str, str] | None = None) -> OpenRun:
         """Start a run whose parent is this one; it is recorded in the same way."""
@@ -231,17 +242,17 @@ class OpenRun:
                 f"{self.folder} holds the record of the run {record.name!r}, not of {self.name!r}; "
                 "choose another folder or the same name"
             )
+        if record.unreadable:
+            log.warning(
+                "%s: %d lines cannot be read and are skipped: %s",
+                *(self.folder / RECORD, record.unreadable, record.unreadable_lines[:20]),
+            )
         self._params, self._tags = dict(record.params), dict(record.tags)
         return record.id
 
     def _texts(self, kind: str, values: Mapping[str, object]) -> dict[str, str]:
-        self._check_names(kind, values)
-        return {name: str(value) for name, value in values.items()}
-
-    def _check_names(self, kind: str, values: Mapping[str, object]) -> None:
-        for name in values.keys() - self._valid_names:
-            _check_name(kind, name)
-            self._valid_names.add(name)
+        _check_names(kind, values)
+        return {name: concealed(str(value)) for name, value in values.items()}
 
     def _keep_whole(self, name: str, values: Mapping[str, str], limit: int) -> None:
         """Write all values to a file if one is too long for MLflow, which gets it shortened."""
@@ -249,15 +260,18 @@ class OpenRun:
             self.text(json.dumps(values, indent=1, ensure_ascii=False), name)
 
 
-def _check_name(kind: str, name: str) -> None:
-    """ValueError for a name that MLflow would refuse.
+def _check_names(kind: str, values: Mapping[str, object]) -> None:
+    """ValueError for a name that is no text. MLflow gets any text, by `mlflow_names`."""
+    for name in values:
+        if not isinstance(name, str):
+            raise ValueError(f"{kind} name {name!r} is not allowed: a name must be a text")
 
-    Every recorder keeps MLflow's rule, so that any record can be sent to MLflow later.
-    """
-    longest = 250 if kind == "tag" else 230  # of MLflow's 250, some are for `non_finite.NAME`
-    plain = re.fullmatch(r"[\w.\- :/]+", name) and len(name) <= longest
-    if not plain or posixpath.normpath(name) != name or name.startswith(("/", "..")):
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(
-            f"{kind} name {name!r} is not allowed: take up to {longest} letters, digits, spaces "
-            "and '_ - . : /'. It must not look like a path that is absolute, ends in '/' or goes up"
-        )
+            f"the metric {name!r} has the value {value!r}, which is no number ({error}). "
+            "Give a float"
+        ) from error

@@ -8,6 +8,7 @@ function reads one declaration; the first line says what holds for a part that d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from registry.protocols.runs import Engine, Launcher, Recorder, RecordStore
 
@@ -45,8 +46,13 @@ def keeps_records(recorder: Recorder) -> bool:
     return getattr(recorder, "keeps_records", True)
 
 
-def store_of(recorder: Recorder) -> RecordStore | None:
-    """`recorder.store`, else None: where it copies records to for others to read."""
+def store_of(recorder: Recorder, folder: Path) -> RecordStore | None:
+    """`recorder.store_for(folder)`, else `recorder.store`, else None: where records are copied to.
+
+    The folder is that of the comparison. A store is for others to read.
+    """
+    if (declared := getattr(recorder, "store_for", None)) is not None:
+        return declared(folder)
     return getattr(recorder, "store", None)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.folders import file_sha256 as file_sha256
+from registry.secrets import concealed
 
 PARTIAL = ".*.partial"  # matches every file that is not in its place yet
 
@@ -47,9 +48,9 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file whole, in UTF-8."""
+    """Write a text file whole, in UTF-8, and without the secrets in it."""
     with whole_file(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_text(concealed(content), encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -48,25 +48,45 @@ def _files(cell: RecordedCell) -> list[Path]:
 
 def _lines(cell: RecordedCell, path: Path) -> Iterator[EvaluationLine]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        values, notes, samples = found["values"], found["features"], int(found["samples"])
-    except (ValueError, KeyError, TypeError) as error:
+        newest = json.loads(path.read_text())
+        found: list[dict[str, Any]] = [newest, *newest.get("others", [])]
+        measured = [(one["values"], one["features"], int(one["samples"])) for one in found]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}. Run evaluate again") from error
-    by_metric: dict[str, dict[int, float]] = {}
-    for key, value in values.items():
-        if match := re.match(r"nfe(\d+)/(.+)", key):
-            by_metric.setdefault(match[2], {})[int(match[1])] = value
-    for metric, by_nfe in by_metric.items():
-        yield EvaluationLine(
-            group=cell.group,
-            seed=cell.seed,
-            name=path.parent.name,
-            samples=samples,
-            metric=metric,
-            by_nfe=by_nfe,
-            real=values.get(f"{metric}_floor", values.get(f"{metric}_ceiling")),
-            reference=_references(notes),
-        )
+    for one, (values, notes, samples) in zip(found, measured, strict=True):
+        by_metric: dict[str, dict[int, float]] = {}
+        for key, value in values.items():
+            if match := re.match(r"nfe(\d+)/(.+)", key):
+                by_metric.setdefault(match[2], {})[int(match[1])] = value
+        for metric, by_nfe in by_metric.items():
+            yield EvaluationLine(
+                group=cell.group,
+                seed=cell.seed,
+                name="; ".join([path.parent.name, *_apart(one, found)]),
+                samples=samples,
+                metric=metric,
+                by_nfe=by_nfe,
+                real=values.get(f"{metric}_floor", values.get(f"{metric}_ceiling")),
+                reference=_references(notes),
+            )
+
+
+def _apart(one: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What sets one evaluation of a folder apart from the others in it, beside what is shown."""
+    told = []
+    for name in ("seed", "labels", "bindings", "weights", "code", "operative"):
+        texts = [_told(name, other.get(name)) for other in found]
+        if len(set(texts)) > 1:
+            told.append(f"{name} {_told(name, one.get(name))}")
+    return told
+
+
+def _told(name: str, value: Any) -> str:
+    if name == "bindings":
+        return ", ".join(map(str, value or ())) or "none"
+    if name == "code":
+        return str(value.get("commit", "-"))[:8] if isinstance(value, Mapping) else "-"
+    return str(value).removeprefix("sha256 ")[: 40 if name == "labels" else 8]
 
 
 def _references(notes: Mapping[str, Mapping[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def _tops(run: str | Path, tracking_uri: str) -> list[Path]:
         return [Path(run)]
     if not _RUN_ID.match(str(run)):
         raise ValueError(f"{run} is no folder of runs, and no MLflow run id (32 hex digits)")
-    return _of_mlflow(str(run), Mlflow(tracking_uri=tracking_uri).store)
+    return _of_mlflow(str(run), Mlflow(tracking_uri=tracking_uri).store_for(Path("runs") / run))
 
 
 def _inside(top: Path, found: _Found) -> Iterator[Path]:
