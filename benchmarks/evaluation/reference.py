@@ -59,13 +59,22 @@ class Real:
     resize: str = ""
 
 
-def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], num: int) -> Real:
+def find_real(
+    reference: str | None, dataset: Callable[[], Dataset], shape: tuple[int, ...], num: int
+) -> Real:
     """The real side for samples of this shape; ValueError if `reference` names none.
 
-    `num` is how many are drawn of a data set without end.
+    `dataset` gives the run's own data, and is called only where these are the reference; `num` is
+    how many are drawn of a data set without end.
     """
     if reference is None:
-        return _of_dataset(dataset, num)
+        try:
+            return _of_dataset(dataset(), num)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"without --reference the run's own data are the reference, and they cannot be "
+                f"taken: {error}"
+            ) from error
     if reference.startswith(CLEANFID):
         return _of_cleanfid(reference.removeprefix(CLEANFID))
     path = Path(reference).expanduser()

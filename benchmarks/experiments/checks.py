@@ -13,6 +13,7 @@ from torch import Tensor
 import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
+from benchmarks.experiments.recorded_data import RecordedData
 from registry.gin_errors import message_of
 from registry.protocols import (
     Batch,
@@ -43,6 +44,8 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.dataset.num_classes,
     )
     check_batch(experiment.engine, experiment.batch_size)
+    if isinstance(experiment.dataset, RecordedData):
+        return experiment  # a finished run, whose data may be gone: nothing is trained
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)

@@ -29,8 +29,9 @@ from benchmarks.data.streams import (
     seeded,
     subset,
 )
+from benchmarks.latents.codes import Codes, same_vae
 from benchmarks.latents.shards import LOGVAR_RANGE, Manifest, open_shards
-from registry import datasets, vaes
+from registry import datasets
 from registry.protocols import Cond, Share, Vae
 
 
@@ -40,6 +41,7 @@ class Latents:
     """A folder of latents; they are decoded to pixels for people and for metrics."""
 
     name: ClassVar = "latents"
+    local_paths: ClassVar = ("folder",)
 
     folder: str
     flip: bool = True  # take half of the training samples from the mirrored pictures
@@ -48,6 +50,7 @@ class Latents:
     decode_batch: int = 8  # latents that are decoded at a time
     verify: bool = False  # read and hash every shard at the start
     manifest: Manifest = field(init=False, repr=False, compare=False)
+    codes: Codes = field(init=False, repr=False, compare=False)
     _rows: dict[str, list[np.ndarray]] = field(init=False, repr=False, compare=False)
     _labels: Tensor | None = field(init=False, repr=False, compare=False)
 
@@ -67,7 +70,14 @@ class Latents:
         labels = torch.cat([shard["label"] for shard in shards]) if self.num_classes else None
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_labels", labels)
-        self._check_vae()
+        vae = same_vae(self.manifest.plan["vae"], f"the latents in {self.folder}", self.vae)
+        codes = Codes(
+            scale=self.manifest.scale,
+            shift=self.manifest.shift,
+            vae=vae,
+            decode_batch=self.decode_batch,
+        )
+        object.__setattr__(self, "codes", codes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,11 +127,7 @@ class Latents:
         return {"label": interleave(apportion(n, counts))}
 
     def decode(self, codes: Tensor) -> Tensor:
-        device = torch.device("cuda") if torch.cuda.is_available() else codes.device
-        latents = (codes.to(device) / self._scale.to(device)) + self._shift.to(device)
-        vae = self._vae
-        pixels = [vae.decode(part) for part in latents.split(self.decode_batch)]
-        return torch.cat(pixels).to(codes.device)
+        return self.codes.decode(codes)
 
     def _posterior(self, rows: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None]:
         first = self._rows["posterior"][0]
@@ -146,27 +152,3 @@ class Latents:
     @cached_property
     def _shift(self) -> Tensor:
         return torch.tensor(self.manifest.shift)[:, None, None]
-
-    @cached_property
-    def _vae(self) -> Vae:
-        if self.vae is not None:
-            return self.vae
-        about = self.manifest.plan["vae"]
-        return vaes.get(about["kind"])(path=about["path"], subfolder=about["subfolder"])
-
-    def _check_vae(self) -> None:
-        """ValueError unless the VAE can be loaded and is the one that made these latents."""
-        about = self.manifest.plan["vae"]
-        try:
-            found = self._vae.provenance()["sha256"]
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{error}\nThis VAE made the latents in {self.folder} and is needed to decode "
-                f"them. If it moved, bind latents.vae = @{about['kind']}() and "
-                f"{about['kind']}.path = 'FOLDER'"
-            ) from error
-        if found != about["sha256"]:
-            raise ValueError(
-                f"the latents in {self.folder} were made by a VAE with other weights (SHA-256 "
-                f"{about['sha256'][:16]}, here {found[:16]}); give the one from {about['path']}"
-            )

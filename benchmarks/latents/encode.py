@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.image_files import FoundPictures, find_pictures
-from benchmarks.data.image_pixels import check_pictures, refuse_unreadable
+from benchmarks.data.image_pixels import check_pictures
+from benchmarks.data.picture_faults import refuse_unreadable
 from benchmarks.latents.autoencoders import DiffusersVae
 from benchmarks.latents.process_pool import outcomes
 from benchmarks.latents.shard_encoder import (
@@ -55,6 +56,7 @@ def encode(
     workers: int = 1,
     device: str = "auto",
     labelled: bool = True,
+    splits_are_classes: bool = False,
 ) -> Manifest:
     """Encode the pictures under `data` into the folder `out`.
 
@@ -74,7 +76,11 @@ def encode(
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out {out} is among the pictures of --data {data}; choose another one")
     found = find_pictures(
-        data, labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
+        data,
+        labelled=labelled,
+        splits_are_classes=splits_are_classes,
+        unlabelled="ignore the sub-folders by --no-labels",
+        consent="give --splits-are-classes",
     )
     check_pictures(found.files, encoder.resolution)
     plan, chosen = _plan(data, found, encoder, shard_rows), _devices(device)

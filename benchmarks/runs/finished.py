@@ -1,8 +1,12 @@
-"""Opens a finished run by the configuration that it kept, to draw samples or to export it."""
+"""Opens a finished run by the configuration that it kept, to draw samples or to export it.
+
+Its data are not needed where the run recorded what samples need of them.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import registry
@@ -12,9 +16,15 @@ from backbones.pretrained.imports import import_file
 from benchmarks.data.pictures import picture
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.runs.result import finished_run
+from benchmarks.experiments.recorded_data import (
+    RecordedData,
+    recorded_data,
+    warn_of_other_data,
+)
+from benchmarks.runs.result import finished_run, recorded_identity
 from benchmarks.runs.samples import draw_samples
 from registry import gin_setup
+from registry.protocols import Dataset
 from trainers.checkpoints.weights import load_module
 
 log = logging.getLogger(__name__)
@@ -31,6 +41,7 @@ def open_run(
     `bindings`, a registered `sampler` and a file of `weights` take the place of the run's own.
     """
     measured = finished_run(folder)
+    own = bindings
     if sampler:
         registry.samplers.get(sampler)  # raises an error that lists the known names
         gin_setup.parse([folder / "config.gin"])
@@ -40,10 +51,43 @@ def open_run(
             f"{arm}/run.sampler = @{sampler}()" if arm else f"run.sampler = @{sampler}()",
         )
     gin_setup.parse([folder / "config.gin"], bindings)
+    data = None if _binds_data(own) else recorded_data(folder, lambda: _build_data(folder))
+    if data is not None:
+        gin_setup.unbind("run.dataset")
     with gin_setup.arm(arm_of_run()):
-        experiment = run()
+        experiment = run() if data is None else run(dataset=data)
+    if data is None:
+        warn_of_other_data(recorded_identity(folder), experiment.dataset)
     load_module(weights or measured, experiment.net)
     return experiment, experiment.net.to(experiment.device).eval()
+
+
+def training_data(experiment: Experiment) -> Dataset:
+    """The data set itself of a run that was opened; it is built now, if it was not before."""
+    dataset = experiment.dataset
+    return dataset.original if isinstance(dataset, RecordedData) else dataset
+
+
+def _binds_data(bindings: Sequence[str]) -> bool:
+    """Whether bindings change the data set, or a macro, which the data set may read."""
+    for key in gin_setup.bindings_of("\n".join(bindings)):
+        plain = key.split("/")[-1]
+        part = plain.rpartition(".")[0].split(".")[-1]
+        if "." not in plain or plain == "run.dataset":
+            return True
+        if part in registry.datasets or part in registry.vaes:
+            return True
+    return False
+
+
+def _build_data(folder: Path) -> Dataset:
+    """The data set that the run's configuration names, whatever gin holds at this moment."""
+    with gin_setup.isolated():
+        gin_setup.parse([folder / "config.gin"])
+        arm = arm_of_run()
+        with gin_setup.arm(arm):
+            dataset: Dataset = gin_setup.build("run.dataset", arm)
+        return dataset
 
 
 def arm_of_run() -> str:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.records.jsonl import read_record, read_start
 from trainers.checkpoints.whole_files import write_json
 
 MODEL, RESULT = "model.safetensors", "result.json"
@@ -49,3 +50,8 @@ def finished_run(folder: Path) -> Path:
         hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"{folder} holds no finished run (no {RESULT}).{hint}")
     return folder / MODEL
+
+
+def recorded_identity(folder: Path) -> str:
+    """The identity of the data that the run in `folder` recorded; '' if there is no record yet."""
+    return read_record(folder).tags.get("data", "") if read_start(folder) else ""

@@ -20,12 +20,17 @@ from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 import registry
 from benchmarks.evaluation.feature_cache import FeatureSink
 from benchmarks.evaluation.protocol import evaluate_run
-from benchmarks.evaluation.reference import find_real
-from benchmarks.evaluation.reference_checks import least_rows, possible, usable
+from benchmarks.evaluation.reference import Real, find_real
+from benchmarks.evaluation.reference_checks import (
+    least_rows,
+    possible,
+    usable,
+    with_enough_rows,
+)
 from benchmarks.evaluation.request import EvaluationRequest
 from benchmarks.evaluation.scores import against
 from benchmarks.metrics import evaluate
-from benchmarks.metrics.distances import Frechet, moments
+from benchmarks.metrics.distances import Frechet, Kid, moments
 from benchmarks.metrics.features import Pixels
 
 NUM = 600  # two blocks of 256 and a part of one
@@ -475,3 +480,14 @@ def test_distances_agree_with_torch_fidelity_on_the_same_features() -> None:
     ours = dict(PrecisionRecall()(fake, real))
     assert ours["precision"] == pytest.approx(prc["precision"], abs=1e-6)  # theirs is float32
     assert ours["recall"] == pytest.approx(prc["recall"], abs=1e-6)
+
+
+def test_metrics_that_a_small_reference_does_not_allow_are_left_out_or_refused(caplog) -> None:
+    real, rows = Real(about="three pictures", num=3), torch.randn(3, 4)
+    metrics = [Frechet(), Kid(), registry.metrics.build("precision_recall")]
+    assert with_enough_rows(metrics, real, rows, by_name=False) == metrics[:2]
+    assert "precision_recall need at least 4 real images, and three pictures has 3" in caplog.text
+    with pytest.raises(ValueError, match="precision_recall need at least 4"):
+        with_enough_rows(metrics, real, rows, by_name=True)
+    with pytest.raises(ValueError, match="frechet, kid need at least 2"):
+        with_enough_rows(metrics[:2], real, rows[:1], by_name=False)
