@@ -57,6 +57,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--save-images", type=Path, metavar="DIR", help="also write every sample as a PNG"
     )
     parser.add_argument("--out", type=Path, help="default: RUN/evaluation")
+    parser.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
     parser.add_argument("--cache", type=Path, help="where features of references are kept")
     add_weights(parser)
     add_bindings(parser, "euler.shift = 2.0")
@@ -77,6 +78,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from benchmarks.evaluation.protocol import evaluate_run, table
     from benchmarks.evaluation.request import EvaluationRequest
 
+    if arguments.file is not None:
+        from registry.plugins import import_file, load_plugins
+
+        load_plugins()  # first, so that an error about a taken name names the file
+        import_file(arguments.file)
     request = EvaluationRequest(
         num=arguments.num,
         nfe=tuple(arguments.nfe),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.data.image_pixels import (
     BAR_FROM,
+    SQUARES,
     as_pixels,
     check_memory,
     has_frames,
@@ -40,6 +41,7 @@ class HfImages(StoredSet):
     """A split of a data set with a column of pictures and perhaps one of class labels."""
 
     name: ClassVar = "hf_images"
+    rule: ClassVar = SQUARES
     local_paths: ClassVar = ("path",)
 
     path: str  # a name on the hub, a local folder or a local file

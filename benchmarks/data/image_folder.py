@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.image_files import find_pictures
-from benchmarks.data.image_pixels import PictureFiles, check_pictures, read_pictures
+from benchmarks.data.image_pixels import SQUARES, PictureFiles, check_pictures, read_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 
@@ -33,6 +33,7 @@ class ImageFolder(StoredSet):
     """
 
     name: ClassVar = "image_folder"
+    rule: ClassVar = SQUARES
     local_paths: ClassVar = ("folder",)
     folder: str
     resolution: int = 32

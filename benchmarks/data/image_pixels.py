@@ -66,6 +66,7 @@ def _reduced(image: Image.Image, resolution: int, channels: int) -> Tensor:
 def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
     """A picture that is open already, as uint8 [channels resolution resolution]."""
     _scale_transparency(image)
+    image.load()  # before EXIF is read, which would load it too, and whose errors are passed over
     upright = _opaque_rgb(_upright(image))
     side = min(upright.size)
     left, top = ((length - side) // 2 for length in upright.size)

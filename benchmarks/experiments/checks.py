@@ -21,6 +21,7 @@ from registry.protocols import (
     Derivative,
     LossOutput,
     check_batch,
+    check_reference,
     has_whole_weights,
     parts,
     to_device,
@@ -58,7 +59,7 @@ def _probe(experiment: Experiment) -> dict[str, float]:
     The run's own random streams do not see these draws.
     """
     dataset, seed = experiment.dataset, experiment.seed
-    x0, cond = dataset.reference(PROBE_ROWS, seed)
+    x0, cond = check_reference(dataset, PROBE_ROWS, seed)
     step = TrainStep(experiment.net, experiment.objective)
     where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
     try:

@@ -11,6 +11,7 @@ its share, and copies them straight out of the page cache.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +31,13 @@ from benchmarks.data.streams import (
     subset,
 )
 from benchmarks.latents.codes import Codes, same_vae
+from benchmarks.latents.manifest_checks import CONSTANTS, check_constants, load_manifest
+from benchmarks.latents.shard_encoder import PREPROCESSING
 from benchmarks.latents.shards import LOGVAR_RANGE, Manifest, open_shards
 from registry import datasets
 from registry.protocols import Cond, Share, Vae
+
+log = logging.getLogger(__name__)
 
 
 @datasets.register("latents")
@@ -56,7 +61,7 @@ class Latents:
 
     def __post_init__(self) -> None:
         folder = Path(self.folder).expanduser()
-        object.__setattr__(self, "manifest", Manifest.load(folder))
+        object.__setattr__(self, "manifest", load_manifest(folder))
         if self.flip and not self.manifest.plan["flips"]:
             raise ValueError(
                 f"{folder} was encoded without mirrored pictures; bind latents.flip = False, or "
@@ -71,6 +76,9 @@ class Latents:
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_labels", labels)
         vae = same_vae(self.manifest.plan["vae"], f"the latents in {self.folder}", self.vae)
+        if self.manifest.plan.get("normalise") == CONSTANTS:
+            constants = vae.constants(self.shape[0])
+            check_constants(self.manifest, *constants, "the constants of its VAE")
         codes = Codes(
             scale=self.manifest.scale,
             shift=self.manifest.shift,
@@ -78,6 +86,13 @@ class Latents:
             decode_batch=self.decode_batch,
         )
         object.__setattr__(self, "codes", codes)
+        if (rule := self.manifest.plan.get("preprocessing", PREPROCESSING)) != PREPROCESSING:
+            log.warning(
+                "the latents in %s were encoded by another rule than today's, so that they are "
+                "latents of other pixels. To have today's, encode the pictures into a new folder"
+                "\n  then  %s\n  now   %s",
+                *(folder, rule, PREPROCESSING),
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -179,9 +179,15 @@ def _keep_plan(plan: Mapping[str, Any], out: Path) -> None:
             raise ValueError(f"{out} is not empty and holds no latents; choose another --out")
         write_json(path, plan)
         return
-    before = json.loads(path.read_text())
-    before["source"]["folder"] = plan["source"]["folder"]  # the pictures may have moved
-    before["vae"]["path"] = plan["vae"]["path"]
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before["source"]["folder"] = plan["source"]["folder"]  # the pictures may have moved
+        before["vae"]["path"] = plan["vae"]["path"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(
+            f"{path} is damaged, so that nobody knows how the shards beside it were made. Remove "
+            f"the folder {out}, or choose another --out"
+        ) from None
     if differing := sorted(k for k in before | dict(plan) if before.get(k) != plan.get(k)):
         shown = "; ".join(f"{k} was {before.get(k)}, now {plan.get(k)}" for k in differing)
         raise ValueError(f"{out} was begun with other settings: {shown}. Choose another --out")

@@ -24,6 +24,14 @@ def noise(path: Path, side: int = 64) -> Path:
     return path
 
 
+def spoilt(path: Path) -> Path:
+    """Whole at both ends and wrong inside."""
+    content = bytearray(noise(path).read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+    return path
+
+
 def cut(path: Path, keep: float = 0.5) -> Path:
     content = noise(path).read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
@@ -43,6 +51,7 @@ BROKEN = {
     "bytes": (lambda f: written(f / "x.png", b"\1\2\3\4"), "first bytes are 01 02 03 04"),
     "cut_jpeg": (lambda f: cut(f / "x.jpg"), "damaged or cut off"),
     "cut_png": (lambda f: cut(f / "x.png"), "damaged or cut off"),
+    "spoilt_png": (lambda f: spoilt(f / "x.png"), "damaged or cut off"),
     "cut_webp": (lambda f: cut(f / "x.webp"), "damaged or cut off"),
     "cut_tiff": (lambda f: cut(f / "x.tif", 0.1), "damaged or cut off"),
 }
