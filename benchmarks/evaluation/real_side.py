@@ -63,7 +63,8 @@ def real_sides(
         part = usable(real, extractor, dim)
         allowed = possible(metrics, part, bool(request.metrics))
         features = _features(part, extractor, samples)
-        allowed = with_enough_rows(allowed, part, features, bool(request.metrics))
+        asked = bool(request.metrics or request.reference)
+        allowed = with_enough_rows(allowed, part, features, asked)
         check_numbers(allowed, request.num, dim, part, features)
         sides.append(
             RealSide(extractor=extractor, real=part, features=features, metrics=tuple(allowed))

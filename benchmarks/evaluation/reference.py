@@ -181,6 +181,8 @@ def _moments_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
             f"mu and sigma in {path} are {tuple(mean.shape)} and {tuple(covariance.shape)}; a mean "
             "is [d] and a covariance [d d]"
         )
+    if not bool(mean.isfinite().all()):
+        raise ValueError(f"mu in {path} has values that are not finite")
     return {"mean": mean.double(), "covariance": _covariance(covariance, path)}
 
 
@@ -223,6 +225,10 @@ def _of_cleanfid(name: str) -> Real:
         return real
     with np.load(with_features, allow_pickle=False) as file:
         features = torch.from_numpy(file["feats"]).float()
+    if features.ndim != 2 or not bool(features.isfinite().all()):
+        raise ValueError(
+            f"feats in {with_features} are {tuple(features.shape)}; they must be [n d] and finite"
+        )
     about = f"{real.about}; {with_features.name}, sha256 {remembered_sha256(with_features)}"
     return replace(real, about=about, features=features)
 

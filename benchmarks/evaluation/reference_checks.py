@@ -55,12 +55,12 @@ def possible(metrics: Sequence[VectorMetric], real: Real, by_name: bool) -> list
 
 
 def with_enough_rows(
-    metrics: Sequence[VectorMetric], real: Real, target: Tensor | None, by_name: bool
+    metrics: Sequence[VectorMetric], real: Real, target: Tensor | None, asked: bool
 ) -> list[VectorMetric]:
     """The metrics for which `target`, the real rows, are enough.
 
-    The others are left out with a warning. ValueError if they were asked for by name, and if none
-    is left.
+    The others are left out with a warning. ValueError if the metrics or the reference were `asked`
+    for, and if none is left.
     """
     if target is None:
         return list(metrics)
@@ -71,7 +71,7 @@ def with_enough_rows(
             f"{names} need at least {least_rows(few)} real images, and {real.about} has "
             f"{len(target)}"
         )
-        if by_name or len(few) == len(metrics):
+        if asked or len(few) == len(metrics):
             raise ValueError(f"{message}. Give a --reference with more")
         log.warning("%s: left out", message)
     return [metric for metric in metrics if metric not in few]
