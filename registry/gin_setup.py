@@ -19,6 +19,7 @@ from typing import Any
 import gin
 from gin import config, config_parser
 
+from registry import local_paths
 from registry.core import did_you_mean
 from registry.former_names import accepted, former_name, present_name
 from registry.gin_errors import collected, explain, explain_syntax
@@ -146,6 +147,18 @@ def query(key: str, default: Any = None) -> Any:
     return _without_macros(found[name]) if name in found else default
 
 
+def unbind(key: str) -> None:
+    """Forget what is bound to a key such as 'run.dataset', inside and outside of every arm.
+
+    gin builds what is bound even where a caller gives the parameter.
+    """
+    _, selector, parameter = config_parser.parse_binding_key(key)
+    owner = config._REGISTRY.get_match(selector)
+    for (_, bound_to), values in _bound():
+        if owner and bound_to == owner.selector:
+            values.pop(parameter, None)
+
+
 def build(key: str, scope: str = "") -> Any:
     """Build what is bound to a key such as 'run.recorder'; None if nothing is.
 
@@ -176,6 +189,11 @@ def overridden_bindings(name: str) -> tuple[str, ...]:
     """The plain keys for which an arm has a value of its own."""
     own = scope_bindings(name) if name else {}
     return tuple(key for key in scope_bindings("") if key in own)
+
+
+def anchor_paths(more: Mapping[str, Sequence[str]]) -> None:
+    """Bind relative paths of files as whole ones; see registry/local_paths.py."""
+    local_paths.anchor(more, _without_macros)
 
 
 def full_text() -> str:

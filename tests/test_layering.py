@@ -32,7 +32,7 @@ INSIDE = {  # the folders of benchmarks, and those that each may import
     "metrics": {"data"},
     "latents": {"data"},
     "launchers": {"records"},
-    "experiments": {"metrics", "records"},
+    "experiments": {"data", "latents", "metrics", "records"},
     "conformance": set(),
     "runs": {"experiments", "data", "metrics", "records"},
     "grids": {"runs", "experiments", "launchers", "data", "records"},

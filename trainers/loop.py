@@ -163,7 +163,8 @@ def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
     step, n, seed = state.step, state.batch_size, state.seed
     mine = Share(ranks.number(), ranks.count())
     if mine.count == 1 or state.engine.module.needs_whole:
-        return _on(state.device, Batch(*dataset.batch(step, n, seed), step, progress))
+        whole = read_share(dataset, step, n, seed, Share())
+        return _on(state.device, Batch(*whole, step, progress))
     batch = _on(state.device, Batch(*read_share(dataset, step, n, seed, mine), step, progress))
     x0 = batch.x0.new_full((n, *batch.x0.shape[1:]), torch.nan)
     x0[mine.number :: mine.count] = batch.x0

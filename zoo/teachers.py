@@ -94,6 +94,7 @@ class Frozen:
 
     needs_copy: ClassVar = False
     distils: ClassVar = True
+    local_paths: ClassVar = ("checkpoint",)
 
     checkpoint: str = ""
     layout: str = ""

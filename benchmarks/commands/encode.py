@@ -22,6 +22,11 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--no-labels", action="store_true", help="do not take sub-folders as classes"
     )
+    parser.add_argument(
+        "--splits-are-classes",
+        action="store_true",
+        help="take sub-folders such as train and test for classes",
+    )
     parser.add_argument("--no-flips", action="store_true", help="leave mirrored copies out")
     parser.add_argument("--dtype", default="float16", help="on disk: float16 or float32")
     parser.add_argument(
@@ -60,6 +65,7 @@ def _encode(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         device=arguments.device,
         labelled=not arguments.no_labels,
+        splits_are_classes=arguments.splits_are_classes,
     )
     classes = len(manifest.plan["classes"])
     print(

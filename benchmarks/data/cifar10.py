@@ -37,6 +37,7 @@ class Cifar10(StoredSet):
     """CIFAR-10, 32x32 colour pictures of ten kinds of things, from its Python batches."""
 
     name: ClassVar = "cifar10"
+    local_paths: ClassVar = ("folder",)
     folder: str = "data"  # the folder that holds cifar-10-batches-py, or that folder itself
     split: Literal["train", "test", "all"] = "train"  # 50,000, 10,000 or both
     flip: bool = False  # mirror half of the training samples left to right

@@ -70,6 +70,7 @@ class FashionMnist(StoredSet):
     """Fashion-MNIST, 28x28 grey pictures of ten kinds of clothes, from its IDX files."""
 
     name: ClassVar = "fashion_mnist"
+    local_paths: ClassVar = ("folder",)
     folder: str = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
     split: Literal["train", "test", "all"] = "train"  # 60,000, 10,000 or both
 

@@ -18,7 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_pixels import BAR_FROM, as_pixels, check_memory, judge_pictures
+from benchmarks.data.image_pixels import (
+    BAR_FROM,
+    SQUARES,
+    as_pixels,
+    check_memory,
+    has_frames,
+)
+from benchmarks.data.picture_faults import Seen, fault_of, judge_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets, progress
 from registry.core import did_you_mean
@@ -34,6 +41,8 @@ class HfImages(StoredSet):
     """A split of a data set with a column of pictures and perhaps one of class labels."""
 
     name: ClassVar = "hf_images"
+    rule: ClassVar = SQUARES
+    local_paths: ClassVar = ("path",)
 
     path: str  # a name on the hub, a local folder or a local file
     config: str | None = None
@@ -149,11 +158,14 @@ def _pixels(table: Any, column: str, resolution: int, channels: int) -> Tensor:
     return pixels
 
 
-def _read(table: Any, column: str, pixels: Tensor, row: int) -> int | str:
-    """Write one row's pixels; the picture's shorter side, or a text that says what is wrong."""
+def _read(table: Any, column: str, pixels: Tensor, row: int) -> Seen | str:
+    """Write one row's pixels; what was seen of the picture, or a text that says what is wrong."""
     try:
         picture = table[row][column]
+        if picture is None:
+            return f"row {row} (it has no picture)"
+        side, frames = min(picture.size), has_frames(picture)
         pixels[row] = as_pixels(picture, pixels.shape[2], pixels.shape[1])
     except Exception as error:  # decoders raise any kind; all are reported
-        return f"row {row} ({type(error).__name__}: {error})"
-    return min(picture.size)
+        return f"row {row} ({fault_of(error)})"
+    return Seen(side, int(pixels[row].max()), frames)

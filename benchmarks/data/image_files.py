@@ -3,14 +3,18 @@
 Every file whose suffix is one of `SUFFIXES` is taken for a picture, also in sub-folders of any
 depth. Hidden files and folders are left out. The files are sorted by their paths, so that their
 order is the same on every machine.
+
+Folders that are named like the splits of a data set, such as train and val, are not taken for
+classes without a word: a model would learn to tell the splits apart.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,12 @@ SUFFIXES = tuple(
     ".webp".split()
 )
 SHOWN = 10  # names in an error
+_CONTENT = r"(set|split|data|images?|imgs?|pictures?)"
+_SPLIT = re.compile(
+    rf"({_CONTENT}[ _-]?)?(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout)"
+    rf"([ _-]?({_CONTENT}|\d+))*",
+    re.IGNORECASE,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +43,37 @@ class FoundPictures:
 
 
 def find_pictures(
-    folder: Path, *, labelled: bool, unlabelled: str = "bind image_folder.labelled = False"
+    folder: Path,
+    *,
+    labelled: bool,
+    splits_are_classes: bool = False,
+    unlabelled: str = "bind image_folder.labelled = False",
+    consent: str = "bind image_folder.splits_are_classes = True",
 ) -> FoundPictures:
     """All pictures below the folder; a warning counts the files that are no pictures.
 
-    `unlabelled` tells the user, in an error, how to go on without labels.
+    `splits_are_classes` takes folders such as train and val for classes. `unlabelled` and `consent`
+    tell the user, in an error, how to go on without labels and with such classes. ValueError for a
+    folder without pictures, for links that lead nowhere and for classes that are not clear.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"the picture folder {str(folder)!r} {what}")
-    files, others = [], Counter[str]()
-    for path in _visible_files(folder):
-        if path.suffix.lower() in SUFFIXES:
+        seen_from = "" if folder.is_absolute() else f" (seen from {Path.cwd()})"
+        raise FileNotFoundError(f"the picture folder {str(folder)!r}{seen_from} {what}")
+    files, others, broken = [], Counter[str](), list[str]()
+    for path, is_whole in _visible_files(folder):
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES and is_whole:
             files.append(path)
+        elif not is_whole and (suffix in SUFFIXES or not suffix):
+            broken.append(_no_file(path))
         else:
-            others[path.suffix.lower() or "no suffix"] += 1
+            others[suffix or "no suffix"] += 1
+    if broken:
+        raise ValueError(
+            f"{len(broken)} entries of the picture folder {str(folder)!r} are no files: "
+            f"{_listed(sorted(broken))}. Repair or remove them"
+        )
     kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common())
     if not files:
         raise ValueError(
@@ -59,10 +85,48 @@ def find_pictures(
             "%s: %d files are no pictures and are ignored (%s)", folder, others.total(), kinds
         )
     files.sort(key=lambda path: path.parts)
+    if not splits_are_classes:
+        _judge_splits(folder, files, labelled, consent)
     classes = _classes(folder, files, unlabelled) if labelled else ()
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[path.relative_to(folder).parts[0]] for path in files if classes]
     return FoundPictures(tuple(files), tuple(labels), classes)
+
+
+def _judge_splits(folder: Path, files: Iterable[Path], labelled: bool, consent: str) -> None:
+    """ValueError where the sub-folders are splits and would become classes; else a warning."""
+    places = {path.relative_to(folder).parts[:-1] for path in files} - {()}
+    tops = {place[0] for place in places}
+    splits = sorted(name for name in tops if _SPLIT.fullmatch(name))
+    if not splits:
+        return
+    inside = [{place[1] for place in places if place[0] == name and place[1:]} for name in splits]
+    alone = len(tops) == 1
+    named, path = ", ".join(splits), folder / _preferred(splits)
+    if not labelled:
+        if len(splits) > 1:
+            log.warning(
+                "%s holds %s, which are named like splits of a data set: the pictures of all of "
+                "them are taken. For those of one split give its folder, such as %s",
+                *(folder, named, path),
+            )
+    elif len(splits) > 1 or any(len(names) > 1 for names in inside):
+        raise ValueError(
+            f"{folder} holds {named}, named like splits of a data set and not like classes. Give "
+            f"the folder of one split, such as {path}; or, to take these folders as they are, "
+            f"{consent}"
+        )
+    elif not alone:
+        log.warning(
+            "the sub-folder %s of %s is named like a split of a data set and is taken for a class, "
+            "as its other sub-folders are. If it is a split, give the folder of the classes alone",
+            *(named, folder),
+        )
+
+
+def _preferred(splits: Sequence[str]) -> str:
+    """The split that is most likely meant for training."""
+    return next((name for name in splits if "train" in name.lower()), splits[0])
 
 
 def _classes(folder: Path, files: list[Path], unlabelled: str) -> tuple[str, ...]:
@@ -87,15 +151,36 @@ def _classes(folder: Path, files: list[Path], unlabelled: str) -> tuple[str, ...
     return tuple(sorted(used)) if len(used) > 1 else ()
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    seen = set()
-    for top, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(top) in seen:  # a link leads back to a folder that was seen
-            folders.clear()
+def _visible_files(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Every entry that is no folder, and whether it is a file; links to folders are followed."""
+    seen, waiting = set(), [folder]
+    while waiting:
+        top = waiting.pop()
+        real = os.path.realpath(top)
+        if real in seen:  # a link leads back to a folder that was seen
             continue
-        seen.add(os.path.realpath(top))
-        folders[:] = [name for name in folders if not _hidden(name)]
-        yield from (Path(top, name) for name in names if not _hidden(name))
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+        except PermissionError:
+            raise ValueError(
+                f"the folder {str(top)!r} may not be read by this user. Change its permissions, or "
+                "remove it from the pictures"
+            ) from None
+        for entry in entries:
+            if _hidden(entry.name):
+                continue
+            if entry.is_dir():
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path), entry.is_file()
+
+
+def _no_file(path: Path) -> str:
+    """What an entry is that is neither a file nor a folder."""
+    if path.is_symlink():
+        return f"{path} (a link to {os.readlink(path)}, which leads nowhere)"
+    return f"{path} (a pipe, socket or device)"
 
 
 def _hidden(name: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.image_files import find_pictures
-from benchmarks.data.image_pixels import PictureFiles, check_pictures, read_pictures
+from benchmarks.data.image_pixels import SQUARES, PictureFiles, check_pictures, read_pictures
 from benchmarks.data.streams import Pictures, StoredSet
 from registry import datasets
 
@@ -28,14 +28,18 @@ class ImageFolder(StoredSet):
     Two or more sub-folders of the top level are the classes, in sorted order, and a picture may lie
     at any depth in them. With fewer there are no labels. If pictures lie both beside and inside the
     sub-folders, it is not clear whether these are classes: that is an error. `labelled = False`
-    ignores the sub-folders.
+    ignores the sub-folders. Sub-folders that are named like splits, such as train and val, are
+    refused; `splits_are_classes = True` takes them for classes.
     """
 
     name: ClassVar = "image_folder"
+    rule: ClassVar = SQUARES
+    local_paths: ClassVar = ("folder",)
     folder: str
     resolution: int = 32
     channels: int = 3  # 3 RGB, 1 grey
     labelled: bool = True
+    splits_are_classes: bool = False  # True takes sub-folders such as train and test for classes
     flip: bool = False  # mirror half of the training samples left to right
     in_memory: bool = True  # False checks the files now and reads each when it is needed
 
@@ -46,7 +50,11 @@ class ImageFolder(StoredSet):
             )
         if self.resolution < 1:
             raise ValueError(f"image_folder.resolution is {self.resolution}; it must be positive")
-        found = find_pictures(Path(self.folder).expanduser(), labelled=self.labelled)
+        found = find_pictures(
+            Path(self.folder).expanduser(),
+            labelled=self.labelled,
+            splits_are_classes=self.splits_are_classes,
+        )
         pixels: Tensor | PictureFiles
         if self.in_memory:
             pixels = read_pictures(found.files, self.resolution, self.channels)

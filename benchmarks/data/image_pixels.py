@@ -10,15 +10,15 @@ Every picture goes through the same steps:
        2104.11222). A square that began at half a pixel would blur the picture.
     5. It becomes RGB for 3 channels, or grey for 1.
 
-Of an animation, the first frame is taken.
+Of an animation, the first frame is taken. An EXIF block that is damaged turns nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,15 +28,28 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from benchmarks.data.image_files import SHOWN
+from benchmarks.data.picture_faults import Seen, Unusable, fault_of, judge_pictures
 from registry import progress
 
+SQUARES = "largest centred square at whole pixels"  # the rule, for records of what was trained on
 BAR_FROM = 2000  # pictures from which on reading shows a progress bar
+LOOKED_AT = 64  # pictures that are decoded where the others are only checked
+_TURNS = {  # EXIF's orientation, and what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-log = logging.getLogger(__name__)
+# The largest pictures are refused below, with their names. Others are no attack for being large.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # see `_upright`
 
 
 def read_picture(path: str | Path | BinaryIO, resolution: int, channels: int) -> Tensor:
@@ -53,7 +66,8 @@ def _reduced(image: Image.Image, resolution: int, channels: int) -> Tensor:
 def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
     """A picture that is open already, as uint8 [channels resolution resolution]."""
     _scale_transparency(image)
-    upright = _opaque_rgb(ImageOps.exif_transpose(image))
+    image.load()  # before EXIF is read, which would load it too, and whose errors are passed over
+    upright = _opaque_rgb(_upright(image))
     side = min(upright.size)
     left, top = ((length - side) // 2 for length in upright.size)
     square = upright.resize(
@@ -63,6 +77,14 @@ def as_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
     )
     values = np.array(square if channels == 3 else square.convert("L"))
     return torch.from_numpy(values.reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged block raises any kind; viewers, too, show the picture as it is
+        orientation = None
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _scale_transparency(image: Image.Image) -> None:
@@ -85,7 +107,7 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _from_16_bits(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+        raise Unusable("floating-point pixels have no known range: save it with 8 or 16 bits")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -95,8 +117,8 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"its values reach from {values.min()} to {values.max()}; save it with 8 or 16 bits"
+        raise Unusable(
+            f"its values reach from {values.min()} to {values.max()}: save it with 8 or 16 bits"
         )
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -140,10 +162,11 @@ class PictureFiles:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         def read(row: int) -> Tensor:
+            path = self.files[row]
             try:
-                return read_picture(self.files[row], self.resolution, self.channels)
+                return read_picture(path, self.resolution, self.channels)
             except Exception as error:  # decoders raise any kind, and name no file
-                raise ValueError(f"{self.files[row]} cannot be read: {error!r}") from error
+                raise ValueError(f"{path} cannot be read: {fault_of(error, path)}") from error
 
         with ThreadPoolExecutor() as pool:
             return torch.stack(list(pool.map(read, rows.tolist())))
@@ -173,7 +196,10 @@ def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:  # it went between being found and being read
+        raise ValueError(f"{path} cannot be read: {fault_of(error, path)}") from error
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -181,14 +207,15 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def _read_all(stamps: tuple[tuple[str, int, int], ...], resolution: int, channels: int) -> Tensor:
     pixels = torch.empty(len(stamps), channels, resolution, resolution, dtype=torch.uint8)
 
-    def read(row: int) -> int | str:
+    def read(row: int) -> Seen | str:
+        path = Path(stamps[row][0])
         try:
-            with Image.open(stamps[row][0]) as image:
-                side = min(image.size)
+            with Image.open(path) as image:
+                side, frames = min(image.size), has_frames(image)
                 pixels[row] = _reduced(image, resolution, channels)
         except Exception as error:  # decoders raise any kind; all are reported below
-            return f"{stamps[row][0]} ({type(error).__name__}: {error})"
-        return side
+            return f"{path} ({fault_of(error, path)})"
+        return Seen(side, int(pixels[row].max()), frames)
 
     with ThreadPoolExecutor() as pool:
         made = pool.map(read, range(len(stamps)))
@@ -202,55 +229,36 @@ def check_pictures(files: Sequence[Path], resolution: int = 1) -> None:
     """ValueError that names the files which are no pictures or are cut off, before hours of work.
 
     A whole JPEG or PNG ends with a known mark. So for these only the header and the end are read,
-    and the picture is decoded only if the mark is missing. Pictures of other kinds are decoded.
+    and the picture is decoded only if the mark is missing. Pictures of other kinds are decoded, and
+    some, evenly spaced, of every kind, so that a warning can tell of dark ones.
     """
+    spaced = {i * len(files) // LOOKED_AT for i in range(LOOKED_AT)}
     with ThreadPoolExecutor() as pool:
-        made, worth = pool.map(_check, files), len(files) >= BAR_FROM
+        made = pool.map(_check, files, (row in spaced for row in range(len(files))))
+        worth = len(files) >= BAR_FROM
         reports = progress.bar(made, "checking pictures", worth=worth, total=len(files))
         judge_pictures(list(reports), resolution)
 
 
-def _check(path: Path) -> int | str:
-    """The shorter side of a picture in pixels, or a text that says what is wrong with it."""
+def _check(path: Path, look: bool) -> Seen | str:
+    """What was seen of a picture, or a text that says what is wrong with it."""
     try:
         with Image.open(path) as image:
-            side = min(image.size)
+            side, frames = min(image.size), has_frames(image)
             end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
-        if end is None or end not in _last_bytes(path):
-            read_picture(path, 8, 3)
+        whole = end is not None and end in _last_bytes(path)
+        brightest = int(read_picture(path, 8, 3).max()) if look or not whole else None
     except Exception as error:  # decoders raise any kind; all are reported
-        return f"{path} ({type(error).__name__}: {error})"
-    return side
+        return f"{path} ({fault_of(error, path)})"
+    return Seen(side, brightest, frames)
+
+
+def has_frames(image: Image.Image) -> bool:
+    """Whether it is an animation or has several pages; a camera's MPO holds one and its preview."""
+    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
 
 
 def _last_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-min(64, path.stat().st_size), os.SEEK_END)
         return file.read()
-
-
-def judge_pictures(reports: Sequence[int | str], resolution: int) -> None:
-    """ValueError if pictures cannot be read; a warning if some are smaller than the resolution.
-
-    Each report is the shorter side of a picture in pixels, or a text that says what is wrong.
-    """
-    refuse_unreadable([report for report in reports if isinstance(report, str)], len(reports))
-    small = [side for side in reports if isinstance(side, int) and side < resolution]
-    if small:
-        log.warning(
-            "%d of %d pictures are smaller than %d pixels and are enlarged; the smallest has %d",
-            *(len(small), len(reports), resolution, min(small)),
-        )
-
-
-def refuse_unreadable(
-    broken: Sequence[str], count: int, remedy: str = "repair or remove them"
-) -> None:
-    """ValueError if there are broken pictures among `count`; it shows the first of their texts."""
-    if broken:
-        more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        raise ValueError(
-            f"{len(broken)} of {count} pictures cannot be read; {remedy}:\n"
-            + "\n".join(broken[:SHOWN])
-            + more
-        )

@@ -15,6 +15,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from registry.protocols import is_picture as is_picture
+
 SMALLEST_SIDE = 48  # pixels that the longer side of a picture in a grid has at least
 GAP = 2  # pixels between pictures
 
@@ -134,7 +136,3 @@ def picture(rows: Mapping[str, Tensor], path: Path, reference: Tensor | None = N
 
 def is_points(shape: tuple[int, ...]) -> bool:
     return tuple(shape) == (2,)
-
-
-def is_picture(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3)

@@ -14,6 +14,7 @@ Batches are float32 [n ...], pictures in [-1, 1]; labels are cond["label"], int6
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 DRAWN_AT_ONCE = 4096  # samples in a block of an endless set
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -45,6 +48,7 @@ class StoredSet:
     """A finite set of pictures, stored as whole numbers from 0 to `top` and given in [-1, 1]."""
 
     name: ClassVar[str]
+    rule: ClassVar[str] = ""  # by which pictures were cut, for sets that cut them
     top: ClassVar[int] = 255
     stored: Pictures
     flip: bool = False  # mirror half of the training samples left to right
@@ -55,6 +59,7 @@ class StoredSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stored", self.load())  # here, so that no run starts without data
+        _check_labels(self.name, self.stored)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,6 +80,7 @@ class StoredSet:
     def _identity(self) -> str:
         pixels, labels = self.stored.pixels, self.stored.labels
         about = f"{self.name}: {self.size} x {self.shape}"
+        about += f", {self.rule}" if self.rule else ""
         if isinstance(pixels, PictureFiles):
             return f"{about}, sha256 of names and sizes {pixels.listing()}"
         return f"{about}, sha256 {content_hash(pixels, *([] if labels is None else [labels]))}"
@@ -113,6 +119,27 @@ class StoredSet:
 
     def _cond(self, rows: Tensor) -> Cond | None:
         return None if self.stored.labels is None else {"label": self.stored.labels[rows]}
+
+
+def _check_labels(name: str, stored: Pictures) -> None:
+    """ValueError for labels that do not fit pictures and classes; a warning of empty classes."""
+    labels, classes, num = stored.labels, stored.classes, len(stored.pixels)
+    if labels is None:
+        return
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if len(labels) != num or low < 0 or high >= len(classes):
+        raise ValueError(
+            f"{name} has {len(labels)} labels from {low} to {high} for {num} pictures of "
+            f"{len(classes)} classes: there must be one label for each picture, from 0 to "
+            f"{len(classes) - 1}"
+        )
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    if empty := [classes[i] for i, count in enumerate(counts) if not count]:
+        shown = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if empty[10:] else "")
+        log.warning(
+            "%s: %d of %d classes have no picture and cannot be learned: %s",
+            *(name, len(empty), len(classes), shown),
+        )
 
 
 def subset(size: int, n: int, seed: int) -> Tensor:

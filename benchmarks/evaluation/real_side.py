@@ -11,7 +11,12 @@ from torch import Tensor
 
 from benchmarks.evaluation.feature_cache import FeatureSink, fill
 from benchmarks.evaluation.reference import Real, find_real
-from benchmarks.evaluation.reference_checks import check_numbers, possible, usable
+from benchmarks.evaluation.reference_checks import (
+    check_numbers,
+    possible,
+    usable,
+    with_enough_rows,
+)
 from benchmarks.evaluation.samples import Samples, rounded, rounding
 from benchmarks.metrics.distances import VectorMetric
 from benchmarks.metrics.features import Extractor
@@ -50,7 +55,7 @@ def real_sides(
     reference that lacks something, comes at once.
     """
     request = samples.request
-    real = find_real(request.reference, samples.dataset, samples.shape, request.num)
+    real = find_real(request.reference, samples.real, samples.shape, request.num)
     blank = rounded(torch.zeros(1, *samples.shape), samples.shape).to(samples.device)
     sides = []
     for extractor in extractors:
@@ -58,6 +63,8 @@ def real_sides(
         part = usable(real, extractor, dim)
         allowed = possible(metrics, part, bool(request.metrics))
         features = _features(part, extractor, samples)
+        asked = bool(request.metrics or request.reference)
+        allowed = with_enough_rows(allowed, part, features, asked)
         check_numbers(allowed, request.num, dim, part, features)
         sides.append(
             RealSide(extractor=extractor, real=part, features=features, metrics=tuple(allowed))

@@ -59,13 +59,22 @@ class Real:
     resize: str = ""
 
 
-def find_real(reference: str | None, dataset: Dataset, shape: tuple[int, ...], num: int) -> Real:
+def find_real(
+    reference: str | None, dataset: Callable[[], Dataset], shape: tuple[int, ...], num: int
+) -> Real:
     """The real side for samples of this shape; ValueError if `reference` names none.
 
-    `num` is how many are drawn of a data set without end.
+    `dataset` gives the run's own data, and is called only where these are the reference; `num` is
+    how many are drawn of a data set without end.
     """
     if reference is None:
-        return _of_dataset(dataset, num)
+        try:
+            return _of_dataset(dataset(), num)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"without --reference the run's own data are the reference, and they cannot be "
+                f"taken: {error}"
+            ) from error
     if reference.startswith(CLEANFID):
         return _of_cleanfid(reference.removeprefix(CLEANFID))
     path = Path(reference).expanduser()
@@ -172,6 +181,8 @@ def _moments_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
             f"mu and sigma in {path} are {tuple(mean.shape)} and {tuple(covariance.shape)}; a mean "
             "is [d] and a covariance [d d]"
         )
+    if not bool(mean.isfinite().all()):
+        raise ValueError(f"mu in {path} has values that are not finite")
     return {"mean": mean.double(), "covariance": _covariance(covariance, path)}
 
 
@@ -214,6 +225,10 @@ def _of_cleanfid(name: str) -> Real:
         return real
     with np.load(with_features, allow_pickle=False) as file:
         features = torch.from_numpy(file["feats"]).float()
+    if features.ndim != 2 or not bool(features.isfinite().all()):
+        raise ValueError(
+            f"feats in {with_features} are {tuple(features.shape)}; they must be [n d] and finite"
+        )
     about = f"{real.about}; {with_features.name}, sha256 {remembered_sha256(with_features)}"
     return replace(real, about=about, features=features)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import registry
 from benchmarks.evaluation.reference import Real
-from benchmarks.metrics.distances import MomentMetric, NeedsRows, VectorMetric
+from benchmarks.metrics.distances import MomentMetric, VectorMetric
+from benchmarks.metrics.feature_metrics import rows_needed
 from benchmarks.metrics.features import Resizing
 from registry.protocols import Extractor
 
@@ -53,6 +54,29 @@ def possible(metrics: Sequence[VectorMetric], real: Real, by_name: bool) -> list
     return by_moments
 
 
+def with_enough_rows(
+    metrics: Sequence[VectorMetric], real: Real, target: Tensor | None, asked: bool
+) -> list[VectorMetric]:
+    """The metrics for which `target`, the real rows, are enough.
+
+    The others are left out with a warning. ValueError if the metrics or the reference were `asked`
+    for, and if none is left.
+    """
+    if target is None:
+        return list(metrics)
+    few = [metric for metric in metrics if rows_needed(metric) > len(target)]
+    if few:
+        names = ", ".join(map(registry.metrics.name_of, few))
+        message = (
+            f"{names} need at least {least_rows(few)} real images, and {real.about} has "
+            f"{len(target)}"
+        )
+        if asked or len(few) == len(metrics):
+            raise ValueError(f"{message}. Give a --reference with more")
+        log.warning("%s: left out", message)
+    return [metric for metric in metrics if metric not in few]
+
+
 def check_numbers(
     metrics: Sequence[VectorMetric], num: int, dim: int, real: Real, target: Tensor | None
 ) -> None:
@@ -62,8 +86,6 @@ def check_numbers(
         raise ValueError(f"{names} need at least {least} samples, not {num}")
     if target is None:
         return
-    if len(target) < least:
-        raise ValueError(f"{names} need at least {least} real images, and {real.about} has less")
     if target.shape[1] != dim:
         raise ValueError(
             f"the reference {real.about} has {target.shape[1]} features and a sample has {dim}: "
@@ -73,4 +95,4 @@ def check_numbers(
 
 def least_rows(metrics: Sequence[VectorMetric]) -> int:
     """How many rows the metrics need on each side, the most demanding one deciding."""
-    return max([2, *(metric.least_rows for metric in metrics if isinstance(metric, NeedsRows))])
+    return max([2, *map(rows_needed, metrics)])

@@ -20,7 +20,7 @@ from benchmarks.evaluation.feature_cache import FeatureSink, PngSink, Sink, fill
 from benchmarks.evaluation.request import EvaluationRequest
 from benchmarks.metrics import evaluate
 from benchmarks.metrics.features import Extractor
-from benchmarks.runs.finished import open_run
+from benchmarks.runs.finished import open_run, training_data
 from benchmarks.runs.result import finished_run
 from registry import gin_setup
 from registry.protocols import Cond, Dataset, Network, Sampler
@@ -37,6 +37,7 @@ class Samples:
 
     request: EvaluationRequest
     dataset: Dataset
+    real: Callable[[], Dataset]  # with rows, which are needed where there is no other reference
     device: torch.device
     net: Network
     samplers: Mapping[int, Sampler]  # by NFE
@@ -131,6 +132,7 @@ def open_samples(folder: Path, request: EvaluationRequest, cache: Path) -> Sampl
     return Samples(
         request=request,
         dataset=dataset,
+        real=lambda: training_data(experiment),
         device=experiment.device,
         net=net,
         samplers=evaluate.samplers_for(experiment.sampler, request.nfe or experiment.nfe),

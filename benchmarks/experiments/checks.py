@@ -13,6 +13,7 @@ from torch import Tensor
 import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
+from benchmarks.experiments.recorded_data import RecordedData
 from registry.gin_errors import message_of
 from registry.protocols import (
     Batch,
@@ -20,6 +21,7 @@ from registry.protocols import (
     Derivative,
     LossOutput,
     check_batch,
+    check_reference,
     has_whole_weights,
     parts,
     to_device,
@@ -43,6 +45,8 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.dataset.num_classes,
     )
     check_batch(experiment.engine, experiment.batch_size)
+    if isinstance(experiment.dataset, RecordedData):
+        return experiment  # a finished run, whose data may be gone: nothing is trained
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)
@@ -55,7 +59,7 @@ def _probe(experiment: Experiment) -> dict[str, float]:
     The run's own random streams do not see these draws.
     """
     dataset, seed = experiment.dataset, experiment.seed
-    x0, cond = dataset.reference(PROBE_ROWS, seed)
+    x0, cond = check_reference(dataset, PROBE_ROWS, seed)
     step = TrainStep(experiment.net, experiment.objective)
     where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
     try:

@@ -124,8 +124,10 @@ class Request:
     def text(self, opened: Sequence[Path], verb: str, command: str, arm: str | None = None) -> str:
         """Everything that was parsed, as one gin file that does the same again.
 
-        The file runs this arm alone; all arms where it is None.
+        The file runs this arm alone; all arms where it is None. Paths in it are whole ones, so that
+        it does so from every folder.
         """
+        gin_setup.anchor_paths({"run": ("start_from",)})
         gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)

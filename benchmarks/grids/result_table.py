@@ -46,7 +46,8 @@ def result_table(frame: pd.DataFrame) -> str:
     columns = _columns(means)
     measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
     nfes = sorted({nfe for _, nfe in measured})
-    parts = _first_metric(means, measured[0][0], nfes)
+    # Of a handful of samples no distance may have been measured; then there are costs alone.
+    parts = _first_metric(means, measured[0][0] if measured else "no distance", nfes)
     at_one = [name for name, nfe in measured if nfe == 1]
     pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):

@@ -52,6 +52,7 @@ class DiffusersVae:
     """What the autoencoders of diffusers have in common."""
 
     model: ClassVar[str]  # diffusers' class
+    local_paths: ClassVar = ("path",)
     path: str
     subfolder: str
 

@@ -11,6 +11,7 @@ its share, and copies them straight out of the page cache.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +30,14 @@ from benchmarks.data.streams import (
     seeded,
     subset,
 )
+from benchmarks.latents.codes import Codes, same_vae
+from benchmarks.latents.manifest_checks import CONSTANTS, check_constants, load_manifest
+from benchmarks.latents.shard_encoder import PREPROCESSING
 from benchmarks.latents.shards import LOGVAR_RANGE, Manifest, open_shards
-from registry import datasets, vaes
+from registry import datasets
 from registry.protocols import Cond, Share, Vae
+
+log = logging.getLogger(__name__)
 
 
 @datasets.register("latents")
@@ -40,6 +46,7 @@ class Latents:
     """A folder of latents; they are decoded to pixels for people and for metrics."""
 
     name: ClassVar = "latents"
+    local_paths: ClassVar = ("folder",)
 
     folder: str
     flip: bool = True  # take half of the training samples from the mirrored pictures
@@ -48,12 +55,13 @@ class Latents:
     decode_batch: int = 8  # latents that are decoded at a time
     verify: bool = False  # read and hash every shard at the start
     manifest: Manifest = field(init=False, repr=False, compare=False)
+    codes: Codes = field(init=False, repr=False, compare=False)
     _rows: dict[str, list[np.ndarray]] = field(init=False, repr=False, compare=False)
     _labels: Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         folder = Path(self.folder).expanduser()
-        object.__setattr__(self, "manifest", Manifest.load(folder))
+        object.__setattr__(self, "manifest", load_manifest(folder))
         if self.flip and not self.manifest.plan["flips"]:
             raise ValueError(
                 f"{folder} was encoded without mirrored pictures; bind latents.flip = False, or "
@@ -67,7 +75,24 @@ class Latents:
         labels = torch.cat([shard["label"] for shard in shards]) if self.num_classes else None
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_labels", labels)
-        self._check_vae()
+        vae = same_vae(self.manifest.plan["vae"], f"the latents in {self.folder}", self.vae)
+        if self.manifest.plan.get("normalise") == CONSTANTS:
+            constants = vae.constants(self.shape[0])
+            check_constants(self.manifest, *constants, "the constants of its VAE")
+        codes = Codes(
+            scale=self.manifest.scale,
+            shift=self.manifest.shift,
+            vae=vae,
+            decode_batch=self.decode_batch,
+        )
+        object.__setattr__(self, "codes", codes)
+        if (rule := self.manifest.plan.get("preprocessing", PREPROCESSING)) != PREPROCESSING:
+            log.warning(
+                "the latents in %s were encoded by another rule than today's, so that they are "
+                "latents of other pixels. To have today's, encode the pictures into a new folder"
+                "\n  then  %s\n  now   %s",
+                *(folder, rule, PREPROCESSING),
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,11 +142,7 @@ class Latents:
         return {"label": interleave(apportion(n, counts))}
 
     def decode(self, codes: Tensor) -> Tensor:
-        device = torch.device("cuda") if torch.cuda.is_available() else codes.device
-        latents = (codes.to(device) / self._scale.to(device)) + self._shift.to(device)
-        vae = self._vae
-        pixels = [vae.decode(part) for part in latents.split(self.decode_batch)]
-        return torch.cat(pixels).to(codes.device)
+        return self.codes.decode(codes)
 
     def _posterior(self, rows: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None]:
         first = self._rows["posterior"][0]
@@ -146,27 +167,3 @@ class Latents:
     @cached_property
     def _shift(self) -> Tensor:
         return torch.tensor(self.manifest.shift)[:, None, None]
-
-    @cached_property
-    def _vae(self) -> Vae:
-        if self.vae is not None:
-            return self.vae
-        about = self.manifest.plan["vae"]
-        return vaes.get(about["kind"])(path=about["path"], subfolder=about["subfolder"])
-
-    def _check_vae(self) -> None:
-        """ValueError unless the VAE can be loaded and is the one that made these latents."""
-        about = self.manifest.plan["vae"]
-        try:
-            found = self._vae.provenance()["sha256"]
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{error}\nThis VAE made the latents in {self.folder} and is needed to decode "
-                f"them. If it moved, bind latents.vae = @{about['kind']}() and "
-                f"{about['kind']}.path = 'FOLDER'"
-            ) from error
-        if found != about["sha256"]:
-            raise ValueError(
-                f"the latents in {self.folder} were made by a VAE with other weights (SHA-256 "
-                f"{about['sha256'][:16]}, here {found[:16]}); give the one from {about['path']}"
-            )

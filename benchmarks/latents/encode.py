@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.image_files import FoundPictures, find_pictures
-from benchmarks.data.image_pixels import check_pictures, refuse_unreadable
+from benchmarks.data.image_pixels import check_pictures
+from benchmarks.data.picture_faults import refuse_unreadable
 from benchmarks.latents.autoencoders import DiffusersVae
 from benchmarks.latents.process_pool import outcomes
 from benchmarks.latents.shard_encoder import (
@@ -55,6 +56,7 @@ def encode(
     workers: int = 1,
     device: str = "auto",
     labelled: bool = True,
+    splits_are_classes: bool = False,
 ) -> Manifest:
     """Encode the pictures under `data` into the folder `out`.
 
@@ -74,7 +76,11 @@ def encode(
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out {out} is among the pictures of --data {data}; choose another one")
     found = find_pictures(
-        data, labelled=labelled, unlabelled="ignore the sub-folders by --no-labels"
+        data,
+        labelled=labelled,
+        splits_are_classes=splits_are_classes,
+        unlabelled="ignore the sub-folders by --no-labels",
+        consent="give --splits-are-classes",
     )
     check_pictures(found.files, encoder.resolution)
     plan, chosen = _plan(data, found, encoder, shard_rows), _devices(device)
@@ -173,9 +179,15 @@ def _keep_plan(plan: Mapping[str, Any], out: Path) -> None:
             raise ValueError(f"{out} is not empty and holds no latents; choose another --out")
         write_json(path, plan)
         return
-    before = json.loads(path.read_text())
-    before["source"]["folder"] = plan["source"]["folder"]  # the pictures may have moved
-    before["vae"]["path"] = plan["vae"]["path"]
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before["source"]["folder"] = plan["source"]["folder"]  # the pictures may have moved
+        before["vae"]["path"] = plan["vae"]["path"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(
+            f"{path} is damaged, so that nobody knows how the shards beside it were made. Remove "
+            f"the folder {out}, or choose another --out"
+        ) from None
     if differing := sorted(k for k in before | dict(plan) if before.get(k) != plan.get(k)):
         shown = "; ".join(f"{k} was {before.get(k)}, now {plan.get(k)}" for k in differing)
         raise ValueError(f"{out} was begun with other settings: {shown}. Choose another --out")

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.data.image_pixels import read_picture
+from benchmarks.data.image_pixels import SQUARES, read_picture
+from benchmarks.data.picture_faults import fault_of
 from benchmarks.latents.autoencoders import DiffusersVae
 from benchmarks.latents.process_pool import Tell
 from benchmarks.latents.shards import DTYPES, Moments, Shard, write_shard
 
 PREPROCESSING = (
-    "upright by EXIF, on white where transparent, largest centred square at whole pixels, Pillow's "
+    f"upright by EXIF, on white where transparent, {SQUARES}, Pillow's "
     "antialiased bicubic filter, uint8, x / 127.5 - 1"
 )
 
@@ -131,5 +132,5 @@ def _read(path: Path, resolution: int) -> tuple[Tensor, bytes] | str:
         content = path.read_bytes()
         pixels = read_picture(BytesIO(content), resolution, 3)
     except Exception as error:  # decoders raise any kind; all are reported
-        return f"{path} ({type(error).__name__}: {error})"
+        return f"{path} ({fault_of(error, path)})"
     return pixels, hashlib.sha256(content).digest()

@@ -97,13 +97,19 @@ class Manifest:
                 f"{folder} holds no finished latents (no {MANIFEST}). "
                 + ("Run the encode command again: it goes on where it stopped" if begun else _HOW)
             )
-        found = json.loads((folder / MANIFEST).read_text())
-        return cls(
-            shards=tuple(Shard(**shard) for shard in found.pop("shards")),
-            scale=tuple(found.pop("scale")),
-            shift=tuple(found.pop("shift")),
-            plan=found,
-        )
+        try:
+            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return cls(
+                shards=tuple(Shard(**shard) for shard in found.pop("shards")),
+                scale=tuple(found.pop("scale")),
+                shift=tuple(found.pop("shift")),
+                plan=found,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(
+                f"{folder / MANIFEST} is damaged: it is no manifest of latents. Run the encode "
+                "command again: it keeps the whole shards and writes the manifest anew"
+            ) from None
 
 
 _HOW = "Make them by: objective-zoo encode --data FOLDER --vae NAME --out DIR"
@@ -189,6 +195,8 @@ def _finished(folder: Path, number: int, sizes: str) -> Shard | str | None:
         shard = Shard(**json.loads(about.read_text()))
     except (ValueError, TypeError):
         return f"{about} cannot be read"
+    if shard.file != path.name:
+        return f"{about} is of another shard, {shard.file}"
     if shard.sizes_sha256 not in ("", sizes):
         return f"pictures of {path} have changed"
     return damage(folder, shard, content=True) or shard
@@ -223,8 +231,10 @@ def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict
             if _misfit(shapes, shard.rows, manifest):
                 problems[i] = f"{folder / shard.file} holds {shapes}"
             opened.append(load_file(folder / shard.file))
-        except SafetensorError as error:
-            problems[i] = f"{folder / shard.file} cannot be read: {error}"
+        except SafetensorError:
+            problems[i] = f"{folder / shard.file} is no whole file of safetensors"
+        else:
+            problems[i] = problems[i] or _odd_values(folder / shard.file, opened[-1], manifest)
     if broken := [problem for problem in problems if problem]:
         more = f"\nand {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise ValueError(
@@ -233,6 +243,18 @@ def open_shards(folder: Path, manifest: Manifest, *, content: bool) -> list[dict
             + "\nRun the encode command again: it makes only these shards anew"
         )
     return opened
+
+
+def _odd_values(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
+    """What is wrong with the types and labels of a shard, or '' if nothing is."""
+    dtype = DTYPES[manifest.plan["dtype"]]
+    wanted = {name: torch.int64 if name == "label" else dtype for name in tensors}
+    if other := [f"{n} as {t.dtype}" for n, t in tensors.items() if t.dtype != wanted[n]]:
+        return f"{path} holds {', '.join(other)}; the manifest says {dtype}, and labels are int64"
+    labels, num_classes = tensors.get("label"), len(manifest.plan["classes"])
+    if labels is not None and not bool(((labels >= 0) & (labels < num_classes)).all()):
+        return f"{path} has labels outside of 0 to {num_classes - 1}, the classes of the manifest"
+    return ""
 
 
 def _misfit(shapes: Mapping[str, list[int]], rows: int, manifest: Manifest) -> bool:

@@ -8,20 +8,23 @@ beside "fd_efficientnetlite0_floor". Only over InceptionV3 features is the dista
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from torch import Tensor
 
-from benchmarks.metrics.distances import Frechet, Kid, Values, VectorMetric
+from benchmarks.metrics.distances import Frechet, Kid, NeedsRows, Values, VectorMetric
 from benchmarks.metrics.features import best_available
 from benchmarks.metrics.precision_recall import PrecisionRecall
-from registry import metrics
+from registry import metrics as metric_kinds
 from registry.protocols import Extractor
 
+log = logging.getLogger(__name__)
 
-@metrics.register("feature_metrics")
+
+@metric_kinds.register("feature_metrics")
 @dataclass(frozen=True, kw_only=True)
 class FeatureMetrics:
     """Metrics over the features of one extractor, with their real-versus-real floor.
@@ -29,7 +32,8 @@ class FeatureMetrics:
     With N samples, the reference is the first N rows that are given (all, if fewer). The floor is
     the next N rows against it, N being the same on both sides. Given fewer than 2N rows, it is one
     half of the reference against the other, at about N/2; the provenance says so, since that
-    overstates the floor of a biased distance.
+    overstates the floor of a biased distance. A metric that needs more rows than the data have is
+    left out with a warning, so that a few pictures can be trained on; its floor likewise.
     """
 
     extractor: Extractor | None = None  # None: best_available for the samples' shape
@@ -67,7 +71,7 @@ class FeatureMetrics:
             "samples": str(num),
             "reference": f"{real.num} rows, sha256 {real.digest[:16]}",
             "floor": real.floor_rule,
-            "metrics": ", ".join(repr(metric) for metric in self.metrics),
+            "metrics": ", ".join(repr(metric) for metric in real.metrics) or "none",
             **real.extractor.provenance(),
         }
 
@@ -88,6 +92,7 @@ class _Real:
     """What is worked out once for a reference and a number of samples."""
 
     extractor: Extractor
+    metrics: tuple[VectorMetric, ...]  # those for which there are rows enough
     comparisons: tuple[Callable[[Tensor], Values], ...]
     num: int
     digest: str
@@ -100,21 +105,40 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
     extractor = wanted.extractor or best_available(tuple(rows.data.shape[1:]))
     features = extractor(rows.data[: 2 * num])
     target = features[:num]
-    comparisons = tuple(metric.against(target) for metric in wanted.metrics)
+    metrics = _possible(wanted.metrics, len(target))
+    comparisons = tuple(metric.against(target) for metric in metrics)
+    judges: tuple[tuple[VectorMetric, Callable[[Tensor], Values]], ...]
     if len(features) >= 2 * num:
-        other, judges = features[num:], comparisons
+        other, judges = features[num:], tuple(zip(metrics, comparisons, strict=True))
         rule = f"the next {num} rows against the reference"
     else:
         half = len(features) // 2
         other = features[half : 2 * half]
-        judges = tuple(metric.against(features[:half]) for metric in wanted.metrics)
+        judging = [metric for metric in metrics if rows_needed(metric) <= half]
+        judges = tuple((metric, metric.against(features[:half])) for metric in judging)
         rule = f"halves of the {len(features)} rows, {half} each: fewer than 2 x {num} were given"
     floor = tuple(
         (floor_name(name, metric, extractor), value)
-        for metric, compare in zip(wanted.metrics, judges, strict=True)
+        for metric, compare in judges
         for name, value in compare(other)
     )
-    return _Real(extractor, comparisons, len(target), rows.digest, floor, rule)
+    return _Real(extractor, metrics, comparisons, len(target), rows.digest, floor, rule)
+
+
+def _possible(metrics: tuple[VectorMetric, ...], rows: int) -> tuple[VectorMetric, ...]:
+    """The metrics for which this many rows of real data are enough; the others are warned of."""
+    for metric in metrics:
+        if rows_needed(metric) > rows:
+            log.warning(
+                "%s needs at least %d real samples, and the data have %d: it is left out",
+                *(metric_kinds.name_of(metric), rows_needed(metric), rows),
+            )
+    return tuple(metric for metric in metrics if rows_needed(metric) <= rows)
+
+
+def rows_needed(metric: VectorMetric) -> int:
+    """How many rows the metric needs on each side."""
+    return metric.least_rows if isinstance(metric, NeedsRows) else 2
 
 
 def named(name: str, extractor: Extractor) -> str:

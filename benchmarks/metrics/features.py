@@ -66,6 +66,7 @@ class InceptionV3:
     )
     label: ClassVar = "InceptionV3"
     canonical: ClassVar = {"fd": "fid", "kid": "kid"}
+    local_paths: ClassVar = ("folder",)
 
     folder: str = ""  # where the weight file is; "": $OBJECTIVE_ZOO_WEIGHTS, ~/.cache, /tmp
     resize: Literal["clean", "tensorflow"] = "clean"

@@ -32,6 +32,7 @@ class TimmFeatures:
     """
 
     canonical: ClassVar[dict[str, str]] = {}
+    local_paths: ClassVar = ("weights",)
 
     model: str = ""
     weights: str = ""  # a file in the layout of timm's own: .safetensors, .pth, .npz

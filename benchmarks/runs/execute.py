@@ -9,6 +9,7 @@ The run's folder holds
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
     samples/  real.safetensors                   for a report: samples while it trained, real data
+    data.json                                    what samples need of the data
     result.json                                  the figures; a run that has one is finished
 """
 
@@ -23,11 +24,12 @@ from typing import Any
 
 from benchmarks.data.pictures import is_points, picture
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.recorded_data import record_data, warn_of_other_data
 from benchmarks.metrics import evaluate
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.measure import measure
 from benchmarks.runs.passes import passes_per_step
-from benchmarks.runs.result import MODEL, RESULT, Result
+from benchmarks.runs.result import MODEL, RESULT, Result, recorded_identity
 from benchmarks.runs.samples import final_samples, keep_all
 from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
@@ -56,6 +58,10 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.rglob(f".{MODEL}.*.partial") if ranks.leads() else ():
         left.unlink()  # of a process that was killed while it wrote the weights
+    if resume:
+        warn_of_other_data(recorded_identity(folder), experiment.dataset)
+    if ranks.leads():
+        record_data(experiment.dataset, folder)
     _describe(experiment, texts, record)
     # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}

@@ -1,8 +1,13 @@
-"""Opens a finished run by the configuration that it kept, to draw samples or to export it."""
+"""Opens a finished run by the configuration that it kept, to draw samples or to export it.
+
+Its data are not needed where the run recorded what samples need of them.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import registry
@@ -12,10 +17,16 @@ from backbones.pretrained.imports import import_file
 from benchmarks.data.pictures import picture
 from benchmarks.experiments.build import run
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.runs.result import finished_run, measured_weights
+from benchmarks.experiments.recorded_data import (
+    RecordedData,
+    recorded_data,
+    warn_of_other_data,
+)
+from benchmarks.runs.result import finished_run, measured_weights, recorded_identity
 from benchmarks.runs.samples import draw_samples
 from registry import gin_setup, own_code
 from registry.folders import file_in
+from registry.protocols import Dataset
 from trainers.checkpoints.weights import load_module
 
 log = logging.getLogger(__name__)
@@ -34,8 +45,8 @@ def open_run(
     Python code that the run's configuration imports is executed only with `trust_code`; without it
     ValueError says what would be.
     """
-    own = finished_run(folder) if weights else measured_weights(folder)
-    config = file_in(folder, "config.gin")
+    measured = finished_run(folder) if weights else measured_weights(folder)
+    config, own = file_in(folder, "config.gin"), bindings
     if sampler:
         registry.samplers.get(sampler)  # raises an error that lists the known names
         gin_setup.parse([config], trusted=trust_code)
@@ -46,10 +57,44 @@ def open_run(
         )
     gin_setup.parse([config], bindings, trusted=trust_code)
     own_code.warn_of_changes(folder)
+    build = partial(_build_data, config, trust_code)
+    data = None if _binds_data(own) else recorded_data(folder, build)
+    if data is not None:
+        gin_setup.unbind("run.dataset")
     with gin_setup.arm(arm_of_run()):
-        experiment = run()
-    load_module(weights or own, experiment.net)
+        experiment = run() if data is None else run(dataset=data)
+    if data is None:
+        warn_of_other_data(recorded_identity(folder), experiment.dataset)
+    load_module(weights or measured, experiment.net)
     return experiment, experiment.net.to(experiment.device).eval()
+
+
+def training_data(experiment: Experiment) -> Dataset:
+    """The data set itself of a run that was opened; it is built now, if it was not before."""
+    dataset = experiment.dataset
+    return dataset.original if isinstance(dataset, RecordedData) else dataset
+
+
+def _binds_data(bindings: Sequence[str]) -> bool:
+    """Whether bindings change the data set, or a macro, which the data set may read."""
+    for key in gin_setup.bindings_of("\n".join(bindings)):
+        plain = key.split("/")[-1]
+        part = plain.rpartition(".")[0].split(".")[-1]
+        if "." not in plain or plain == "run.dataset":
+            return True
+        if part in registry.datasets or part in registry.vaes:
+            return True
+    return False
+
+
+def _build_data(config: Path, trust_code: bool) -> Dataset:
+    """The data set that the run's configuration names, whatever gin holds at this moment."""
+    with gin_setup.isolated():
+        gin_setup.parse([config], trusted=trust_code)
+        arm = arm_of_run()
+        with gin_setup.arm(arm):
+            dataset: Dataset = gin_setup.build("run.dataset", arm)
+        return dataset
 
 
 def arm_of_run() -> str:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.records.jsonl import read_record, read_start
 from registry.folders import file_in
 from trainers.checkpoints.whole_files import file_sha256, read_json, write_json
 
@@ -96,3 +97,8 @@ def measured_weights(folder: Path) -> Path:
             f"--weights {path}"
         )
     return path
+
+
+def recorded_identity(folder: Path) -> str:
+    """The identity of the data that the run in `folder` recorded; '' if there is no record yet."""
+    return read_record(folder).tags.get("data", "") if read_start(folder) else ""

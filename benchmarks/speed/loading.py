@@ -67,6 +67,7 @@ def write_noise(folder: Path, rows: int) -> None:
         moments.add(*halves[0].float().chunk(2, 1))
         shards.append(write_shard(folder, number, tensors, "noise", moments))
     plan = {"latent_shape": SHAPE, "logvar": True, "flips": True, "vae": NoVae().provenance()}
+    plan["dtype"] = "float16"
     plan["classes"] = [str(i) for i in range(1000)]
     scale, shift = (0.18215,) * SHAPE[0], (0.0,) * SHAPE[0]
     Manifest(plan=plan, shards=tuple(shards), scale=scale, shift=shift).save(folder)

@@ -34,7 +34,7 @@ from registry.protocols.capabilities import (
     runs_in_several_processes,
     store_of,
 )
-from registry.protocols.data import Coded, Dataset, Shareable, Vae, read_share
+from registry.protocols.data import Coded, Dataset, Shareable, Vae
 from registry.protocols.methods import (
     Coupling,
     Derivative,
@@ -51,6 +51,7 @@ from registry.protocols.methods import (
 )
 from registry.protocols.networks import Head, Network, Trunk
 from registry.protocols.parts import Reference, couples_rows, parts, required_heads
+from registry.protocols.rows import check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
     Engine,
@@ -111,8 +112,10 @@ __all__ = [
     "Vae",
     "Weight",
     "check_batch",
+    "check_reference",
     "couples_rows",
     "has_whole_weights",
+    "is_picture",
     "is_serial",
     "keeps_records",
     "parts",

@@ -1,8 +1,11 @@
-"""Data sets, what they may add (reading a share, decoding codes), and the VAEs behind codes."""
+"""Data sets, what they may add (reading a share, decoding codes), and the VAEs behind codes.
+
+rows.py says what the rows must be, and reads them.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -63,13 +66,3 @@ class Vae(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
     def provenance(self) -> dict[str, str]: ...
     def constants(self, channels: int) -> tuple[list[float], list[float]]: ...
-
-
-def read_share(
-    dataset: Any, step: int, n: int, seed: int, share: Share
-) -> tuple[Tensor, Cond | None]:
-    """`batch_share` of any data set; one that is not Shareable reads the whole batch for it."""
-    if isinstance(dataset, Shareable):
-        return dataset.batch_share(step, n, seed, share)
-    x0, cond = dataset.batch(step, n, seed)
-    return share.rows(x0)[0], cond

@@ -286,6 +286,8 @@ def test_a_folder_read_as_needed_gives_the_batches_of_one_in_memory(tmp_path: Pa
         assert torch.equal(cond["label"], others["label"])
     assert torch.equal(kept.reference(5, 1)[0], read.reference(5, 1)[0])
     assert "sha256 of names and sizes" in read.identity()
+    for dataset in (read, kept):
+        assert "largest centred square at whole pixels" in dataset.identity()
     (tmp_path / "class0" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1 of 12 pictures cannot be read"):
         ImageFolder(folder=str(tmp_path), resolution=4, in_memory=False)

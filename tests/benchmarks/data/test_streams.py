@@ -199,3 +199,25 @@ def test_reading_ahead_gives_what_was_asked_for_and_makes_each_step_once():
         read_ahead(make, 7, 4, 1)
     asked = [(0, 4, 0), (1, 4, 0), (2, 4, 0), (9, 4, 0), (10, 4, 1), (6, 4, 1), (7, 4, 1)]
     assert [step for step in made if step in asked] == asked
+
+
+def test_labels_must_fit_pictures_and_classes(caplog):
+    for labels, classes in (((0, 1, 2), 2), ((0, -1, 1), 2), ((0, 1), 2)):
+        with pytest.raises(ValueError, match="one label for each picture, from 0 to 1"):
+            Labelled(labels=labels, num=classes)
+    assert caplog.text == ""
+    Labelled(labels=(0, 0, 2), num=4)
+    assert "2 of 4 classes have no picture and cannot be learned: c1, c3" in caplog.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(StoredSet):
+    """Three pictures, with these labels of this many classes."""
+
+    name = "labelled"
+    labels: tuple[int, ...]
+    num: int
+
+    def load(self) -> Pictures:
+        classes = tuple(f"c{i}" for i in range(self.num))
+        return Pictures(torch.zeros(3, 1, 2, 2).byte(), torch.tensor(self.labels), classes)

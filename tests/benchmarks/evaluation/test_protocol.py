@@ -21,12 +21,17 @@ import registry
 from benchmarks.evaluation.feature_cache import FeatureSink
 from benchmarks.evaluation.kept_evaluations import identity, joined, kept
 from benchmarks.evaluation.protocol import evaluate_run
-from benchmarks.evaluation.reference import find_real
-from benchmarks.evaluation.reference_checks import least_rows, possible, usable
+from benchmarks.evaluation.reference import Real, find_real
+from benchmarks.evaluation.reference_checks import (
+    least_rows,
+    possible,
+    usable,
+    with_enough_rows,
+)
 from benchmarks.evaluation.request import EvaluationRequest
 from benchmarks.evaluation.scores import against
 from benchmarks.metrics import evaluate
-from benchmarks.metrics.distances import Frechet, moments
+from benchmarks.metrics.distances import Frechet, Kid, moments
 from benchmarks.metrics.features import Pixels
 from benchmarks.records.jsonl import read_record
 from benchmarks.report.reading.evaluations import evaluation_lines
@@ -293,6 +298,7 @@ def test_clean_fids_names_are_looked_up_in_local_folders(run_folder, tmp_path, m
         ("negative.npz", "no covariance.* its lowest is -1"),
         ("lopsided.npz", "no covariance: it must be symmetric"),
         ("nan.npz", "sigma .* not finite"),
+        ("nan_mean.npz", "mu in .* not finite"),
         ("large.npz", "has 256 features and a sample has 64"),
         ("few.npz", "precision_recall need at least 4 real images"),
     ],
@@ -310,6 +316,7 @@ def test_a_reference_that_is_none_is_refused_before_sampling(
     np.savez("negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez("lopsided.npz", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
     np.savez("nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
+    np.savez("nan_mean.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
     np.savez("large.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
     np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
     monkeypatch.setattr(evaluate, "draw", None)
@@ -542,3 +549,14 @@ def test_file_that_holds_no_evaluations_is_named_before_anything_is_drawn(
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read"):
         evaluate_run(run_folder, request(tmp_path), tmp_path)
+
+
+def test_metrics_that_a_small_reference_does_not_allow_are_left_out_or_refused(caplog) -> None:
+    real, rows = Real(about="three pictures", num=3), torch.randn(3, 4)
+    metrics = [Frechet(), Kid(), registry.metrics.build("precision_recall")]
+    assert with_enough_rows(metrics, real, rows, asked=False) == metrics[:2]
+    assert "precision_recall need at least 4 real images, and three pictures has 3" in caplog.text
+    with pytest.raises(ValueError, match="precision_recall need at least 4"):
+        with_enough_rows(metrics, real, rows, asked=True)
+    with pytest.raises(ValueError, match="frechet, kid need at least 2"):
+        with_enough_rows(metrics[:2], real, rows[:1], asked=False)

@@ -145,3 +145,9 @@ def test_name_that_only_begins_like_an_nfe_stays_whole():
 def test_cost_is_that_of_the_result(name):
     found = wide(frame({"decm": [RUN]}))["cost"][name].item()
     assert found == getattr(RUN, {"parameters": "num_params"}.get(name, name))
+
+
+def test_a_run_of_which_nothing_was_measured_has_its_costs_in_the_table() -> None:
+    text = result_table(frame({"decm": [replace(RUN, values={})]}))
+    assert "no distance" in text
+    assert f"{RUN.images:,}" in text

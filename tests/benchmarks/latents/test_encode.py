@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from tiny_vaes import photos, save_dc, save_kl, save_tiny
 
 pytest.importorskip("diffusers")
 
+from benchmarks.data import image_pixels
 from benchmarks.data.image_files import find_pictures
 from benchmarks.data.image_pixels import read_picture
 from benchmarks.latents import encode as module
@@ -79,6 +81,7 @@ def test_the_manifest_says_what_made_the_latents(encoded, pictures, kl):
     assert about["scale"] == [0.18215] * 4
     assert about["shift"] == [0.0] * 4
     assert about["classes"] == ["class0", "class1"]
+    assert "largest centred square at whole pixels" in about["preprocessing"]
     assert about["source"]["folder"] == str(pictures)
     assert len(about["source_sha256"]) == 64
     assert [shard["rows"] for shard in about["shards"]] == [8, 8, 6]
@@ -234,6 +237,21 @@ def test_other_settings_do_not_continue_a_folder(encoded, pictures, kl, tmp_path
     assert (tmp_path / "full" / ".thesis.txt.partial").read_text() == "mine"
 
 
+def test_a_damaged_plan_is_named(pictures, kl, tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"):
+        encode(pictures, tmp_path, encoder(kl))
+
+
+def test_splits_are_classes_on_request_alone(pictures, kl, tmp_path):
+    for i, name in enumerate(("train", "test")):
+        shutil.copytree(pictures / f"class{i}", tmp_path / "root" / name)
+    with pytest.raises(ValueError, match="--splits-are-classes"):
+        encode(tmp_path / "root", tmp_path / "out", encoder(kl))
+    made = encode(tmp_path / "root", tmp_path / "out", encoder(kl), splits_are_classes=True)
+    assert made.plan["classes"] == ["test", "train"]
+
+
 def test_a_command_that_was_killed_while_it_wrote_its_plan_is_begun_anew(pictures, kl, tmp_path):
     (tmp_path / ".plan.json.0123abcd.partial").write_text("{")
     assert encode(pictures, tmp_path, encoder(kl)).num == 22
@@ -252,7 +270,8 @@ def test_pictures_that_cannot_be_read_are_named_before_anything_is_encoded(kl, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_path):
+def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_pixels, "LOOKED_AT", 0)  # of many pictures few are decoded at first
     folder = photos(tmp_path / "photos", n=6)
     broken = sorted(folder.rglob("*.png"))[1]
     content = bytearray(broken.read_bytes())
@@ -267,6 +286,7 @@ def test_a_picture_broken_inside_is_named_and_the_other_shards_are_kept(kl, tmp_
 
 
 def test_shards_of_repaired_pictures_alone_are_made_again(kl, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(image_pixels, "LOOKED_AT", 0)
     folder = photos(tmp_path / "photos", n=6)
     first, *_, last = sorted(folder.rglob("*.png"))
     good = last.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -158,3 +159,25 @@ def test_real_digits_are_closer_than_noise_in_every_metric() -> None:
 def test_every_metric_is_registered() -> None:
     wanted = {"feature_metrics", "frechet", "kid", "mmd", "precision_recall"}
     assert wanted <= set(metrics.names())
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "floors"),
+    [
+        (1, set(), set()),
+        (3, {"fd", "kid"}, set()),
+        (5, {"fd", "kid", "precision", "recall", "density", "coverage"}, {"fd", "kid"}),
+    ],
+)
+def test_metrics_for_which_there_is_too_little_real_data_are_left_out_aloud(
+    rows, names, floors, caplog
+) -> None:
+    metric, real = FeatureMetrics(extractor=Pixels()), normal(rows, 40 + rows)
+    values = dict(metric(normal(12, 4), real))
+    assert {name.removesuffix("_pixels") for name in values} == names
+    assert all(math.isfinite(value) for value in values.values())
+    found = {name.removesuffix("_pixels_floor") for name, _ in metric.floor(real, 12)}
+    assert found == floors
+    recorded = metric.provenance(real, 12)["metrics"]
+    assert ("PrecisionRecall" in recorded) == ("precision" in names)
+    assert ("precision_recall needs at least 4 real samples" in caplog.text) == (rows < 4)
