@@ -19,6 +19,7 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    better_of,
     check_batch,
     has_whole_weights,
     parts,
@@ -43,6 +44,7 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.dataset.num_classes,
     )
     check_batch(experiment.engine, experiment.batch_size)
+    better_of(experiment.metric)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)

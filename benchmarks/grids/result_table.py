@@ -10,6 +10,7 @@ import pandas as pd
 
 from benchmarks.markdown import markdown
 from benchmarks.runs.frame import COST
+from benchmarks.runs.result import REAL_SCORES
 
 REAL, NO_NFE = "real", ""  # the column level nfe: what real data score, and values without an NFE
 _COUNTS = ("steps", "images", "parameters", "teacher_steps")  # their means are whole numbers
@@ -46,7 +47,9 @@ def result_table(frame: pd.DataFrame) -> str:
     columns = _columns(means)
     measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
     nfes = sorted({nfe for _, nfe in measured})
-    parts = _first_metric(means, measured[0][0], nfes)
+    first = measured[0][0]
+    better = frame.loc[frame["metric"] == first, "better"].iloc[0]
+    parts = _first_metric(means, first, better, nfes)
     at_one = [name for name, nfe in measured if nfe == 1]
     pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):
@@ -84,7 +87,7 @@ def _column(metric: str, nfe: Any) -> Column:
         return metric, int(nfe)
     if metric.startswith(COST):
         return "cost", metric.removeprefix(COST)
-    for ending in ("_floor", "_ceiling"):
+    for ending in REAL_SCORES:
         if metric.endswith(ending):
             return metric.removesuffix(ending), REAL
     return metric, NO_NFE
@@ -108,9 +111,11 @@ def _cost(of: Mapping[Column, Any]) -> list[str]:
     ]
 
 
-def _first_metric(means: Means, metric: str, nfes: Sequence[int]) -> list[str]:
+def _first_metric(means: Means, metric: str, better: str, nfes: Sequence[int]) -> list[str]:
     """The metric by NFE beside what a row cost, under a title with the first row's real score."""
-    title = f"{metric} by number of network evaluations (NFE), lower is better"
+    title = f"{metric} by number of network evaluations (NFE)"
+    if better:
+        title += f", {better} is better"
     if (floor := next(iter(means.values())).get((metric, REAL))) is not None:
         title += f"; real data score {floor:.4g}"
     header = ["arm", "sampler", *_heads(nfes), "s/step", "steps", "images", "seconds", "parameters"]

@@ -29,7 +29,7 @@ from benchmarks.runs.result import MODEL, RESULT, Result
 from benchmarks.runs.samples import final_samples, keep_all
 from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
-from registry.protocols import RunRecord, parts, provider_files
+from registry.protocols import RunRecord, better_of, parts, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
 from zoo.guidance import Guided
@@ -77,6 +77,7 @@ def execute(
         seconds=state.seconds + teacher.seconds,
         teacher_steps=teacher.steps,
         teacher_seconds=teacher.seconds,
+        better=better_of(experiment.metric),
     )
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
     record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)

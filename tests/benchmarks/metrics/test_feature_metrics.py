@@ -158,3 +158,10 @@ def test_real_digits_are_closer_than_noise_in_every_metric() -> None:
 def test_every_metric_is_registered() -> None:
     wanted = {"feature_metrics", "frechet", "kid", "mmd", "precision_recall"}
     assert wanted <= set(metrics.names())
+
+
+@pytest.mark.parametrize("better", [None, "more"])
+def test_metric_that_says_no_direction_is_refused(better):
+    made = type("Ours", (Frechet,), {"better": better})()
+    with pytest.raises(ValueError, match=f"has Ours, which declares better = {better!r}"):
+        FeatureMetrics(metrics=(made,))
