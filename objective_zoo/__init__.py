@@ -154,22 +154,27 @@ def load_network(folder: str | Path) -> FlowNetwork:
 def parts(kind: str) -> pd.DataFrame:
     """What is registered of a kind, such as "objective" or "sampler": summary and paper by name.
 
+    For objectives it has what they train, for samplers what they need: they meet by that.
+
     >>> parts("objective").loc["mean_flow", "arxiv"]
     '2505.13447'
     """
     import pandas as pd
 
-    from registry.catalogue import kind_named, reference_of
+    from registry.catalogue import kind_named, meeting, reference_of
     from registry.core import summary
     from registry.plugins import load_plugins
 
     load_plugins()
     found = {name: kind_named(kind).get(name) for name in kind_named(kind).names()}
+    met = {name: meeting(kind_named(kind), cls) for name, cls in found.items()}
     papers = {name: reference_of(cls) for name, cls in found.items()}
     columns = {
         "summary": {name: summary(cls) for name, cls in found.items()},
         "arxiv": {name: paper.arxiv if paper else "" for name, paper in papers.items()},
     }
+    for word in dict.fromkeys(word for words in met.values() for word in words):
+        columns[word] = {name: words.get(word, "") for name, words in met.items()}
     return pd.DataFrame(columns).rename_axis(index=kind)
 
 

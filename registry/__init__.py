@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 
 from registry.core import Registry
+from registry.sampling import check_needs, check_trains
 
 __all__ = [
     "backbones",
@@ -51,6 +52,7 @@ def kind_of(part: object) -> Registry | None:
 
 def _check_objective(name: str, cls: type) -> None:
     _check_names(name, cls, "heads")
+    check_trains(name, cls)
     _check_call(name, cls, "loss", ("net", "batch", "rng"))
 
 
@@ -68,6 +70,7 @@ def _check_sampler(name: str, cls: type) -> None:
     if "nfe" not in inspect.signature(cls).parameters:
         raise ValueError(f"sampler {name!r} needs a field `nfe`, its number of network calls")
     _check_call(name, cls, "__call__", ("net", "x1", "cond", "rng"))
+    check_needs(name, cls)
 
 
 def _check_launcher(name: str, cls: type) -> None:

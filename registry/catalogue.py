@@ -1,4 +1,4 @@
-"""What is registered: every part with one line and its paper."""
+"""What is registered: every part with one line, its paper, and how objective and sampler meet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import registry
 from registry.core import Registry, summary
 from registry.plugins import import_file, load_plugins
 from registry.protocols import Reference
+from registry.sampling import declares, needed_by, trained_by
 
 
 def catalogue(kind: str | None = None, file: Path | None = None, *, bibtex: bool = False) -> str:
@@ -38,12 +39,28 @@ def _section(kind: Registry) -> str:
         cls = kind.get(name)
         paper = f"  [{reference}]" if (reference := reference_of(cls)) else ""
         lines.append(f"  {name:<{width}}  {summary(cls)}{paper}")
+        for word, names in meeting(kind, cls).items():
+            lines.append(f"  {'':<{width}}  {word}: {names}")
     return "\n".join(lines)
 
 
 def _references(kinds: list[Registry]) -> list[str]:
     found = [reference_of(kind.get(name)) for kind in kinds for name in kind.names()]
     return list(dict.fromkeys(reference.bibtex() for reference in found if reference))
+
+
+def meeting(kind: Registry, cls: type) -> dict[str, str]:
+    """{"trains": ...} of an objective, {"needs": ...} of a sampler, by name.
+
+    Where the fields of an objective decide, the docstring of its property says what.
+    """
+    if kind is registry.samplers:
+        return {"needs": ", ".join(needed_by(cls)) or "what the sampler inside it needs"}
+    if kind is not registry.objectives or declares(cls, "trains", "samplers") == "samplers":
+        return {}
+    if isinstance(by_fields := getattr(cls, "trains", None), property):
+        return {"trains": summary(by_fields) or "what its fields decide"}
+    return {"trains": ", ".join(trained_by(cls))}
 
 
 def reference_of(cls: type) -> Reference | None:

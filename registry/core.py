@@ -129,10 +129,10 @@ class Registry:
         gin.config._INVERSE_REGISTRY.pop(cls, None)
 
 
-def summary(cls: type) -> str:
-    """The first line of the class's docstring, without its full stop."""
+def summary(part: type | property) -> str:
+    """The first line of the docstring of a class or property, without its full stop."""
     # Its own docstring: an inherited one, such as that of nn.Module, says nothing about the class.
-    text = inspect.cleandoc(cls.__doc__ or "")
+    text = inspect.cleandoc(part.__doc__ or "")
     return text.split("\n", 1)[0].rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""An objective of one's own, in one file outside the repository, through the command line."""
+"""Objectives and samplers of one's own, in files of theirs, through the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import pytest
 from tiny_runs import DIGITS, FILE_ONLY, losses, sets, zoo
 
 import objective_zoo
-from registry import objectives
+from registry import objectives, samplers
 
 LOSS = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
-import objective_zoo
 from registry import objectives
 from registry.protocols import LossOutput
 from zoo.ops import like, mean_flat, normal_like
@@ -212,3 +211,51 @@ def test_run_folder_executes_nothing_without_consent(plugin, tmp_path):
     done = zoo("export", run, "--out", tmp_path / "exported", "--trust-code")
     assert done.status == 0, done.err
     assert f"{plugin.code} has changed since the run" in done.err
+
+
+SAMPLER = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from registry import samplers
+from zoo.samplers import euler_step
+
+
+@samplers.register("NAME")
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    """Euler steps that shrink towards the data."""
+
+    needs: ClassVar = ("velocity",)
+    nfe: int = 2
+
+    def __call__(self, net, x1, cond, rng):
+        times = [(1 - i / self.nfe) ** 2 for i in range(self.nfe + 1)]
+        for t, r in zip(times, times[1:]):
+            x1 = euler_step(net, x1, t, r, cond)
+        return x1
+'''
+
+
+def test_sampler_of_ones_own_samples_a_shipped_objective_and_is_listed(tmp_path):
+    number = next(_numbers)
+    name, code = f"sampler_{number}", tmp_path / f"my_sampler_{number}.py"
+    code.write_text(SAMPLER.replace("NAME", name))
+    mine = tmp_path / "mine.gin"
+    bind = f"include '{DIGITS}'\nimport {code.stem}\nrun.sampler = @{name}()\n"
+    try:
+        assert "needs: velocity" in zoo("list", "--import", code, "--kind", "sampler").out
+        mine.write_text(f"{bind}run.objective = @flow_matching()\n")
+        done = zoo("run", mine, "--out", tmp_path / "out", *sets(*FILE_ONLY))
+        assert done.status == 0, done.err
+        (result,) = (tmp_path / "out").glob("*/result.json")
+        assert f'"sampler": "{name}"' in result.read_text()
+        mine.write_text(f"{bind}run.objective = @shortcut()\n")
+        done = zoo("run", mine, "--out", tmp_path / "no", *sets(*FILE_ONLY))
+        assert done.status == 2
+        assert f"cannot use sampler '{name}': it needs the velocity at every t" in done.err
+    finally:
+        sys.modules.pop(code.stem, None)
+        sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
+        samplers._remove(name)
+        gin.clear_config()

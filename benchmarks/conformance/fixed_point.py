@@ -22,7 +22,9 @@ from torch import Tensor
 from benchmarks.conformance.networks import VELOCITIES, Shifted, Tapped, WithMoments
 from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, STEPS, Subject, gradients, law_batch
+from registry import samplers
 from registry.protocols import Network
+from registry.sampling import MAPS, needed_by
 from zoo.oracles import Oracle
 from zoo.samplers import valid_samplers
 
@@ -87,11 +89,12 @@ def pulled_back(subject: Subject) -> ClaimResult:
                 f"an error of {EPS} in {pull.key!r} at {where} is not pushed back: z {pull.z:.1f}",
                 "the loss must fall towards the target: || prediction - sg target ||^2",
             )
-    needs_map = [n for n in valid_samplers(subject.make()) if n in ("flow_map", "restart", "mix")]
+    valid = valid_samplers(subject.make())
+    needs_map = [n for n in valid if {*needed_by(samplers.get(n))} & {*MAPS}]
     if needs_map and not any(pull.key == "u" and not pull.diagonal for pull in found):
         raise Broken(
             f"u is trained at r = t alone, but the sampler {needs_map[0]!r} needs r < t",
-            "train u at r < t, or name the samplers that are valid in `samplers`",
+            'train u at r < t, or declare trains = ("velocity",)',
         )
     weakest = min(pull.z for pull in found)
     return held(f"{len(found)} predictions, z {weakest:.0f} > {LIMIT:.0f}", weakest, LIMIT)

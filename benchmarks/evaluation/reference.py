@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import cleanfid
 import numpy as np
@@ -129,12 +130,7 @@ def _of_folder(folder: Path, shape: tuple[int, ...]) -> Real:
 
 def _of_npz(path: Path) -> Real:
     about = f"{path.name}, sha256 {file_sha256(path)}"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
-            names = sorted(file.files)
-    except (ValueError, BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
+    content, names = _arrays(path, ("mu", "sigma", "arr_0"))
     if not ({"mu", "sigma"} <= content.keys() or "arr_0" in content):
         raise ValueError(
             f"{path} holds {', '.join(names) or 'nothing'}; a reference holds mu [d] and sigma "
@@ -144,6 +140,15 @@ def _of_npz(path: Path) -> Real:
     return Real(
         about=about, resize=resize, **_images_in(content, path), **_moments_in(content, path)
     )
+
+
+def _arrays(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of these names that an .npz file holds, and the names of all."""
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in wanted if name in file.files}, sorted(file.files)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
 
 
 def _of_size(real: Real, shape: tuple[int, ...]) -> Real:
@@ -175,23 +180,38 @@ def _images_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
 def _moments_in(content: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     if not {"mu", "sigma"} <= content.keys():
         return {}
-    mean, covariance = (torch.from_numpy(content[name]) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    mean, covariance = (_numbers(content[name], name, path) for name in ("mu", "sigma"))
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"mu and sigma in {path} are {tuple(mean.shape)} and {tuple(covariance.shape)}; a mean "
             "is [d] and a covariance [d d]"
         )
-    if not bool(mean.isfinite().all()):
-        raise ValueError(f"mu in {path} has values that are not finite")
+    if not bool((mean.double().square().sum() + covariance.double().norm()).isfinite()):
+        raise ValueError(
+            f"mu or sigma in {path} have values so large that their squares are not finite; these "
+            "are no statistics of features"
+        )
     return {"mean": mean.double(), "covariance": _covariance(covariance, path)}
+
+
+def _numbers(found: np.ndarray, name: str, path: Path) -> Tensor:
+    """An array of a file as a tensor; ValueError unless it holds real numbers that are finite."""
+    if found.dtype.kind not in "fiu" or found.dtype.itemsize > 8:
+        raise ValueError(f"{name} in {path} is {found.dtype}; it must be float16, 32 or 64")
+    values = torch.from_numpy(found.astype(found.dtype.newbyteorder("=")))
+    if bad := int((~values.isfinite()).sum()):
+        raise ValueError(
+            f"{name} in {path} has values that are not finite: {bad} of {values.numel()}. "
+            "Statistics of a single sample, or of features that overflowed, are so; make them "
+            "again from two or more samples whose features are finite"
+        )
+    return values
 
 
 def _covariance(found: Tensor, path: Path) -> Tensor:
     """The covariance in float64, without negative eigenvalues that come from rounding."""
     matrix = found.double()
     symmetric = (matrix + matrix.T) / 2
-    if not bool(matrix.isfinite().all()):
-        raise ValueError(f"sigma in {path} has values that are not finite")
     values, vectors = map(torch.from_numpy, linalg.eigh(symmetric.numpy()))
     epsilon = torch.finfo(found.dtype if found.is_floating_point() else torch.float64).eps
     allowed = len(found) * epsilon * float(values.abs().max())
@@ -223,14 +243,23 @@ def _of_cleanfid(name: str) -> Real:
     real = replace(_of_npz(path), resize="clean")
     if with_features is None:
         return real
-    with np.load(with_features, allow_pickle=False) as file:
-        features = torch.from_numpy(file["feats"]).float()
-    if features.ndim != 2 or not bool(features.isfinite().all()):
+    features = _features_in(with_features)
+    if real.mean is not None and features.shape[1] != len(real.mean):
         raise ValueError(
-            f"feats in {with_features} are {tuple(features.shape)}; they must be [n d] and finite"
+            f"feats in {with_features} have {features.shape[1]} features and the mean in {path} "
+            f"has {len(real.mean)}: the two files belong to different features"
         )
     about = f"{real.about}; {with_features.name}, sha256 {remembered_sha256(with_features)}"
     return replace(real, about=about, features=features)
+
+
+def _features_in(path: Path) -> Tensor:
+    """The features [n d] in clean-fid's file for KID, in float32."""
+    found = _arrays(path, ("feats",))[0].get("feats")
+    if found is None or found.ndim != 2:
+        what = "holds no feats" if found is None else f"has feats of shape {found.shape}"
+        raise ValueError(f"{path} {what}; clean-fid's file for KID holds features feats [n d]")
+    return _numbers(found, "feats", path).float()
 
 
 def _statistics_file(name: str) -> Path | None:

@@ -20,6 +20,7 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    better_of,
     check_batch,
     check_reference,
     has_whole_weights,
@@ -47,6 +48,7 @@ def checked(experiment: Experiment) -> Experiment:
     check_batch(experiment.engine, experiment.batch_size)
     if isinstance(experiment.dataset, RecordedData):
         return experiment  # a finished run, whose data may be gone: nothing is trained
+    better_of(experiment.metric)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)

@@ -149,6 +149,13 @@ def check_pruner(
             f"{name}.metric = {pruner.metric!r} is not measured in this run."
             f"{did_you_mean(pruner.metric, measured)} Measured: {', '.join(measured)}"
         )
+    ours = getattr(pruner, "better", "")
+    for other, ending in (("lower", "_floor"), ("higher", "_ceiling")):
+        if ours not in ("", other) and f"{pruner.metric.split('/')[-1]}{ending}" in measured:
+            raise ValueError(
+                f"{name}.better = {ours!r}, and {other} values of {pruner.metric!r} are better: "
+                f"the best cells would be pruned. Set {name}.better = {other!r}"
+            )
     if budget.unit == "steps" and pruner.min_steps >= budget.amount:
         raise ValueError(
             f"{name}.min_steps = {pruner.min_steps} is not below run.steps = {budget.amount:g}, "

@@ -10,7 +10,9 @@ import pandas as pd
 
 from benchmarks.markdown import markdown
 from benchmarks.runs.frame import COST
+from benchmarks.runs.result import REAL_SCORES
 
+NOTHING = "no distance"  # a handful of samples may allow none; then the table has costs alone
 REAL, NO_NFE = "real", ""  # the column level nfe: what real data score, and values without an NFE
 _COUNTS = ("steps", "images", "parameters", "teacher_steps")  # their means are whole numbers
 _QUALITY = ("precision", "recall")
@@ -46,8 +48,9 @@ def result_table(frame: pd.DataFrame) -> str:
     columns = _columns(means)
     measured = [(metric, nfe) for metric, nfe in columns if isinstance(nfe, int)]
     nfes = sorted({nfe for _, nfe in measured})
-    # Of a handful of samples no distance may have been measured; then there are costs alone.
-    parts = _first_metric(means, measured[0][0] if measured else "no distance", nfes)
+    first = measured[0][0] if measured else NOTHING
+    directions = frame.loc[frame["metric"] == first, "better"]
+    parts = _first_metric(means, first, next(iter(directions), ""), nfes)
     at_one = [name for name, nfe in measured if nfe == 1]
     pair = [next((name for name in at_one if name.startswith(f"{p}_")), "") for p in _QUALITY]
     if all(pair):
@@ -85,7 +88,7 @@ def _column(metric: str, nfe: Any) -> Column:
         return metric, int(nfe)
     if metric.startswith(COST):
         return "cost", metric.removeprefix(COST)
-    for ending in ("_floor", "_ceiling"):
+    for ending in REAL_SCORES:
         if metric.endswith(ending):
             return metric.removesuffix(ending), REAL
     return metric, NO_NFE
@@ -109,9 +112,11 @@ def _cost(of: Mapping[Column, Any]) -> list[str]:
     ]
 
 
-def _first_metric(means: Means, metric: str, nfes: Sequence[int]) -> list[str]:
+def _first_metric(means: Means, metric: str, better: str, nfes: Sequence[int]) -> list[str]:
     """The metric by NFE beside what a row cost, under a title with the first row's real score."""
-    title = f"{metric} by number of network evaluations (NFE), lower is better"
+    title = f"{metric} by number of network evaluations (NFE)"
+    if better:
+        title += f", {better} is better"
     if (floor := next(iter(means.values())).get((metric, REAL))) is not None:
         title += f"; real data score {floor:.4g}"
     header = ["arm", "sampler", *_heads(nfes), "s/step", "steps", "images", "seconds", "parameters"]

@@ -1,11 +1,14 @@
 """Distances between two sets of vectors [n d].
 
-    fd    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)        Heusel, arXiv 1706.08500
-    kid   unbiased MMD^2 with the kernel (x.y / d + 1)^3              Binkowski, arXiv 1801.01401
+    fd    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 ||R1 R2^T||_*,  S = R^T R    Heusel, arXiv 1706.08500
+    kid   unbiased MMD^2 with the kernel (x.y / d + 1)^3                 Binkowski, arXiv 1801.01401
 
-The square root inside fd is taken from eigenvalues of a symmetric matrix in float64, and checked:
-general matrix square roots have returned wrong values for the nearly singular covariances that few
-samples give. fd is biased upwards at small N, kid is not; only values at the same N compare.
+tr (S1 S2)^1/2, the last term of fd, is the sum of the singular values of R1 R2^T, in float64. No
+square root of a product is taken: it would turn rounding of 1e-16 into 1e-8, once for each of the
+small eigenvalues that most spectra end with, and general matrix square roots have returned wrong
+values for nearly singular covariances. The R of samples come from the samples themselves, so that
+only statistics from a file need the root of a covariance. fd is biased upwards at small N, kid is
+not; only values at the same N compare.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from torch import Tensor
 from registry import metrics
 from registry.protocols import Reference
 
-MANY = 4096  # dimensions above which a root takes minutes
+MANY = 4096  # sizes of a matrix above which its singular values take minutes
+_QR_BLOCK = 4  # times the dimensions: rows that are decomposed at a time
 
 Values = Iterator[tuple[str, float]]
 
@@ -74,20 +78,22 @@ class Frechet:
     better: ClassVar = "lower"
 
     def against(self, reference: Tensor) -> Callable[[Tensor], Values]:
-        return self.against_moments(*moments(reference))
+        return self._against(*mean_and_factor(reference))
 
     def against_moments(self, mean: Tensor, covariance: Tensor) -> Callable[[Tensor], Values]:
         """The distance to a mean [d] and covariance [d d] in float64, worked out before."""
-        if len(mean) > MANY:
+        return self._against(mean, symmetric_root(covariance))
+
+    def _against(self, mean: Tensor, factor: Tensor) -> Callable[[Tensor], Values]:
+        if len(factor) > MANY:
             log.warning(
-                "frechet of vectors of %d dimensions takes roots of matrices of that size: minutes "
-                "each, and %.1f GB. Bind features of fewer",
-                *(len(mean), 4 * 8e-9 * len(mean) ** 2),
+                "frechet of vectors of %d dimensions takes singular values of matrices of that "
+                "size: minutes each, and %.1f GB. Bind features of fewer",
+                *(len(mean), 4 * 8e-9 * len(factor) ** 2),
             )
-        root = symmetric_root(covariance)
 
         def compare(samples: Tensor) -> Values:
-            yield "fd", frechet_distance(mean, root, *moments(samples))
+            yield "fd", frechet_distance(mean, factor, *mean_and_factor(samples))
 
         return compare
 
@@ -199,21 +205,49 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean [d] and unbiased covariance [d d] of x [n d], in float64."""
+    """The mean [d] and unbiased covariance [d d] of x [n d], in float64, for a MomentMetric."""
     x = vectors(x)
     mean = x.mean(0)
     centred = x - mean
     return mean, centred.T @ centred / (len(x) - 1)
 
 
-def frechet_distance(mean: Tensor, root: Tensor, other_mean: Tensor, other: Tensor) -> float:
-    """Between N(mean, root^2) and N(other_mean, other), in float64; `root` is symmetric."""
-    product = root @ other @ root
-    scale = float(root.norm() ** 2 * other.norm())
-    values = torch.from_numpy(linalg.eigvalsh(_symmetric(product).numpy()))
-    overlap = _eigenvalues(product, values, scale).sqrt().sum()
-    spread = root.square().sum() + other.trace() - 2 * overlap
+def mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean [d] of x [n d] and a factor R [min(n, d) d] of its unbiased covariance R^T R.
+
+    More rows than dimensions become the triangle of their QR decomposition, block by block.
+    """
+    x = vectors(x)
+    mean = x.mean(0)
+    rows = (x - mean) / (len(x) - 1) ** 0.5
+    if len(rows) <= rows.shape[1]:
+        return mean, rows
+    factor = rows[:0]
+    for part in rows.split(_QR_BLOCK * rows.shape[1]):
+        factor = torch.linalg.qr(torch.cat([factor, part]), mode="r").R
+    return mean, factor
+
+
+def frechet_distance(mean: Tensor, factor: Tensor, other_mean: Tensor, other: Tensor) -> float:
+    """Between N(mean, factor^T factor) and N(other_mean, other^T other), in float64.
+
+    `factor` and `other` are [k d] for any k, such as the symmetric root of a covariance.
+    """
+    spread = factor.square().sum() + other.square().sum() - 2 * nuclear_norm(factor @ other.T)
     return float((mean - other_mean).square().sum() + spread)
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """The sum of the singular values; ArithmeticError if their squares do not add up."""
+    values = torch.from_numpy(linalg.svdvals(matrix.numpy()))
+    squared, wanted = float(values.square().sum()), float(matrix.square().sum())
+    allowed = max(1000, *matrix.shape) * torch.finfo(matrix.dtype).eps * wanted
+    if not abs(squared - wanted) <= allowed:
+        raise ArithmeticError(
+            f"the squares of the singular values add up to {squared:.6g} and those of the matrix "
+            f"to {wanted:.6g}: check the linear algebra library with another build of SciPy"
+        )
+    return values.sum()
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:
@@ -222,20 +256,20 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     By SciPy: torch's eigh, with several threads, fails to converge on some of low rank.
     """
     values, vectors = map(torch.from_numpy, linalg.eigh(_symmetric(matrix).numpy()))
-    return (vectors * _eigenvalues(matrix, values, float(matrix.norm())).sqrt()) @ vectors.T
+    return (vectors * _eigenvalues(matrix, values).sqrt()) @ vectors.T
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _eigenvalues(matrix: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The eigenvalues `values` with rounding noise set to 0; larger faults raise.
+def _eigenvalues(matrix: Tensor, values: Tensor) -> Tensor:
+    """The eigenvalues `values` with those that may be rounding set to 0; larger faults raise.
 
-    `scale` bounds what the matrix was computed from. The square root would turn noise of 1e-16
-    into 1e-8, once for every dimension that the samples do not span.
+    The square root would turn noise of 1e-16 into 1e-8, once for every dimension that the samples
+    behind the covariance do not span.
     """
-    epsilon = torch.finfo(values.dtype).eps * scale
+    epsilon = torch.finfo(values.dtype).eps * float(matrix.norm())
     lowest, off = float(values.min()), float((values.sum() - matrix.trace()).abs())
     allowed = max(1000, len(values)) * epsilon
     if not lowest >= -allowed or not off <= allowed:

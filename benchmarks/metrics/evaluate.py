@@ -94,7 +94,13 @@ def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | 
     """Real data for a reference of `num` rows, and `num` others whose score is the floor."""
     if isinstance(dataset, Coded):
         return _decoded_reference(dataset, num, seed)
-    return dataset.reference(2 * num, seed)
+    rows, cond = dataset.reference(2 * num, seed)
+    if bad := int((~rows.flatten(1).isfinite().all(1)).sum()):
+        raise ValueError(
+            f"{bad} of {len(rows)} reference rows of {dataset.name} are not finite, and no sample "
+            "can be compared with them; remove these rows from the data set"
+        )
+    return rows, cond
 
 
 @lru_cache(maxsize=1)  # every evaluation of a run asks for it, and decoding is slow

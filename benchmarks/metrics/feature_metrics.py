@@ -52,6 +52,12 @@ class FeatureMetrics:
                 f"feature_metrics needs an extractor and metrics that are frozen dataclasses of "
                 f"plain values: {error}"
             ) from None
+        for metric in self.metrics:
+            if (better := getattr(metric, "better", None)) not in ("lower", "higher"):
+                raise ValueError(
+                    f"feature_metrics.metrics has {type(metric).__name__}, which declares better = "
+                    f"{better!r}; a metric of features needs better: ClassVar = 'lower' or 'higher'"
+                )
 
     def __call__(self, samples: Tensor, reference: Tensor) -> Values:
         real = self._real(reference, len(samples))

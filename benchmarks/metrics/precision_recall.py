@@ -2,6 +2,12 @@
 
 precision, recall     share inside the other set's k-NN balls     Kynkaanniemi, arXiv 1904.06991
 density, coverage     their forms robust to outliers              Naeem, arXiv 2002.09797
+
+A point at the very radius of a ball counts as in the code of each metric's authors: inside for
+precision and recall (github.com/kynkaat/improved-precision-and-recall-metric compares by <=), and
+outside for density and coverage (github.com/clovaai/generative-evaluation-prdc compares by <). Such
+ties are common: each copy of a training picture lies at the radius of others. So a distance that
+rounding could move across a radius is computed again from the differences.
 """
 
 from __future__ import annotations
@@ -18,6 +24,8 @@ from registry import metrics, progress
 from registry.protocols import Reference
 
 BAR_FROM = 10_000  # rows from which on a bar shows
+_SLACK = 1e-12  # of the squared lengths: more than the rounding of squared distances
+_BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"  # the same bits for a pair in every call
 
 
 @metrics.register("precision_recall")
@@ -60,18 +68,20 @@ class PrecisionRecall:
         def compare(samples: Tensor) -> Values:
             found = vectors(self._spaced(samples))
             inside = torch.zeros(len(found), dtype=target.dtype)  # reference balls around each
+            precise = torch.zeros(len(found), dtype=torch.bool)
             recalled = torch.zeros(len(target), dtype=torch.bool)
             nearest = torch.full((len(target),), torch.inf, dtype=target.dtype)
             radii = self._radii(found)
             for rows in self._blocks(torch.arange(len(found)), "nearest pictures"):
-                distance = torch.cdist(found[rows], target)  # [rows m]
-                inside[rows] = (distance <= target_radii).sum(1).double()
+                distance = _distances(found[rows], target, radii[rows], target_radii)  # [rows m]
+                inside[rows] = (distance < target_radii).sum(1).double()
+                precise[rows] = (distance <= target_radii).any(1)
                 recalled |= (distance <= radii[rows, None]).any(0)
                 nearest = torch.minimum(nearest, distance.amin(0))
-            yield "precision", float((inside > 0).double().mean())
+            yield "precision", float(precise.double().mean())
             yield "recall", float(recalled.double().mean())
             yield "density", float(inside.mean() / self.k)
-            yield "coverage", float((nearest <= target_radii).double().mean())
+            yield "coverage", float((nearest < target_radii).double().mean())
 
         return compare
 
@@ -84,8 +94,12 @@ class PrecisionRecall:
             raise ValueError(
                 f"precision_recall.k = {self.k} needs more than {self.k} samples, not {len(x)}"
             )
-        distances = (torch.cdist(part, x) for part in self._blocks(x, "nearest neighbours"))
-        return torch.cat([distance.kthvalue(self.k + 1, dim=1).values for distance in distances])
+        radii = []
+        for part in self._blocks(x, "nearest neighbours"):
+            place = torch.cdist(part, x).kthvalue(self.k + 1, dim=1).indices
+            pairs = torch.cdist(part[:, None], x[place][:, None], compute_mode=_BY_DIFFERENCES)
+            radii.append(pairs.flatten())
+        return torch.cat(radii)
 
     def _spaced(self, x: Tensor) -> Tensor:
         if len(x) <= self.max_rows:
@@ -95,3 +109,15 @@ class PrecisionRecall:
     def _blocks(self, x: Tensor, label: str) -> Iterable[Tensor]:
         parts = x.split(self.block)
         return progress.bar(parts, label, worth=len(x) >= BAR_FROM, leave=False)
+
+
+def _distances(rows: Tensor, target: Tensor, radii: Tensor, target_radii: Tensor) -> Tensor:
+    """[n m], by a product of matrices, and by differences in the rows that come near a radius."""
+    distance = torch.cdist(rows, target)
+    slack = _SLACK * (rows.square().sum(1).amax() + target.square().sum(1).amax())
+    near = torch.zeros(len(rows), dtype=torch.bool)
+    for radius in (radii[:, None], target_radii):
+        gap = distance.square().sub_(radius.square()).abs_()
+        near |= gap.amin(1) <= slack
+    distance[near] = torch.cdist(rows[near], target, compute_mode=_BY_DIFFERENCES)
+    return distance

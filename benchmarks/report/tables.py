@@ -16,9 +16,9 @@ from benchmarks.report.intervals import Interval, interval, paired
 from benchmarks.report.reading.comparability import Section, sections
 from benchmarks.report.reading.evaluations import EvaluationLine, evaluation_lines
 from benchmarks.report.reading.recorded_runs import RecordedCell, Runs
+from benchmarks.runs.result import REAL_SCORES
 
 BASELINE = "flow_matching"
-BETTER = {"floor": "lower", "ceiling": "higher"}  # by what real data's score is called
 COSTS = {
     "cost/seconds_per_step": "seconds per step",
     "cost/passes_per_step": "network passes per step",
@@ -151,10 +151,10 @@ def _tables(section: Section, baselines: Mapping[str, str]) -> list[Table]:
     nfes = sorted({int(k[3:].split("/")[0]) for k in keys if k.startswith("nfe")})
     made = []
     for metric in sampled:
-        side = next((s for s in BETTER if f"{metric}_{s}" in keys), "")
+        better = next(filter(None, (c.result.better_of(metric) for c in section.cells)), "")
         columns = [(f"nfe{n}/{metric}", f"NFE {n}") for n in nfes if f"nfe{n}/{metric}" in keys]
-        real = f"{metric}_{side}" if side else ""
-        made.append(_table(section, baselines, metric, BETTER.get(side, ""), columns, real))
+        real = next((f"{metric}{end}" for end in REAL_SCORES if f"{metric}{end}" in keys), "")
+        made.append(_table(section, baselines, metric, better, columns, real))
     exact = [(k, k.replace("_", " ")) for k in keys if "/" not in k and "_error" in k]
     if exact:
         made.append(_table(section, baselines, "error against the exact flow", "lower", exact, ""))

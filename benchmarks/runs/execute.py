@@ -33,7 +33,7 @@ from benchmarks.runs.result import MODEL, RESULT, Result, recorded_identity
 from benchmarks.runs.samples import final_samples, keep_all
 from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
-from registry.protocols import RunRecord, parts, provider_files
+from registry.protocols import RunRecord, better_of, parts, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import file_sha256
@@ -92,6 +92,7 @@ def execute(
         teacher_steps=teacher.steps,
         teacher_seconds=teacher.seconds,
         weights_sha256=file_sha256(folder / MODEL) if ranks.leads() else "",
+        better=better_of(experiment.metric),
     )
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}
     record.metrics({f"cost/{name}": value for name, value in totals.items()}, state.step)

@@ -15,17 +15,21 @@ COST = "cost/"  # begins the names of costs, as in the records
 def frame(rows: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
     """One line for each number of each run; `rows` names the runs that one row of a table joins.
 
-    The columns are row, run, objective, sampler, seed, metric, nfe and value. "nfe4/fid" is the
+    The columns are row, run, objective, sampler, seed, metric, nfe, value and better, "lower" or
+    "higher" where it is known. "nfe4/fid" is the
     metric "fid" at nfe 4; a value that belongs to no NFE has <NA> there. What real data score keeps
     its recorded name, such as "fid_floor". Costs are the metrics "cost/steps", "cost/seconds", ...
     """
     lines = [
-        {"row": row, **_about(result), "metric": metric, "nfe": nfe, "value": float(value)}
+        {
+            **{"row": row, **_about(result), "metric": metric, "nfe": nfe, "value": float(value)},
+            "better": "" if metric.startswith(COST) else result.better_of(metric),
+        }
         for row, results in rows.items()
         for result in results
         for metric, nfe, value in _numbers(result)
     ]
-    columns = ["row", "run", "objective", "sampler", "seed", "metric", "nfe", "value"]
+    columns = ["row", "run", "objective", "sampler", "seed", "metric", "nfe", "value", "better"]
     return pd.DataFrame(lines, columns=columns).astype({"nfe": "Int64"})
 
 

@@ -11,6 +11,7 @@ from registry.folders import file_in
 from trainers.checkpoints.whole_files import file_sha256, read_json, write_json
 
 MODEL, RESULT = "model.safetensors", "result.json"
+REAL_SCORES = {"_floor": "lower", "_ceiling": "higher"}  # endings of the names: which is better
 SAMPLES, REAL = "samples.safetensors", "real.safetensors"  # see benchmarks/runs/samples.py
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,22 @@ class Result:
     teacher_steps: int = 0
     teacher_seconds: float = 0.0
     weights_sha256: str = ""  # of the file MODEL; '' in a folder of an earlier version
+    better: str = ""  # "lower" or "higher" where the run's metric declares one for its values
 
     @property
     def seconds_per_step(self) -> float:
         """Seconds that one step of the run takes; the steps of its teacher are left out."""
         return (self.seconds - self.teacher_seconds) / (self.steps - self.teacher_steps)
+
+    def better_of(self, metric: str) -> str:
+        """Which values of this name are better, "lower" or "higher"; "" where nothing says so.
+
+        What real data score is called a floor or a ceiling; errors are better low.
+        """
+        for ending, better in REAL_SCORES.items():
+            if f"{metric}{ending}" in self.values:
+                return better
+        return "lower" if "_error" in metric else self.better
 
     def save(self, folder: Path) -> None:
         write_json(folder / RESULT, asdict(self))

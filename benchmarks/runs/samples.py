@@ -3,13 +3,16 @@
     samples.safetensors                nfe1, nfe2, ...: the samples at the end, float32
     samples/step_00000400.safetensors  the first of the same samples at an evaluation
     real.safetensors                   real data to compare with; for pictures label [k],
-                                       nearest_nfe1 [k c h w], distance_nfe1 [k], ... and
-                                       real_distance [m], for points real [n 2]
+                                       nearest_nfe1 [k c h w], distance_nfe1 [k],
+                                       as_sharp_nfe1 [j], ... and real_distance [m],
+                                       for points real [n 2]
 
 Pictures are uint8 in the last two. Noise and labels are the same at every step and NFE, and in
 every run of a seed. The nearest training picture is the one at the smallest Euclidean distance over
 pixels in [-1, 1], among the first 20,000 that the run was trained on; `real_distance` is that
-distance between training pictures themselves.
+distance between training pictures themselves. A blurred picture lies near many others, so
+`as_sharp_nfe1` is that distance of training pictures which are blurred until they are as sharp as
+the samples at 1 NFE.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from backbones.pretrained.tensors import save_tensors
 from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
+from benchmarks.metrics.sharpness import as_sharp_as
 from benchmarks.runs.result import REAL, SAMPLES
 from registry.protocols import Coded, Cond, Dataset, to_device
 from trainers import ranks
@@ -35,6 +39,7 @@ NUM_KEPT = 16  # of them at each evaluation, and with their nearest pictures
 NUM_POINTS = 500
 MAX_SEARCHED = 20_000
 _CHUNK = 500
+_BLURRED = 64  # training pictures that are blurred to the sharpness of the samples
 
 
 def draw_samples(
@@ -128,6 +133,11 @@ def _nearest_pictures(
     if num > 1:
         own = range(len(itself))
         kept["real_distance"] = _nearest(itself, dataset, num, seed, leave_out=own)[1]
+        some = itself[:_BLURRED]
+        for n, x in shown.items():
+            as_sharp = as_sharp_as(some, x)
+            _, far = _nearest(as_sharp, dataset, num, seed, leave_out=range(len(some)))
+            kept[f"as_sharp_nfe{n}"] = far
     return kept
 
 

@@ -26,6 +26,7 @@ from registry.protocols.batches import (
     to_device,
 )
 from registry.protocols.capabilities import (
+    better_of,
     check_batch,
     has_whole_weights,
     is_serial,
@@ -111,6 +112,7 @@ __all__ = [
     "Trunk",
     "Vae",
     "Weight",
+    "better_of",
     "check_batch",
     "check_reference",
     "couples_rows",

@@ -1,4 +1,4 @@
-"""What an engine, a recorder or a launcher may declare beside its contract.
+"""What an engine, a recorder, a launcher or a metric may declare beside its contract.
 
 A declaration is a class attribute, a property or a method of the name that is given here. It must
 be no field of a configured part: fields are settings, and a cell's id is made from them. Each
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from registry.protocols.runs import Engine, Launcher, Recorder, RecordStore
+from registry.protocols.runs import Engine, Launcher, Metric, Recorder, RecordStore
 
 
 def has_whole_weights(engine: Engine) -> bool:
@@ -54,6 +54,21 @@ def store_of(recorder: Recorder, folder: Path) -> RecordStore | None:
     if (declared := getattr(recorder, "store_for", None)) is not None:
         return declared(folder)
     return getattr(recorder, "store", None)
+
+
+def better_of(metric: Metric) -> str:
+    """`metric.better`, else "": which of its values are better, "lower" or "higher".
+
+    "" says nothing, for values of which some are better low and others high. ValueError for another
+    word.
+    """
+    declared: str = getattr(metric, "better", "")
+    if declared not in ("lower", "higher", ""):
+        raise ValueError(
+            f"metric {type(metric).__name__} declares better = {declared!r}; it must be 'lower' or "
+            "'higher'"
+        )
+    return declared
 
 
 def is_serial(launcher: Launcher) -> bool:

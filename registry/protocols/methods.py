@@ -22,8 +22,10 @@ class Objective(Protocol):
 
     `heads` names the outputs that it trains. Everything else is optional:
 
-    `samplers`        the registered samplers that are valid for it, best first; the default is
-                      every sampler whose outputs it trains
+    `trains`          at which times it trains them, in the words of registry/sampling.py, the best
+                      way to sample it first: every sampler that needs no more is valid for it. It
+                      may be a property, where fields decide it. The default is ("map", "velocity")
+                      for u, ("velocity",) for v alone
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
     `full_gradient`   True if targets are differentiated too
@@ -177,11 +179,11 @@ class Teacher(Protocol):
 class Sampler(Protocol):
     """(net, x1 noise, cond, rng) -> x0, in `nfe` network calls; a dataclass with the field nfe.
 
-    It needs one of the outputs in `heads`. Its construction raises ValueError for an nfe that the
-    method cannot have.
+    `needs` says what an objective must have trained, in the words of registry/sampling.py. Its
+    construction raises ValueError for an nfe that the method cannot have.
     """
 
-    heads: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
 
     @property
     def nfe(self) -> int: ...

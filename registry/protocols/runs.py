@@ -69,7 +69,10 @@ class Schedule(Protocol):
 
 
 class Metric(Protocol):
-    """(samples, reference) -> (name, value) pairs; both are [n *d] in the data's own range."""
+    """(samples, reference) -> (name, value) pairs; both are [n *d] in the data's own range.
+
+    `better`, "lower" or "higher", may declare which of its values are better (capabilities.py).
+    """
 
     def __call__(self, samples: Tensor, reference: Tensor) -> Iterator[tuple[str, float]]: ...
 

@@ -93,6 +93,7 @@ def keep(folder: Path, points: bool) -> None:
     real = {"real": torch.randn(40, 2, generator=rng)} if points else {"label": torch.arange(12)}
     if not points:
         real["real_distance"] = torch.tensor([1.0, 2.0, 3.0])
+        real |= {f"as_sharp_{name}": torch.tensor([0.25, 0.5, 4.0]) for name in grey}
         real |= {f"nearest_{name}": grey[name] for name in grey}
         real |= {f"distance_nfe{n}": torch.full((12,), float(n)) for n in NFES}
     save_file(real, folder / "real.safetensors")

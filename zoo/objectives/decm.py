@@ -63,7 +63,6 @@ class DECM:
     """Consistency, flow matching and noise-to-noisy maps together; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
-    samplers: ClassVar[tuple[str, ...]] = ("restart", "mix", "euler", "heun")
     reference: ClassVar = Reference(
         title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )
@@ -91,6 +90,12 @@ class DECM:
                 raise ValueError(f"decm.{name} = {getattr(self, name)!r} must not be negative")
         if self.guidance_scale < 1:
             raise ValueError(f"decm.guidance_scale = {self.guidance_scale!r} must be at least 1")
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """map_to_data, velocity, and map_from_noise unless n2n_every or n2n_weight is 0."""
+        from_noise = ("map_from_noise",) if self.n2n_every and self.n2n_weight else ()
+        return ("map_to_data", *from_noise, "velocity")
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)

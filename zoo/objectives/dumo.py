@@ -65,7 +65,7 @@ class DuMo:
     """Dual heads: velocity and average velocity from one forward, both trained on every row."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "v")
-    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "restart", "euler", "heun")
+    trains: ClassVar[tuple[str, ...]] = ("map", "velocity")
     reference: ClassVar = Reference(
         title="Duality Models: An Embarrassingly Simple One-step Generation Paradigm",
         authors="Sun et al.",

@@ -42,7 +42,7 @@ class FlowMatching:
     """Velocity regression, sampled as an ODE; the baseline of every few-step method."""
 
     heads: ClassVar[tuple[str, ...]] = ("v",)
-    samplers: ClassVar[tuple[str, ...]] = ("euler", "heun")
+    trains: ClassVar[tuple[str, ...]] = ("velocity",)
     reference: ClassVar = Reference(
         title="Flow Matching for Generative Modeling",
         authors="Lipman et al.",

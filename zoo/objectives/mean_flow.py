@@ -63,7 +63,7 @@ class MeanFlow:
     """Average-velocity regression through the MeanFlow identity; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
-    samplers: ClassVar[tuple[str, ...]] = ("flow_map", "restart", "euler", "heun")
+    trains: ClassVar[tuple[str, ...]] = ("map", "velocity")
     reference: ClassVar = Reference(
         title="Mean Flows for One-step Generative Modeling",
         authors="Geng et al.",

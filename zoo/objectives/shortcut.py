@@ -47,7 +47,7 @@ class Shortcut:
     """Self-consistency of doubled steps, anchored by flow matching at the smallest; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
-    samplers: ClassVar[tuple[str, ...]] = ("flow_map",)
+    trains: ClassVar[tuple[str, ...]] = ("even_steps",)
     reference: ClassVar = Reference(
         title="One Step Diffusion via Shortcut Models",
         authors="Frans et al.",

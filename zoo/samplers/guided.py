@@ -22,7 +22,7 @@ from zoo.samplers.methods import Euler, FlowMap, check_nfe
 class GuidedSampler:
     """A sampler that runs another one, its field `sampler`, with guidance."""
 
-    heads: ClassVar[tuple[str, ...]] = ()  # the inner sampler says which outputs it needs
+    needs: ClassVar[tuple[str, ...]] = ()  # the inner sampler says what it needs
 
     nfe: int
     sampler: Sampler

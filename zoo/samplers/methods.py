@@ -6,8 +6,8 @@
     restart    jump to t=0, renoise to the next time with fresh noise, jump again
     mix        flow map from noise to the first time, Euler on v, then one jump to t=0
 
-`restart` keeps the data's law if the jump is exact. A head that was trained at r=0 only must be
-sampled by `restart`. To combine its jump with the noise that the jump started from,
+Each says in `needs` what an objective must have trained (registry/sampling.py). `restart` keeps the
+data's law if the jump is exact. To combine its jump with the noise that the jump started from,
 `(1 - t') x0hat + t' x1hat`, would give the wrong variance.
 """
 
@@ -41,7 +41,7 @@ def shifted(times: list[float], shift: float) -> list[float]:
 class FlowMap:
     """Steps of the average velocity on an even grid; deterministic."""
 
-    heads: ClassVar[tuple[str, ...]] = ("u",)
+    needs: ClassVar[tuple[str, ...]] = ("even_steps",)
 
     nfe: int = 1
 
@@ -60,7 +60,7 @@ class FlowMap:
 class Euler:
     """Euler steps on the velocity, optionally shifted towards the noise."""
 
-    heads: ClassVar[tuple[str, ...]] = ("v", "u")
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
 
     nfe: int = 50
     shift: float = 1.0
@@ -81,7 +81,7 @@ class Euler:
 class Heun:
     """Heun steps on the velocity; an odd number of evaluations ends with one Euler step."""
 
-    heads: ClassVar[tuple[str, ...]] = ("v", "u")
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
 
     nfe: int = 50
     shift: float = 1.0
@@ -108,7 +108,7 @@ class Heun:
 class Restart:
     """The sampler of consistency models: jump to the data, add fresh noise, jump again."""
 
-    heads: ClassVar[tuple[str, ...]] = ("u",)
+    needs: ClassVar[tuple[str, ...]] = ("map_to_data",)
     reference: ClassVar = Reference(
         title="Consistency Models", authors="Song et al.", year=2023, arxiv="2303.01469"
     )
@@ -142,7 +142,7 @@ class Mix:
     The paper's switch point is not public: `t_switch` is the time of the last jump (our reading).
     """
 
-    heads: ClassVar[tuple[str, ...]] = ("u",)
+    needs: ClassVar[tuple[str, ...]] = ("map_from_noise", "velocity", "map_to_data")
     reference: ClassVar = Reference(
         title="Dual-End Consistency Model", authors="Dong et al.", year=2026, arxiv="2602.10764"
     )

@@ -1,34 +1,73 @@
-"""Which samplers are valid for an objective."""
+"""Which samplers are valid for an objective: those that need no more than it trains."""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
-from registry import paths, samplers
-from zoo.samplers.guided import GuidedSampler
+from registry import objectives, paths, samplers
+from registry.sampling import (
+    EVEN_STEPS,
+    MAP,
+    TO_DATA,
+    VELOCITY,
+    check_trains,
+    declares,
+    in_words,
+    missing_for,
+    needed_by,
+    trained_by,
+)
+
+# The default, by what an objective trains: no sampler that somebody registers may change it.
+DEFAULTS = {MAP: "flow_map", EVEN_STEPS: "flow_map", TO_DATA: "restart", VELOCITY: "euler"}
+
+log = logging.getLogger(__name__)
 
 
 def valid_samplers(objective: Any) -> tuple[str, ...]:
-    """The samplers that the objective names, else all that read an output which it trains."""
-    declared = getattr(objective, "samplers", None)
-    if declared is not None:
-        return tuple(declared)
-    return tuple(
-        name for name in samplers.names() if set(samplers.get(name).heads) & set(objective.heads)
-    )
+    """The registered samplers that need no more than the objective trains; the first is its own.
+
+    The others follow in the order in which it declares what it trains. An objective that lists
+    `samplers`, as those of earlier versions did, has these.
+    """
+    if (listed := _listed(objective)) is not None:
+        return listed
+    trained = trained_by(objective)
+    defaults = (DEFAULTS[word] for word in trained if word in DEFAULTS)
+    first = next(defaults, "")
+
+    def place(name: str) -> tuple[bool, int, str]:
+        need = needed_by(samplers.get(name))[0]
+        need = need if need in trained else MAP  # which includes the other maps
+        return name != first, trained.index(need) if need in trained else 0, name
+
+    fit = [name for name in samplers.names() if needed_by(samplers.get(name))]
+    return tuple(sorted((n for n in fit if not _missing(samplers.get(n), objective)), key=place))
 
 
 def check_sampler(name: str, objective: Any, sampler: Any) -> None:
     """ValueError unless the sampler is valid for the objective `name` and uses the same path."""
-    if isinstance(sampler, GuidedSampler):
-        return check_sampler(name, objective, sampler.sampler)
-    valid = valid_samplers(objective)
-    chosen = samplers.name_of(sampler)
-    if chosen not in valid:
+    inner = getattr(sampler, "sampler", None)
+    if inner is not None and not needed_by(sampler):
+        return check_sampler(name, objective, inner)
+    check_trains(name, objective)
+    chosen, listed = samplers.name_of(sampler), _listed(objective)
+    missing = _missing(sampler, objective) if listed is None else ()
+    if missing or (listed is not None and chosen not in listed):
+        why = (
+            f"it needs {in_words(missing)}, and the objective trains "
+            f"{in_words(trained_by(objective)) or 'nothing that a sampler reads'}"
+            if missing
+            else "the objective lists its samplers. Where it trains what this one needs, let it "
+            f"declare trains = {needed_by(sampler)} instead of `samplers`"
+        )
+        fit = valid_samplers(objective)
+        remedy = f"Bind run.sampler = @{fit[0]}()" if fit else "Register a sampler that fits"
         raise ValueError(
-            f"objective {name!r} cannot use sampler {chosen!r}: it trains the outputs "
-            f"{', '.join(objective.heads)} and is valid for {', '.join(valid) or 'no sampler'}. "
-            f"Bind run.sampler = @{valid[0] if valid else 'SAMPLER'}()"
+            f"objective {name!r} cannot use sampler {chosen!r}: {why}. Registered samplers that "
+            f"fit: {', '.join(fit) or 'none'}. {remedy}"
         )
     path = getattr(objective, "path", None)
     if path is not None and getattr(sampler, "path", path) != path:
@@ -36,3 +75,42 @@ def check_sampler(name: str, objective: Any, sampler: Any) -> None:
             f"sampler {chosen!r} adds noise along {sampler.path}, but objective {name!r} trains on "
             f"{path}. Bind {chosen}.path = @{paths.name_of(path)}()"
         )
+
+
+def _missing(sampler: Any, objective: Any) -> tuple[str, ...]:
+    if declares(sampler, "needs", "heads") == "heads":
+        _say_needs(sampler if isinstance(sampler, type) else type(sampler))
+    return missing_for(sampler, objective)
+
+
+def _listed(objective: Any) -> tuple[str, ...] | None:
+    """The names in `samplers` of an objective of an earlier version, and a warning of it."""
+    if declares(objective, "trains", "samplers") != "samplers":
+        return None
+    listed = tuple(objective.samplers)
+    _say_trains(objective if isinstance(objective, type) else type(objective), listed)
+    return listed
+
+
+@cache
+def _say_trains(cls: type, listed: tuple[str, ...]) -> None:
+    known = (samplers.get(name) for name in listed if name in samplers)
+    needs = dict.fromkeys(need for sampler in known for need in needed_by(sampler))
+    log.warning(
+        "objective %s lists samplers = %s, which goes on working in this release alone. Let it "
+        "declare what it trains, such as trains = %s: every sampler that needs no more is valid",
+        *(_name(objectives, cls), listed, tuple(needs)),
+    )
+
+
+@cache
+def _say_needs(cls: type) -> None:
+    log.warning(
+        "sampler %s declares heads, which goes on working in this release alone. Let it declare "
+        "needs = %s",
+        *(_name(samplers, cls), needed_by(cls)),
+    )
+
+
+def _name(registry: Any, cls: type) -> str:
+    return repr(registry.name_of(cls)) if registry.holds(cls) else cls.__name__

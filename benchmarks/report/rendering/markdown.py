@@ -24,6 +24,10 @@ EVALUATED = (
     "samples and other references than those above, so they have no intervals and are not "
     "compared. Real halves are what one half of the reference scores against the other."
 )
+PRECISION = (
+    "Blurred samples and averages of pictures lie near the data, and have a high precision. Recall "
+    "shows them: read the two side by side."
+)
 SINGLE = "Rows with n = 1 have no interval, and nothing is marked for them."
 
 
@@ -69,6 +73,11 @@ def title(compared: Compared) -> str:
 
 def heading(table: Table) -> str:
     return f"{table.title} ({table.better} is better)" if table.better else table.title
+
+
+def remark(table: Table) -> list[str]:
+    """What a reader must know to read the table, as paragraphs."""
+    return [PRECISION] if table.title.startswith("precision_") else []
 
 
 def seeds(table: Table, group: str) -> str:
@@ -147,7 +156,7 @@ def _section(compared: Compared) -> list[str]:
         f"**Forced:** {plain(flag)}; nothing is marked for it." for flag in section.flags.values()
     ]
     for table in compared.tables:
-        parts += [f"### {plain(heading(table))}", _metric(compared, table)]
+        parts += [f"### {plain(heading(table))}", *remark(table), _metric(compared, table)]
     rows = [[_flagged(compared, g), *cost_cells(cost)] for g, cost in compared.costs.items()]
     return [*parts, "### Cost", _table(["row", *cost_heads(compared)], rows)]
 

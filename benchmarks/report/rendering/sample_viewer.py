@@ -33,6 +33,7 @@ class Strip:
     by_step: Mapping[int, str]
     nearest: str = ""  # data URI of the nearest training pictures of the final samples
     distances: tuple[float, ...] = ()
+    as_sharp: float | None = None  # the median distance of training pictures as sharp as these
 
     @property
     def final(self) -> str:
@@ -66,7 +67,6 @@ def viewer_of(kept: Sequence[KeptSamples]) -> Viewer | None:
         return None
     real = next((samples.real for samples in kept if samples.real), {})
     strips = [_strip(samples, nfe, real) for samples in kept for nfe in samples.nfes]
-    far = real.get("real_distance")
     sample = next(iter(kept[0].final.values()))
     return Viewer(
         seed=kept[0].seed,
@@ -74,7 +74,7 @@ def viewer_of(kept: Sequence[KeptSamples]) -> Viewer | None:
         strips=tuple(strips),
         labels=tuple(real["label"][:NUM_COLUMNS].tolist()) if "label" in real else (),
         steps=tuple(sorted({step for strip in strips for step in strip.by_step})),
-        real_distance=None if far is None else float(np.median(far)),
+        real_distance=_median(real.get("real_distance")),
         width=_SIDE if sample.ndim == 2 else _factor(sample) * sample.shape[-1] + GAP,
     )
 
@@ -91,7 +91,12 @@ def _strip(kept: KeptSamples, nfe: int, real: Mapping[str, Array]) -> Strip:
         by_step=drawn,
         nearest=_pictures(kept.real[f"nearest_{name}"]),
         distances=tuple(kept.real[f"distance_{name}"][:NUM_COLUMNS].tolist()),
+        as_sharp=_median(kept.real.get(f"as_sharp_{name}")),
     )
+
+
+def _median(values: Array | None) -> float | None:
+    return None if values is None else float(np.median(values))
 
 
 def _picture(samples: Array, backdrop: Array | None) -> str:

@@ -61,7 +61,7 @@ ALPHA_FLOW = '''class Mine:
     """alpha-Flow: a teacher, two evaluations, an adaptive weight."""
 
     heads: ClassVar = ("u",)
-    samplers: ClassVar = ("flow_map",)
+    trains: ClassVar = ("map",)
 
     weight: Weight = field(default_factory=Adaptive)
     teacher: Teacher = field(default_factory=EmaTeacher)
@@ -86,7 +86,7 @@ LAGRANGIAN = '''class Mine:
     """Flow-map matching at the lower end, differentiated through its derivative."""
 
     heads: ClassVar = ("u",)
-    samplers: ClassVar = ("flow_map",)
+    trains: ClassVar = ("map",)
     full_gradient: ClassVar = True
 
     def loss(self, net, batch, rng):
@@ -108,7 +108,7 @@ MOMENTS = '''class Mine:
     """One-step samples with the batch's mean: a law's fixed point, and coupled rows."""
 
     heads: ClassVar = ("u",)
-    samplers: ClassVar = ("flow_map",)
+    trains: ClassVar = ("map",)
     fixed_point: ClassVar = "distribution"
     couples_rows: ClassVar = True
 
@@ -206,7 +206,7 @@ WRONG = {
     ),
     "diagonal_alone": (
         "x_t = (1 -", "r = t\n        x_t = (1 -",
-        "errors are pulled back", "u is trained at r = t alone", "`samplers`",
+        "errors are pulled back", "u is trained at r = t alone", "trains = (",
     ),
     "constant_noise": (
         "generator=rng, dtype", "generator=torch.Generator().manual_seed(0), dtype",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,8 +300,16 @@ def test_clean_fids_names_are_looked_up_in_local_folders(run_folder, tmp_path, m
         ("other_size.npz", "statistics of 3 features and Pixels has 64"),
         ("negative.npz", "no covariance.* its lowest is -1"),
         ("lopsided.npz", "no covariance: it must be symmetric"),
-        ("nan.npz", "sigma .* not finite"),
-        ("nan_mean.npz", "mu in .* not finite"),
+        ("nan.npz", r"sigma in nan\.npz has values that are not finite: 4096 of 4096"),
+        ("nan_mean.npz", r"mu in nan_mean\.npz has values that are not finite: 1 of 64"),
+        ("inf.npz", r"sigma in inf\.npz .* not finite: 1 of 4096\. .* two or more samples"),
+        ("one_sample.npz", r"sigma in one_sample\.npz .* not finite"),
+        ("huge.npz", "so large that their squares are not finite"),
+        ("words.npz", "mu in words.npz is <U1; it must be float16, 32 or 64"),
+        ("complex.npz", "sigma in complex.npz is complex128"),
+        ("nothing.npz", r"mu and sigma .* are \(0,\) and \(0, 0\)"),
+        ("cut.npz", "cut.npz cannot be read as arrays"),
+        ("array.npz", "array.npz cannot be read as arrays"),
         ("large.npz", "has 256 features and a sample has 64"),
         ("few.npz", "precision_recall need at least 4 real images"),
     ],
@@ -316,12 +327,55 @@ def test_a_reference_that_is_none_is_refused_before_sampling(
     np.savez("negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez("lopsided.npz", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
     np.savez("nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
-    np.savez("nan_mean.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    mean, high = np.zeros(64), np.eye(64)
+    mean[7], high[3, 3] = np.nan, np.inf
+    np.savez("nan_mean.npz", mu=mean, sigma=np.eye(64))
+    np.savez("inf.npz", mu=np.zeros(64), sigma=high)
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        np.savez("one_sample.npz", mu=np.ones(64), sigma=np.cov(np.ones((1, 64)).T))
+    np.savez("huge.npz", mu=np.full(64, 1e200), sigma=np.eye(64))
+    np.savez("words.npz", mu=np.full(64, "a"), sigma=np.eye(64))
+    np.savez("complex.npz", mu=np.zeros(64), sigma=np.eye(64) * 1j)
+    np.savez("nothing.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    Path("cut.npz").write_bytes(Path("nan.npz").read_bytes()[:500])
+    with Path("array.npz").open("wb") as file:
+        np.save(file, np.eye(3))
     np.savez("large.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
     np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
     monkeypatch.setattr(evaluate, "draw", None)
     with pytest.raises(ValueError, match=message):
         evaluate_run(run_folder, request(tmp_path, reference=reference), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            {"feats": np.full((9, 64), np.nan)},
+            r"feats in .*_kid\.npz has .* 576 of 576",
+        ),
+        ({"feats": np.zeros(64)}, r"has feats of shape \(64,\)"),
+        ({"other": np.zeros(64)}, "holds no feats"),
+        ({"feats": np.zeros((9, 3))}, "have 3 features and the mean in .* has 64"),
+    ],
+)
+def test_broken_features_beside_clean_fids_statistics_are_refused(
+    tmp_path, monkeypatch, features, message
+) -> None:
+    monkeypatch.setenv("OBJECTIVE_ZOO_WEIGHTS", str(tmp_path))
+    np.savez(tmp_path / "toy_clean_train_8.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(tmp_path / "toy_clean_train_8_kid.npz", **features)
+    with pytest.raises(ValueError, match=message):
+        find_real("cleanfid:toy_train_8", None, (1, 8, 8), 0)
+
+
+def test_data_whose_reference_is_not_finite_are_named() -> None:
+    dataset = SimpleNamespace(
+        name="mine",
+        reference=lambda num, seed: (torch.tensor([[0.0], [math.nan], [math.inf]]), None),
+    )
+    with pytest.raises(ValueError, match="2 of 3 reference rows of mine are not finite"):
+        evaluate.reference_of(dataset, 2, 0)
 
 
 def test_too_few_samples_are_refused_before_sampling(run_folder, tmp_path, monkeypatch) -> None:

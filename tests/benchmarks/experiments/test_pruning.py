@@ -160,6 +160,17 @@ def test_settings_are_checked_at_construction(settings: dict[str, Any], told: st
         halving(**settings)
 
 
+def test_pruner_that_would_prune_the_best_is_refused() -> None:
+    fine = {"recorder": Jsonl(), "every": 5, "budget": Budget(steps=11)}
+    low, high = ([METRIC, METRIC.split("/")[-1] + end] for end in ("_floor", "_ceiling"))
+    check_pruner(halving(), **fine, measured=low)
+    check_pruner(halving(better="higher"), **fine, measured=high)
+    with pytest.raises(ValueError, match=r"better = 'lower', and higher values .* = 'higher'"):
+        check_pruner(halving(), **fine, measured=high)
+    with pytest.raises(ValueError, match=r"better = 'higher', and lower values .* = 'lower'"):
+        check_pruner(halving(better="higher"), **fine, measured=low)
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

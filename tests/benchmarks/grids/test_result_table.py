@@ -85,6 +85,27 @@ def test_text_is_the_table_of_the_means():
     assert result_table(frame(ROWS)) == TABLE
 
 
+def titled(values: dict[str, float], **more) -> str:
+    return result_table(frame({"decm": [replace(RUN, values=values, **more)]})).split(":")[0]
+
+
+def test_title_has_the_direction_of_the_first_metric():
+    high = {"nfe1/precision_pixels": 0.5, "precision_pixels_ceiling": 0.9}
+    assert "higher is better; real data score 0.9" in titled(high)
+    assert "lower" not in titled(high)
+    assert "lower is better" in titled({"nfe1/fid": 3.0, "fid_floor": 1.0})
+    own = {"nfe1/ours": 3.0}
+    assert "higher is better" in titled(own, better="higher")
+    assert "lower is better" in titled(own, better="lower")
+    assert "is better" not in titled(own)  # nothing says so
+
+
+def test_direction_of_a_declared_metric_leaves_floors_and_errors_alone():
+    made = replace(RUN, values=VALUES, better="higher")
+    assert made.better_of("fid") == made.better_of("velocity_error") == "lower"
+    assert made.better_of("precision_pixels") == made.better_of("ours") == "higher"
+
+
 def test_text_of_single_runs_counts_no_runs():
     text = result_table(frame({"decm": [RUN]}))
     assert "means over" not in text
@@ -124,7 +145,7 @@ def test_value_that_is_not_a_number_is_shown_and_is_no_dash():
 def test_long_frame_has_a_line_for_each_number_of_each_run():
     found = frame(ROWS)
     assert list(found.columns) == [
-        "row", "run", "objective", "sampler", "seed", "metric", "nfe", "value",
+        "row", "run", "objective", "sampler", "seed", "metric", "nfe", "value", "better",
     ]  # fmt: skip
     costs = found["metric"].str.startswith("cost/")
     assert len(found[~costs]) == sum(len(r.values) for runs in ROWS.values() for r in runs)

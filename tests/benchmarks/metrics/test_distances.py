@@ -18,7 +18,9 @@ from benchmarks.metrics.distances import (
     Kid,
     Mmd,
     frechet_distance,
+    mean_and_factor,
     moments,
+    nuclear_norm,
     symmetric_root,
 )
 from benchmarks.metrics.precision_recall import PrecisionRecall
@@ -32,6 +34,12 @@ def normal(n: int, d: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0
 def covariance(d: int, seed: int) -> torch.Tensor:
     factor = normal(d, d, seed)
     return factor @ factor.T / d + 0.1 * torch.eye(d)
+
+
+def with_covariance(axes: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """2 d + 1 rows of mean zero whose covariance has these axes [d d] and variances [d]."""
+    arms = (len(axes) * variances).sqrt()[:, None] * axes.T
+    return torch.cat([arms, -arms, torch.zeros(1, len(axes), dtype=torch.float64)])
 
 
 def only(values) -> float:
@@ -52,16 +60,72 @@ def test_frechet_is_the_closed_form_for_commuting_gaussians(scales, seed) -> Non
     first, second, shift = torch.tensor(scales, dtype=torch.float64).T
     turn = torch.linalg.qr(normal(len(first), len(first), seed)).Q
     root = turn @ torch.diag(first) @ turn.T
-    other = turn @ torch.diag(second**2) @ turn.T
+    other = turn @ torch.diag(second) @ turn.T
     found = frechet_distance(torch.zeros_like(shift), root, turn @ shift, other)
     wanted = float((shift**2 + (first - second) ** 2).sum())
-    # the root of a rounding error of 1e-16 is 1e-8 of the largest product of scales
-    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-7 * float(first.max() * second.max()))
+    # rounding, of the largest scales: no root of a product is taken
+    assert found == pytest.approx(
+        wanted, rel=1e-12, abs=1e-13 * float(first.max() + second.max()) ** 2
+    )
+
+
+@pytest.mark.parametrize("decades", [4, 8, 12, 16])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_frechet_is_exact_for_a_spectrum_that_falls_by_many_decades(decades, reverse) -> None:
+    """Covariances with common axes: the distance is the sum of (sqrt a - sqrt b)^2."""
+    turn = torch.linalg.qr(normal(60, 60)).Q
+    first = torch.logspace(0, -decades, 60, dtype=torch.float64)
+    second = first.flip(0) if reverse else 2 * first
+    wanted = float((first.sqrt() - second.sqrt()).square().sum())
+    rows = [with_covariance(turn, s) for s in (first, second)]
+    assert only(Frechet()(*rows)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_square_root_of_the_product_would_lose_the_end_of_a_steep_spectrum() -> None:
+    """The negative control: with the eigenvalues of S1 S2, rounding hides what is below 1e-16."""
+    turn = torch.linalg.qr(normal(60, 60)).Q
+    first = torch.logspace(0, -12, 60, dtype=torch.float64)
+    root = turn * first.sqrt() @ turn.T
+    values = linalg.eigvalsh((root @ (root @ root) @ root).numpy())
+    lost = float(first.sum()) - np.sqrt(values[values > 1e-15]).sum()
+    assert lost > 1e-8
+    assert abs(float(first.sum() - nuclear_norm(root @ root))) < 1e-13
+
+
+def test_frechet_against_moments_of_a_steep_spectrum_is_the_closed_form() -> None:
+    turn = torch.linalg.qr(normal(60, 60)).Q
+    first = torch.logspace(0, -12, 60, dtype=torch.float64)
+    compare = Frechet().against_moments(torch.zeros(60, dtype=torch.float64), turn * first @ turn.T)
+    wanted = float((first.sqrt() - first.flip(0).sqrt()).square().sum())
+    assert only(compare(with_covariance(turn, first.flip(0)))) == pytest.approx(wanted, rel=1e-11)
+
+
+def test_frechet_of_covariances_without_common_axes_is_the_closed_form_in_the_plane() -> None:
+    """tr (AB)^1/2 of 2 x 2 matrices is sqrt(tr AB + 2 sqrt(det A det B)), here steep ones."""
+    roots = []
+    for angle, small in ((0.3, 1e-5), (1.1, 1e-6)):
+        c, s = math.cos(angle), math.sin(angle)
+        roots.append(torch.tensor([[c, s], [-small * s, small * c]], dtype=torch.float64))
+    a, b = (root.T @ root for root in roots)
+    overlap = math.sqrt(float((a @ b).trace()) + 2 * 1e-5 * 1e-6)
+    zero = torch.zeros(2, dtype=torch.float64)
+    wanted = float(a.trace() + b.trace()) - 2 * overlap
+    assert frechet_distance(zero, roots[0], zero, roots[1]) == pytest.approx(wanted, rel=1e-12)
+    wrong = float(a.trace() + b.trace()) - 2 * float(roots[0].norm() * roots[1].norm())
+    assert abs(wanted - wrong) > 0.1
+
+
+def test_factor_of_many_rows_gives_their_covariance() -> None:
+    x = normal(200, 7, scale=3.0, shift=5.0)  # eight blocks of 28 rows
+    mean, factor = mean_and_factor(x)
+    assert factor.shape == (7, 7)
+    np.testing.assert_allclose(factor.T @ factor, np.cov(x.numpy().T), atol=1e-13)
+    np.testing.assert_allclose(mean, x.mean(0))
 
 
 def test_frechet_equals_cleanfid_on_well_conditioned_covariances() -> None:
     (one, two), (m1, m2) = (covariance(20, 1), covariance(20, 2)), normal(2, 20, 3)
-    ours = frechet_distance(m1, symmetric_root(one), m2, two)
+    ours = frechet_distance(m1, symmetric_root(one), m2, symmetric_root(two))
     with pytest.warns(DeprecationWarning, match="disp"):  # clean-fid's own use of scipy
         theirs = cleanfid_frechet(m1.numpy(), one.numpy(), m2.numpy(), two.numpy())
     assert ours == pytest.approx(theirs, rel=1e-10)
@@ -75,7 +139,7 @@ def test_frechet_with_fewer_samples_than_dimensions_is_the_nuclear_norm_form() -
     overlap = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
     wanted = (a.mean(0) - b.mean(0)).square().sum() - 2 * overlap
     wanted = float(wanted + sum(f.square().sum() for f in factors))
-    assert only(Frechet()(a, b)) == pytest.approx(wanted, rel=1e-6)
+    assert only(Frechet()(a, b)) == pytest.approx(wanted, rel=1e-13)
 
 
 def test_frechet_of_samples_without_common_directions_adds_their_spreads() -> None:
@@ -88,7 +152,7 @@ def test_frechet_of_samples_without_common_directions_adds_their_spreads() -> No
 
 def test_frechet_of_a_set_with_itself_is_zero_and_symmetric_otherwise() -> None:
     a, b = normal(30, 50, 1), normal(30, 50, 2, scale=2)
-    assert abs(only(Frechet()(a, a))) < 1e-8  # 1e-6 with the roots of noise in 21 empty dimensions
+    assert abs(only(Frechet()(a, a))) < 1e-12
     assert only(Frechet()(a, b)) == pytest.approx(only(Frechet()(b, a)), rel=1e-8)
 
 
@@ -107,6 +171,13 @@ def test_square_root_notices_a_solver_that_returns_other_eigenvalues(monkeypatch
     monkeypatch.setattr(linalg, "eigh", wrong)
     with pytest.raises(ArithmeticError, match="miss the trace"):
         symmetric_root(covariance(10, 1))
+
+
+def test_nuclear_norm_notices_a_solver_that_returns_other_values(monkeypatch) -> None:
+    right = linalg.svdvals
+    monkeypatch.setattr(linalg, "svdvals", lambda matrix: right(matrix) * 1.001)
+    with pytest.raises(ArithmeticError, match="squares of the singular values"):
+        nuclear_norm(covariance(10, 1))
 
 
 def test_moments_are_numpys() -> None:
@@ -189,11 +260,14 @@ def brute_force(fake, real, k: int) -> dict[str, float]:
     def held(x, by):
         return [math.dist(x, y) <= radius[id(y)] for y in by]
 
-    covered = [min(math.dist(x, y) for y in fake) <= radius[id(x)] for x in real]
+    def well_inside(x, by):
+        return [math.dist(x, y) < radius[id(y)] for y in by]
+
+    covered = [min(math.dist(x, y) for y in fake) < radius[id(x)] for x in real]
     return {
         "precision": np.mean([any(held(x, real)) for x in fake]),
         "recall": np.mean([any(held(x, fake)) for x in real]),
-        "density": np.mean([sum(held(x, real)) for x in fake]) / k,
+        "density": np.mean([sum(well_inside(x, real)) for x in fake]) / k,
         "coverage": np.mean(covered),
     }
 
@@ -210,6 +284,34 @@ def test_precision_recall_density_coverage_equal_their_definitions(n, m, k, bloc
     fake, real = normal(n, 3, 1, shift=shift), normal(m, 3, 2)
     found = dict(PrecisionRecall(k=k, block=block)(fake, real))
     assert found == pytest.approx(brute_force(fake, real, k), abs=1e-6)
+
+
+def test_ties_count_as_the_code_of_each_metrics_authors_counts_them() -> None:
+    """On a line, with k = 1: every ball of the data has the radius 1."""
+    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]], dtype=torch.float64)
+    fake = torch.tensor([[2.0], [9.0], [30.0], [31.0]], dtype=torch.float64)
+    found = dict(PrecisionRecall(k=1)(fake, real))
+    # 2 and 9 lie on the edges of the balls around 1 and 10. The balls around 2 and 9 have the
+    # radius 7, those around 30 and 31 have the radius 1.
+    assert found == {"precision": 0.5, "recall": 1.0, "density": 0.0, "coverage": 0.0}
+    inside = dict(PrecisionRecall(k=1)(fake + torch.tensor([[-0.5], [0.5], [0], [0]]), real))
+    assert (inside["precision"], inside["density"], inside["coverage"]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_copies_of_the_data_tie_with_the_radii_to_the_bit(block, shift) -> None:
+    """A copy has its k-th neighbour at the radius: k balls of others, its own not counted again.
+
+    Distances by a product of matrices differ by rounding from one call to the next, the more the
+    farther the points are from the origin, and would decide such ties at random.
+    """
+    real = normal(120, 6, 3, shift=shift)
+    found = dict(PrecisionRecall(block=block)(real.flip(0), real))
+    assert found == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
+    repeated = real[:30].repeat(4, 1)  # every radius is 0
+    found = dict(PrecisionRecall(block=block)(repeated, repeated))
+    assert found == {"precision": 1.0, "recall": 1.0, "density": 0.0, "coverage": 0.0}
 
 
 def test_a_collapsed_model_has_precision_without_recall_or_coverage() -> None:

@@ -181,3 +181,10 @@ def test_metrics_for_which_there_is_too_little_real_data_are_left_out_aloud(
     recorded = metric.provenance(real, 12)["metrics"]
     assert ("PrecisionRecall" in recorded) == ("precision" in names)
     assert ("precision_recall needs at least 4 real samples" in caplog.text) == (rows < 4)
+
+
+@pytest.mark.parametrize("better", [None, "more"])
+def test_metric_that_says_no_direction_is_refused(better):
+    made = type("Ours", (Frechet,), {"better": better})()
+    with pytest.raises(ValueError, match=f"has Ours, which declares better = {better!r}"):
+        FeatureMetrics(metrics=(made,))

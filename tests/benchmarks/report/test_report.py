@@ -21,7 +21,7 @@ from benchmarks.report.reading.origins import origins_of
 from benchmarks.report.reading.recorded_runs import read_runs
 from benchmarks.report.rendering.data_frame import report_frame, to_csv
 from benchmarks.report.rendering.html import to_page
-from benchmarks.report.rendering.markdown import to_markdown
+from benchmarks.report.rendering.markdown import remark, to_markdown
 from benchmarks.report.rendering.sample_viewer import viewer_of
 from benchmarks.report.rendering.styles import styles_of
 from benchmarks.report.tables import build_report
@@ -511,3 +511,32 @@ def test_what_is_rendered_was_read_before(tmp_path):
     assert "data:image/png;base64," in page
     assert to_markdown(report, origins)
     assert to_csv(report)
+
+
+def test_precision_is_marked_as_higher_is_better_and_sends_the_reader_to_recall(tmp_path):
+    high = {f"nfe1/{name}": 0.5 for name in ("precision_pixels", "recall_pixels")}
+    low = {name: value - 0.1 for name, value in high.items()}
+    ends = {"precision_pixels_ceiling": 0.9, "recall_pixels_ceiling": 0.9}
+    rows = {
+        arm: {seed: {name: v + 0.001 * seed for name, v in of.items()} | ends for seed in range(4)}
+        for arm, of in (("dumo", high), ("flow_matching", low))
+    }
+    (compared,) = build_report(read_runs([comparison(tmp_path / "runs", rows)])).compared
+    table = compared.tables[0]
+    assert (table.title, table.better) == ("precision_pixels", "higher")
+    assert table.columns[0].entries["dumo"].verdict == "better"
+    assert table.columns[0].entries["dumo"].best
+    assert ["Recall shows them" in text for t in compared.tables for text in remark(t)] == [True]
+
+
+def test_declared_direction_of_ones_own_metric_decides_what_is_best(tmp_path):
+    rows = {
+        arm: {seed: {"nfe1/ours": value + 0.01 * seed} for seed in range(4)}
+        for arm, value in (("dumo", 2.0), ("flow_matching", 1.0))
+    }
+    folder = comparison(tmp_path / "runs", rows)
+    for file in folder.glob("*/result.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"better": "higher"}))
+    (compared,) = build_report(read_runs([folder])).compared
+    assert compared.tables[0].better == "higher"
+    assert compared.tables[0].columns[0].entries["dumo"].verdict == "better"

@@ -160,6 +160,7 @@ def test_viewer_puts_nearest_training_pictures_beside_samples(runs):
     assert strip.distances == (2.0,) * NUM_COLUMNS
     assert (opened(strip.nearest)[:, :40, :3] == 128).all()
     assert shown.real_distance == 2.0  # the median of 1, 2, 3
+    assert strip.as_sharp == 0.5
 
 
 def test_viewer_keeps_few_checkpoints_with_the_first_and_the_end(tmp_path):

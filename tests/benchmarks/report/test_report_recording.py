@@ -12,6 +12,7 @@ from tiny_runs import DIGITS, FILE_ONLY, SIZES, sets, zoo
 
 from benchmarks.data.digits import Digits
 from benchmarks.data.pictures import to_uint8
+from benchmarks.metrics.sharpness import as_sharp_as
 from benchmarks.records.jsonl import read_record
 from benchmarks.runs.peak_memory import PeakMemory
 from benchmarks.runs.samples import _nearest
@@ -50,6 +51,10 @@ def test_nearest_pictures_are_training_pictures_at_the_recorded_distance(out):
     own = (seen[:, None] - seen[None]).flatten(2).norm(dim=2)
     own.fill_diagonal_(torch.inf)
     assert torch.allclose(real["real_distance"], own.amin(1), rtol=1e-5)
+    as_sharp = as_sharp_as(seen, final)
+    own = (as_sharp[:, None] - seen[None]).flatten(2).norm(dim=2)
+    own.fill_diagonal_(torch.inf)
+    assert torch.allclose(real["as_sharp_nfe1"], own.amin(1), rtol=1e-5)
 
 
 def test_copied_training_picture_is_found_at_distance_zero():

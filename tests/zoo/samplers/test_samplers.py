@@ -1,4 +1,4 @@
-"""Samplers at exact networks: calls, order, the law of restarts; which objective may use which."""
+"""Samplers at exact networks: calls, order, the law of restarts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.conformance.mutations import Recombined
 from benchmarks.conformance.networks import OnPath, Tapped, Toy
-from registry import objectives, samplers
-from zoo.objectives.decm import DECM
-from zoo.objectives.flow_matching import FlowMatching
-from zoo.objectives.mean_flow import MeanFlow
-from zoo.objectives.shortcut import Shortcut
+from registry import samplers
 from zoo.oracles import GaussianOracle, MixtureOracle
 from zoo.paths import TrigFlow
 from zoo.samplers import (
@@ -24,10 +20,8 @@ from zoo.samplers import (
     Heun,
     Mix,
     Restart,
-    check_sampler,
     even_times,
     shifted,
-    valid_samplers,
 )
 
 F64 = torch.float64
@@ -253,44 +247,3 @@ def test_impossible_numbers_of_evaluations_are_refused(name, nfe):
 def test_impossible_settings_are_refused(make, field):
     with pytest.raises(ValueError, match=f"^{field} = "):
         make()
-
-
-@pytest.mark.parametrize("objective", objectives.names())
-def test_samplers_of_an_objective_can_read_what_it_trains(objective):
-    cls = objectives.get(objective)
-    for name in valid_samplers(cls()):
-        assert set(samplers.get(name).heads) & set(cls.heads)
-
-
-def test_objective_without_a_list_may_use_every_sampler_of_its_outputs():
-    class Plain:
-        heads = ("v",)
-
-    assert valid_samplers(Plain()) == ("euler", "heun")
-    Plain.heads = ("u",)
-    wrapping = {"cfg", "input_guidance"}  # they have no outputs of their own
-    assert set(valid_samplers(Plain())) == set(samplers.names()) - wrapping
-    assert valid_samplers(DECM()) == ("restart", "mix", "euler", "heun")  # best first
-
-
-def test_sampler_that_the_objective_does_not_train_is_refused():
-    check_sampler("shortcut", Shortcut(), FlowMap())
-    with pytest.raises(ValueError, match=r"'shortcut' cannot use sampler 'euler'.*@flow_map\(\)"):
-        check_sampler("shortcut", Shortcut(), Euler())
-    with pytest.raises(ValueError, match=r"'flow_matching' cannot use .*'restart'"):
-        check_sampler("flow_matching", FlowMatching(), Restart())
-
-
-def test_objective_without_a_path_takes_every_path():
-    class Pathless:
-        heads = ("u",)
-
-    check_sampler("pathless", Pathless(), Restart(path=TrigFlow()))
-
-
-def test_sampler_on_another_path_is_refused():
-    objective = MeanFlow(path=TrigFlow())
-    check_sampler("mean_flow", objective, FlowMap())
-    check_sampler("mean_flow", objective, Restart(path=TrigFlow()))
-    with pytest.raises(ValueError, match=r"restart.path = @trigflow\(\)"):
-        check_sampler("mean_flow", objective, Restart())

@@ -1,0 +1,127 @@
+"""How an objective and a sampler meet: by what the one trains and the other needs.
+
+    velocity         v(x, t) at every t: the output v, or u at r = t
+    map              u(x, t, r) at every t and every r < t
+    map_to_data      u(x, t, 0) at every t
+    map_from_noise   u(x, 1, r) at every r
+    even_steps       u(x, t, r) on even grids from t = 1 to r = 0, the single step among them
+
+An objective declares what it trains in `trains`, the best way to sample it first; a sampler what it
+needs in `needs`, all of it. Both may also name outputs of the network, such as "v" for a sampler
+that reads that output and cannot do with u at r = t. What is trained at every t and r is trained on
+all lines and grids in it, so that `map` includes the other maps. It does not include the velocity,
+which is at r = t.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from registry.core import did_you_mean
+
+VELOCITY, MAP = "velocity", "map"
+TO_DATA, FROM_NOISE, EVEN_STEPS = "map_to_data", "map_from_noise", "even_steps"
+MAPS = (MAP, TO_DATA, FROM_NOISE, EVEN_STEPS)
+WORDS = (VELOCITY, *MAPS)
+
+_AT = {
+    VELOCITY: "the velocity at every t",
+    MAP: "the map from every t to every r",
+    TO_DATA: "the map from every t to the data alone",
+    FROM_NOISE: "the map from the noise to every r",
+    EVEN_STEPS: "the map on even grids",
+}
+
+
+def trained_by(objective: Any) -> tuple[str, ...]:
+    """What the objective trains, best first: `trains`, else what outputs of its names allow.
+
+    `objective` is an object or its class. Without a declaration, an objective of u trains it
+    everywhere.
+    """
+    if isinstance(declared := getattr(objective, "trains", None), tuple):
+        return declared
+    heads = objective.heads
+    words = (MAP, VELOCITY) if "u" in heads else (VELOCITY,) if "v" in heads else ()
+    return (*words, *(key for key in heads if key not in ("u", "v")))
+
+
+def needed_by(sampler: Any) -> tuple[str, ...]:
+    """What the sampler, an object or its class, needs: `needs`, else what its `heads` stand for.
+
+    () stands for one that runs another sampler, which says it.
+    """
+    if declares(sampler, "needs", "heads") != "heads":
+        return tuple(getattr(sampler, "needs", ()))
+    heads = tuple(sampler.heads)
+    if "v" in heads:
+        return (VELOCITY,) if "u" in heads else (VELOCITY, "v")
+    return tuple(MAP if key == "u" else key for key in heads)
+
+
+def missing_for(sampler: Any, objective: Any) -> tuple[str, ...]:
+    """What the sampler needs and the objective does not train."""
+    trained = {*trained_by(objective), *objective.heads}
+    if MAP in trained:
+        trained.update(MAPS)
+    return tuple(need for need in needed_by(sampler) if need not in trained)
+
+
+def in_words(names: tuple[str, ...]) -> str:
+    """Such as "the velocity at every t, the output 'energy'"."""
+    return ", ".join(_AT.get(name, f"the output {name!r}") for name in names)
+
+
+def declares(part: Any, *attributes: str) -> str:
+    """The attribute that the nearest class of the part declares, the first of several; else ""."""
+    classes = (part if isinstance(part, type) else type(part)).__mro__
+    found = (a for cls in classes for a in attributes if getattr(cls, a, None) is not None
+             and a in vars(cls))  # fmt: skip
+    return next(found, "")
+
+
+def check_needs(name: str, cls: type) -> None:
+    """ValueError unless the class of the sampler `name` says what it needs."""
+    if declares(cls, "needs", "heads") == "heads":
+        return
+    needs: Any = getattr(cls, "needs", None)
+    wraps = "sampler" in inspect.signature(cls).parameters
+    if not _are_names(needs) or not (needs or wraps):
+        raise ValueError(
+            f"sampler {name!r} declares needs = {needs!r}; it needs a tuple of what it samples "
+            f'with, such as needs: ClassVar = ("{VELOCITY}",). There are {", ".join(WORDS)}, and '
+            "the outputs of the network by their names"
+        )
+    for need in needs:
+        if need not in WORDS and (hint := did_you_mean(need, WORDS)):
+            raise ValueError(f"sampler {name!r} needs {need!r}, which is no word for it.{hint}")
+
+
+def check_trains(name: str, objective: Any) -> None:
+    """ValueError where the objective `name`, or its class, trains what its outputs cannot give."""
+    trains, heads = getattr(objective, "trains", ()), objective.heads
+    if isinstance(trains, property):  # it depends on fields, which only an object has
+        return
+    if not _are_names(trains):
+        raise ValueError(
+            f"objective {name!r} declares trains = {trains!r}; it needs a tuple of what it "
+            f'trains, best first, such as trains: ClassVar = ("{MAP}", "{VELOCITY}")'
+        )
+    for word in trains:
+        if word not in (*WORDS, *heads):
+            raise ValueError(
+                f"objective {name!r} trains {word!r}, which is no word for it."
+                f"{did_you_mean(word, WORDS)} There are {', '.join(WORDS)}, and its outputs "
+                f"{', '.join(heads)}"
+            )
+        outputs = {VELOCITY: ("u", "v")}.get(word, ("u",) if word in MAPS else (word,))
+        if not {*outputs} & {*heads}:
+            raise ValueError(
+                f"objective {name!r} trains {word!r} and has the outputs {', '.join(heads)}: "
+                f"{_AT[word]} is read from {' or '.join(outputs)}"
+            )
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, tuple) and all(isinstance(name, str) for name in found)
