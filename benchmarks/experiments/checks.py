@@ -43,10 +43,27 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.dataset.num_classes,
     )
     check_batch(experiment.engine, experiment.batch_size)
+    _warn_of_coupling(experiment)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)
     return experiment
+
+
+def _warn_of_coupling(experiment: Experiment) -> None:
+    """Say so where a coupling of rows finds hardly any rows of the same label in a batch."""
+    num_classes, batch_size = experiment.dataset.num_classes, experiment.batch_size
+    for path, part in parts(experiment.objective):
+        kind = registry.kind_of(part)
+        if kind is registry.couplings and getattr(part, "couples_rows", False):
+            if batch_size < 2 * num_classes:
+                log.warning(
+                    "%s.%s = @%s() pairs data and noise of the same label, and a batch of %d has "
+                    "%.2g rows a label of %d: it changes little. Raise run.batch_size, or bind "
+                    "@independent()",
+                    *(experiment.objective_name, path, kind.name_of(part), batch_size),
+                    *(batch_size / num_classes, num_classes),
+                )
 
 
 def _probe(experiment: Experiment) -> dict[str, float]:

@@ -64,7 +64,7 @@ class Coupling(Protocol):
     """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0.
 
     `couples_rows = True` declares that a row's noise depends on other rows of the batch. Such a
-    coupling changes the velocity field.
+    coupling changes the velocity field, and it is given the rows of one condition at a time.
     """
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor: ...
@@ -161,7 +161,9 @@ class Teacher(Protocol):
 
     A teacher that `needs_copy` owns weights. The trainer makes the module, hands it over with
     `attach`, shards, checkpoints and restores it, and calls `update` after each optimizer step.
-    Before `attach` the teacher is the network itself, which is the state at step 0. A teacher that
+    Before `attach` the teacher is the network itself, which is the state at step 0. One that was
+    not attached must raise ValueError when training goes on, and never serve the network in silence.
+    A teacher that
     `distils` is another network, trained before: its velocity takes the place of the conditional
     velocity as the target.
     """
