@@ -38,6 +38,13 @@ class Guided(Protocol):
     def guidance_scale(self) -> float: ...
 
 
+@runtime_checkable
+class PartlyGuided(Guided, Protocol):
+    """A guided objective that teaches the guidance to some steps alone."""
+
+    def guides(self, t: float, r: float) -> bool: ...
+
+
 def drop_labels(
     cond: Cond | None, probability: float, rng: torch.Generator, n: int
 ) -> tuple[Cond | None, Tensor]:

@@ -22,7 +22,6 @@ from registry import teachers
 from registry.protocols import Cond, Network
 from zoo.derivatives.methods import no_gradient
 
-
 _NOT_ATTACHED = (
     "it has no weights of its own yet. In a training loop of your own, call teacher.attach("
     "copy.deepcopy(net)) once before the first step, and teacher.update(net, step) after each "

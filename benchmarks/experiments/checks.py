@@ -13,6 +13,7 @@ from torch import Tensor
 import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
+from benchmarks.experiments.sampled_steps import check_steps, warn_of_unguided
 from registry.gin_errors import message_of
 from registry.protocols import (
     Batch,
@@ -42,6 +43,8 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.net,
         experiment.dataset.num_classes,
     )
+    check_steps(experiment, experiment.nfe)
+    warn_of_unguided(experiment)
     check_batch(experiment.engine, experiment.batch_size)
     _warn_of_coupling(experiment)
     experiment = replace(experiment, derivative_error=_probe(experiment))

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.data.pictures import is_points, picture
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.sampled_steps import guidance_in_words
 from benchmarks.metrics import evaluate
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.measure import measure
@@ -29,10 +30,9 @@ from benchmarks.runs.result import MODEL, RESULT, Result
 from benchmarks.runs.samples import final_samples, keep_all
 from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
-from registry.protocols import RunRecord, parts, provider_files
+from registry.protocols import RunRecord, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
-from zoo.guidance import Guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
             "backbone": experiment.backbone_name,
             "sampler": experiment.sampler_name,
             "data": experiment.dataset.identity(),
-            "guidance": _guidance(experiment),
+            "guidance": guidance_in_words(experiment),
             **provenance(),
         }
     )
@@ -128,16 +128,3 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")
-
-
-def _guidance(experiment: Experiment) -> str:
-    """The guidance of the samples in words: that of training and that of the sampler."""
-    found = [
-        f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
-        for part, interval, name in (
-            (experiment.objective, "guidance_interval", "training"),
-            (experiment.sampler, "interval", "sampling"),
-        )
-        if isinstance(part, Guided) and part.guidance_scale != 1
-    ]
-    return "; ".join(found) or "none"

@@ -24,6 +24,8 @@ class Objective(Protocol):
 
     `samplers`        the registered samplers that are valid for it, best first; the default is
                       every sampler whose outputs it trains
+    `trains(t, r)`    False for a step from t to r that its loss never reaches; the default is True.
+                      A sampler that takes such a step is refused
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
     `full_gradient`   True if targets are differentiated too
@@ -162,10 +164,9 @@ class Teacher(Protocol):
     A teacher that `needs_copy` owns weights. The trainer makes the module, hands it over with
     `attach`, shards, checkpoints and restores it, and calls `update` after each optimizer step.
     Before `attach` the teacher is the network itself, which is the state at step 0. One that was
-    not attached must raise ValueError when training goes on, and never serve the network in silence.
-    A teacher that
-    `distils` is another network, trained before: its velocity takes the place of the conditional
-    velocity as the target.
+    not attached must raise ValueError when training goes on, and never serve the network in
+    silence. A teacher that `distils` is another network, trained before: its velocity takes the
+    place of the conditional velocity as the target.
     """
 
     needs_copy: ClassVar[bool]

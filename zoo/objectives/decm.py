@@ -132,6 +132,11 @@ class DECM:
             terms["n2n"] = mean_flat(g**2)
         return LossOutput(per_sample=per_sample, terms=terms, t=t, r=zero)
 
+    def trains(self, t: float, r: float) -> bool:
+        """Whether (t, r) lies in a cluster: to the data, on the diagonal, or from the noise."""
+        from_noise = self.n2n_every > 0 and t >= 1 - self.start_gap - 1e-6
+        return r <= 1e-6 or t - r <= 1e-6 or from_noise
+
     def start_time(self, step: int) -> float:
         """t_n, which rises from 1 - start_gap to exactly 1 over start_decay_steps."""
         return 1 - self.start_gap * max(0.0, 1 - step / max(self.start_decay_steps, 1))

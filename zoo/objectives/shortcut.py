@@ -99,6 +99,22 @@ class Shortcut:
             r=r,
         )
 
+    def trains(self, t: float, r: float) -> bool:
+        """Whether t - r is one of the step sizes, and both times lie on its grid."""
+        size = max(t - r, 1e-9)
+        level, position = -math.log2(size), (1 - t) / size
+        levels = range(int(math.log2(self.num_steps)) + 1)
+        known = levels if self.bootstrap_fraction else levels[-1:]
+        return (
+            round(level) in known
+            and abs(level - round(level)) < 1e-3  # times may be rounded to float32
+            and abs(position - round(position)) < 1e-2
+        )
+
+    def guides(self, t: float, r: float) -> bool:
+        """Whether guidance reaches this step: all but the smallest, which is the anchor."""
+        return t - r > 1.5 / self.num_steps
+
     def draw_times(self, n: int, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """(t, r) [n] on the grid: k rows with any larger step, then rows with the smallest."""
         levels = int(math.log2(self.num_steps))
