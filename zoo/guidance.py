@@ -8,6 +8,11 @@ With a guidance law each row draws its own scale w and interval, which are input
 and a is 1 - 1/w inside the interval. The scale is then chosen when sampling. From iMF (Geng et al.,
 arXiv 2512.02012): density of w proportional to 1/w on [1, 8], low ~ U(0, 0.5), high ~ U(0.5, 1),
 and the whole interval for rows with r = t.
+
+So at r = t a network has learned the whole interval alone, and every question at r = t tells it
+that one, with the scale w inside the row's own interval and 1 outside. Both velocities of a target
+are such questions, and the one without a label has scale 1. The released code of iMF asks in the
+same way. That samplers of the velocity ask so too is our reading: its code samples the map alone.
 """
 
 from __future__ import annotations
@@ -33,6 +38,13 @@ class Guided(Protocol):
     def guidance_scale(self) -> float: ...
 
 
+@runtime_checkable
+class PartlyGuided(Guided, Protocol):
+    """A guided objective that teaches the guidance to some steps alone."""
+
+    def guides(self, t: float, r: float) -> bool: ...
+
+
 def drop_labels(
     cond: Cond | None, probability: float, rng: torch.Generator, n: int
 ) -> tuple[Cond | None, Tensor]:
@@ -48,18 +60,21 @@ def drop_labels(
 
 
 def unlabelled(cond: Cond | None) -> dict[str, Tensor]:
-    """The same conditioning without labels; ValueError if there were none."""
+    """The same conditioning without labels, and so of scale 1; ValueError if there were none."""
     if cond is None or "label" not in cond:
         raise ValueError(
             "guidance needs a data set with labels, and this one has none; "
             "choose another data set or switch the objective's guidance off"
         )
-    return {**cond, "label": torch.full_like(cond["label"], NULL_LABEL)}
+    without = {**cond, "label": torch.full_like(cond["label"], NULL_LABEL)}
+    if "guidance" in cond:
+        without["guidance"] = _everywhere(torch.ones_like(cond["guidance"][:, 0]))
+    return without
 
 
 def velocity_at(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
     """v(x, t) of a network: its "v" output, else its average velocity at r = t."""
-    return velocity_of(net(x, t, t, cond))
+    return velocity_of(net(x, t, t, on_diagonal(cond, t)))
 
 
 def velocity_of(out: Mapping[str, Tensor]) -> Tensor:
@@ -143,14 +158,35 @@ def with_guidance(
     Rows of the mask `diagonal` [b] have the whole interval, [0, 1].
     """
     drawn = law(len(diagonal), rng)
-    everywhere = drawn * drawn.new_tensor([1, 0, 0]) + drawn.new_tensor([0, 0, 1])
-    return {**(cond or {}), "guidance": torch.where(diagonal[:, None], everywhere, drawn)}
+    told = torch.where(diagonal[:, None], _everywhere(drawn[:, 0]), drawn)
+    return {**(cond or {}), "guidance": told}
+
+
+def on_diagonal(cond: Cond | None, t: Tensor) -> Cond | None:
+    """The conditioning of a question at r = t: the same guidance, told over the whole interval.
+
+    The scale is the row's own where t lies inside the row's interval, and 1 where it does not.
+    """
+    if cond is None or "guidance" not in cond:
+        return cond
+    scale = cond["guidance"][:, 0]
+    return {**cond, "guidance": _everywhere(torch.where(_in_own_interval(cond, t), scale, 1))}
 
 
 def guidance_share(cond: Cond, t: Tensor) -> Tensor:
     """The share a of each row, [b]: 1 - 1/w inside the row's interval, 0 outside."""
-    scale, low, high = cond["guidance"].unbind(1)
-    return torch.where((low <= t) & (t <= high), 1 - 1 / scale, 0)
+    return torch.where(_in_own_interval(cond, t), 1 - 1 / cond["guidance"][:, 0], 0)
+
+
+def _in_own_interval(cond: Cond, t: Tensor) -> Tensor:
+    """The mask [b] of the rows whose time lies in the interval of their guidance."""
+    _, low, high = cond["guidance"].unbind(1)
+    return (low <= t) & (t <= high)
+
+
+def _everywhere(scale: Tensor) -> Tensor:
+    """Guidance [b 3] of these scales [b] at all times."""
+    return torch.stack([scale, torch.zeros_like(scale), torch.ones_like(scale)], dim=1)
 
 
 def limit_norm(direction: Tensor, bound: float) -> Tensor:

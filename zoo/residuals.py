@@ -5,9 +5,10 @@
                D the displacement of `order` teacher steps from (x - (t - m) d, m) to r
 
 `rcgm` needs no derivative and tends to `exact` as delta -> 0; its bias at the truth is O(delta). It
-is the consistency target of RCGM as read from the code of its successors (UCGM, TwinFlow). Here the
-same clamped step t - m moves the state and divides the result; the public code divides by delta.
-Rows with t - r <= delta become flow matching, g = u - d.
+is the consistency target of RCGM (order 2, delta 0.01) as read from the public code of TwinFlow.
+Rows with t - r <= delta become flow matching, g = u - d. The public code comes to the same by a
+mask over these rows, and divides zero by zero where t = r. It also limits g to +-1 by element,
+which is left to the objective here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 
 `online` is that network itself, `ema` a running average of its weights, and `frozen` another
 network that never changes. Targets are evaluated in eval mode (no dropout).
+
+The decay of `ema` at update k = 0, 1, ... is min(decay, (1 + k) / (10 + k)), and an update follows
+each optimizer step. This warm-up is ours. The released code of Shortcut keeps a constant 0.999 from
+the first step on. That of TwinFlow, after RCGM, starts at kappa = 0, sets kappa <- kappa + (1 -
+kappa) (decay - kappa) / 2 after each update, updates before the optimizer step, so that its average
+is one step older, evaluates the average in training mode, and has 0.99 as its default.
 """
 
 from __future__ import annotations
@@ -15,6 +21,13 @@ from torch import Tensor, nn
 from registry import teachers
 from registry.protocols import Cond, Network
 from zoo.derivatives.methods import no_gradient
+
+_NOT_ATTACHED = (
+    "it has no weights of its own yet. In a training loop of your own, call teacher.attach("
+    "copy.deepcopy(net)) once before the first step, and teacher.update(net, step) after each "
+    "optimizer step, where teacher is the objective's, such as objective.teacher, and step counts "
+    "from 0. trainers.fit does both"
+)
 
 
 def without_gradient(net: Network) -> Network:
@@ -62,20 +75,33 @@ class EmaTeacher:
     decay: float = 0.999
     network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
     _average: Average | None = field(default=None, init=False, repr=False, compare=False)
+    _used_without: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay = {self.decay!r} must lie in [0, 1)")
 
     def __call__(self, net: Network) -> Network:
-        return without_gradient(net if self.network is None else self.network)
+        """The average behind a stop-gradient; before `attach` the network itself, for one loss.
+
+        ValueError at the second loss with gradient without `attach`: the network has been trained
+        since the first, and a teacher that follows it at once makes some objectives diverge. Losses
+        under `torch.no_grad()` do not count.
+        """
+        if self.network is not None:
+            return without_gradient(self.network)
+        if torch.is_grad_enabled():
+            if self._used_without:
+                raise ValueError(f"the EMA teacher is used in a second loss, and {_NOT_ATTACHED}")
+            self._used_without = True
+        return without_gradient(net)
 
     def attach(self, network: nn.Module) -> None:
         self.network, self._average = network, None
 
     def update(self, net: nn.Module, step: int) -> None:
         if self.network is None:
-            return
+            raise ValueError(f"the EMA teacher is to be updated, and {_NOT_ATTACHED}")
         if self._average is None or self._average.net is not net:
             self._average = Average(self.network, net)
         self._average.update(warmed_up(self.decay, step))
@@ -123,7 +149,7 @@ class Frozen:
 
 
 def warmed_up(decay: float, step: int) -> float:
-    """The decay after `step` updates: min(decay, (1 + step) / (10 + step))."""
+    """The decay of update number `step`, counting from 0: min(decay, (1 + step) / (10 + step))."""
     return min(decay, (1 + step) / (10 + step))
 
 

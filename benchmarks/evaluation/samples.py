@@ -22,6 +22,7 @@ from benchmarks.metrics import evaluate
 from benchmarks.metrics.features import Extractor
 from benchmarks.runs.finished import open_run, training_data
 from benchmarks.runs.result import finished_run
+from benchmarks.runs.samples import samplers_at
 from registry import gin_setup
 from registry.protocols import Cond, Dataset, Network, Sampler
 from trainers.checkpoints.whole_files import remembered_sha256
@@ -135,7 +136,7 @@ def open_samples(folder: Path, request: EvaluationRequest, cache: Path) -> Sampl
         real=lambda: training_data(experiment),
         device=experiment.device,
         net=net,
-        samplers=evaluate.samplers_for(experiment.sampler, request.nfe or experiment.nfe),
+        samplers=samplers_at(experiment, request.nfe or experiment.nfe),
         shape=tuple(evaluate.decoded(dataset, code).shape[1:]),
         weights=remembered_sha256(request.weights or finished_run(folder)),
         operative=operative,

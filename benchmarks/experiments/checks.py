@@ -14,6 +14,7 @@ import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
 from benchmarks.experiments.recorded_data import RecordedData
+from benchmarks.experiments.sampled_steps import check_steps, warn_of_unguided
 from registry.gin_errors import message_of
 from registry.protocols import (
     Batch,
@@ -45,14 +46,33 @@ def checked(experiment: Experiment) -> Experiment:
         experiment.net,
         experiment.dataset.num_classes,
     )
+    check_steps(experiment, experiment.nfe)
+    warn_of_unguided(experiment)
     check_batch(experiment.engine, experiment.batch_size)
     if isinstance(experiment.dataset, RecordedData):
         return experiment  # a finished run, whose data may be gone: nothing is trained
     better_of(experiment.metric)
+    _warn_of_coupling(experiment)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)
     return experiment
+
+
+def _warn_of_coupling(experiment: Experiment) -> None:
+    """Say so where a coupling of rows finds hardly any rows of the same label in a batch."""
+    num_classes, batch_size = experiment.dataset.num_classes, experiment.batch_size
+    for path, part in parts(experiment.objective):
+        kind = registry.kind_of(part)
+        if kind is registry.couplings and getattr(part, "couples_rows", False):
+            if batch_size < 2 * num_classes:
+                log.warning(
+                    "%s.%s = @%s() pairs data and noise of the same label, and a batch of %d has "
+                    "%.2g rows a label of %d: it changes little. Raise run.batch_size, or bind "
+                    "@independent()",
+                    *(experiment.objective_name, path, kind.name_of(part), batch_size),
+                    *(batch_size / num_classes, num_classes),
+                )
 
 
 def _probe(experiment: Experiment) -> dict[str, float]:

@@ -40,9 +40,12 @@ class Pruned(Exception):
 class SuccessiveHalving:
     """Lets the best 1/reduction of the cells go on at min_steps x reduction^k steps, k = 0, 1, ...
 
-    It is the asynchronous kind: no cell waits for another. A cell is compared with those that
-    reached the same step before it, and the best so far always goes on. Li et al., arXiv
-    1810.05934, as in Optuna.
+    It is the asynchronous kind (Li et al., arXiv 1810.05934), as Optuna's pruner has it: no cell
+    waits for another. A cell is compared with those that reached the same step before it, and the
+    best so far always goes on. Optuna's rule, and so this one, differs from the paper's in two
+    ways. A weak cell is stopped for good, while the paper lets it wait and may continue it later.
+    Among fewer than `reduction` cells the best goes on, while the paper lets none. Two more rules
+    are ours: only cells of one seed compete, and a pruned seed ends the other seeds of its arm.
     """
 
     metric: str = ""

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.data.pictures import is_points, picture
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.recorded_data import record_data, warn_of_other_data
+from benchmarks.experiments.sampled_steps import guidance_in_words
 from benchmarks.metrics import evaluate
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.measure import measure
@@ -33,11 +34,10 @@ from benchmarks.runs.result import MODEL, RESULT, Result, recorded_identity
 from benchmarks.runs.samples import final_samples, keep_all
 from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
-from registry.protocols import RunRecord, better_of, parts, provider_files
+from registry.protocols import RunRecord, better_of, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import file_sha256
-from zoo.guidance import Guided
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
             "backbone": experiment.backbone_name,
             "sampler": experiment.sampler_name,
             "data": experiment.dataset.identity(),
-            "guidance": _guidance(experiment),
+            "guidance": guidance_in_words(experiment),
             **provenance(),
         }
     )
@@ -174,16 +174,3 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
     record.text(texts.config, "config.gin")
     record.text(texts.operative, "operative.gin")
     record.text(f"{experiment.objective!r}\n", "objective.txt")
-
-
-def _guidance(experiment: Experiment) -> str:
-    """The guidance of the samples in words: that of training and that of the sampler."""
-    found = [
-        f"scale {part.guidance_scale:g} inside {dict(parts(part)).get(interval)}, by {name}"
-        for part, interval, name in (
-            (experiment.objective, "guidance_interval", "training"),
-            (experiment.sampler, "interval", "sampling"),
-        )
-        if isinstance(part, Guided) and part.guidance_scale != 1
-    ]
-    return "; ".join(found) or "none"

@@ -28,10 +28,11 @@ from torch import Tensor
 from backbones.pretrained.tensors import save_tensors
 from benchmarks.data.pictures import is_picture, is_points, to_uint8
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.sampled_steps import check_steps
 from benchmarks.metrics import evaluate
 from benchmarks.metrics.sharpness import as_sharp_as
 from benchmarks.runs.result import REAL, SAMPLES
-from registry.protocols import Coded, Cond, Dataset, to_device
+from registry.protocols import Coded, Cond, Dataset, Sampler, to_device
 from trainers import ranks
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
@@ -58,8 +59,17 @@ def draw_samples(
     cond = to_device(_chosen(experiment.dataset, num, labels), experiment.device)
     return {
         n: evaluate.decoded(experiment.dataset, evaluate.draw(net, sampler, x1, cond, seed)).cpu()
-        for n, sampler in evaluate.samplers_for(experiment.sampler, nfe).items()
+        for n, sampler in samplers_at(experiment, nfe).items()
     }
+
+
+def samplers_at(experiment: Experiment, nfe: Sequence[int]) -> dict[int, Sampler]:
+    """The run's sampler at each NFE; ValueError for one that takes steps which are never trained.
+
+    It is raised for an NFE that the sampler cannot have, too.
+    """
+    check_steps(experiment, nfe)
+    return evaluate.samplers_for(experiment.sampler, nfe)
 
 
 def _chosen(dataset: Dataset, num: int, labels: int | Sequence[int] | None) -> Cond | None:

@@ -26,6 +26,8 @@ class Objective(Protocol):
                       way to sample it first: every sampler that needs no more is valid for it. It
                       may be a property, where fields decide it. The default is ("map", "velocity")
                       for u, ("velocity",) for v alone
+    `trains_step(t, r)`  False for a step from t to r that its loss never reaches; the default is
+                      True. A sampler that takes such a step is refused
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
     `full_gradient`   True if targets are differentiated too
@@ -66,7 +68,7 @@ class Coupling(Protocol):
     """(x0, x1) -> the same rows of noise x1, in the order in which they are paired with x0.
 
     `couples_rows = True` declares that a row's noise depends on other rows of the batch. Such a
-    coupling changes the velocity field.
+    coupling changes the velocity field, and it is given the rows of one condition at a time.
     """
 
     def __call__(self, x0: Tensor, x1: Tensor) -> Tensor: ...
@@ -163,9 +165,10 @@ class Teacher(Protocol):
 
     A teacher that `needs_copy` owns weights. The trainer makes the module, hands it over with
     `attach`, shards, checkpoints and restores it, and calls `update` after each optimizer step.
-    Before `attach` the teacher is the network itself, which is the state at step 0. A teacher that
-    `distils` is another network, trained before: its velocity takes the place of the conditional
-    velocity as the target.
+    Before `attach` the teacher is the network itself, which is the state at step 0. One that was
+    not attached must raise ValueError when training goes on, and never serve the network in
+    silence. A teacher that `distils` is another network, trained before: its velocity takes the
+    place of the conditional velocity as the target.
     """
 
     needs_copy: ClassVar[bool]

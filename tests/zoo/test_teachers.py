@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.conformance.networks import Toy
+from benchmarks.conformance.subject import random_batch
 from registry import teachers
-from registry.protocols import Teacher
+from registry.protocols import Teacher, required_heads
+from zoo.objectives.decm import DECM
+from zoo.objectives.dumo import DuMo
+from zoo.objectives.shortcut import Shortcut
 from zoo.teachers import Average, EmaTeacher, Frozen, Online, warmed_up, without_gradient
 
 each = pytest.mark.parametrize("name", teachers.names())
@@ -102,6 +107,47 @@ def test_ema_without_a_copy_is_the_network_itself():
     net = Small()
     out = EmaTeacher()(net)(*point())["u"]
     torch.testing.assert_close(out, net.linear(point()[0]).detach())
+
+
+def test_ema_without_a_copy_is_refused_in_the_second_loss():
+    """A first loss may be a trial of it; in the second the network has been trained."""
+    net, teacher = Small(), EmaTeacher()
+    teacher(net)(*point())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"teacher\.attach\(.* teacher\.update\(net, step\)"):
+            teacher(net)
+    teacher.attach(copy.deepcopy(net))
+    teacher(net)(*point())
+    teacher(net)(*point())
+
+
+def test_ema_without_a_copy_serves_any_number_of_losses_that_train_nothing():
+    net, teacher = Small(), EmaTeacher()
+    with torch.no_grad():
+        for _ in range(3):
+            teacher(net)(*point())
+    teacher(net)(*point())  # the first loss of a training
+
+
+def test_ema_without_a_copy_cannot_be_updated():
+    with pytest.raises(ValueError, match=r"teacher\.attach\("):
+        EmaTeacher().update(Small(), 0)
+
+
+@pytest.mark.parametrize("make", [DuMo, Shortcut, lambda: DECM(teacher=EmaTeacher(), n2n_every=1)])
+def test_loop_that_forgets_the_teacher_ends_at_its_second_step(make):
+    objective = make()
+    net = Toy((2,), required_heads(objective))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def step(number):
+        batch, rng = random_batch(n=8, step=number), torch.Generator().manual_seed(number)
+        objective.loss(net, batch, rng).per_sample.mean().backward()
+        optimizer.step()
+
+    step(0)
+    with pytest.raises(ValueError, match=r"objective\.teacher"):
+        step(1)
 
 
 def test_ema_evaluates_its_copy():

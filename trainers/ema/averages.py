@@ -4,9 +4,11 @@
 
 at update k = 0, 1, ... Until decay_k reaches its limit, all weights from before update j together
 count for about (j / k)^9 of the average, so it forgets its start and looks back over the last tenth
-of the run. EMA teachers follow the same rule (zoo/teachers.py). `PowerEma` has another decay, with
-which the average always looks back over the same share of the run; averages of other widths are
-made from such ones after training (reconstruction.py). Buffers are copied, not averaged.
+of the run. EMA teachers follow the same rule (zoo/teachers.py). This warm-up is ours: the released
+codes of Shortcut, MeanFlow and iMF use the full decay from the first step on. `PowerEma` has
+another decay, with which the average always looks back over the same share of the run; averages of
+other widths are made from such ones after training (reconstruction.py). Buffers are copied, not
+averaged.
 """
 
 from __future__ import annotations

@@ -8,14 +8,23 @@
 v1 = v(x, t_n) is the velocity at the noisy end, v2 = v(x_r, r) at the end that the network
 predicts, x_r = sg[x - (t_n - r) u]. `gamma` moves t along a trajectory, `lam` moves r along the
 velocity at the far end. With these tangents the true flow map is a fixed point for all lam, gamma.
-In print the two are swapped in the tangents, and it is a fixed point only where lam = gamma.
+
+They are equation (15) of the paper, gamma df/dt - lam df/dr + lam v(f, r) in our times, where
+f = x - (t - r) u is the map: the paper's clock runs backwards and its names of both ends are
+exchanged. Along a trajectory df/dt = v1 - u - (t - r) (du/dt + v1 du/dx), and df/dr = u - (t - r)
+du/dr. So the sum is -g, with the derivative of u along (gamma v1, gamma, -lam).
+
+The instantaneous loss has the mean over positions of 1 - cos(u, v), each cosine over the channels
+(axis 1) of one position, as in FACM's released code. A sample that is a vector has one position.
+With one channel a cosine is the sign of u v, and this loss moves no weight.
 
 From a reading of the paper (Dong et al., arXiv 2602.10764): the clusters and losses, lam = 0.5,
 gamma = 1, noise-to-noisy every 3rd step, t_n = 1 - 0.1 max(0, 1 - i / 20000), stratified times,
-norm-limited guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. Our reading: the consistency loss in
-FACM's form (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm); w' = 1; clips at +-1;
-||dv|| a root mean square; r of the noise-to-noisy rows is t_n times the time law; cosines are over
-whole samples.
+norm-limited guidance v(y) + (w - 1) min(1, eta / ||dv||) dv. From FACM's code (Peng et al., arXiv
+2507.03738), which the paper builds on: the cosine over channels, and the form of the consistency
+loss (beta = sin(pi t / 2), a = 1 - sqrt(1 - t), root-error norm, clip at +-1). Our reading: that
+DE-CM takes both over; w' = 1 and a clip at +-1 in the noise-to-noisy loss; ||dv|| a root mean
+square; r of the noise-to-noisy rows is t_n times the time law.
 
 The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). The default here,
 which is ours alone, has no such teacher: v is the (guided) conditional velocity at the
@@ -128,6 +137,11 @@ class DECM:
             terms["n2n"] = mean_flat(g**2)
         return LossOutput(per_sample=per_sample, terms=terms, t=t, r=zero)
 
+    def trains_step(self, t: float, r: float) -> bool:
+        """Whether (t, r) lies in a cluster: to the data, on the diagonal, or from the noise."""
+        from_noise = self.n2n_every > 0 and t >= 1 - self.start_gap - 1e-6
+        return r <= 1e-6 or t - r <= 1e-6 or from_noise
+
     def start_time(self, step: int) -> float:
         """t_n, which rises from 1 - start_gap to exactly 1 over start_decay_steps."""
         return 1 - self.start_gap * max(0.0, 1 - step / max(self.start_decay_steps, 1))
@@ -162,7 +176,7 @@ class DECM:
         return torch.sin(math.pi / 2 * t) * error / (error.detach() + 1e-3).sqrt()
 
     def _instantaneous_loss(self, u: Tensor, anchor: Tensor) -> Tensor:
-        cosine = cosine_similarity(u.flatten(1), anchor.flatten(1), dim=1)
+        cosine = cosine_similarity(u, anchor, dim=1).reshape(len(u), -1).mean(1)
         return mean_flat((u - anchor) ** 2) + self.cosine_weight * (1 - cosine)
 
     def _velocity(self, teacher: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:

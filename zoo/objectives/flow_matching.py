@@ -7,7 +7,7 @@ Its minimiser is the marginal velocity E[d x_t / dt | x_t], whose ODE carries no
 From the papers: the loss, linear path, uniform times (Lipman et al., arXiv 2210.02747; Liu et al.,
 2209.03003), logit-normal times (Esser et al., 2403.03206), minibatch OT (Tong et al., 2302.00482).
 Our reading: the loss is a mean over elements; labels are dropped in 10 % of the rows, as later
-works do.
+works do; with labels, optimal transport pairs rows of the same label (zoo/couplings.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
-from zoo.couplings import Independent
+from zoo.couplings import Independent, coupled_noise
 from zoo.guidance import drop_labels
 from zoo.ops import mean_flat, normal_like
 from zoo.paths import Linear
@@ -57,7 +57,7 @@ class FlowMatching:
     label_dropout: float = 0.1
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        x1 = self.coupling(batch.x0, normal_like(batch.x0, rng))
+        x1 = coupled_noise(self.coupling, batch.x0, normal_like(batch.x0, rng), batch.cond)
         t, _ = self.times(len(batch), rng)
         cond, _ = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
         x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, cond)

@@ -6,11 +6,16 @@ Step sizes are t - r = 2^-k for k = 0 ... log2(num_steps), on the grid of multip
 share of the rows learns this self-consistency (k < log2(num_steps)); the others are the anchor:
 flow matching at the smallest step, t - r = 1 / num_steps.
 
+Guidance of scale w enters the targets that are made of two smallest steps, and longer steps learn
+it from these. The smallest step itself is the anchor and learns no guidance: samples in num_steps
+evaluations are unguided, unless the sampler guides them, as `cfg` with `least_nfe` does.
+
 From the paper (Frans et al., arXiv 2410.12557) and its released code: all of the above, 128 steps,
 1/8 of the rows (the paper says 1/4), targets from an EMA of 0.999 clipped to +-4 (latents of unit
-scale), guidance only in targets made of two smallest steps. Our reading: k is drawn uniformly per
-row, labels are dropped on any row, and the step enters the network through (t, r) as for every
-other method instead of as its logarithm.
+scale). The code splits k evenly over the rows and gives the remainder to k = 0, drops labels on the
+anchor's rows alone, and averages with a constant decay. Our reading: k is drawn uniformly per row,
+labels are dropped on any row, the average's decay warms up (zoo/teachers.py), and the step enters
+the network through (t, r) as for every other method instead of as its logarithm.
 """
 
 from __future__ import annotations
@@ -93,6 +98,22 @@ class Shortcut:
             t=t,
             r=r,
         )
+
+    def trains_step(self, t: float, r: float) -> bool:
+        """Whether t - r is one of the step sizes, and both times lie on its grid."""
+        size = max(t - r, 1e-9)
+        level, position = -math.log2(size), (1 - t) / size
+        levels = range(int(math.log2(self.num_steps)) + 1)
+        known = levels if self.bootstrap_fraction else levels[-1:]
+        return (
+            round(level) in known
+            and abs(level - round(level)) < 1e-3  # times may be rounded to float32
+            and abs(position - round(position)) < 1e-2
+        )
+
+    def guides(self, t: float, r: float) -> bool:
+        """Whether guidance reaches this step: all but the smallest, which is the anchor."""
+        return t - r > 1.5 / self.num_steps
 
     def draw_times(self, n: int, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """(t, r) [n] on the grid: k rows with any larger step, then rows with the smallest."""

@@ -51,6 +51,8 @@ class ClassifierFree(GuidedSampler):
     """Classifier-free guidance inside an interval of times: null + scale (given - null).
 
     Both are rows of one network call, so a call inside the interval costs as much as two calls.
+    Samples in fewer evaluations than `least_nfe` are not guided: it is for networks that have
+    learned the guidance of long steps, such as Shortcut's, and not that of the shortest.
     """
 
     reference: ClassVar = Reference(
@@ -64,9 +66,18 @@ class ClassifierFree(GuidedSampler):
     sampler: Sampler = field(default_factory=Euler)
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    least_nfe: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nfe("cfg", self.least_nfe, "least_nfe")
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.scale if self.nfe >= self.least_nfe else 1.0
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        guided = guided_network(net, self.scale, self.interval)
+        guided = guided_network(net, self.guidance_scale, self.interval)
         return self.inner()(guided, x1, cond, rng)
 
 

@@ -140,6 +140,7 @@ class Mix:
     """DE-CM's sampler: a noise-to-noisy jump, Euler steps, one jump to the data.
 
     The paper's switch point is not public: `t_switch` is the time of the last jump (our reading).
+    Readers of the paper differ about the first step; others begin with the Euler steps.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("map_from_noise", "velocity", "map_to_data")
@@ -178,10 +179,10 @@ def euler_step(net: Network, x: Tensor, t: float, r: float, cond: Cond | None) -
     return x - (t - r) * velocity_at(net, x, _full(x, t), cond)
 
 
-def check_nfe(name: str, nfe: int) -> None:
+def check_nfe(name: str, nfe: int, field: str = "nfe") -> None:
     """ValueError unless nfe is a positive integer; `name` is the sampler's registered name."""
     if not (isinstance(nfe, int) and nfe >= 1):
-        raise ValueError(f"{name}.nfe = {nfe!r} must be a positive integer")
+        raise ValueError(f"{name}.{field} = {nfe!r} must be a positive integer")
 
 
 def _full(x: Tensor, t: float) -> Tensor:

@@ -32,7 +32,7 @@ BOUND_BY = {
     "guidance": (
         *("omega", "kappa", "guidance_scale", "guidance_interval"),
         *("cfg.scale", "cfg.interval", "input_guidance.scale", "input_guidance.interval"),
-        "run.sampler",
+        *("cfg.least_nfe", "run.sampler"),
     ),
     "budget": ("run.steps", "run.images", "run.seconds", "run.batch_size"),
     "schedule": ("run.schedule",),

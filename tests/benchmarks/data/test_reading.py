@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -82,7 +83,8 @@ def test_objectives_look_at_the_data_of_their_share_alone(name):
     x0[share.number :: share.count] = share.rows(batch.x0)[0]
 
     def gradient(of: Batch) -> list[torch.Tensor]:
-        loss = objective.loss(net, of, torch.Generator().manual_seed(0)).per_sample.mean()
+        fresh = deepcopy(objective)  # its teacher serves one loss without weights of its own
+        loss = fresh.loss(net, of, torch.Generator().manual_seed(0)).per_sample.mean()
         weights = list(net.parameters())
         return list(torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True))
 

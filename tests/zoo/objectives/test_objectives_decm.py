@@ -88,6 +88,43 @@ SETTINGS = {
 }
 
 
+def cosine_term(seen, objective, over_sample=False):
+    """FACM's: 1 - cos over the channels of each position, then the mean over positions."""
+    x, t, _ = clusters_of(seen)[0]
+    label = {"label": seen.trained().labels[: len(x)]}
+    u, v = seen.net(x, t, t, label)["u"], objective.teacher.network(x, t, t, label)["u"].detach()
+    if over_sample:
+        u, v = u.flatten(1), v.flatten(1)
+    u, v = u.flatten(2) if u.ndim > 2 else u[:, :, None], v.reshape(*v.shape[:2], -1)
+    return (1 - (u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1))).mean(1)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 5), (6,)], ids=["picture", "sequence", "vector"])
+def test_cosine_is_over_the_channels_of_each_position(shape):
+    """Value and gradient; over the whole sample both differ, unless the sample is one vector."""
+    objective = DECM(teacher=Frozen(), cosine_weight=1.0, n2n_every=0, label_dropout=0.0)
+    objective.teacher.attach(Toy(shape, ("u",), seed=5))
+    seen = watch(objective, shape=shape)
+    plain = watch(replace(objective, cosine_weight=0.0), shape=shape)
+    term = seen.out.per_sample - plain.out.per_sample
+    change = seen.gradient() - plain.gradient()
+    torch.testing.assert_close(term, cosine_term(seen, objective), rtol=1e-5, atol=1e-6)
+    wanted = seen.gradient(cosine_term(seen, objective))
+    assert float((change - wanted).norm() / wanted.norm()) < 1e-5
+    whole = seen.gradient(cosine_term(seen, objective, over_sample=True))
+    assert (float((change - whole).norm() / wanted.norm()) < 1e-5) == (len(shape) == 1)
+    assert float((whole - wanted).norm() / wanted.norm()) > 0.05 or len(shape) == 1
+
+
+def test_cosine_over_one_channel_moves_no_weight():
+    """It is the sign of u v there, as the docstring says."""
+    objective = DECM(teacher=Frozen(), cosine_weight=1.0, n2n_every=0)
+    objective.teacher.attach(Toy((1, 4, 4), ("u",), seed=5))
+    seen = watch(objective, shape=(1, 4, 4))
+    plain = watch(replace(objective, cosine_weight=0.0), shape=(1, 4, 4))
+    torch.testing.assert_close(seen.gradient(), plain.gradient(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("distilled", [False, True], ids=["scratch", "distilled"])
 @pytest.mark.parametrize("step", [0, 1, 6000])
 @pytest.mark.parametrize("name", SETTINGS)
@@ -160,6 +197,29 @@ def test_noise_to_noisy_residual_is_the_identity(lam_gamma):
     torch.testing.assert_close(
         seen.out.terms["consistency"], (residual**2).mean(1), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_noise_to_noisy_residual_is_equation_15(swap):
+    """-g = gamma df/dt - lam df/dr + lam v(f, r) of the map f itself, for whatever network."""
+    lam, gamma = 0.3, 0.8
+    seen = watch(DECM(lam=lam, gamma=gamma), labels="none")
+    x, t, r = clusters_of(seen)[2]
+    t, r, one = t.double(), r.double(), torch.ones(len(x), dtype=F64)
+
+    def f(x, t, r):
+        return x - like(t - r, x) * seen.net(x, t, r, None)["u"]
+
+    def v(x, t):
+        return seen.net(x, t, t, None)["u"]
+
+    point, moving_t = (x, t, r), (v(x, t), one, 0 * one)
+    end, along_t = torch.func.jvp(f, point, moving_t)
+    _, along_r = torch.func.jvp(f, point, (0 * x, 0 * one, one))
+    first, second = (lam, gamma) if swap else (gamma, lam)
+    printed = first * along_t - second * (along_r - v(end, r))
+    agrees = torch.allclose(seen.out.terms["n2n"], (printed**2).mean(1), rtol=1e-5, atol=1e-6)
+    assert agrees == (not swap)
 
 
 def swapped(fn, primals, tangents):
