@@ -53,6 +53,7 @@ def run(
     set: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    rehearsal: bool = True,
     progress: bool = False,
 ) -> Comparison:
     """Train, sample and measure the arms of a gin file, or its one run; as `objective-zoo run`.
@@ -60,7 +61,8 @@ def run(
     `arms` picks some of the file's arms; `set` binds more, such as {"run.steps": 50}. Its values
     are Python data, parts, or gin references as texts ("@dumo()"). `out` is a new folder, by
     default runs/NAME-DATE-TIME; with `resume` what is in it goes on. ValueError is raised before
-    any training for whatever does not fit together. CellsFailed, at the end, names the arms that
+    any training for whatever does not fit together, or fails in a rehearsal at the smallest size,
+    which `rehearsal=False` leaves out. CellsFailed, at the end, names the arms that
     failed and carries the outcome of the others.
 
     >>> c = run("experiments/digits.gin", arms=["mean_flow"], set=TINY, out="x")
@@ -70,7 +72,10 @@ def run(
     from objective_zoo import comparing
 
     folder = Path(out or Path("runs") / f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return comparing.compare(file, arms, set or {}, folder, resume=resume, progress=progress)
+    return comparing.compare(
+        file, arms, set or {}, folder,
+        resume=resume, rehearsal=rehearsal, progress=progress,
+    )  # fmt: skip
 
 
 def grid(
@@ -81,6 +86,7 @@ def grid(
     out: str | Path | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
+    rehearsal: bool = True,
     progress: bool = False,
 ) -> Comparison:
     """Run every cell of a gin file's arms, axes and seeds; as `objective-zoo grid`.
@@ -95,7 +101,7 @@ def grid(
 
     return comparing.grid(
         file, arms, set or {}, Path(out or Path("runs") / Path(file).stem),
-        workers=workers, retry_failed=retry_failed, progress=progress,
+        workers=workers, retry_failed=retry_failed, rehearsal=rehearsal, progress=progress,
     )  # fmt: skip
 
 

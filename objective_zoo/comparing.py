@@ -93,11 +93,20 @@ class PlannedRun:
         """One binding a line."""
         return "\n".join(self._bindings)
 
-    def run(self, out: str | Path, *, resume: bool = False, progress: bool = False) -> Run:
+    def run(
+        self,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        rehearsal: bool = True,
+        progress: bool = False,
+    ) -> Run:
         """Train, sample, measure and record it in `out`, a new folder."""
         request = Request(file=None, bindings=self._bindings)
         with isolated_call(progress):
-            found = _finished(lambda: library.compare(request, Path(out), resume=resume))
+            found = _finished(
+                lambda: library.compare(request, Path(out), resume=resume, rehearsal=rehearsal)
+            )
         return next(iter(found.runs.values()))
 
 
@@ -108,12 +117,13 @@ def compare(
     out: Path,
     *,
     resume: bool,
+    rehearsal: bool,
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.run`."""
     with isolated_call(progress):
         request = _request(file, arms, values)
-        return _finished(lambda: library.compare(request, out, resume=resume))
+        return _finished(lambda: library.compare(request, out, resume=resume, rehearsal=rehearsal))
 
 
 def grid(
@@ -124,13 +134,16 @@ def grid(
     *,
     workers: int | None,
     retry_failed: bool,
+    rehearsal: bool,
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.grid`."""
     with isolated_call(progress):
         request = _request(file, arms, values)
         return _finished(
-            lambda: library.run_grid(request, out, workers=workers, retry_failed=retry_failed)
+            lambda: library.run_grid(
+                request, out, workers=workers, retry_failed=retry_failed, rehearsal=rehearsal
+            )
         )
 
 

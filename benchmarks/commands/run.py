@@ -9,7 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.commands.arguments import Commands, add_request, add_store, request_of
+from benchmarks.commands.arguments import (
+    Commands,
+    add_rehearsal,
+    add_request,
+    add_store,
+    request_of,
+)
 from benchmarks.launchers.slurm import take_place
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ def add_to(commands: Commands) -> None:
     add_request(run)
     run.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME-DATE-TIME")
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    add_rehearsal(run)
     add_store(run)
     run.add_argument(
         "--ranks", type=int, default=1, help="run in this many processes of this machine"
@@ -56,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     def lead() -> None:
         try:
-            show(compare(request, out, resume=arguments.resume))
+            show(compare(request, out, resume=arguments.resume, rehearsal=arguments.rehearsal))
         except CellsFailed as failure:
             show(failure.comparison)
             raise SystemExit(str(failure)) from failure

@@ -49,11 +49,15 @@ class Store:
                 )
             return cls(uri, experiment)
         path = uri.removeprefix("sqlite:///")
-        if path == uri or not path or any(c in path for c in "%?#"):
+        if path == uri or not path:
+            raise ValueError(f"tracking_uri {uri!r} must be 'sqlite:///' and the path of a file")
+        file = Path(path).absolute()
+        if "?" in str(file):  # whatever follows it is taken for options of the database
             raise ValueError(
-                f"tracking_uri {uri!r} must be 'sqlite:///' and the path of a file, without '%?#'"
+                f"the MLflow store {str(file)!r} cannot be opened: its path must have no '?'. "
+                "Bind mlflow.tracking_uri to another one, or work in another folder"
             )
-        return cls(f"sqlite:///{Path(path).absolute()}", experiment)
+        return cls(f"sqlite:///{file}", experiment)
 
     @property
     def name(self) -> str:
