@@ -35,6 +35,7 @@ from backbones.trunk import TrunkModule, through
 from backbones.unet import GroupNorm, SelfAttention
 from registry import backbones
 from registry.protocols import Cond, Reference
+from registry.ranges import Count, CountOrZero, Positive, Probability
 
 EPS = 1e-6
 Step = tuple[int, int, dict[str, Any]]  # channels in, channels out, kind of block
@@ -186,15 +187,15 @@ class DDPMpp(TrunkModule):
         shape: tuple[int, ...],
         num_classes: int = 0,
         two_times: bool = False,
-        channels: int = 128,
-        multipliers: Sequence[int] = (2, 2, 2),
-        blocks: int = 4,
-        attention_levels: Sequence[int] = (1,),
-        dropout: float = 0.0,
+        channels: Count = 128,
+        multipliers: Sequence[Count] = (2, 2, 2),
+        blocks: Count = 4,
+        attention_levels: Sequence[CountOrZero] = (1,),
+        dropout: Probability = 0.0,
         checkpointing: bool = False,
-        num_augments: int = 0,
+        num_augments: CountOrZero = 0,
         second_time: str = "h",
-        max_frequency: float = 8.0,
+        max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
     ):
@@ -270,7 +271,7 @@ def _plan(
 
 
 def _check(
-    shape: tuple[int, ...], multipliers: Sequence[int], attention_levels: Sequence[int]
+    shape: tuple[int, ...], multipliers: Sequence[Count], attention_levels: Sequence[CountOrZero]
 ) -> None:
     if len(shape) != 3:
         raise ValueError(

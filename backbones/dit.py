@@ -22,6 +22,7 @@ from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
 from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
+from registry.ranges import Count, Positive, Probability
 
 NORMS = ("layer", "rms")
 
@@ -172,15 +173,15 @@ class DiT(PatchTransformer):
         shape: tuple[int, ...],
         num_classes: int = 0,
         two_times: bool = False,
-        patch: int = 2,
-        dim: int = 384,
-        depth: int = 6,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
+        patch: Count = 2,
+        dim: Count = 384,
+        depth: Count = 6,
+        num_heads: Count = 6,
+        mlp_ratio: Positive = 4.0,
+        dropout: Probability = 0.0,
         qk_norm: bool = False,
         second_time: str = "h",
-        max_frequency: float = 8.0,
+        max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
         checkpointing: bool = False,

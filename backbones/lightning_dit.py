@@ -21,6 +21,7 @@ from backbones.dit import PatchReadout, PatchTransformer, check_patches, xavier_
 from backbones.embeddings import Conditioning, modulate, zero_
 from registry import backbones
 from registry.protocols import Reference
+from registry.ranges import Count, Positive, Probability
 
 
 class LightningBlock(nn.Module):
@@ -87,15 +88,15 @@ class LightningDiT(PatchTransformer):
         shape: tuple[int, ...],
         num_classes: int = 0,
         two_times: bool = False,
-        patch: int = 1,
-        dim: int = 384,
-        depth: int = 6,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
+        patch: Count = 1,
+        dim: Count = 384,
+        depth: Count = 6,
+        num_heads: Count = 6,
+        mlp_ratio: Positive = 4.0,
+        dropout: Probability = 0.0,
         qk_norm: bool = False,
         second_time: str = "h",
-        max_frequency: float = 8.0,
+        max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
         checkpointing: bool = False,

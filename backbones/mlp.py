@@ -15,6 +15,7 @@ from backbones.embeddings import Conditioning, modulate, zero_
 from backbones.trunk import TrunkModule
 from registry import backbones
 from registry.protocols import Cond
+from registry.ranges import Count, Positive
 
 
 class ResidualBlock(nn.Module):
@@ -57,10 +58,10 @@ class MLP(TrunkModule):
         shape: tuple[int, ...],
         num_classes: int = 0,
         two_times: bool = False,
-        dim: int = 256,
-        depth: int = 4,
+        dim: Count = 256,
+        depth: Count = 4,
         second_time: str = "h",
-        max_frequency: float = 8.0,
+        max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
     ):

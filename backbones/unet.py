@@ -23,6 +23,7 @@ from backbones.embeddings import Conditioning, modulate, zero_
 from backbones.trunk import TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
+from registry.ranges import Count, Positive, Probability
 
 
 class GroupNorm(nn.GroupNorm):
@@ -169,14 +170,14 @@ class UNet(TrunkModule):
         shape: tuple[int, ...],
         num_classes: int = 0,
         two_times: bool = False,
-        channels: int = 64,
-        multipliers: Sequence[int] = (1, 2),
-        blocks: int = 1,
-        num_heads: int = 4,
-        dropout: float = 0.0,
+        channels: Count = 64,
+        multipliers: Sequence[Count] = (1, 2),
+        blocks: Count = 1,
+        num_heads: Count = 4,
+        dropout: Probability = 0.0,
         checkpointing: bool = False,
         second_time: str = "h",
-        max_frequency: float = 8.0,
+        max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
     ):

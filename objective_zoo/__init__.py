@@ -54,6 +54,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     fork: str | Path | None = None,
+    rehearsal: bool = True,
     progress: bool = False,
 ) -> Comparison:
     """Train, sample and measure the arms of a gin file, or its one run; as `objective-zoo run`.
@@ -62,8 +63,9 @@ def run(
     are Python data, parts, or gin references as texts ("@dumo()"). `out` is a new folder, by
     default runs/NAME-DATE-TIME; with `resume` what is in it goes on. With `fork`, the folder of
     earlier runs, new runs start from their newest checkpoints, with other settings. ValueError is
-    raised before any training for whatever does not fit together. CellsFailed, at the end, names
-    the arms that failed and carries the outcome of the others.
+    raised before any training for whatever does not fit together, or fails in a rehearsal at the
+    smallest size, which `rehearsal=False` leaves out. CellsFailed, at the end, names the arms that
+    failed and carries the outcome of the others.
 
     >>> c = run("experiments/digits.gin", arms=["mean_flow"], set=TINY, out="x")
     >>> list(c.runs), c.failed
@@ -73,8 +75,9 @@ def run(
 
     folder = Path(out or Path("runs") / f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     return comparing.compare(
-        file, arms, set or {}, folder, resume=resume, fork=fork, progress=progress
-    )
+        file, arms, set or {}, folder,
+        resume=resume, fork=fork, rehearsal=rehearsal, progress=progress,
+    )  # fmt: skip
 
 
 def grid(
@@ -85,6 +88,7 @@ def grid(
     out: str | Path | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
+    rehearsal: bool = True,
     progress: bool = False,
 ) -> Comparison:
     """Run every cell of a gin file's arms, axes and seeds; as `objective-zoo grid`.
@@ -99,7 +103,7 @@ def grid(
 
     return comparing.grid(
         file, arms, set or {}, Path(out or Path("runs") / Path(file).stem),
-        workers=workers, retry_failed=retry_failed, progress=progress,
+        workers=workers, retry_failed=retry_failed, rehearsal=rehearsal, progress=progress,
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ class PlannedRun:
         *,
         resume: bool = False,
         fork: str | Path | None = None,
+        rehearsal: bool = True,
         progress: bool = False,
     ) -> Run:
         """Train, sample, measure and record it in `out`, a new folder.
@@ -106,10 +107,9 @@ class PlannedRun:
         With `resume` what is in it goes on; with `fork` it starts from the run in that folder.
         """
         request = Request(file=None, bindings=self._bindings)
+        how: dict[str, Any] = {"resume": resume, "fork": _path(fork), "rehearsal": rehearsal}
         with isolated_call(progress):
-            found = _finished(
-                lambda: library.compare(request, Path(out), resume=resume, fork=_path(fork))
-            )
+            found = _finished(lambda: library.compare(request, Path(out), **how))
         return next(iter(found.runs.values()))
 
 
@@ -121,12 +121,14 @@ def compare(
     *,
     resume: bool,
     fork: str | Path | None,
+    rehearsal: bool,
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.run`."""
     with isolated_call(progress):
         request = _request(file, arms, values)
-        return _finished(lambda: library.compare(request, out, resume=resume, fork=_path(fork)))
+        how: dict[str, Any] = {"resume": resume, "fork": _path(fork), "rehearsal": rehearsal}
+        return _finished(lambda: library.compare(request, out, **how))
 
 
 def grid(
@@ -137,13 +139,16 @@ def grid(
     *,
     workers: int | None,
     retry_failed: bool,
+    rehearsal: bool,
     progress: bool,
 ) -> Comparison:
     """See `objective_zoo.grid`."""
     with isolated_call(progress):
         request = _request(file, arms, values)
         return _finished(
-            lambda: library.run_grid(request, out, workers=workers, retry_failed=retry_failed)
+            lambda: library.run_grid(
+                request, out, workers=workers, retry_failed=retry_failed, rehearsal=rehearsal
+            )
         )
 
 

@@ -31,6 +31,7 @@ from registry.gin_files import portable as portable
 from registry.gin_files import read_text as read_text
 from registry.gin_files import resolve as resolve
 from registry.gin_secrets import withdraw_secrets
+from registry.gin_values import problems
 from registry.plugins import load_plugins
 from registry.secrets import forget, kept
 
@@ -69,6 +70,11 @@ def parse(
         if troubles is None:
             raise
         troubles.append(str(error))
+    else:
+        if (wrong := list(problems(_values()))) and troubles is None:
+            raise ValueError("\n".join(wrong))
+        if troubles is not None:
+            troubles += wrong
     return tuple(dict.fromkeys(reading.opened))
 
 
@@ -260,6 +266,15 @@ def inert_bindings(name: str = "", ignore: Sequence[str] = ("Grid",)) -> tuple[s
 def _bound() -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
     """((scope, full selector), {parameter: value}); a macro is a scope with the selector MACRO."""
     return tuple(config._CONFIG.items())
+
+
+def _values() -> Iterator[tuple[str, str, str, Any]]:
+    """Every binding: its key, selector, parameter and value, with macros replaced by theirs."""
+    for (scope, selector), values in _bound():
+        for parameter, value in values.items():
+            key = _key(scope, selector, parameter)
+            if not repr(value) == "%gin.REQUIRED":
+                yield key, selector, parameter, _without_macros(value)
 
 
 def own_key(key: str) -> str:

@@ -33,6 +33,13 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tracking-uri", help="MLflow store; default: mlflow.db beside --out")
 
 
+def add_rehearsal(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-rehearsal", dest="rehearsal", action="store_false",
+        help="do not first go through everything at its smallest",
+    )  # fmt: skip
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="other weights, such as those of `ema`"

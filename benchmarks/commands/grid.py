@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_request, add_store, request_of
+from benchmarks.commands.arguments import (
+    Commands,
+    add_rehearsal,
+    add_request,
+    add_store,
+    request_of,
+)
 from benchmarks.commands.run import goes_on, show
 
 
@@ -18,6 +24,7 @@ def add_to(commands: Commands) -> None:
     grid.add_argument("--workers", type=int, help="run this many cells at a time, in processes")
     grid.add_argument("--dry-run", action="store_true", help="list the cells, estimate the time")
     grid.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
+    add_rehearsal(grid)
     add_store(grid)
     grid.set_defaults(command=_grid)
 
@@ -29,10 +36,18 @@ def _grid(arguments: argparse.Namespace) -> None:
 
     request, out = request_of(arguments), arguments.out or Path("runs") / arguments.file.stem
     if arguments.dry_run:
-        print(dry_run(request, out, arguments.workers))
+        print(dry_run(request, out, arguments.workers, rehearsal=arguments.rehearsal))
         return
     try:
-        show(run_grid(request, out, workers=arguments.workers, retry_failed=arguments.retry_failed))
+        show(
+            run_grid(
+                request,
+                out,
+                workers=arguments.workers,
+                retry_failed=arguments.retry_failed,
+                rehearsal=arguments.rehearsal,
+            )
+        )
     except CellsFailed as failure:
         show(failure.comparison)
         raise SystemExit(str(failure)) from failure

@@ -9,7 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.commands.arguments import Commands, add_request, add_store, request_of
+from benchmarks.commands.arguments import (
+    Commands,
+    add_rehearsal,
+    add_request,
+    add_store,
+    request_of,
+)
 from benchmarks.launchers.slurm import take_place
 
 if TYPE_CHECKING:
@@ -25,6 +31,7 @@ def add_to(commands: Commands) -> None:
         "--fork", type=Path, metavar="DIR",
         help="start new runs in --out from the newest checkpoints in DIR, with other settings",
     )  # fmt: skip
+    add_rehearsal(run)
     add_store(run)
     run.add_argument(
         "--ranks", type=int, default=1, help="run in this many processes of this machine"
@@ -61,7 +68,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
     def lead() -> None:
         try:
-            show(compare(request, out, resume=arguments.resume, fork=arguments.fork))
+            show(
+                compare(
+                    request, out,
+                    resume=arguments.resume, fork=arguments.fork, rehearsal=arguments.rehearsal,
+                )
+            )  # fmt: skip
         except CellsFailed as failure:
             show(failure.comparison)
             raise SystemExit(str(failure)) from failure

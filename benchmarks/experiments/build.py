@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import gin
 import torch
@@ -43,6 +43,7 @@ from registry.protocols import (
     parts,
     required_heads,
 )
+from registry.ranges import NotNegative, Range
 from trainers import ranks
 from trainers.devices import device_of
 from trainers.engines import as_trained
@@ -69,17 +70,17 @@ def run(
     steps: int | None = None,
     images: int | None = None,
     seconds: float | None = None,
-    batch_size: int = 128,
+    batch_size: Annotated[int, Range(1, 10**8)] = 128,
     seed: int = 0,
     ema_decay: float | Sequence[float] = 0.999,
     power_emas: float | Sequence[float] = (),
     ema_snapshots: int = 0,
     nfe: Sequence[int] = (1, 2, 4, 8),
-    num_samples: int = 1000,
+    num_samples: Annotated[int, Range(1, 10**9)] = 1000,
     log_every: int = 50,
     evaluate_every: int = 0,
-    checkpoint_seconds: float = 600.0,
-    non_finite: str = "stop",
+    checkpoint_seconds: NotNegative = 600.0,
+    non_finite: Literal["stop", "skip"] = "stop",
     pruner: Pruner | None = None,
     compile: bool = False,
     start_from: str = "",

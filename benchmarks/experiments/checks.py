@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -53,6 +54,7 @@ def checked(experiment: Experiment) -> Experiment:
         return experiment  # a finished run, whose data may be gone: nothing is trained
     better_of(experiment.metric)
     _warn_of_coupling(experiment)
+    _check_memory(experiment)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)
@@ -73,6 +75,24 @@ def _warn_of_coupling(experiment: Experiment) -> None:
                     *(experiment.objective_name, path, kind.name_of(part), batch_size),
                     *(batch_size / num_classes, num_classes),
                 )
+
+
+def _check_memory(experiment: Experiment) -> None:
+    """ValueError if one batch, or the samples, are larger than all memory of this machine."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    row = 4 * math.prod(experiment.dataset.shape)  # float32
+    for name, rows in (
+        ("batch_size", experiment.batch_size),
+        ("num_samples", experiment.num_samples),
+    ):
+        if rows * row > memory:
+            raise ValueError(
+                f"run.{name} = {rows} rows of {experiment.dataset.name} take "
+                f"{rows * row / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB. "
+                f"Set run.{name} to {memory // row // 2} or less"
+            )
 
 
 def _probe(experiment: Experiment) -> dict[str, float]:

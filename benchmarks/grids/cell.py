@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +37,9 @@ from trainers.checkpoints.locks import alone
 from trainers.checkpoints.whole_files import read_json, write_json, write_text
 
 CELL, CONFIG, LOCK = "cell.json", "config.gin", "cell.lock"
+
+Work = Callable[["Cell", Path, RunRecord], None]
+"""What all processes of a run do with a cell; a function of a module, which can be sent."""
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +78,13 @@ def run_cell(folder: Path) -> Ended:
         gin_setup.parse([folder / CONFIG])
         with (
             alone(folder / LOCK, "this cell"),
-            _recorder(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
+            recorder_of(cell.arm).start(cell.name, folder, folder.parent, cell.tags) as record,
         ):
             record.tags(_cleared_tags(folder))
             if has_result(folder):
                 record.artifact(folder / RESULT)
             else:
-                ranks.from_leader(folder.resolve())
-                _execute(cell, folder, record)
+                lead(_execute, cell, folder, record)
     except KeyboardInterrupt as stopped:
         return Ended(cell.name, "stopped", str(stopped) or "interrupted")
     except Pruned as pruned:
@@ -98,16 +100,23 @@ def run_cell(folder: Path) -> Ended:
     return Ended(cell.name, "finished")
 
 
-def follow() -> None:
-    """Take part in every cell that the leading process runs, and record nothing."""
+def lead(work: Work, cell: Cell, folder: Path, record: RunRecord) -> None:
+    """Do this work on a cell, together with the processes that follow."""
+    ranks.from_leader((work, folder.resolve()))
+    work(cell, folder, record)
 
-    def announced() -> Path | None:
+
+def follow() -> None:
+    """Take part in every cell that the leading process runs or rehearses, and record nothing."""
+
+    def announced() -> tuple[Work, Path] | None:
         ranks.wait_at_most()  # the leader may take long to close its record
         return ranks.from_leader(None)
 
-    while (folder := announced()) is not None:
+    while (told := announced()) is not None:
+        work, folder = told
         try:
-            _execute(Cell.load(folder), folder, NullRun(folder.name))
+            work(Cell.load(folder), folder, NullRun(folder.name))
         except (KeyboardInterrupt, Pruned):
             continue
         except Exception as error:
@@ -120,15 +129,24 @@ def _exited(end: SystemExit) -> str:
     return f"its code asked Python to exit, with {end.code!r}; raise an error there instead"
 
 
-def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:
-    def built() -> Experiment:
+def built(cell: Cell, folder: Path, record: RunRecord) -> Experiment:
+    """The run of a cell from the text in its folder, in every process or in none.
+
+    The hashes of the code that the text imports are recorded.
+    """
+
+    def from_text() -> Experiment:
         opened = gin_setup.parse([folder / CONFIG])
         made = build(cell.arm)
         if code := gin_setup.code_hashes(opened):
             record.text(json.dumps(code, indent=1) + "\n", CODE)
         return made
 
-    experiment = ranks.together(built, Exception)
+    return ranks.together(from_text, Exception)
+
+
+def _execute(cell: Cell, folder: Path, record: RunRecord) -> None:
+    experiment = built(cell, folder, record)
     texts = texts_of(cell.arm, (folder / CONFIG).read_text())
     execute(experiment, texts, record, folder, resume=True)
 
@@ -158,5 +176,6 @@ def _cleared_tags(folder: Path) -> dict[str, str]:
     return {name: "" for name in ("error", PRUNED) if tags.get(name)}
 
 
-def _recorder(arm: str) -> Recorder:
+def recorder_of(arm: str) -> Recorder:
+    """The recorder of an arm, from what was parsed last."""
     return gin_setup.build("run.recorder", arm) or defaults.recorder()

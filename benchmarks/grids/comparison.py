@@ -29,6 +29,7 @@ from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
 from benchmarks.grids.continuing import FORK, as_forked, check_same, fork, state_to_fork
 from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome, Row
+from benchmarks.grids.rehearsal import PREFIX, rehearse
 from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
@@ -45,9 +46,14 @@ log = logging.getLogger(__name__)
 
 
 def compare(
-    request: Request, out: Path, *, resume: bool = False, fork: Path | None = None
+    request: Request,
+    out: Path,
+    *,
+    resume: bool = False,
+    fork: Path | None = None,
+    rehearsal: bool = True,
 ) -> ComparisonOutcome:
-    """Run every arm, or those that the request names.
+    """Run every arm, or those that the request names, after a rehearsal of them.
 
     Arms that are finished already are not run again. One that fails is recorded and the others
     run; CellsFailed at the end names it. After a signal KeyboardInterrupt is raised, and the same
@@ -66,8 +72,11 @@ def compare(
     if axes:
         log.info("one cell; `objective-zoo grid` runs those along %s", ", ".join(axes.keys))
     planned = plan(request, Declared())
+    states = {one.cell.name: state_in(out / one.cell.name) for one in planned.cells}
+    if rehearsal:
+        rehearse(_unfinished(planned, states), out, planned.launcher)
     with alone(out / LOCK, "a comparison"):
-        states = {planned.cell.name: state_in(out / planned.cell.name) for planned in planned.cells}
+        states = {one.cell.name: state_in(out / one.cell.name) for one in planned.cells}
         if fork is not None:
             _fork(planned, fork, out, states)
         planned = replace(
@@ -80,7 +89,12 @@ def compare(
 
 
 def run_grid(
-    request: Request, out: Path, *, workers: int | None = None, retry_failed: bool = False
+    request: Request,
+    out: Path,
+    *,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    rehearsal: bool = True,
 ) -> ComparisonOutcome:
     """Run the cells that have not finished in `out`, nor elsewhere in the same MLflow store.
 
@@ -93,8 +107,19 @@ def run_grid(
         planned = replace(planned, launcher=Subprocesses(workers=workers))
     if not is_serial(planned.launcher):
         _check_importable(planned.cells)
+    if rehearsal:
+        states = states_of(planned, out)
+        rehearse(_unfinished(planned, states, retry_failed), out, planned.launcher)
     with alone(out / LOCK, "a comparison"):
         return _run(planned, out, states_of(planned, out), retry_failed=retry_failed)
+
+
+def _unfinished(
+    planned: Plan, states: Mapping[str, State], retry_failed: bool = True
+) -> list[Planned]:
+    """The cells that are to run."""
+    done = {"finished"} if retry_failed else {"finished", "failed"}
+    return [one for one in planned.cells if states[one.cell.name].status not in done]
 
 
 def _check_importable(cells: Iterable[Planned]) -> None:
@@ -265,7 +290,8 @@ def _fork(planned: Plan, source: Path, out: Path, states: Mapping[str, State]) -
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    there = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    names = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    there = {name for name in names if not name.startswith(PREFIX)}  # of one that was killed
     if there and not resume:
         raise ValueError(
             f"{out} is not empty: continue it with resume (--resume), or choose another out"

@@ -18,6 +18,7 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids.cell_status import State
 from benchmarks.grids.cells import Plan, plan
 from benchmarks.grids.comparison import states_of
+from benchmarks.grids.rehearsal import rehearse
 from benchmarks.grids.request import Request
 from benchmarks.runs.measure import measure
 from benchmarks.runs.teacher import as_teacher
@@ -123,8 +124,18 @@ def _kind(experiment: Experiment) -> tuple[Hashable, ...]:
     )
 
 
-def dry_run(request: Request, out: Path, workers: int | None = None) -> str:
-    """The cells with their bindings, what they lack, and the estimate, as text."""
+def dry_run(
+    request: Request, out: Path, workers: int | None = None, *, rehearsal: bool = True
+) -> str:
+    """The cells with their bindings, what they lack, and the estimate, as text.
+
+    ValueError if the rehearsal of a cell that is to run fails.
+    """
+    if rehearsal:
+        planned = plan(request, request.axes())
+        states = states_of(planned, out)
+        left = [one for one in planned.cells if states[one.cell.name].status != "finished"]
+        rehearse(left, out, planned.launcher)
     log.info("timing a few steps of each kind of cell ...")
     planned = plan(request, request.axes(), cost_of=Estimator())
     states = states_of(planned, out)

@@ -12,15 +12,18 @@ Where the data are codes, such as a VAE's latents, a metric sees what they decod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import registry
 from benchmarks.data.pictures import to_uint8
 from registry.protocols import Coded, Cond, Dataset, Metric, Network, Sampler, rows_of
 
@@ -55,10 +58,42 @@ def evaluate(
     labels = None if cond is None else _cyclic(cond, num, device)
     for nfe, run in runs.items():
         samples = decoded(dataset, draw(net, run, x1, labels, seed, batch_size))
-        for name, value in metric(samples, reference):
+        for name, value in values_of(metric, samples, reference):
             yield f"nfe{nfe}/{name}", value
     if isinstance(metric, Referenced):
         yield from metric.floor(reference, num)
+
+
+def values_of(metric: Metric, samples: Tensor, reference: Tensor) -> Iterator[tuple[str, float]]:
+    """The metric's pairs as plain numbers; ValueError for another pair, and for a name given twice.
+
+    A tensor or an array of one number counts as that number.
+    """
+    name = registry.metrics.name_of(metric)
+    given: Any = metric(samples, reference)
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"@{name}() gave {type(given).__name__}; a metric yields pairs of a name and a number, "
+            f'such as yield "{name}", value.item()'
+        )
+    seen: set[str] = set()
+    for pair in given:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f"@{name}() gave {repr(pair)[:100]}; a metric yields pairs of a name and a number"
+            )
+        key, value = pair
+        if key in seen:
+            raise ValueError(f"@{name}() gave the value {key!r} twice; give each a name of its own")
+        seen.add(key)
+        if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+            value = value.item()
+        if not isinstance(value, Real):
+            raise ValueError(
+                f"@{name}() gave {key!r} = {repr(value)[:100]}; each value must be one number, "
+                "such as value.mean().item()"
+            )
+        yield key, float(value)
 
 
 def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[str, str]:
@@ -137,6 +172,7 @@ def draw(
             rng = _generator(seed, _SAMPLER, first + start, x1.device)
             part = rows_of(cond, rows)
             blocks.append(sampler(_in_batches(net, batch_size), x1[rows], part, rng))
+            _check_shape(sampler, blocks[-1], x1[rows])
     samples = torch.cat(blocks)
     broken = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()
     if len(broken):
@@ -146,6 +182,16 @@ def draw(
             "diverged or was loaded wrongly"
         )
     return samples
+
+
+def _check_shape(sampler: Sampler, samples: Any, x1: Tensor) -> None:
+    """ValueError unless the sampler gave one sample for each row of the noise."""
+    found = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+    if found != tuple(x1.shape):
+        raise ValueError(
+            f"{type(sampler).__name__} at nfe {sampler.nfe} gave {found} from noise of shape "
+            f"{tuple(x1.shape)}; a sampler returns a tensor of the shape of its noise"
+        )
 
 
 def _in_batches(net: Network, size: int) -> Network:

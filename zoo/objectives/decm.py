@@ -58,6 +58,7 @@ from registry.protocols import (
     Teacher,
     TimeLaw,
 )
+from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import drop_labels, guided_target, guided_velocity
 from zoo.ops import like, mean_flat, normal_like
@@ -91,7 +92,7 @@ class DECM:
     cosine_weight: float = 0.0
     guidance_scale: float = 1.0
     guidance_limit: float = math.inf
-    label_dropout: float = 0.1
+    label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
         for name in ("n2n_every", "start_decay_steps", "lam", "gamma", "start_gap"):

@@ -39,6 +39,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
+from registry.ranges import Probability
 from zoo.derivatives.one_pass import outputs_then_derivative
 from zoo.guidance import (
     check_interval,
@@ -87,7 +88,7 @@ class DuMo:
     omega: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance: GuidanceLaw | None = None
-    label_dropout: float = 0.1
+    label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
         check_interval("dumo.guidance_interval", self.guidance_interval)

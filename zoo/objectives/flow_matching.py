@@ -28,6 +28,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
+from registry.ranges import Probability
 from zoo.couplings import Independent, coupled_noise
 from zoo.guidance import drop_labels
 from zoo.ops import mean_flat, normal_like
@@ -54,7 +55,7 @@ class FlowMatching:
     times: TimeLaw = field(default_factory=Uniform)
     coupling: Coupling = field(default_factory=Independent)
     weight: Weight = field(default_factory=Unweighted)
-    label_dropout: float = 0.1
+    label_dropout: Probability = 0.1
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         x1 = coupled_noise(self.coupling, batch.x0, normal_like(batch.x0, rng), batch.cond)

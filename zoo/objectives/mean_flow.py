@@ -40,6 +40,7 @@ from registry.protocols import (
     TimeLaw,
     Weight,
 )
+from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import (
     check_interval,
@@ -79,7 +80,7 @@ class MeanFlow:
     kappa: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance: GuidanceLaw | None = None
-    label_dropout: float = 0.1
+    label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
         check_interval("mean_flow.guidance_interval", self.guidance_interval)

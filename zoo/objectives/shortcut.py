@@ -38,6 +38,7 @@ from registry.protocols import (
     Teacher,
     Weight,
 )
+from registry.ranges import Probability
 from zoo.guidance import drop_labels, unlabelled
 from zoo.ops import first_rows, like, mean_flat, normal_like
 from zoo.paths import Linear
@@ -68,7 +69,7 @@ class Shortcut:
     bootstrap_fraction: float = 0.125
     clip: float = 4.0
     guidance_scale: float = 1.0
-    label_dropout: float = 0.1
+    label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
         check_fraction("shortcut.bootstrap_fraction", self.bootstrap_fraction)
