@@ -64,7 +64,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--save-images", type=Path, metavar="DIR", help="also write every sample as a PNG"
     )
     parser.add_argument("--out", type=Path, help="default: RUN/evaluation")
-    parser.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
     parser.add_argument("--cache", type=Path, help="where features of references are kept")
     add_weights(parser)
     add_bindings(parser, "euler.shift = 2.0")

@@ -21,8 +21,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def _check_schedule(experiment: Experiment) -> None:
             raise ValueError(
                 f"run.schedule = @{name}() fails at step {step}: {message_of(error)}"
             ) from error
-        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             raise ValueError(
                 f"run.schedule = @{name}() gives {factor!r} at step {step}; it must give a finite "
                 "number of 0 or more, which multiplies the learning rate"
