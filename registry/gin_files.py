@@ -210,23 +210,32 @@ def code_hashes(opened: Iterable[Path]) -> dict[str, str]:
 def imported_files(opened: Iterable[Path]) -> tuple[Path, ...]:
     """The Python files, outside the installed packages, that these gin files import."""
     found = []
-    for path in opened:
-        names, folders = imports_of(path)
-        for folder in (path.parent, *folders):
-            for name in names:
-                found += [f for f in [folder / f"{name}.py"] if f.is_file()]
-                if _holds(folder, name):
-                    found += sorted((folder / name).rglob("*.py"))
+    for name, folder in _sources(opened):
+        found += [file for file in [folder / f"{name}.py"] if file.is_file()]
+        if _holds(folder, name):
+            found += sorted((folder / name).rglob("*.py"))
     return tuple(dict.fromkeys(file.resolve() for file in found))
 
 
 def import_folders(opened: Iterable[Path]) -> tuple[str, ...]:
     """The folders, outside the installed packages, of what these gin files import."""
-    found = []
+    return tuple(dict.fromkeys(str(folder.resolve()) for _, folder in _sources(opened)))
+
+
+def _sources(opened: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """What these gin files import from folders: each name with the folder that it comes from.
+
+    A module that is imported already may have come from elsewhere than the file says, by --import.
+    What is passed on to another process is then its own folder, never the one in the file.
+    """
     for path in opened:
         names, folders = imports_of(path)
-        found += [f for f in (path.parent, *folders) if any(_holds(f, name) for name in names)]
-    return tuple(dict.fromkeys(str(folder.resolve()) for folder in found))
+        for name in names:
+            near = [folder for folder in (*folders, path.parent) if _holds(folder, name)]
+            if folder := own_code.folder_of(name) if near else None:
+                yield name, folder
+            elif near:
+                yield name, near[0]
 
 
 def _holds(folder: Path, name: str) -> bool:

@@ -89,6 +89,14 @@ def warn_of_changes(folder: Path) -> None:
             )
 
 
+def folder_of(name: str) -> Path | None:
+    """The folder that an imported module or package of this name has come from, if it is a file."""
+    file = _file_of(name)
+    if file is None:
+        return None
+    return file.parent.parent if file.name == "__init__.py" else file.parent
+
+
 def _files(name: str, folders: Iterable[Path]) -> list[Path]:
     """The files in the first of the folders that has the module."""
     for folder in folders:

@@ -99,9 +99,12 @@ def test_module_that_is_imported_already_is_used_from_wherever_it_came(evil, tmp
     (other / f"{evil}.py").write_text("mine = True\n")
     sys.path.append(str(other))
     __import__(evil)
-    gin_setup.parse([tmp_path / "config.gin"], trusted=False)
+    opened = gin_setup.parse([tmp_path / "config.gin"], trusted=False)
     assert gin_setup.query("run.seed") == 3
     assert not executed(tmp_path)
+    # A worker, which begins without it, is told the folder that was used.
+    assert gin_setup.import_folders(opened) == (str(other),)
+    assert gin_setup.imported_files(opened) == (other / f"{evil}.py",)
 
 
 def test_error_compares_with_the_hash_of_the_time_of_the_run(evil, tmp_path):
