@@ -614,3 +614,30 @@ def test_metrics_that_a_small_reference_does_not_allow_are_left_out_or_refused(c
         with_enough_rows(metrics, real, rows, asked=True)
     with pytest.raises(ValueError, match="frechet, kid need at least 2"):
         with_enough_rows(metrics[:2], real, rows[:1], asked=False)
+
+
+def test_a_metric_of_ones_own_is_imported_by_its_file(run_folder, tmp_path) -> None:
+    (tmp_path / "own_evaluation_metric.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from registry import metrics\n\n"
+        '@metrics.register("own_evaluation_metric")\n'
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class OwnEvaluationMetric:\n"
+        '    """How far the means are apart."""\n\n'
+        '    better = "lower"\n\n'
+        "    def against(self, reference):\n"
+        "        mean = reference.mean(0)\n"
+        '        return lambda x: iter([("own", float((x.mean(0) - mean).norm()))])\n\n'
+        "    def __call__(self, samples, reference):\n"
+        "        return self.against(reference)(samples)\n"
+    )
+    words = ("evaluate", run_folder, "--num", 20, "--nfe", 1, "--features", "pixels", "--out",
+             tmp_path / "out", "--cache", tmp_path / "cache",
+             "--metrics", "own_evaluation_metric")  # fmt: skip
+    done = zoo(*words)
+    assert done.status == 2
+    assert "own_evaluation_metric" in done.err
+    done = zoo(*words, "--import", tmp_path / "own_evaluation_metric.py")
+    registry.metrics._classes.pop("own_evaluation_metric", None)
+    assert done.status == 0, done.err
+    assert "own_pixels" in done.out

@@ -17,6 +17,7 @@ from benchmarks.data.edm_augment import EdmAugment
 from benchmarks.data.mixtures import Mixture
 from benchmarks.data.streams import Pictures, StoredSet
 from benchmarks.experiments.recorded_data import DATA, record_data, recorded_data
+from benchmarks.grids.cell import run_cell
 
 COUNTS = (5, 2, 4)
 
@@ -170,3 +171,14 @@ def test_a_run_that_recorded_less_needs_its_data_as_before(elsewhere, tmp_path):
     done = sampled(elsewhere, tmp_path / "grid.png")
     assert done.status == 2
     assert "does not exist" in done.err
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(trained, tmp_path, caplog):
+    run = Path(shutil.copytree(trained / "out" / "mean_flow", tmp_path / "copy"))
+    moved = Path(shutil.copytree(trained / "pictures", tmp_path / "changed"))
+    Image.new("RGB", (8, 8), "red").save(moved / "a" / "0.png")
+    (run / "result.json").unlink()
+    config = run / "config.gin"
+    config.write_text(config.read_text().replace(str(trained / "pictures"), str(moved)))
+    assert run_cell(run).status == "finished"
+    assert "not those that the run was trained on" in caplog.text
