@@ -120,7 +120,9 @@ def why_pruned(pruner: Pruner, folder: Path) -> str:
         if cell.params.get(SEED) == own.params.get(SEED)
         for value in _values(cell, pruner.metric)
     )
-    last = max(_values(own, pruner.metric), key=lambda value: value.step)
+    last = max(_values(own, pruner.metric), key=lambda value: value.step, default=None)
+    if last is None:  # while a disk is full, lines of the record wait in memory
+        return ""
     values = values[: values.index(last) + 1]
     if not pruner(values):
         return ""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -76,6 +77,7 @@ class RecordWriter:
         if lost := self._waiting.count(b"\n"):
             log.error("%d lines of the record %s could not be written", lost, self._path)
         try:
+            os.fsync(self._file.fileno())
             self._file.close()
         except OSError as problem:  # as some network file systems tell it
             log.error("the record %s may not be whole: %s", self._path, problem.strerror)

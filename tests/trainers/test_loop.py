@@ -117,3 +117,9 @@ def test_fit_refuses_losses_that_are_not_per_row() -> None:
 
     with pytest.raises(ValueError, match=r"Reduced.loss returned per_sample of shape \(\)"):
         run(objective=Reduced())
+
+
+def test_batch_that_no_memory_holds_is_refused_before_anything_is_read() -> None:
+    """The data set would make its rows block by block, for hours."""
+    with pytest.raises(ValueError, match=r"run.batch_size = 1000000000000: .* 7,451 GiB, and this"):
+        run(batch_size=10**12)

@@ -58,6 +58,13 @@ def test_nobody_is_stopped_between_the_rungs() -> None:
     assert halving()(reports(*better, *through, ("b", 20, 3.0)))
 
 
+def test_cell_whose_values_have_no_room_on_the_disk_goes_on(tmp_path: Path) -> None:
+    """Its lines wait in memory, and the record on the disk has none of its values."""
+    with Jsonl().start("a", tmp_path / "a") as record:
+        record.params({"run.seed": 0})
+        assert why_pruned(halving(), tmp_path / "a") == ""
+
+
 class Rungs:
     """Asynchronous successive halving as the paper has it, for cells that report at each step."""
 
