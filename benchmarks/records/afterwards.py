@@ -48,10 +48,10 @@ def add_to_record(
         return
     again = shlex.join(["objective-zoo", "send", str(folder)])
     try:
-        file = Store.of(start["store"]["uri"], start["store"]["experiment"]).file
-        if file is None or file.is_file():
+        database = Store.of(start["store"]["uri"], start["store"]["experiment"]).file
+        if database is None or database.is_file():
             send(folder)
         else:
-            log.warning("the MLflow store %s is gone, so it does not get this", file)
+            log.warning("the MLflow store %s is gone, so it does not get this", database)
     except Exception as error:  # MLflow and its connections raise errors of any kind
         log.warning("not sent to MLflow (%s); send it later with\n    %s", reason(error), again)
