@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import DIGITS, TINY, Done, sets, zoo
+from tiny_runs import DIGITS, NETWORK, SIZES, TINY, Done, sets, zoo
 
 from benchmarks.grids.axes import Declared
 from benchmarks.grids.cells import plan
@@ -72,7 +72,7 @@ def test_cell_that_fails_shows_no_password(tmp_path: Path) -> None:
     text = (tmp_path / "broken.py").read_text().replace("SECRET", SECRET)
     (tmp_path / "broken.py").write_text(text)
     (tmp_path / "x.gin").write_text(f"include '{DIGITS}'\nimport broken\n")
-    how = (*TINY, *STORE, "run.metric = @broken_metric()", "run.steps = 1")
+    how = (*SIZES, *NETWORK, *STORE, "run.metric = @broken_metric()", "run.steps = 1")
     out = tmp_path / "out"
     done = zoo("run", tmp_path / "x.gin", "--arm", "mean_flow", *sets(*how), "--out", out)
     assert done.status != 0
