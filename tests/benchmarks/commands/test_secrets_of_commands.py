@@ -84,8 +84,8 @@ def test_cell_that_fails_shows_no_password(tmp_path: Path) -> None:
     "words",
     [
         ("run", "nowhere.gin", "--tracking-uri", ADDRESS),
-        ("run", DIGITS, "--tracking-ur", ADDRESS),
-        ("run", DIGITS, "--set", f"mlflow.tracking_uri = {ADDRESS}"),
+        ("run", DIGITS, "--address", ADDRESS),
+        ("run", DIGITS, *ONE, "--set", f"mlflow.tracking_uri = {ADDRESS}"),
         ("grid", DIGITS, *ONE, *sets(*TINY, f"dit.dim = '{ADDRESS}'")),
         ("plan", DIGITS, *ONE, *MACHINE, *sets(*TINY, f"x.y = '{ADDRESS}'")),
         ("send", "nowhere", "--tracking-uri", ADDRESS),
