@@ -45,7 +45,7 @@ def test_part_that_declares_nothing_is_taken_as_plain() -> None:
     assert not runs_in_several_processes(part)
     assert provider_files(part, 8) == {}
     assert keeps_records(part)
-    assert store_of(part) is None
+    assert store_of(part, Path()) is None
     assert not is_serial(part)
 
 
