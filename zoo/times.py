@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from registry import time_laws
-from registry.protocols import Reference
+from registry.protocols import Reference, TimeLaw
 
 MEAN_FLOW = Reference(
     title="Mean Flows for One-step Generative Modeling",
@@ -27,6 +27,9 @@ MEAN_FLOW = Reference(
     year=2025,
     arxiv="2505.13447",
 )
+
+
+_MANY, _SAME = 10**6, 1e-6  # rows; a difference of times that is rounding
 
 
 def uniform_draws(n: int, rng: torch.Generator) -> Tensor:
@@ -52,6 +55,18 @@ def check_fraction(name: str, value: float) -> None:
 def check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} = {value!r} must be positive")
+
+
+def reaches(law: TimeLaw, t: float, r: float) -> bool:
+    """Whether the law draws steps like (t, r): on the diagonal, to the data, or in between.
+
+    A law that draws rows with r < t is taken to reach all of them, unless its `only_to_data` says
+    that their r is 0. It is taken to reach the diagonal, at least as a limit.
+    """
+    if t - r <= _SAME:
+        return True
+    only_to_data = getattr(law, "only_to_data", False)
+    return law.num_off_diagonal(_MANY) > 0 and (r <= _SAME or not only_to_data)
 
 
 class _Diagonal:
@@ -161,6 +176,10 @@ class BetaPair:
             raise ValueError(
                 f"beta_pair.r_law = {self.r_law!r}; allowed: {', '.join(get_args(RLaw))}"
             )
+
+    @property
+    def only_to_data(self) -> bool:
+        return self.r_law == "zero"
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         t = self._beta(n, rng)

@@ -93,17 +93,12 @@ def _words_by_nfe(experiment: Experiment) -> dict[int, list[str]]:
     """What guides the samples at each NFE of the run."""
     found = {}
     for n, sampler in evaluate.samplers_for(experiment.sampler, experiment.nfe).items():
-        of_training, of_sampling = _guided(experiment.objective), _guided(sampler)
-        if of_training and not _reached(experiment, sampler):
-            of_training = False
-        found[n] = [
-            _in_words(part, interval, by)
-            for part, interval, by, guided in (
-                (experiment.objective, "guidance_interval", "training", of_training),
-                (sampler, "interval", "sampling", of_sampling),
-            )
-            if guided
-        ]
+        words = []
+        if _guided(experiment.objective) and _reached(experiment, sampler):
+            words.append(_in_words(experiment.objective, "guidance_interval", "training"))
+        if _guided(sampler):
+            words.append(_in_words(sampler, "interval", "sampling"))
+        found[n] = words
     return found
 
 

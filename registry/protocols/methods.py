@@ -81,7 +81,10 @@ class GuidanceLaw(Protocol):
 
 
 class TimeLaw(Protocol):
-    """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone."""
+    """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone.
+
+    A law may declare `only_to_data = True`: r is 0 in every row with r < t.
+    """
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
     def num_off_diagonal(self, n: int) -> int: ...

@@ -53,7 +53,7 @@ from zoo.ops import clipped, mean_flat, normal_like, rms
 from zoo.paths import Linear
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher
-from zoo.times import BetaPair
+from zoo.times import BetaPair, reaches
 from zoo.weighting import Unweighted
 
 Direction = Literal["head", "guided"]
@@ -109,6 +109,10 @@ class DuMo:
     @property
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
+
+    def trains(self, t: float, r: float) -> bool:
+        """Whether the time law draws such a step."""
+        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         x1 = normal_like(batch.x0, rng)

@@ -54,7 +54,7 @@ from zoo.guidance import (
 from zoo.ops import like, mean_flat, normal_like, rms, sum_flat
 from zoo.paths import Linear
 from zoo.teachers import without_gradient
-from zoo.times import LogitNormalPair
+from zoo.times import LogitNormalPair, reaches
 from zoo.weighting import Adaptive
 
 
@@ -95,6 +95,10 @@ class MeanFlow:
     @property
     def guidance_scale(self) -> float:
         return self.omega / (1 - self.kappa)
+
+    def trains(self, t: float, r: float) -> bool:
+        """Whether the time law draws such a step."""
+        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)

@@ -17,9 +17,12 @@ from benchmarks.experiments.sampled_steps import (
     warn_of_unguided,
 )
 from zoo.objectives.decm import DECM
+from zoo.objectives.dumo import DuMo
+from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
 from zoo.samplers import ClassifierFree, Euler, FlowMap, Mix, Restart
+from zoo.times import BetaPair, UniformPair
 
 
 def experiment(objective: Any, sampler: Any, nfe: tuple[int, ...] = (1, 2, 4)) -> Any:
@@ -108,8 +111,29 @@ def test_sampler_of_one_s_own_is_seen_by_what_it_asks():
         check_steps(made, (2,))
 
 
+@pytest.mark.parametrize(
+    ("objective", "sampler", "allowed", "refused"),
+    [
+        (MeanFlow(), FlowMap(), (1, 3, 100), ()),
+        (MeanFlow(times=UniformPair(off_diagonal_fraction=0.0)), FlowMap(), (), (1, 2)),
+        (MeanFlow(times=UniformPair(off_diagonal_fraction=0.0)), Euler(), (1, 2), ()),
+        (DuMo(times=BetaPair(r_law="mix")), FlowMap(), (1, 3), ()),
+        (DuMo(times=BetaPair(r_law="zero")), FlowMap(), (1,), (2, 3)),
+        (DuMo(times=BetaPair(r_law="zero")), Restart(), (1, 2, 4), ()),
+    ],
+)
+def test_steps_are_those_of_the_time_law(objective, sampler, allowed, refused):
+    made = experiment(objective, sampler)
+    if allowed:
+        check_steps(made, allowed)
+    for nfe in refused:
+        with pytest.raises(ValueError, match=f"at {nfe} NFE"):
+            check_steps(made, (nfe,))
+
+
 def test_objective_without_a_declaration_takes_every_step():
-    check_steps(experiment(MeanFlow(), FlowMap()), (1, 3, 100))
+    made = experiment(FlowMatching(), Euler())
+    check_steps(made, (1, 3, 100))
 
 
 WITH = Shortcut(num_steps=8, guidance_scale=1.5)
