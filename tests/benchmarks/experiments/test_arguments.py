@@ -13,10 +13,14 @@ from registry import gin_setup
 def refused(*bindings: str) -> str:
     """Why this tiny run of MeanFlow is refused."""
     more = ("run.engine = @torch_engine()", "mean_flow.weight = @adaptive()")
-    with pytest.raises(ValueError) as caught:
+
+    def built():
         gin_setup.parse([DIGITS], [*FILE_ONLY, *more, *bindings])
         with gin_setup.arm("mean_flow"):
             run()
+
+    with pytest.raises(ValueError) as caught:
+        built()
     return str(caught.value)
 
 
