@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ def _check_schedule(experiment: Experiment) -> None:
     last = LATE if images is None else max(1, math.ceil(budget.amount / images))
     for step, spent in ((0, 0.0), (1, 1 / last), (last - 1, (last - 1) / last), (last, 1.0)):
         try:
-            factor = experiment.schedule(step, spent)
+            factor: Any = experiment.schedule(step, spent)  # of a user, who may give anything
         except Exception as error:
             raise ValueError(
                 f"run.schedule = @{name}() fails at step {step}: {message_of(error)}"
