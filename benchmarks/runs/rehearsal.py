@@ -155,7 +155,7 @@ def _check_schedule(experiment: Experiment) -> None:
             raise ValueError(
                 f"run.schedule = @{name}() fails at step {step}: {message_of(error)}"
             ) from error
-        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+        if not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
             raise ValueError(
                 f"run.schedule = @{name}() gives {factor!r} at step {step}; it must give a finite "
                 "number of 0 or more, which multiplies the learning rate"
