@@ -26,7 +26,7 @@ class Range:
     def words(self) -> str:
         """The end of a sentence such as "must be a number from 0 to 1"."""
         if self.most < math.inf:
-            return f"from {self.least:,} to {self.most:,}"
+            return f"from {self.least} to {self.most}"
         return f"above {self.least:g}" if self.open_below else f"of {self.least:g} or more"
 
 

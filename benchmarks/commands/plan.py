@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands, add_request, request_of
+from benchmarks.commands.arguments import Commands, add_rehearsal, add_request, request_of
 
 
 def add_to(commands: Commands) -> None:
@@ -36,6 +36,7 @@ def add_to(commands: Commands) -> None:
         "--shape", type=int, nargs="+", default=[], help="shape of the data, such as 4 32 32"
     )
     plan.add_argument("--classes", type=int, help="number of classes; 0: no labels")
+    add_rehearsal(plan)
     plan.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     plan.set_defaults(command=_plan, tracking_uri=None)
@@ -43,6 +44,7 @@ def add_to(commands: Commands) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from benchmarks.planning.predict import Machine, predict, read_memory
+    from benchmarks.planning.rehearsal import rehearse_here
     from benchmarks.planning.table import planner_table
 
     machine = Machine(
@@ -52,9 +54,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         images_per_second=arguments.images_per_second,
         host=arguments.cpu,
     )
-    found = predict(
-        request_of(arguments), machine, arguments.stage, arguments.shape, arguments.classes
-    )
+    request = request_of(arguments)
+    found = predict(request, machine, arguments.stage, arguments.shape, arguments.classes)
+    if arguments.rehearsal and not (arguments.shape or arguments.classes):
+        rehearse_here(request)
     print(planner_table(found, machine))
     if arguments.json:
         text = json.dumps([prediction.json() for prediction in found], indent=1)

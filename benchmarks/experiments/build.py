@@ -71,7 +71,7 @@ def run(
     images: int | None = None,
     seconds: float | None = None,
     batch_size: Annotated[int, Range(1, 10**8)] = 128,
-    seed: int = 0,
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
     ema_decay: float | Sequence[float] = 0.999,
     power_emas: float | Sequence[float] = (),
     ema_snapshots: int = 0,

@@ -86,7 +86,9 @@ def _trouble(one: Planned, folder: Path, launcher: Launcher) -> str:
             with recorder.start(one.cell.name, place, None, one.cell.tags) as record:
                 lead(work, one.cell, place, record)
             return ""
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a part of the user's may also end the process
             trouble = rehearsal.cause(error)
             ranks.fail_together(trouble)
         work.attempt += 1

@@ -149,12 +149,12 @@ def _check_schedule(experiment: Experiment) -> None:
     last = LATE if images is None else max(1, math.ceil(budget.amount / images))
     for step, spent in ((0, 0.0), (1, 1 / last), (last - 1, (last - 1) / last), (last, 1.0)):
         try:
-            factor: Any = experiment.schedule(step, spent)
+            factor: Any = experiment.schedule(step, spent)  # of a user, who may give anything
         except Exception as error:
             raise ValueError(
                 f"run.schedule = @{name}() fails at step {step}: {message_of(error)}"
             ) from error
-        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        if not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
             raise ValueError(
                 f"run.schedule = @{name}() gives {factor!r} at step {step}; it must give a finite "
                 "number of 0 or more, which multiplies the learning rate"
