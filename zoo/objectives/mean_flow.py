@@ -95,6 +95,11 @@ class MeanFlow:
     def guidance_scale(self) -> float:
         return self.omega / (1 - self.kappa)
 
+    @property
+    def splits_batch(self) -> bool:
+        n = 64  # like any number of rows
+        return 0 < self.times.num_off_diagonal(n) < n
+
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)
         t, r = self.times(n, rng)
