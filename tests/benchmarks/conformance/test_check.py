@@ -365,7 +365,7 @@ def test_command_speaks_json(written, capsys):
 def test_command_lists_what_rejects_each_planted_mistake(capsys):
     assert command("shortcut", "--mutations") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["rejected"] * 3
+    assert [line.split("  ")[0] for line in lines] == ["rejected"] * 4
     assert "no stop-gradient" in lines[1]
     assert "no gradient through targets" in lines[1]
     assert command("flow_matching", "--mutations", "--json") == 0
