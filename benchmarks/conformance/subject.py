@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,8 @@ class Subject:
     wrap: Callable[[Network], Network] = _same
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     edit_sampler: Callable[[Any], Any] = _same
+    # The values of each field with which losses were taken; of a part, its kind.
+    tried: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
     def objective(self, *, exact: bool = False, teacher: nn.Module | None = None) -> Any:
         """A new objective; `exact` applies what its fixed point needs, `teacher` is attached."""
@@ -87,6 +89,11 @@ class Subject:
         )
 
     def loss(self, objective: Any, net: Network, batch: Batch, seed: int = 0) -> LossOutput:
+        for f in fields(objective) if is_dataclass(objective) else ():
+            value = getattr(objective, f.name)
+            plain = isinstance(value, (int, float, str, tuple)) or value is None
+            kind = repr(value) if plain else type(value).__name__
+            self.tried.setdefault(f.name, set()).add(kind)
         rng = torch.Generator().manual_seed(seed)
         with self.around():
             return objective.loss(self.wrap(net), batch, rng)
