@@ -73,7 +73,7 @@ def probe_derivatives(
             if not (repeatable or part.needs_forward_ad):
                 raise ValueError(f"{subject} {UNREPEATABLE}")
             if getattr(objective, "splits_batch", False):
-                _check_rows(part, real, point, subject)
+                _check_rows(part, real, point, subject, training=repeatable)
             errors.append(_error(part, real, point, expected, subject))
     return {f"derivative_error{expected.suffix}": max(errors)}
 
@@ -193,18 +193,21 @@ def _error(
     return float(worst)
 
 
-def _check_rows(part: Derivative, net: nn.Module, point: Point, subject: str) -> None:
-    """ValueError if rows of the network depend on one another, in training mode.
+def _check_rows(
+    part: Derivative, net: nn.Module, point: Point, subject: str, *, training: bool
+) -> None:
+    """ValueError if rows of the network depend on one another, in training mode if it may be.
 
-    Dropout does not matter: all evaluations of a derivative have the same masks.
+    Dropout does not matter: all evaluations of a derivative have the same masks. Draws that a seed
+    does not repeat would differ, so such a network stays in the mode that it is in.
     """
     moved = some_rows(len(point.primals[0])).to(point.primals[0].device)
     along = tuple(torch.where(like(moved, d), d, torch.zeros_like(d)) for d in point.tangents)
-    training = net.training
-    net.train()
+    before = net.training
+    net.train(training or before)
     whole = _taken(part, net, point, subject)
     some = _taken(part, net, replace(point, tangents=along), subject)
-    net.train(training)
+    net.train(before)
     if rows_meet(whole, some, moved):
         kinds = {type(m).__name__ for m in net.modules() if isinstance(m, _BatchNorm)}
         named = f" ({', '.join(sorted(kinds))})" if kinds else ""
