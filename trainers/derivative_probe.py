@@ -8,6 +8,9 @@ numbers, and its weights are perturbed so that layers which start at zero take p
 path), t and r are moved one at a time, so that no direction hides a cut in another:
 
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
+
+An objective that `splits_batch` needs rows that do not depend on one another. So half of the rows
+are moved alone, and the derivative of the others must be zero.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import registry
 from registry.protocols import Cond, Derivative, Objective, parts
 from trainers.rng import generator
 from zoo.derivatives.methods import FiniteDifference, no_gradient, replay_rng
+from zoo.derivatives.rows import COUPLED, rows_meet, some_rows
 from zoo.ops import first_rows, like, normal_like, repeat_rows, rms
 
 # Exact derivatives of our backbones are right to 4e-6 in float32 (TF32 rounds at 5e-4) and to 1-6 %
@@ -67,6 +72,8 @@ def probe_derivatives(
             subject = f"its {path}, {_described(part)},"
             if not (repeatable or part.needs_forward_ad):
                 raise ValueError(f"{subject} {UNREPEATABLE}")
+            if getattr(objective, "splits_batch", False):
+                _check_rows(part, real, point, subject, training=repeatable)
             errors.append(_error(part, real, point, expected, subject))
     return {f"derivative_error{expected.suffix}": max(errors)}
 
@@ -125,16 +132,13 @@ def add_noise(held: Tensor, shape: Sequence[int], rng: torch.Generator) -> None:
 def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
     """The point, which lies on the straight path from data to noise."""
     k, n = len(TIMES), len(DIRECTIONS)
-    x0, (t, r) = x0[:k], torch.tensor(TIMES, device=x0.device).T
-    x1 = normal_like(x0, generator(0, 0, 1, x0.device))
+    x0, (t, r) = torch.cat([x0[:k]] * n), torch.tensor(TIMES * n, device=x0.device).T
+    x1 = normal_like(x0, generator(0, 0, 1, x0.device))  # all rows differ, even if they are sorted
     primals = (x0 + like(t, x0) * (x1 - x0), t, r)
     moves = (x1 - x0, torch.ones_like(t), torch.ones_like(r))
-    tangents = [
-        torch.cat([move if i == j else torch.zeros_like(move) for j in range(n)])
-        for i, move in enumerate(moves)
-    ]
-    repeated = tuple(torch.cat([p] * n) for p in primals)
-    return Point(repeated, tuple(tangents), repeat_rows(first_rows(cond, k), n), key)
+    of_rows = torch.arange(n, device=x0.device).repeat_interleave(k)
+    tangents = tuple(move * like(of_rows == i, move) for i, move in enumerate(moves))
+    return Point(primals, tangents, repeat_rows(first_rows(cond, k), n), key)
 
 
 def _settle(net: nn.Module, point: Point) -> bool:
@@ -173,12 +177,7 @@ def _error(
     part: Derivative, net: nn.Module, point: Point, expected: Expected, subject: str
 ) -> float:
     """The largest error over the directions; ValueError above the bound."""
-    try:
-        value = point.derivative(part, net, torch.float32)
-    except RuntimeError as error:  # and NotImplementedError, which is one
-        raise ValueError(
-            f"{subject} cannot pass this network: {str(error).splitlines()[0]}\n{NO_RULE}"
-        ) from error
+    value = _taken(part, net, point, subject)
     misses = rms(value - expected.value).square().unflatten(0, (len(DIRECTIONS), -1)).mean(1)
     sizes = expected.size.square().unflatten(0, (len(DIRECTIONS), -1)).mean(1)
     errors = (misses / sizes).sqrt()
@@ -192,6 +191,40 @@ def _error(
             f"{WRONG if part.needs_forward_ad else COARSE}"
         )
     return float(worst)
+
+
+def _check_rows(
+    part: Derivative, net: nn.Module, point: Point, subject: str, *, training: bool
+) -> None:
+    """ValueError if rows of the network depend on one another, in training mode if it may be.
+
+    Dropout does not matter: all evaluations of a derivative have the same masks. Draws that a seed
+    does not repeat would differ, so such a network stays in the mode that it is in.
+    """
+    moved = some_rows(len(point.primals[0])).to(point.primals[0].device)
+    along = tuple(torch.where(like(moved, d), d, torch.zeros_like(d)) for d in point.tangents)
+    before = net.training
+    net.train(training or before)
+    whole = _taken(part, net, point, subject)
+    some = _taken(part, net, replace(point, tangents=along), subject)
+    net.train(before)
+    if rows_meet(whole, some, moved):
+        kinds = {type(m).__name__ for m in net.modules() if isinstance(m, _BatchNorm)}
+        named = f" ({', '.join(sorted(kinds))})" if kinds else ""
+        raise ValueError(
+            f"{subject} cannot be taken: rows of this network depend on one another{named}; "
+            f"{COUPLED}."
+        )
+
+
+def _taken(part: Derivative, net: nn.Module, point: Point, subject: str) -> Tensor:
+    """The derivative in float32; ValueError if the network does not let it pass."""
+    try:
+        return point.derivative(part, net, torch.float32)
+    except RuntimeError as error:  # and NotImplementedError, which is one
+        raise ValueError(
+            f"{subject} cannot pass this network: {str(error).splitlines()[0]}\n{NO_RULE}"
+        ) from error
 
 
 def _bound(part: Derivative, net: nn.Module, expected: Expected) -> float:

@@ -143,6 +143,21 @@ def _gap_for_r(subject: Subject) -> Subject | None:
     return replace(subject, wrap=wrap)
 
 
+def _later_at_first(subject: Subject) -> Subject | None:
+    """Every call of a teacher after its first has the first one's t, as if it forgot to move on."""
+
+    def change(net: Network) -> Network:
+        first: list[Tensor] = []
+
+        def late(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
+            first.append(t)
+            return net(x, first[0], r, cond)
+
+        return late
+
+    return _with_parts(subject, _is_teacher, lambda teacher: _taught(change, teacher))
+
+
 def _swapped_times(subject: Subject) -> Subject | None:
     def change(net: Network) -> Network:
         return lambda x, t, r, cond: net(x, r, t, cond)
@@ -190,6 +205,7 @@ MUTATIONS = (
     Mutation("no stop-gradient", _leaking),
     Mutation("lam and gamma swapped in the tangents", _swapped_ends),
     Mutation("teacher at swapped times", _swapped_times),
+    Mutation("later steps of a teacher at its first t", _later_at_first),
     Mutation("finite difference with the wrong clamp", _wrong_clamp),
     Mutation(RECOMBINED, _recombined),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ CLAIMS: dict[str, Claim] = {
     "errors are pulled back": fixed_point.pulled_back,
     "samplers reach the data": samplers_reach_the_data,
 }
+LAST: dict[str, Claim] = {"not reached by these": general.not_reached}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,17 @@ class ConformanceReport:
         return (*failed, *(verdict.mutation for verdict in self.verdicts if verdict.survived))
 
     def json(self) -> str:
-        return json.dumps({"passed": not self.problems(), **asdict(self)}, indent=2)
+        """The report in strict JSON, which has no number for what is not finite.
+
+        Such a `value` or `limit` is one of the strings "nan", "inf" and "-inf"; null means that
+        nothing was measured.
+        """
+        report = {"passed": not self.problems(), **asdict(self)}
+        for result in report["results"]:
+            for name in ("value", "limit"):
+                if result[name] is not None and not math.isfinite(result[name]):
+                    result[name] = str(float(result[name]))
+        return json.dumps(report, indent=2, allow_nan=False)
 
 
 def check(
@@ -110,8 +122,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def claims_for(name: str) -> dict[str, Claim]:
-    """Every claim for the objective of this name; those that it alone has come last."""
-    return CLAIMS | SPECIAL.get(name, {})
+    """Every claim for the objective of this name; a note on what they do not reach comes last."""
+    return CLAIMS | SPECIAL.get(name, {}) | LAST
 
 
 def subject_of(name: str) -> Subject:

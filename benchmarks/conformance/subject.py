@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ MIXTURE = MixtureOracle(
     labels=[0, 0, 1],
     rtol=1e-6,
 )
+ALL = "all rows"
+# Steps below it are as good as none at all: Shortcut's anchor has t - r = 2^-14 where it is exact.
+SHORT = 0.05
+FEWEST = 8  # rows of a kind, below which it is not weighed
 STEPS = (0, 1, 9_000, 30_001)  # schedules: first steps, in between, and long after
 
 
@@ -62,6 +66,8 @@ class Subject:
     wrap: Callable[[Network], Network] = _same
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     edit_sampler: Callable[[Any], Any] = _same
+    # The values of each field with which losses were taken; of a part, its kind.
+    tried: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
     def objective(self, *, exact: bool = False, teacher: nn.Module | None = None) -> Any:
         """A new objective; `exact` applies what its fixed point needs, `teacher` is attached."""
@@ -83,6 +89,11 @@ class Subject:
         )
 
     def loss(self, objective: Any, net: Network, batch: Batch, seed: int = 0) -> LossOutput:
+        for f in fields(objective) if is_dataclass(objective) else ():
+            value = getattr(objective, f.name)
+            plain = isinstance(value, (int, float, str, tuple)) or value is None
+            kind = repr(value) if plain else type(value).__name__
+            self.tried.setdefault(f.name, set()).add(kind)
         rng = torch.Generator().manual_seed(seed)
         with self.around():
             return objective.loss(self.wrap(net), batch, rng)
@@ -195,10 +206,43 @@ def progress(step: int) -> float:
     return step / max(STEPS)
 
 
-def gradients(per_sample: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The gradient of the mean loss; zeros for inputs that it does not reach."""
-    if not per_sample.requires_grad:
+def gradients(loss: Tensor, inputs: list[Tensor], *, again: bool = False) -> list[Tensor]:
+    """The gradient of the mean of a loss, which may be taken `again`; zeros where none reaches."""
+    if not loss.requires_grad:
         return [torch.zeros_like(p) for p in inputs]
     return list(
-        torch.autograd.grad(per_sample.mean(), inputs, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            loss.mean(), inputs, retain_graph=again, allow_unused=True, materialize_grads=True
+        )
     )
+
+
+def rows_by_kind(out: LossOutput) -> dict[str, Tensor]:
+    """For each kind of rows, a mask [n] of its rows; ALL comes first.
+
+    An objective may treat few of its rows in another way than most: one row in eight of Shortcut is
+    made of two half steps, and a quarter of MeanFlow's rows have r < t. In a mean over all rows a
+    mistake in the few is small beside the noise of the many. A kind is told by the length t - r of
+    its step, as `LossOutput.t` and `LossOutput.r` give it. Without them all rows are of one kind.
+    """
+    n = len(out.per_sample)
+    found = {ALL: torch.ones(n, dtype=torch.bool)}
+    if out.t is None or out.r is None or len(out.t) != n:
+        return found
+    gap = out.t - out.r
+    kinds = {
+        "rows with r = t": gap == 0,
+        f"rows with 0 < t - r < {SHORT}": (gap > 0) & (gap < SHORT),
+        f"rows with t - r >= {SHORT}": gap >= SHORT,
+    }
+    present = {name: rows for name, rows in kinds.items() if rows.any()}
+    return found | present if len(present) > 1 else found
+
+
+def losses_by_kind(out: LossOutput) -> Iterator[tuple[str, Tensor]]:
+    """The mean loss of each kind that has enough rows."""
+    for name, rows in rows_by_kind(out).items():
+        if name == ALL:
+            yield name, out.per_sample.mean()
+        elif int(rows.sum()) >= FEWEST:
+            yield name, out.per_sample[rows].mean()

@@ -31,11 +31,12 @@ class Objective(Protocol):
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
     `full_gradient`   True if targets are differentiated too
+    `splits_batch`    True if rows that take a derivative pass the network apart from the others
     `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
                       default), for the "distribution" alone, or "none"
     `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights
 
-    The last three are for `objective-zoo check`.
+    The last two are for `objective-zoo check`.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -110,8 +111,10 @@ class JointDerivative(Derivative, Protocol):
     """A derivative that can be taken together with the value, in the forward of the prediction.
 
     `fn` gives the outputs by name, and the derivative is that of the output `key`. `with_value`
-    returns the outputs with their graph and the derivative without. `linearized` returns the
-    outputs and a function from tangents to the derivative, which may be called once. `in_own_pass`
+    returns the outputs with their graph and the derivative without. Where the rows given are
+    `apart` from others of their batch, it raises NotImplementedError if rows depend on one another.
+    `linearized` returns the outputs and a function from tangents to the derivative, which may be
+    called once. `in_own_pass`
     is the derivative that takes its place where the forward cannot be followed: where weights are
     not whole while the network runs, and where networks are compiled.
     """
@@ -124,6 +127,8 @@ class JointDerivative(Derivative, Protocol):
         primals: Sequence[Tensor],
         tangents: Sequence[Tensor],
         key: str,
+        *,
+        apart: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]: ...
     def linearized(
         self, fn: Callable[..., Mapping[str, Tensor]], primals: Sequence[Tensor], key: str

@@ -137,7 +137,7 @@ def test_cost_is_a_few_forwards_of_six_rows():
     net.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     probe(net, Dual())
     assert set(rows) == {6}
-    assert len(rows) <= 12
+    assert len(rows) <= 13
 
 
 def test_network_without_a_second_time_or_labels_passes():

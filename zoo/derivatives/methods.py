@@ -8,19 +8,15 @@ one way serves sharded engines, non-reentrant activation checkpointing and compi
 ZeRO stage 3 nor compiled networks.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
-passes keep the fast one. torch's own forward-mode rule of a linear layer or convolution computes
-three products, one of them with a weight tangent of zeros; `dual` computes the two that are needed.
-torch's rule of a group norm makes a dozen passes over memory. The Jacobian of a normalisation is
-symmetric, so `dual` takes the tangent from the fused kernel of the backward pass.
+passes keep the fast one. forward_rules.py has rules of our own for some layers, and refuses what
+would give a wrong derivative in silence.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -28,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
-from zoo.derivatives.dual_tensors.layers import group_norm_tangent
+from zoo.derivatives.dual_tensors.refusals import BY_DIFFERENCES
 from zoo.derivatives.flash_attention import flash_attention
+from zoo.derivatives.forward_rules import DUAL, STATISTICS, ForwardRules, Replaced
 
 Attention = Literal["math", "jvp_flash"]
 
@@ -41,6 +37,9 @@ NO_TANGENT = (
     "the network's output carries no tangent of (x, t, r): something in it cuts the forward-mode "
     "derivative, such as .detach(), .data, numpy or a float() of an input; take it out"
 )
+
+# How torch says that something in a network cannot pass in forward mode.
+NO_FORWARD_MODE = ("forward AD", "forward mode AD", "functorch", "During a grad (vjp, jvp")
 
 
 @contextmanager
@@ -85,8 +84,9 @@ class Dual:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        rules = RULES | FLASH if self.attention == "jvp_flash" else RULES
-        with _forward_mode(), forward_ad.dual_level(), _Rules(rules):
+        flash = {F.scaled_dot_product_attention: flash_attention}
+        rules = {**DUAL, **(flash if self.attention == "jvp_flash" else {})}
+        with _forward_mode(), forward_ad.dual_level(), ForwardRules(rules):
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
                 for p, d in zip(primals, tangents, strict=True)
@@ -107,7 +107,7 @@ class Jvp:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with _forward_mode():
+        with _forward_mode(), ForwardRules(STATISTICS):
             detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
             return torch.func.jvp(fn, *detached)[1]
 
@@ -133,7 +133,8 @@ class FiniteDifference:
                 return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
 
         device = primals[0].device.type
-        with no_gradient(), eager(), torch.autocast(device, enabled=False):
+        exactly = torch.autocast(device, enabled=False)
+        with no_gradient(), eager(), exactly, Replaced(STATISTICS):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
@@ -166,71 +167,16 @@ def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> A
     return replace(part, **changed) if changed else part
 
 
-class _Rules(TorchFunctionMode):
-    """A mode in which these functions replace torch's."""
-
-    def __init__(self, rules: Mapping[Any, Callable[..., Any]]):
-        super().__init__()
-        self._rules = rules
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return self._rules.get(func, func)(*args, **(kwargs or {}))
-
-
-def _linear_in_first(
-    layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
-) -> Tensor:
-    """A layer that is linear in its input, applied once to the value and once to the tangent."""
-    value, tangent = forward_ad.unpack_dual(input)
-    if tangent is None or not _fixed(weight, bias):
-        return layer(input, weight, bias, *rest, **named)
-    return forward_ad.make_dual(
-        layer(value, weight, bias, *rest, **named), layer(tangent, weight, None, *rest, **named)
-    )
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    value, tangent = forward_ad.unpack_dual(input)
-    same = all(p.dtype == value.dtype for p in (weight, bias) if p is not None)
-    if tangent is None or not same or not _fixed(weight, bias):
-        return F.group_norm(input, num_groups, weight, bias, eps)
-    value = value.contiguous()
-    sizes = len(value), value.shape[1], math.prod(value.shape[2:]), num_groups
-    out, mean, rstd = torch.native_group_norm(value, weight, bias, *sizes, eps)
-    moved = group_norm_tangent(tangent, value, mean, rstd, weight, sizes)
-    return forward_ad.make_dual(out, moved)
-
-
-def _fixed(*parameters: Tensor | None) -> bool:
-    return all(p is None or forward_ad.unpack_dual(p).tangent is None for p in parameters)
-
-
-RULES: dict[Any, Callable[..., Any]] = {
-    layer: partial(_linear_in_first, layer)
-    for layer in (
-        *(F.linear, F.conv1d, F.conv2d, F.conv3d),
-        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-    )
-} | {F.group_norm: _group_norm}
-FLASH = {F.scaled_dot_product_attention: flash_attention}
-
-
 @contextmanager
 def _forward_mode() -> Iterator[None]:
     with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager():
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # and NotImplementedError, which is one
+            text = str(error)
+            if BY_DIFFERENCES in text or not any(mark in text for mark in NO_FORWARD_MODE):
+                raise
+            raise NotImplementedError(f"{text.splitlines()[0]}; {BY_DIFFERENCES}") from error
 
 
 def eager() -> AbstractContextManager[object]:

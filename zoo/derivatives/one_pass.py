@@ -6,7 +6,11 @@ In forward passes of the batch, MeanFlow with a quarter of its rows off the diag
 instead of 3 + 2/4, and an exact derivative of every row takes 3 + 1 instead of 3 + 2.
 
 `one_pass` cannot follow weights that ZeRO stage 3 releases behind each layer, compiled networks, an
-autograd.Function, or operations in place. `dual`, in a pass of its own, is for these.
+autograd.Function, or operations in place. `dual`, in a pass of its own, is for most of these; each
+refusal names what serves.
+
+Where some rows of the batch have a derivative and some have none, the two kinds pass the network
+one after the other. A network whose rows depend on one another is refused there (rows.py).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -37,10 +42,13 @@ from zoo.derivatives.methods import (
     replay_rng,
     with_derivatives,
 )
+from zoo.derivatives.rows import WatchedRecord
 from zoo.ops import first_rows, rows_from
 
 Point = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]; or tangents of these
 Outputs = Mapping[str, Tensor]
+# Networks, by identity and mode, whose rows were found not to depend on one another.
+FOUND_APART: WeakValueDictionary[tuple[int, bool], Network] = WeakValueDictionary()
 DerivativeOfU = Callable[[Point], Tensor]  # du/ds [b *d] along tangents of (x, t, r)
 
 
@@ -67,18 +75,23 @@ class OnePass:
         primals: Sequence[Tensor],
         tangents: Sequence[Tensor],
         key: str,
+        *,
+        apart: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The outputs of fn with their graph, and the derivative of output `key` without a graph.
 
-        RuntimeError if that output has no tangent; NotImplementedError if `fn` does what one_pass
-        cannot follow.
+        `apart` asks for a test that the rows do not depend on one another. RuntimeError if that
+        output has no tangent; NotImplementedError if `fn` does what one_pass cannot follow.
         """
-        record = EagerRecord(rule_of)
+        along = [d.detach() for d in tangents]
+        watched = WatchedRecord(len(along[0]), along[0].device) if apart else None
+        record = watched or EagerRecord(rule_of)
+        refs = watched.pairs(along) if watched else along
         try:
-            out, dual = self._run(fn, primals, [d.detach() for d in tangents], record, key)
+            out, dual = self._run(fn, primals, refs, record, key)
         finally:
             record.ended = True
-        return out, dual.tangent
+        return out, watched.check(dual.tangent) if watched else dual.tangent
 
     def linearized(
         self, fn: Callable[..., Outputs], primals: Sequence[Tensor], key: str
@@ -128,7 +141,9 @@ def outputs_and_derivative(
     """The network's outputs [b *d] at the point (x, t, r), and du/ds [k *d] of its first k rows.
 
     `tangents` have k rows, 0 <= k <= b. `derivative` is None if no share of the batch has a row to
-    differentiate; du/ds is then zero.
+    differentiate; du/ds is then zero. With 0 < k < b a JointDerivative lets the first k rows pass
+    the network apart from the others, and any other derivative sees those rows alone. The first
+    such pass of a network tests that its rows do not depend on one another (NotImplementedError).
     """
     k, (x, t, r) = len(tangents[0]), point
     given, first = first_rows(cond, k), (x[:k], t[:k], r[:k])
@@ -139,9 +154,17 @@ def outputs_and_derivative(
         return out, derivative_of_u(derivative, net, given, first, tangents)
     if k == 0:
         return dict(net(*point, cond)), torch.zeros_like(tangents[0])
-    out, du = derivative.with_value(lambda x, t, r: net(x, t, r, given), first, tangents, "u")
+
+    def of_first(x: Tensor, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        return net(x, t, r, given)
+
     if k == len(x):
-        return out, du
+        return derivative.with_value(of_first, first, tangents, "u")
+    mode = id(net), getattr(net, "training", False)
+    apart = k > 1 and FOUND_APART.get(mode) is not net
+    out, du = derivative.with_value(of_first, first, tangents, "u", apart=apart)
+    if apart and bool(du.any()):  # a network that starts at zero shows nothing yet
+        FOUND_APART[mode] = net
     rest = net(x[k:], t[k:], r[k:], rows_from(cond, k))
     return {name: torch.cat([out[name], rest[name]]) for name in out}, du
 

@@ -110,7 +110,7 @@ class DuMo:
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
 
-    def trains(self, t: float, r: float) -> bool:
+    def trains_step(self, t: float, r: float) -> bool:
         """Whether the time law draws such a step."""
         return reaches(self.times, t, r)
 

@@ -96,9 +96,14 @@ class MeanFlow:
     def guidance_scale(self) -> float:
         return self.omega / (1 - self.kappa)
 
-    def trains(self, t: float, r: float) -> bool:
+    def trains_step(self, t: float, r: float) -> bool:
         """Whether the time law draws such a step."""
         return reaches(self.times, t, r)
+
+    @property
+    def splits_batch(self) -> bool:
+        n = 64  # like any number of rows
+        return 0 < self.times.num_off_diagonal(n) < n
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)

@@ -6,15 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from derivative_cases import both, each_way
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import benchmarks.grids.axes  # noqa: F401  registers Grid
-from trainers.derivative_probe import probe_derivatives
 from zoo.derivatives.dual_tensors import DualTensor
-from zoo.derivatives.methods import Dual
-from zoo.objectives.mean_flow import MeanFlow
 
 # rules
 
@@ -149,123 +146,3 @@ def test_rule_moves_a_function_and_leaves_its_value_and_gradient(name, way):
     (ours,) = torch.autograd.grad(out["u"].square().sum(), weight)
     (theirs,) = torch.autograd.grad(plain.square().sum(), weight)
     assert ours.equal(theirs)
-
-
-# what it cannot follow
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient * ctx.saved_tensors[0]
-
-
-class Itself(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-REFUSED = {
-    "add_": lambda x: x.add_(1),
-    "mul_": lambda x: x.__imul__(2),
-    "__setitem__": lambda x: x.__setitem__(0, 1.0),
-    "aten.mul_.Tensor": lambda x: torch.ops.aten.mul_.Tensor(x, 2),
-    "exp_": lambda x: torch.ops.aten.exp_(x),
-    "__set__": lambda x: setattr(x, "data", torch.zeros(3, 4)),
-    "copy_": lambda x: torch.zeros(3, 4).copy_(x),
-    "silu, which writes in place": lambda x: F.silu(x, inplace=True),
-    "relu, which writes in place": lambda x: F.relu(x, inplace=True),
-    "dropout, which writes in place": lambda x: F.dropout(x, 0.5, inplace=True),
-    "exp, which writes in place": lambda x: torch.exp(x, out=torch.empty(3, 4)),
-    "alpha_dropout, which draws anew": lambda x: F.alpha_dropout(x, 0.5, training=True),
-    "dropout1d, which draws anew": lambda x: F.dropout1d(x[None], 0.5),
-    "dropout, which draws anew": lambda x: torch.dropout(x, 0.5, True),
-    "bernoulli, which draws anew": lambda x: torch.bernoulli(x.sigmoid()) * x,
-    "normal, which draws anew": lambda x: torch.normal(x, 1, generator=torch.Generator()),
-    "multi_head_attention_forward, which draws anew": lambda x: nn.MultiheadAttention(
-        4, 2, dropout=0.5
-    )(x, x, x)[0],
-    "gru, which draws anew": lambda x: nn.GRU(4, 4, num_layers=2, dropout=0.5)(x)[0],
-    "dropout within attention": lambda x: F.scaled_dot_product_attention(
-        x[None], x[None], x[None], dropout_p=0.5
-    ),
-    "SquareBackward": lambda x: Square.apply(x) + 1,
-    "ItselfBackward": lambda x: Itself.apply(x),
-}
-
-
-@each_way
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_it_cannot_follow_is_named_with_a_way_out(name, way):
-    weight = torch.ones(3, 4, requires_grad=True)
-    x = torch.ones(3, 4)
-    with pytest.raises(NotImplementedError, match=f"one_pass cannot follow {name}.*@dual"):
-        both(way, lambda x: {"u": REFUSED[name](x * weight)}, (x,), (x,))
-
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return (x > 0).float()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-@each_way
-def test_a_gradient_that_would_be_lost_is_an_error(way):
-    x, weight = torch.randn(3, 4), torch.ones(3, 4, requires_grad=True)
-    out, _ = both(way, lambda x: {"u": x * Sign.apply(x * weight)}, (x,), (x,))
-    with pytest.raises(NotImplementedError, match=r"an autograd.Function.*@dual"):
-        out["u"].sum().backward()
-
-
-@torch.library.custom_op("zoo_tests::square", mutates_args=())
-def square(x: Tensor) -> Tensor:
-    return x * x
-
-
-square.register_autograd(lambda ctx, gradient: gradient)
-
-
-@each_way
-def test_an_operation_that_loses_the_tangents_of_dual_numbers_is_an_error(way):
-    x = torch.ones(3)
-    with pytest.raises(NotImplementedError, match=r"zoo_tests.*tangents.*@finite_difference"):
-        both(way, lambda x: {"u": x + square(x)}, (x,), (x,))
-
-
-@each_way
-def test_a_cut_is_an_error(way):
-    x = torch.ones(3)
-    with pytest.raises(RuntimeError, match="carries no tangent"):
-        both(way, lambda x: {"u": x.detach() * 2}, (x,), (x,))
-
-
-def test_the_probe_refuses_a_network_with_a_cut_and_one_that_writes_in_place():
-    class Bad(nn.Module):
-        def __init__(self, change):
-            super().__init__()
-            self.layer, self.change = nn.Linear(4, 2), change
-
-        def forward(self, x, t, r, cond=None):
-            h = torch.cat([x, t[:, None], r[:, None]], 1)
-            return {"u": self.layer(self.change(h)), "v": x}
-
-    x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match="along . its relative error"):
-        probe_derivatives(MeanFlow(), Bad(lambda h: h + h.detach() * 2), x)
-    with pytest.raises(ValueError, match=r"one_pass.*cannot pass this network: .*mul_.*@dual"):
-        probe_derivatives(MeanFlow(), Bad(lambda h: h.mul_(2)), x)
-    probe_derivatives(MeanFlow(derivative=Dual()), Bad(lambda h: h.clone().mul_(2)), x)

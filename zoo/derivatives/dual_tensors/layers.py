@@ -9,22 +9,29 @@ their backward passes give their tangents. The tangent of attention o = P v, P =
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.derivatives.dual_tensors.refusals import BY_DUAL, refuse
 from zoo.derivatives.dual_tensors.rules import any_dual, by_dual_numbers
-from zoo.derivatives.dual_tensors.tensor import (
-    REMEDY,
-    DualTensor,
-    Resolve,
-    RuleOutput,
-    unwrapped,
-)
+from zoo.derivatives.dual_tensors.tensor import DualTensor, Resolve, RuleOutput, unwrapped
 
 aten = torch.ops.aten
+
+_AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
+_BATCH, _INSTANCE = ("training", "momentum", "eps"), ("use_input_stats", "momentum", "eps")
+# The norms that update running statistics, with the names of their arguments in their order.
+STATISTICAL: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", *_RUNNING, *_AFFINE, *_BATCH),
+    F.instance_norm: ("input", *_RUNNING, *_AFFINE, *_INSTANCE),
+    torch.batch_norm: ("input", *_AFFINE, *_RUNNING, *_BATCH, "cudnn_enabled"),
+    torch.instance_norm: ("input", *_AFFINE, *_RUNNING, *_INSTANCE, "cudnn_enabled"),
+    torch.native_batch_norm: ("input", *_AFFINE, *_RUNNING, *_BATCH),
+}
 
 
 def layer(
@@ -81,7 +88,10 @@ def layer_norm(
 
     def jvp(resolve: Resolve) -> Tensor:
         wide = _wide(primal)
-        mean, rstd = statistics or torch.native_layer_norm(wide, shape, None, None, eps)[1:]
+        if _of_dtype(wide.dtype, statistics):
+            mean, rstd = statistics
+        else:
+            _, mean, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
         tangent: Tensor = aten.native_layer_norm_backward(
             _wide(resolve(ref)), wide, shape, mean, rstd, None, None, (True, False, False)
         )[0]
@@ -113,7 +123,10 @@ def group_norm(
 
     def jvp(resolve: Resolve) -> Tensor:
         wide = _wide(primal).contiguous()
-        mean, rstd = statistics or torch.native_group_norm(wide, None, None, *sizes, eps)[1:]
+        if _of_dtype(wide.dtype, statistics):
+            mean, rstd = statistics
+        else:
+            _, mean, rstd = torch.native_group_norm(wide, None, None, *sizes, eps)
         tangent = group_norm_tangent(_wide(resolve(ref)), wide, mean, rstd, weight, sizes)
         return tangent.to(dtype)
 
@@ -139,16 +152,28 @@ def group_norm_tangent(
     return out if weight is None else weight.view(-1, *[1] * (primal.ndim - 2)) * out
 
 
-def batch_norm(
-    func: Any, input: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any
-) -> RuleOutput:
+def batch_norm(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
     """Batch and instance norm; only the pass of the value updates the running statistics."""
-    if not (named.get("training") or named.get("use_input_stats")):
-        return by_dual_numbers(func, input, running_mean, running_var, *rest, **named)
+    without = without_statistics(func, args, kwargs)
+    if without is None:
+        return by_dual_numbers(func, *args, **kwargs)
     with torch.no_grad():
-        _, jvp = by_dual_numbers(func, input, None, None, *rest, **named)
-    values = {name: unwrapped(part) for name, part in named.items()}
-    return func(unwrapped(input), running_mean, running_var, *rest, **values), jvp
+        _, jvp = by_dual_numbers(func, **without)
+    values = {name: unwrapped(part) for name, part in kwargs.items()}
+    return func(*map(unwrapped, args), **values), jvp
+
+
+def without_statistics(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a batch norm by name, without the running statistics that it would update.
+
+    None for a norm that updates none: it is in evaluation mode.
+    """
+    given = dict(zip(STATISTICAL[func], args, strict=False)) | dict(kwargs)
+    if not (given.get("training") or given.get("use_input_stats")):
+        return None
+    return given | {"running_mean": None, "running_var": None}
 
 
 def rms_norm(
@@ -194,7 +219,7 @@ def attention(
     """
     named = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, **kwargs)
     if dropout_p:
-        raise NotImplementedError(f"one_pass cannot follow dropout within attention; {REMEDY}")
+        refuse("dropout within attention", BY_DUAL)
     all_dual = all(type(x) is DualTensor for x in (query, key, value))
     if not all_dual or attn_mask is not None or is_causal or kwargs:
         return by_dual_numbers(func, query, key, value, **named)
@@ -222,6 +247,11 @@ def _fused(primal: Tensor, *parameters: Tensor | None) -> bool:
     return all(p is None or p.dtype == primal.dtype for p in parameters) and not (
         torch.is_autocast_enabled(primal.device.type)
     )
+
+
+def _of_dtype(dtype: torch.dtype, statistics: Sequence[Tensor]) -> bool:
+    """Whether a kernel has given statistics of this dtype: on a CPU they may be rounded to half."""
+    return bool(statistics) and all(part.dtype == dtype for part in statistics)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -18,15 +18,14 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from zoo.derivatives.dual_tensors.refusals import BY_DIFFERENCES, BY_DUAL, name_of, refuse
 from zoo.derivatives.dual_tensors.tensor import (
-    REMEDY,
     DualTensor,
     Resolve,
     RuleOutput,
     TangentRef,
     can_have_tangent,
     dual_tensors_among,
-    name_of,
     unwrapped,
 )
 
@@ -47,8 +46,7 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
     if not any(can_have_tangent(part) for part in pytree.tree_leaves(out)):
         return out, None
     if kwargs.get("generator") is not None or _random_state(beside) != before:
-        name = name_of(func)
-        raise NotImplementedError(f"one_pass cannot follow {name}, which draws anew; {REMEDY}")
+        refuse(f"{name_of(func)}, which draws anew", BY_DUAL)
 
     def jvp(resolve: Resolve) -> Any:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -57,12 +55,17 @@ def by_dual_numbers(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
                 for value, ref in zip(values, refs, strict=True)
             ]
             again_args, again_kwargs = pytree.tree_unflatten(duals, spec)
-            again = pytree.tree_leaves(func(*again_args, **again_kwargs))
+            try:
+                again = pytree.tree_leaves(func(*again_args, **again_kwargs))
+            except NotImplementedError:
+                refuse(f"{name_of(func)}, for which torch has no forward-mode rule", BY_DIFFERENCES)
             tangents = [_tangent(part) for part in again]
             if all(tangent is None for tangent in tangents):
-                raise NotImplementedError(
-                    f"one_pass cannot follow {name_of(func)}, which loses the tangents of dual "
-                    "numbers; choose @finite_difference()"
+                refuse(
+                    f"{name_of(func)}, which loses the tangents of dual numbers: it has no "
+                    "forward-mode rule, or it runs inside an autograd.Function, such as reentrant "
+                    "activation checkpointing",
+                    BY_DIFFERENCES,
                 )
             return [
                 torch.zeros_like(part) if tangent is None and can_have_tangent(part) else tangent
@@ -76,6 +79,11 @@ def constant(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:
     """Functions whose output has no tangent: they read a tensor's shape, kind or bare values."""
     named = {name: unwrapped(arg) for name, arg in kwargs.items()}
     return func(*map(unwrapped, args), **named), None
+
+
+def data(func: Any, x: Any) -> RuleOutput:
+    """x.data as x.detach(): it counts the changes in place, which are then refused."""
+    return x.primal.detach(), None
 
 
 def linear_in_first(func: Any, *args: Any, **kwargs: Any) -> RuleOutput:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.derivatives.dual_tensors.layers import (
+    STATISTICAL,
     activation,
     attention,
     batch_norm,
@@ -24,6 +25,7 @@ from zoo.derivatives.dual_tensors.rules import (
     by_dual_numbers,
     concatenation,
     constant,
+    data,
     like_another,
     linear_in_first,
     product,
@@ -45,9 +47,7 @@ def _methods(*names: str) -> list[Any]:
     return [getattr(Tensor, name) for name in names]
 
 
-CONSTANT_ATTRIBUTES = (
-    *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "data"),
-)
+CONSTANT_ATTRIBUTES = (*("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"),)
 CONSTANT_FUNCTIONS = (
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     *(torch.rand_like, torch.randn_like, torch.detach),
@@ -67,6 +67,7 @@ LAYERS = (
 )
 RULES: dict[Any, JvpRule] = {
     **{getattr(Tensor, name).__get__: constant for name in CONSTANT_ATTRIBUTES},
+    Tensor.data.__get__: data,  # type: ignore[attr-defined]
     **dict.fromkeys((*CONSTANT_FUNCTIONS, *_methods(*CONSTANT_METHODS)), constant),
     **dict.fromkeys(_methods(*VIEWS, "__getitem__", "__neg__"), linear_in_first),
     **dict.fromkeys(_methods("view", "view_as"), view),
@@ -88,7 +89,7 @@ RULES: dict[Any, JvpRule] = {
     F.dropout: dropout,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
-    **dict.fromkeys((F.batch_norm, F.instance_norm), batch_norm),
+    **dict.fromkeys(STATISTICAL, batch_norm),
     F.rms_norm: rms_norm,
     F.scaled_dot_product_attention: attention,
 }

@@ -18,25 +18,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
+
+from zoo.derivatives.dual_tensors.refusals import (
+    check_no_function,
+    check_one_record,
+    check_unchanged,
+    check_writes_nowhere,
+    name_of,
+    refuse_compiled,
+    refuse_gradient,
+)
 
 TangentRef = Any  # a tangent (EagerRecord), or the number that stands for one (LinearizedRecord)
 Resolve = Callable[[TangentRef], Tensor]  # from a reference to the tangent itself
 JvpFn = Callable[[Resolve], Any]  # the tangents of the outputs, from those of the inputs
 RuleOutput = tuple[Any, JvpFn | None]  # the outputs; None if none of them has a tangent
 JvpRule = Callable[..., RuleOutput]  # called with the function and its arguments
-
-IN_PLACE = {
-    f"__{name}__"
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem", "set")
-}
-REMEDY = "choose @dual(), whose derivative takes a pass of its own"
 
 
 class TangentRecord(Protocol):
@@ -51,15 +53,9 @@ class TangentRecord(Protocol):
         ...
 
 
-def _refuse_gradient(gradient: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        f"one_pass cannot follow an autograd.Function that gives a tensor without tangent; {REMEDY}"
-    )
-
-
 # The output of such a Function is an ordinary tensor, which no check meets. Its gradient would end
 # at the outer tensor and never reach the primal, so a hook on the outer tensor refuses it.
-GUARD: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
+GUARD: dict[int, Callable[[Tensor], Tensor | None]] = {0: refuse_gradient}
 
 
 class DualTensor(Tensor):
@@ -68,6 +64,7 @@ class DualTensor(Tensor):
     primal: Tensor
     tangent: TangentRef
     record: TangentRecord
+    version: int  # of the primal's values
 
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: TangentRef, record: TangentRecord) -> DualTensor:
@@ -83,6 +80,7 @@ class DualTensor(Tensor):
         if primal.requires_grad:
             made._backward_hooks = GUARD
         made.primal, made.tangent, made.record = primal, tangent, record
+        made.version = primal._version
         return made
 
     @classmethod
@@ -96,10 +94,12 @@ class DualTensor(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             given = dual_tensors_among((*args, *kwargs.values()) if kwargs else args)
-            for one in given:
-                _check_followed(one)
-            _check_writes_nowhere(func, kwargs)
+            check_writes_nowhere(func, kwargs)
             record = given[0].record
+            for one in given:
+                check_no_function(one)
+                check_unchanged(name_of(func), one.primal, one.version)
+                check_one_record(func, one.record, record)
             out, jvp = record.rule_of(func)(func, *args, **kwargs)
             return out if jvp is None else _with_tangents(out, jvp, record, given)
 
@@ -107,7 +107,7 @@ class DualTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        raise NotImplementedError(f"one_pass cannot follow {func} into compiled code; {REMEDY}")
+        refuse_compiled(func)
 
 
 class EagerRecord:
@@ -127,7 +127,7 @@ class EagerRecord:
         if self.ended:
             return [None] * len(outputs)
         with torch.no_grad():
-            return _listed(jvp(_identity))
+            return listed(jvp(_identity))
 
 
 class LinearizedRecord:
@@ -178,7 +178,7 @@ class LinearizedRecord:
         with torch.no_grad():
             while operations:
                 jvp, inputs, outputs = operations.pop()  # which releases the primals that it holds
-                known |= zip(outputs, _listed(jvp(known.__getitem__)), strict=True)
+                known |= zip(outputs, listed(jvp(known.__getitem__)), strict=True)
                 uses.subtract(inputs)
                 for number in (*inputs, *outputs):
                     if not uses[number]:
@@ -207,16 +207,13 @@ def unwrapped(x: Any) -> Any:
 
 
 def primal_of(x: Tensor) -> Tensor:
-    """The primal of a network's output; NotImplementedError if an autograd.Function made it."""
+    """The primal of a network's output; NotImplementedError if it cannot be followed."""
     if type(x) is not DualTensor:
         return x
     with torch._C.DisableTorchFunctionSubclass():
-        _check_followed(x)
+        check_no_function(x)
+        check_unchanged("the output", x.primal, x.version)
         return x.primal
-
-
-def name_of(func: Any) -> str:
-    return str(func) if isinstance(func, OpOverload) else getattr(func, "__name__", str(func))
 
 
 def can_have_tangent(x: Any) -> bool:
@@ -233,28 +230,6 @@ def dual_tensors_among(arguments: Iterable[Any]) -> list[DualTensor]:
         elif isinstance(argument, (list, tuple)):
             found += dual_tensors_among(argument)
     return found
-
-
-def _check_followed(one: DualTensor) -> None:
-    if one.grad_fn is not None:
-        raise NotImplementedError(
-            f"one_pass cannot follow {one.grad_fn.name()}, an autograd.Function; {REMEDY}"
-        )
-
-
-def _check_writes_nowhere(func: Any, kwargs: Mapping[str, Any]) -> None:
-    if _writes(func) or kwargs.get("inplace") or kwargs.get("out") is not None:
-        raise NotImplementedError(
-            f"one_pass cannot follow {name_of(func)}, which writes in place; {REMEDY}"
-        )
-
-
-@cache
-def _writes(func: Any) -> bool:
-    if isinstance(func, OpOverload):
-        return bool(func._schema.is_mutable)
-    name = name_of(func)
-    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _with_tangents(out: Any, jvp: JvpFn, record: TangentRecord, given: Sequence[DualTensor]) -> Any:
@@ -275,7 +250,7 @@ def _with_tangent(value: Any, ref: TangentRef, record: TangentRecord) -> Any:
     return DualTensor(value, ref, record)
 
 
-def _listed(tangents: Any) -> Sequence[Any]:
+def listed(tangents: Any) -> Sequence[Any]:
     return [tangents] if tangents is None or isinstance(tangents, Tensor) else list(tangents)
 
 
