@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.traceback:
             traceback.print_exc()
             return 1
-        from registry.gin_errors import message_of
+        from registry.configuration.gin_errors import message_of
 
         hint = "" if isinstance(error, EXPECTED) else "\nobjective-zoo --traceback ... shows where"
         print(f"error: {message_of(error)}{hint}", file=sys.stderr)

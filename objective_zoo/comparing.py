@@ -14,8 +14,8 @@ from benchmarks.grids.result_table import wide
 from benchmarks.runs.frame import frame
 from objective_zoo.calls import isolated_call, listed
 from objective_zoo.runs import Run
+from registry.configuration.gin_text import bindings_of_values
 from registry.core import Registry
-from registry.gin_text import bindings_of_values
 from registry.plugins import load_plugins
 
 if TYPE_CHECKING:

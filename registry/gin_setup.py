@@ -19,19 +19,19 @@ from typing import Any
 import gin
 from gin import config, config_parser
 
-from registry import local_paths
+from registry.configuration import local_paths
+from registry.configuration.former_names import accepted, former_name, present_name
+from registry.configuration.gin_errors import collected, explain, explain_syntax
+from registry.configuration.gin_files import Verbatim, reader
+from registry.configuration.gin_files import code_hashes as code_hashes
+from registry.configuration.gin_files import import_folders as import_folders
+from registry.configuration.gin_files import imported_files as imported_files
+from registry.configuration.gin_files import portable as portable
+from registry.configuration.gin_files import read_text as read_text
+from registry.configuration.gin_files import resolve as resolve
+from registry.configuration.gin_secrets import withdraw_secrets
+from registry.configuration.gin_values import problems
 from registry.core import did_you_mean
-from registry.former_names import accepted, former_name, present_name
-from registry.gin_errors import collected, explain, explain_syntax
-from registry.gin_files import Verbatim, reader
-from registry.gin_files import code_hashes as code_hashes
-from registry.gin_files import import_folders as import_folders
-from registry.gin_files import imported_files as imported_files
-from registry.gin_files import portable as portable
-from registry.gin_files import read_text as read_text
-from registry.gin_files import resolve as resolve
-from registry.gin_secrets import withdraw_secrets
-from registry.gin_values import problems
 from registry.plugins import load_plugins
 from registry.secrets import forget, kept
 
@@ -198,7 +198,7 @@ def overridden_bindings(name: str) -> tuple[str, ...]:
 
 
 def anchor_paths(more: Mapping[str, Sequence[str]]) -> None:
-    """Bind relative paths of files as whole ones; see registry/local_paths.py."""
+    """Bind relative paths of files as whole ones; see registry/configuration/local_paths.py."""
     local_paths.anchor(more, _without_macros)
 
 

@@ -1,6 +1,7 @@
 """Ranges of settings, as annotations: `depth: Count = 6` takes whole numbers from 1 on.
 
-What a gin file binds is checked against them before anything is built (registry/gin_values.py).
+What a gin file binds is checked against them before anything is built
+(registry/configuration/gin_values.py).
 """
 
 from __future__ import annotations

@@ -192,7 +192,11 @@ def prints_or_exits(tree: ast.Module) -> Iterator[str]:
                 yield ast.unparse(node)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "sys.stdout"):
             yield ast.unparse(node)
-        elif isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit"):
+        elif isinstance(node, ast.Raise) and node.exc is not None:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if ast.unparse(raised) == "SystemExit":
+                yield "SystemExit"
+        elif isinstance(node, ast.Name) and node.id in ("exit", "quit"):
             yield node.id
 
 
@@ -209,8 +213,13 @@ def test_the_library_neither_prints_nor_exits():
 
 
 def test_prints_and_exits_are_seen():
-    text = "def main():\n    print(1)\n    sys.exit()\n    raise SystemExit"
-    assert sorted(prints_or_exits(ast.parse(text))) == ["SystemExit", "print(1)", "sys.exit"]
+    text = (
+        "def main():\n    print(1)\n    sys.exit()\n    raise SystemExit\n    raise SystemExit(2)"
+    )
+    found = sorted(prints_or_exits(ast.parse(text)))
+    assert found == ["SystemExit", "SystemExit", "print(1)", "sys.exit"]
+    noticed = "try:\n    run()\nexcept SystemExit as end:\n    note(end)"
+    assert not list(prints_or_exits(ast.parse(noticed)))
 
 
 def test_one_class_name_has_one_meaning():

@@ -134,7 +134,7 @@ def test_installed_packages_and_gin_config_are_the_ones_meant(installed):
 
 def test_installed_gin_files_are_found_and_parsed_from_another_folder(installed):
     some = sorted(files("gin", ".gin"))[0]
-    code = "from registry import gin_files; print(*gin_files.roots(), sep='\\n')"
+    code = "from registry.configuration import gin_files; print(*gin_files.roots(), sep='\\n')"
     share = installed.venv / "share" / "objective-zoo" / "gin"
     assert installed("python", "-c", code).split() == [str(share)]  # and not gin-config's folder
     code = f"from registry import gin_setup; print(gin_setup.resolve({some!r}))"

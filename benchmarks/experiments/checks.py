@@ -16,7 +16,7 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
 from benchmarks.experiments.recorded_data import RecordedData
 from benchmarks.experiments.sampled_steps import check_steps, warn_of_unguided
-from registry.gin_errors import message_of
+from registry.configuration.gin_errors import message_of
 from registry.protocols import (
     Batch,
     Cond,

@@ -29,8 +29,8 @@ from benchmarks.runs.initial_weights import load_initial_weights
 from benchmarks.runs.measure import measured_names
 from benchmarks.runs.result import RESULT, has_result
 from registry import gin_setup
-from registry.gin_errors import message_of
-from registry.own_code import CODE
+from registry.configuration.gin_errors import message_of
+from registry.configuration.own_code import CODE
 from registry.protocols import Ended, Recorder, RunRecord
 from trainers import ranks
 from trainers.checkpoints.locks import alone

@@ -25,7 +25,7 @@ from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import InProcess
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, progress, pruners, recorders
-from registry.gin_errors import message_of
+from registry.configuration.gin_errors import message_of
 from registry.protocols import Launcher, Recorder
 from trainers.zero.engine import WITHOUT_EFFECT
 

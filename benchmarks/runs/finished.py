@@ -24,7 +24,8 @@ from benchmarks.experiments.recorded_data import (
 )
 from benchmarks.runs.result import finished_run, measured_weights, recorded_identity
 from benchmarks.runs.samples import draw_samples
-from registry import gin_setup, own_code
+from registry import gin_setup
+from registry.configuration import own_code
 from registry.folders import file_in
 from registry.protocols import Dataset
 from trainers.checkpoints.weights import load_module

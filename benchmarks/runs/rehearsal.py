@@ -37,7 +37,7 @@ from benchmarks.runs.result import Result
 from benchmarks.runs.teacher import after_teacher
 from benchmarks.runs.training import fit_experiment
 from registry import progress
-from registry.gin_errors import message_of
+from registry.configuration.gin_errors import message_of
 from registry.protocols import RunRecord, check_batch
 from trainers.budget import Budget
 

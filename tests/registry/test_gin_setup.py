@@ -17,8 +17,9 @@ from typing import ClassVar
 import gin
 import pytest
 
-from registry import gin_files, gin_setup, objectives, weights
-from registry.gin_errors import message_of
+from registry import gin_setup, objectives, weights
+from registry.configuration import gin_files
+from registry.configuration.gin_errors import message_of
 from registry.plugins import import_file, load_plugins
 
 
@@ -186,7 +187,7 @@ def test_share_folder_of_a_user_install_is_found(tmp_path):
     shutil.copytree(Path(gin_files.__file__).parent, tmp_path / "site" / "registry")
     shared = tmp_path / "share" / "objective-zoo" / "gin"
     shared.mkdir(parents=True)
-    code = "from registry import gin_files; print(*gin_files.roots(), sep='\\n')"
+    code = "from registry.configuration import gin_files; print(*gin_files.roots(), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONUSERBASE": str(tmp_path), "PYTHONPATH": str(tmp_path / "site")},

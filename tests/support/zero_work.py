@@ -55,7 +55,7 @@ SMALL = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
 
 @dataclass(frozen=True)
 class Pictures:
-    """Labelled noise, a function of the step."""
+    """Labelled noise in [-1, 1], a function of the step."""
 
     shape: tuple[int, ...] = (1, 4, 4)
     num_classes: int = 3
@@ -64,7 +64,7 @@ class Pictures:
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * seed + step)
         label = torch.randint(3, (n,), generator=rng)
-        return torch.randn(n, *self.shape, generator=rng), {"label": label}
+        return torch.randn(n, *self.shape, generator=rng).tanh(), {"label": label}
 
 
 @dataclass(frozen=True)

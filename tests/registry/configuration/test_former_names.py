@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks.grids import axes
 from benchmarks.grids.request import Request
-from registry import former_names, gin_setup, kinds, weights
+from registry import gin_setup, kinds, weights
+from registry.configuration import former_names
 from registry.plugins import load_plugins
 
 OLD, NEW = "test_robust.offset", "test_robust.floor"

@@ -12,7 +12,7 @@ import pytest
 import benchmarks.builtin_parts  # noqa: F401  registers every part
 import registry
 from registry import gin_setup
-from registry.gin_text import bindings_of_values
+from registry.configuration.gin_text import bindings_of_values
 from trainers.engines import TorchEngine
 from trainers.optim import AdamW
 from zoo.objectives import DECM, DuMo, FlowMatching, MeanFlow

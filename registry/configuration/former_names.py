@@ -18,7 +18,7 @@ from typing import Any
 
 from gin import config
 
-from registry.gin_files import Reading
+from registry.configuration.gin_files import Reading
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 
 import benchmarks.experiments.build  # noqa: F401  so that gin knows run
 from registry import gin_setup, metrics
-from registry.gin_text import bindings_of_values
+from registry.configuration.gin_text import bindings_of_values
 
 REFUSED = {
     "run.steps = '10'": "Write run.steps = 10",

@@ -9,7 +9,8 @@ import sys
 import gin
 import pytest
 
-from registry import gin_setup, own_code
+from registry import gin_setup
+from registry.configuration import own_code
 
 _numbers = itertools.count()
 

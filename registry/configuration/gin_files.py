@@ -19,14 +19,14 @@ from typing import IO
 
 from gin import config, config_parser
 
-from registry import own_code
+from registry.configuration import own_code
 from registry.core import did_you_mean
 from registry.plugins import make_importable
 
 
 def roots() -> tuple[Path, ...]:
     """The folder of our gin files: the checkout's, else all those where pip puts shared data."""
-    packages = Path(__file__).parents[1]
+    packages = Path(__file__).parents[2]
     checkout = packages / "gin"
     # Next to installed packages, gin/ is gin-config itself.
     if checkout.is_dir() and not (checkout / "__init__.py").exists():
