@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 def rehearse_here(request: Request) -> None:
     """ValueError lists what would end any of the arms; a note says why nothing was rehearsed."""
-    here = replace(request, bindings=(*request.bindings, "run.device = 'auto'"))
-    for arm in request.arms():
+    arms = request.arms()
+    only = arms if arms != ("",) else ()  # what the file binds for its other arms is not asked for
+    here = replace(request, bindings=(*request.bindings, "run.device = 'auto'"), only=only)
+    for arm in arms:
         made = outline(request, arm)
         why = ""
         if made.shape_from != "of the data":

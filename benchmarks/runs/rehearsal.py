@@ -18,9 +18,9 @@ import logging
 import math
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import torch
 
 import registry
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.experiments.pruning import Pruned
 from benchmarks.metrics import evaluate
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.result import Result
@@ -38,7 +37,7 @@ from benchmarks.runs.teacher import after_teacher
 from benchmarks.runs.training import fit_experiment
 from registry import progress
 from registry.configuration.gin_errors import message_of
-from registry.protocols import RunRecord, check_batch
+from registry.protocols import IntermediateValue, Pruner, RunRecord, check_batch
 from trainers.budget import Budget
 
 ROWS, SAMPLES, STEPS = 16, 16, 2
@@ -75,11 +74,7 @@ def rehearse(
     """
     small = _small(experiment, rows, samples)
     with _no_trace(experiment.device):
-        try:
-            execute(small, texts, record, folder)
-        except Pruned:  # at two steps that says nothing, but nothing is left to measure
-            small = replace(_small(experiment, rows, samples), pruner=None)
-            execute(small, texts, record, folder, resume=True)
+        execute(small, texts, record, folder)
         taught = small.teacher is not None and small.teacher.pretrain
         fit_experiment(after_teacher(small) if taught else small, record, folder, resume=True)
         return Result.load(folder)
@@ -128,7 +123,27 @@ def _small(experiment: Experiment, rows: int, samples: int) -> Experiment:
         ema_snapshots=min(experiment.ema_snapshots, 1),
         checkpoint_seconds=0.0,
         compile=False,
+        pruner=experiment.pruner and _Consulted(experiment.pruner),
     )
+
+
+@dataclass(frozen=True)
+class _Consulted:
+    """A pruner that is asked and never followed: at two steps it knows nothing."""
+
+    pruner: Pruner
+
+    @property
+    def metric(self) -> str:
+        return self.pruner.metric
+
+    @property
+    def min_steps(self) -> int:
+        return self.pruner.min_steps
+
+    def __call__(self, values: Sequence[IntermediateValue]) -> bool:
+        self.pruner(values)
+        return False
 
 
 def _bounded_nfe(experiment: Experiment) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from zoo.derivatives.methods import (
     replay_rng,
     with_derivatives,
 )
-from zoo.derivatives.rows import WatchedRecord
+from zoo.derivatives.rows import WatchedRecord, has_values
 from zoo.ops import first_rows, rows_from
 
 Point = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]; or tangents of these
@@ -161,7 +161,7 @@ def outputs_and_derivative(
     if k == len(x):
         return derivative.with_value(of_first, first, tangents, "u")
     mode = id(net), getattr(net, "training", False)
-    apart = k > 1 and FOUND_APART.get(mode) is not net
+    apart = k > 1 and FOUND_APART.get(mode) is not net and has_values(x)
     out, du = derivative.with_value(of_first, first, tangents, "u", apart=apart)
     if apart and bool(du.any()):  # a network that starts at zero shows nothing yet
         FOUND_APART[mode] = net

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from zoo.derivatives.dual_tensors import EagerRecord, rule_of
 from zoo.derivatives.dual_tensors.refusals import name_of
@@ -31,6 +32,11 @@ COUPLED = (
     "each row (layer_norm, group_norm), put batch norms into evaluation mode, or take the "
     "derivative of every row (off_diagonal_fraction = 1)"
 )
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor holds numbers, unlike one that stands for its shape alone."""
+    return x.device.type != "meta" and detect_fake_mode((x,)) is None
 
 
 def some_rows(n: int) -> Tensor:

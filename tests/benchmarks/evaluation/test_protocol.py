@@ -412,7 +412,9 @@ def test_weights_changed_in_place_are_sampled_anew(run_folder, tmp_path, feature
         before = evaluate_run(folder, wanted, tmp_path)
         file = folder / "model.safetensors"
         save_file({name: 2 * x for name, x in load_file(file).items()}, file)
-        after = evaluate_run(folder, wanted, tmp_path)
+        with pytest.raises(ValueError, match="is not the file that the run has measured"):
+            evaluate_run(folder, wanted, tmp_path)
+        after = evaluate_run(folder, replace(wanted, weights=file), tmp_path)
     assert after["nfe1/fd_pixels"] != before["nfe1/fd_pixels"]
 
 
