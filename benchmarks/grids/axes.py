@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import gin
 
 from registry import gin_setup
+from registry.ranges import Count
 
 MODES = ("product", "zip", "one_at_a_time")
 MAX_CELLS = 10_000  # each is built before any of them runs
@@ -53,7 +54,7 @@ class Grid:
     mode: str = "product"
     repeat: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     launcher: Any = None
-    max_cells: int = MAX_CELLS
+    max_cells: Count = MAX_CELLS
     only: str | None = None
     folders: tuple[str, ...] = ()
 
@@ -128,7 +129,7 @@ def declared(folder: Path) -> Declared:
         axes=_read("Grid.axes", folder, may_repeat=mode == "zip"),
         mode=mode,
         repeat=_read("Grid.repeat", folder),
-        max_cells=_max_cells(),
+        max_cells=gin_setup.query("Grid.max_cells", MAX_CELLS),
     )
     axes, repeat = ({gin_setup.own_key(key) for key in a} for a in (found.axes, found.repeat))
     if both := sorted(axes & repeat):
@@ -142,13 +143,6 @@ def declared(folder: Path) -> Declared:
     if found.mode == "zip" and (twice := _repeated(vary(found.axes, "zip"))):
         raise ValueError(f"Grid.axes has the setting {label('', twice[0])} more than once")
     return found
-
-
-def _max_cells() -> int:
-    limit = gin_setup.query("Grid.max_cells", MAX_CELLS)
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"Grid.max_cells = {limit!r} must be a whole number from 1 on")
-    return limit
 
 
 def _repeated(values: Iterable[T]) -> list[T]:

@@ -21,7 +21,7 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared, Setting
 from benchmarks.grids.cell import Cell, build
-from benchmarks.grids.request import Request
+from benchmarks.grids.request import PATHS, Request
 from benchmarks.launchers.launcher import InProcess
 from benchmarks.records.provenance import version_of
 from registry import gin_setup, launchers, progress, pruners, recorders
@@ -153,13 +153,16 @@ def _draft(
     if new := [trouble for trouble in wrong if trouble not in known]:
         raise ValueError("; ".join(new))
     experiment = build(arm)
-    operative = gin_setup.operative_text()
     data = experiment.dataset.identity()
     identity = _id(opened, data)
+    macros = gin_setup.read_macros()
+    gin_setup.anchor_paths(PATHS)  # what took effect has the paths of the text that the run keeps
+    operative = gin_setup.operative_text()
     cost = cost_of(experiment)
     gin_setup.build("Grid.launcher")  # so that its bindings count as used
     inert = set(gin_setup.inert_bindings(arm))
-    dropped = tuple(key for key, _ in setting if _without_effect(arm, key, inert))
+    macros |= gin_setup.read_macros()
+    dropped = tuple(key for key, _ in setting if _without_effect(arm, key, inert, macros))
     kept = tuple(pair for pair in setting if pair[0] not in dropped)
     values = tuple(pair for pair in kept if not _is_seed(arm, pair[0]))
     title = arm or experiment.objective_name
@@ -238,12 +241,15 @@ def _id(opened: Iterable[Path], data: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _without_effect(arm: str, key: str, inert: set[str]) -> bool:
-    """Whether nothing used this key of a setting. Files are judged by the cell's id alone."""
+def _without_effect(arm: str, key: str, inert: set[str], macros: set[str]) -> bool:
+    """Whether nothing used this key of a setting; `macros` were read.
+
+    Files are judged by the cell's id alone.
+    """
     if key == axes.INCLUDE:
         return False
     if "." not in key:
-        return key not in gin_setup.read_macros()
+        return key not in macros
     return gin_setup.own_key(axes.bound_key(arm, key)) in inert
 
 

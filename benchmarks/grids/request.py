@@ -20,6 +20,7 @@ from registry import gin_setup
 from registry.core import did_you_mean
 
 KEPT = ("record.jsonl", "result.json", "cell.json", "grid.json")  # beside a config.gin of ours
+PATHS = {"run": ("start_from",)}  # of what is no part; those of parts are their `local_paths`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Request:
         The file runs this arm alone; all arms where it is None. Paths in it are whole ones, so that
         it does so from every folder.
         """
-        gin_setup.anchor_paths({"run": ("start_from",)})
+        gin_setup.anchor_paths(PATHS)
         gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)

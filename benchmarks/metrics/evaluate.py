@@ -69,31 +69,38 @@ def values_of(metric: Metric, samples: Tensor, reference: Tensor) -> Iterator[tu
 
     A tensor or an array of one number counts as that number.
     """
-    name = registry.metrics.name_of(metric)
+    name = called(metric)
     given: Any = metric(samples, reference)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise ValueError(
-            f"@{name}() gave {type(given).__name__}; a metric yields pairs of a name and a number, "
+            f"{name} gave {type(given).__name__}; a metric yields pairs of a name and a number, "
             f'such as yield "{name}", value.item()'
         )
     seen: set[str] = set()
     for pair in given:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
             raise ValueError(
-                f"@{name}() gave {repr(pair)[:100]}; a metric yields pairs of a name and a number"
+                f"{name} gave {repr(pair)[:100]}; a metric yields pairs of a name and a number"
             )
         key, value = pair
         if key in seen:
-            raise ValueError(f"@{name}() gave the value {key!r} twice; give each a name of its own")
+            raise ValueError(f"{name} gave the value {key!r} twice; give each a name of its own")
         seen.add(key)
         if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
             value = value.item()
         if not isinstance(value, Real):
             raise ValueError(
-                f"@{name}() gave {key!r} = {repr(value)[:100]}; each value must be one number, "
+                f"{name} gave {key!r} = {repr(value)[:100]}; each value must be one number, "
                 "such as value.mean().item()"
             )
         yield key, float(value)
+
+
+def called(metric: Metric) -> str:
+    """The name as gin has it, or else that of the function or class."""
+    if registry.kind_of(metric) is registry.metrics:
+        return f"@{registry.metrics.name_of(metric)}()"
+    return str(getattr(metric, "__qualname__", type(metric).__qualname__))
 
 
 def provenance(metric: Metric, dataset: Dataset, num: int, seed: int) -> dict[str, str]:

@@ -180,7 +180,7 @@ def _check_schedule(experiment: Experiment) -> None:
 def _check_metric(experiment: Experiment) -> None:
     metric, dataset = experiment.metric, experiment.dataset
     num = min(experiment.num_samples, METRIC_SAMPLES)
-    where = f"run.metric = @{registry.metrics.name_of(metric)}() on {num} rows of {dataset.name}"
+    where = f"run.metric = {evaluate.called(metric)} on {num} rows of {dataset.name}"
     try:
         real, _ = evaluate.reference_of(dataset, num, experiment.seed)
         rows = real[torch.arange(num, 2 * num) % len(real)]

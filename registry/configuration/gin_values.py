@@ -49,7 +49,7 @@ def problems(bound: Iterable[tuple[str, str, str, Any]]) -> Iterator[str]:
             yield problem
             continue
         owner = config._REGISTRY.get_match(selector)
-        if owner is None or owner.selector == "Grid":  # which checks its own, with all its axes
+        if owner is None:
             continue
         wanted = _annotations(owner.wrapped).get(parameter)
         if wanted is None or (value is None and _default_is_none(owner.wrapped, parameter)):

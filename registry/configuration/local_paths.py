@@ -10,25 +10,55 @@ name on a hub, stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 from gin import config
 
+Entry = tuple[tuple[str, str], dict[str, Any]]  # scope and selector, and the values by parameter
+
 
 def anchor(more: Mapping[str, Sequence[str]], value_of: Any) -> None:
     """Bind every relative path that is bound, or was used by default, as a whole one.
 
-    `more` has the paths of what is no class, such as {"run": ("start_from",)}. `value_of` replaces
-    the macros in a value.
+    What has been used counts as if it had been bound so from the start. `more` has the paths of
+    what is no class, such as {"run": ("start_from",)}. `value_of` replaces the macros in a value.
     """
-    for (scope, selector), values in (*_bound(), *_used_by_default()):
-        for name in (*_paths(selector), *more.get(selector.split(".")[-1], ())):
+    used = tuple(config._OPERATIVE_CONFIG.items())
+    whole_of_used = list(_whole_paths(used, more, value_of))  # while their macros can be read
+    for (scope, selector), name, whole in _whole_paths((*_bound(), *_by_default()), more, value_of):
+        key = f"{scope}/{selector}" if scope else selector
+        gin.bind_parameter(f"{key}.{name}", whole)
+    for owner, name, whole in whole_of_used:
+        config._OPERATIVE_CONFIG[owner][name] = whole
+    if whole_of_used:
+        _forget_unread_macros()
+
+
+def _whole_paths(
+    entries: Iterable[Entry], more: Mapping[str, Sequence[str]], value_of: Any
+) -> Iterator[tuple[tuple[str, str], str, str]]:
+    """The key and the parameter of each relative path that is here, and the whole path."""
+    for key, values in entries:
+        for name in (*_paths(key[1]), *more.get(key[1].split(".")[-1], ())):
             if name in values and (whole := _whole(value_of(values[name]))):
-                key = f"{scope}/{selector}" if scope else selector
-                gin.bind_parameter(f"{key}.{name}", whole)
+                yield key, name, whole
+
+
+def _forget_unread_macros() -> None:
+    """Keep those used macros that a used value still reads, through other macros or directly."""
+    used = config._OPERATIVE_CONFIG
+    macros = {key for key in used if key[1] == "gin.macro"}
+    read = [used[key] for key in used.keys() - macros]
+    for values in read:  # which grows by the values of the macros that are met
+        for reference in config.iterate_references(values):
+            if reference.config_key in macros:
+                macros.remove(reference.config_key)
+                read.append(used[reference.config_key])
+    for key in macros:
+        del used[key]
 
 
 def _whole(value: Any) -> str:
@@ -38,11 +68,11 @@ def _whole(value: Any) -> str:
     return str(Path(value).resolve()) if Path(value).exists() else ""
 
 
-def _bound() -> tuple[tuple[tuple[str, str], dict[str, Any]], ...]:
+def _bound() -> tuple[Entry, ...]:
     return tuple(config._CONFIG.items())
 
 
-def _used_by_default() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+def _by_default() -> Iterator[Entry]:
     """What parts took from their own defaults since gin text was read."""
     for (scope, selector), values in tuple(config._OPERATIVE_CONFIG.items()):
         bound = {

@@ -68,7 +68,8 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
 def hashes(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, str]:
     """The SHA-256 of these files and of all imported modules beside them, by name in the folder."""
     roots = [folder.resolve() for folder in folders]
-    loaded = [file for module in list(sys.modules) if (file := _file_of(module)) is not None]
+    modules = list(sys.modules) if roots else []  # thousands, of which each is looked up on disk
+    loaded = [file for module in modules if (file := _file_of(module)) is not None]
     beside = [file for file in loaded if file.parent in roots]
     found = {}
     for file in dict.fromkeys([*files, *beside]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_labels_are_short_but_tell_keys_apart():
         ("Grid.axes = {'run.seed': [0, 1, 0]}", "gives run.seed the value 0 more than once"),
         ("Grid.axes = {'include': [3]}", "takes names of gin files, not 3"),
         ("Grid.mode = 'prodcut'", "'prodcut' is none of product, zip, one_at_a_time"),
-        ("Grid.mode = ['zip']", "is none of product"),
+        ("Grid.mode = ['zip']", "Grid.mode = ['zip'] must be a text in quotes"),
         (
             "Grid.mode = 'zip'\nGrid.axes = {'a.b': [1, 2], 'a.c': [1]}",
             "equally many values: a.b has 2, a.c has 1",
@@ -135,7 +136,7 @@ def test_labels_are_short_but_tell_keys_apart():
     ],
 )
 def test_axes_that_make_no_sense_are_refused(text, says):
-    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(says)):
         declared(text)
 
 
@@ -178,6 +179,5 @@ def test_a_grid_of_too_many_cells_is_refused_at_once_with_the_number():
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1.5", "True", "'10'"])
 def test_the_limit_of_cells_is_a_whole_number(limit):
-    gin_setup.parse([], [f"Grid.max_cells = {limit}"])
-    with pytest.raises(ValueError, match="Grid.max_cells"):
-        axes.declared(Path())
+    with pytest.raises(ValueError, match=f"^Grid.max_cells = {limit} must be a whole number"):
+        declared(f"Grid.max_cells = {limit}")

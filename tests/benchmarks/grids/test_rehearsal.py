@@ -38,10 +38,11 @@ mlp.depth = 1
 run.batch_size = 8
 run.steps = 3
 run.num_samples = 8
-run.nfe = (1, 2)
+run.nfe = (1,)
 run.recorder = @jsonl()
 run.device = 'cpu'
 """
+TOO_FEW = ("run.metric = @mmd()", "run.num_samples = 1")
 
 
 @pytest.fixture
@@ -76,7 +77,6 @@ def metric_that(gives):
 
 
 METRICS = {
-    "a name that no record takes": (lambda s, r: [("AR@100", 1.0)], "AR@100"),
     "a tensor of several": (lambda s, r: [("a", s.mean(0))], "each value must be one number"),
     "a text": (lambda s, r: [("a", "good")], "each value must be one number"),
     "three things": (lambda s, r: [("a", 1.0, 2.0)], "pairs of a name and a number"),
@@ -106,7 +106,7 @@ def test_a_tensor_of_one_number_is_a_number(request_of, tmp_path):
 
 
 def test_too_few_samples_are_found_and_few_rows_of_the_rehearsal_are_not(request_of, tmp_path):
-    assert "run.num_samples = 1" in refusal(request_of("run.num_samples = 1"))
+    assert "run.num_samples = 1" in refusal(request_of(*TOO_FEW))
 
     def needs(samples, reference):
         if len(samples) < 40:
@@ -182,9 +182,7 @@ def test_the_error_names_each_cell_once_for_all_that_fail(request_of):
     text = "".join(
         f"{arm}/run.objective = @{arm}()\n" for arm in ("flow_matching", "mean_flow")
     ) + TINY.replace("run.objective = @flow_matching()\n", "")
-    arms = request_of(
-        "Grid.arms = ('flow_matching', 'mean_flow')", "run.num_samples = 1", text=text
-    )
+    arms = request_of("Grid.arms = ('flow_matching', 'mean_flow')", *TOO_FEW, text=text)
     found = refusal(arms)
     assert "flow_matching and 1 more: " in found
 
@@ -202,7 +200,7 @@ def test_cells_that_differ_in_their_seed_alone_are_rehearsed_once(
 
 def test_training_after_a_rehearsal_is_equal_to_the_last_bit(request_of, tmp_path):
     text = TINY.replace("@flow_matching()", "@decm()") + "decm.teacher = @frozen()\n"
-    text += "frozen.pretrain = 0.5\nrun.steps = 4\nrun.evaluate_every = 1\n"
+    text += "frozen.pretrain = 0.5\nrun.steps = 2\nrun.evaluate_every = 1\n"
     weights = []
     for name, rehearsed in (("with", True), ("without", False)):
         torch.manual_seed(1)
@@ -243,7 +241,7 @@ def test_a_rehearsal_is_bounded(request_of, tmp_path, monkeypatch):
 
 
 def test_every_door_rehearses_unless_it_is_told_not_to(request_of, tmp_path, monkeypatch):
-    wrong = request_of("run.num_samples = 1")
+    wrong = request_of(*TOO_FEW)
     for door in (
         lambda: compare(wrong, tmp_path / "a"),
         lambda: run_grid(wrong, tmp_path / "b"),
@@ -255,6 +253,32 @@ def test_every_door_rehearses_unless_it_is_told_not_to(request_of, tmp_path, mon
     monkeypatch.setattr(comparison, "_run", lambda *rest, **more: "ran")
     assert compare(wrong, tmp_path / "a", rehearsal=False) == "ran"
     assert run_grid(wrong, tmp_path / "b", rehearsal=False) == "ran"
+
+
+def test_what_is_rehearsed_may_read_a_relative_path_by_a_macro(request_of, tmp_path, monkeypatch):
+    class OfFile(Mixture):
+        """Needs a file."""
+
+        local_paths = ("file",)
+
+        def __init__(self, file: str):
+            Path(file).read_text()
+            super().__init__()
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "there"):
+        (tmp_path / name).touch()
+    bindings = ("run.dataset = @of_file()", "of_file.file = %PLACE")
+    with datasets.temporary("of_file", OfFile):
+        axes = "Grid.axes = {'PLACE': ['here', 'there']}"
+        grid = request_of(*bindings, axes, text=TINY + "PLACE = 'here'\n")
+        planned = plan(grid, grid.axes())
+        assert [one.values for one in planned.cells] == [
+            (("PLACE", "'here'"),), (("PLACE", "'there'"),),
+        ]  # fmt: skip
+        rehearse(planned.cells, tmp_path / "out", planned.launcher)
+    took = [gin_setup.bindings_of(one.operative)["of_file.file"] for one in planned.cells]
+    assert took == [repr(str(tmp_path / name)) for name in ("here", "there")]
 
 
 def test_a_launcher_whose_processes_cannot_share_the_batch_is_found(request_of, tmp_path):

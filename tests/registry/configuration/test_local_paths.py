@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from cifar10_files import write_cifar10
 
-from registry import gin_setup
+from registry import gin_setup, metrics
 
 RUN = {"run": ("start_from",)}
 
@@ -46,19 +48,52 @@ def test_a_relative_path_that_is_here_becomes_a_whole_one(here, key, name):
     assert anchored(f"{key} = {name!r}") == {key: repr(str(here / Path(name).name))}
 
 
-@pytest.mark.parametrize("value", ["ylecun/mnist", "/nowhere/pictures", "~/pictures", "", None, 3])
+@pytest.mark.parametrize("value", ["ylecun/mnist", "/nowhere/pictures", "~/pictures", ""])
 def test_what_is_no_relative_path_of_anything_here_stays(here, value):
     assert anchored(f"hf_images.path = {value!r}") == {"hf_images.path": repr(value)}
 
 
 def test_a_text_that_is_no_path_stays_even_where_a_folder_has_its_name(here):
-    found = anchored("hf_images.split = 'pictures'", "fashion_mnist.split = 'pictures'")
+    found = anchored("hf_images.split = 'pictures'", "run.device = 'pictures'")
     assert set(found.values()) == {"'pictures'"}
 
 
 def test_a_path_behind_a_macro_becomes_whole(here):
     found = anchored("image_folder.folder = %PLACE", "PLACE = 'pictures'")
     assert found["image_folder.folder"] == repr(str(here / "pictures"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """A metric that reads a file."""
+
+    local_paths: ClassVar = ("file",)
+    file: str
+    word: str
+
+    def __call__(self, samples, reference):
+        yield "mine", 0.0
+
+
+def test_what_was_used_has_whole_paths_and_the_macros_that_are_still_read(here):
+    bindings = (
+        *("PLACE = %WHERE", "WHERE = 'pictures'", "WORD = 'pictures'"),
+        *("a/files.file = %PLACE", "b/files.file = %WORD", "files.word = %WORD"),
+    )
+    with metrics.temporary("files", Files):
+        gin_setup.parse([], bindings)
+        for scope in ("a", "b"):
+            with gin_setup.arm(scope):
+                metrics.build("files")
+        assert gin_setup.read_macros() == {"PLACE", "WHERE", "WORD"}
+        gin_setup.anchor_paths(RUN)
+        assert gin_setup.read_macros() == {"WORD"}
+        whole = repr(str(here / "pictures"))
+        assert gin_setup.bindings_of(gin_setup.operative_text()) == {
+            "WORD": "'pictures'",
+            **{"a/files.file": whole, "a/files.word": "%WORD"},
+            **{"b/files.file": whole, "b/files.word": "%WORD"},
+        }
 
 
 def test_a_default_that_was_used_becomes_whole(here):
