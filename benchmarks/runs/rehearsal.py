@@ -123,23 +123,20 @@ def _small(experiment: Experiment, rows: int, samples: int) -> Experiment:
         ema_snapshots=min(experiment.ema_snapshots, 1),
         checkpoint_seconds=0.0,
         compile=False,
-        pruner=experiment.pruner and _Consulted(experiment.pruner),
+        pruner=_consulted(experiment.pruner) if experiment.pruner else None,
     )
 
 
-@dataclass(frozen=True)
+def _consulted(pruner: Pruner) -> Pruner:
+    """A pruner that asks this one and never follows it: at two steps it knows nothing."""
+    return _Consulted(metric=pruner.metric, min_steps=pruner.min_steps, pruner=pruner)
+
+
+@dataclass
 class _Consulted:
-    """A pruner that is asked and never followed: at two steps it knows nothing."""
-
+    metric: str
+    min_steps: int
     pruner: Pruner
-
-    @property
-    def metric(self) -> str:
-        return self.pruner.metric
-
-    @property
-    def min_steps(self) -> int:
-        return self.pruner.min_steps
 
     def __call__(self, values: Sequence[IntermediateValue]) -> bool:
         self.pruner(values)
