@@ -21,6 +21,8 @@ from gin import config
 def anchor(more: Mapping[str, Sequence[str]], value_of: Any) -> None:
     """Bind every relative path that is bound, or was used by default, as a whole one.
 
+    What took effect has the whole path, too: it is what the text that is then written binds.
+
     `more` has the paths of what is no class, such as {"run": ("start_from",)}. `value_of` replaces
     the macros in a value.
     """
@@ -29,6 +31,10 @@ def anchor(more: Mapping[str, Sequence[str]], value_of: Any) -> None:
             if name in values and (whole := _whole(value_of(values[name]))):
                 key = f"{scope}/{selector}" if scope else selector
                 gin.bind_parameter(f"{key}.{name}", whole)
+    for (_, selector), values in config._OPERATIVE_CONFIG.items():
+        for name in (*_paths(selector), *more.get(selector.split(".")[-1], ())):
+            if name in values and (whole := _whole(value_of(values[name]))):
+                values[name] = whole
 
 
 def _whole(value: Any) -> str:

@@ -18,7 +18,7 @@ import logging
 import math
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
@@ -34,7 +34,7 @@ from benchmarks.experiments.pruning import Pruned
 from benchmarks.metrics import evaluate
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.result import Result
-from benchmarks.runs.teacher import after_teacher
+from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
 from registry import progress
 from registry.gin_errors import message_of
@@ -67,21 +67,31 @@ def check_ends(experiment: Experiment) -> None:
 
 
 def rehearse(
-    experiment: Experiment, texts: Texts, record: RunRecord, folder: Path, rows: int, samples: int
+    experiment: Experiment,
+    again: Callable[[], Experiment],
+    texts: Texts,
+    record: RunRecord,
+    folder: Path,
+    rows: int,
+    samples: int,
 ) -> Result:
     """Execute the run in `folder` at this size, and read back what it left there.
 
-    It changes the weights of the experiment, which must have been built for it.
+    It changes the weights of the experiment, which must have been built for it. What is read back
+    goes into one that `again` builds, as in a run that goes on: an engine may have cut the network
+    of the first into pieces.
     """
     small = _small(experiment, rows, samples)
     with _no_trace(experiment.device):
         try:
             execute(small, texts, record, folder)
         except Pruned:  # at two steps that says nothing, but nothing is left to measure
-            small = replace(_small(experiment, rows, samples), pruner=None)
+            small = replace(_small(again(), rows, samples), pruner=None)
             execute(small, texts, record, folder, resume=True)
-        taught = small.teacher is not None and small.teacher.pretrain
-        fit_experiment(after_teacher(small) if taught else small, record, folder, resume=True)
+        small = _small(again(), rows, samples)
+        if prepare_teacher(small, record, folder / "teacher", resume=True).steps:
+            small = after_teacher(small)
+        fit_experiment(small, record, folder, resume=True)
         return Result.load(folder)
 
 
