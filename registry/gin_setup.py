@@ -238,6 +238,19 @@ def bindings_of(text: str) -> dict[str, str]:
     return found
 
 
+def differing_keys(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """The keys that two results of `bindings_of` bind differently.
+
+    A macro that one of them alone reads is left out: the other one binds its value directly, and
+    the values are compared where they are used.
+    """
+    return [
+        key
+        for key in sorted({**ours, **theirs})
+        if ours.get(key) != theirs.get(key) and ("." in key or (key in ours and key in theirs))
+    ]
+
+
 def read_macros() -> set[str]:
     """The macros that have been read since `parse`."""
     return {scope for scope, selector in config._OPERATIVE_CONFIG if selector == MACRO}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -82,7 +83,8 @@ def check_same(one: Planned, folder: Path, *, may_change: bool = True) -> None:
             f"{folder} is {done} with other settings: "
             f"{shown or 'other data, code or version of objective-zoo'}. "
             "Remove it to run it again, or choose another --out; to start a new run from its "
-            f"state with other settings, choose another --out and add --fork {folder}"
+            f"state with other settings, choose another --out and add "
+            f"--fork {shlex.quote(str(folder))}"
         )
 
 
@@ -100,8 +102,7 @@ def differences(one: Planned, folder: Path) -> dict[str, str]:
     ours["data"], theirs["data"] = one.data, tags.get("data", one.data)
     return {
         key: f"{theirs.get(key, 'unset')}, now {ours.get(key, 'unset')}"
-        for key in sorted(ours | theirs)
-        if ours.get(key) != theirs.get(key)
+        for key in gin_setup.differing_keys(ours, theirs)
     }
 
 
@@ -148,7 +149,7 @@ def as_forked(one: Planned, folder: Path) -> Planned:
         raise ValueError(f"{folder / FORK} cannot be read: it describes no fork") from problem
     identity = json.dumps([one.cell.id, about.parent, about.folder, about.step])
     id = hashlib.sha256(identity.encode()).hexdigest()
-    command = f"{one.cell.tags['cell.command']} --fork {about.folder}"
+    command = f"{one.cell.tags['cell.command']} --fork {shlex.quote(about.folder)}"
     tags = {**one.cell.tags, **about.tags, "cell.id": id, "cell.command": command}
     note = f"# Forked from {about.folder} at step {about.step}: the file alone starts at step 0.\n"
     return replace(one, cell=replace(one.cell, id=id, tags=tags), config=note + one.config)

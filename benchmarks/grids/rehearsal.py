@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.grids.cell import CONFIG, Cell, built, lead, recorder_of, texts_of
@@ -113,14 +114,15 @@ class _Rehearsal:
         sizes = rehearsal.sizes(experiment)
         self.attempts = len(sizes)
         texts = texts_of(cell.arm, (folder / CONFIG).read_text())
-        result = rehearsal.rehearse(experiment, texts, record, folder, *sizes[self.attempt])
+        again = partial(built, cell, folder, record)
+        result = rehearsal.rehearse(experiment, again, texts, record, folder, *sizes[self.attempt])
         result_table(frame({cell.name: [result]}))
 
 
 def _check_text(planned: str, again: str) -> None:
     """ValueError if the text of the cell, read back, does not bind what was planned."""
     was, now = gin_setup.bindings_of(planned), gin_setup.bindings_of(again)
-    if differing := sorted(key for key in was | now if was.get(key) != now.get(key)):
+    if differing := gin_setup.differing_keys(was, now):
         shown = "; ".join(
             f"{k} = {was.get(k, 'unset')}, read back {now.get(k, 'unset')}" for k in differing[:5]
         )

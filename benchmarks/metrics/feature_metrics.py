@@ -111,6 +111,7 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
     extractor = wanted.extractor or best_available(tuple(rows.data.shape[1:]))
     features = extractor(rows.data[: 2 * num])
     target = features[:num]
+    _check_enough(wanted.metrics, num)
     metrics = _possible(wanted.metrics, len(target))
     comparisons = tuple(metric.against(target) for metric in metrics)
     judges: tuple[tuple[VectorMetric, Callable[[Tensor], Values]], ...]
@@ -129,6 +130,17 @@ def _prepare(wanted: FeatureMetrics, rows: _Rows, num: int) -> _Real:
         for name, value in compare(other)
     )
     return _Real(extractor, metrics, comparisons, len(target), rows.digest, floor, rule)
+
+
+def _check_enough(metrics: tuple[VectorMetric, ...], num: int) -> None:
+    """ValueError where so few samples were asked for that a metric cannot be had from any data."""
+    for metric in metrics:
+        if (needed := rows_needed(metric)) > num:
+            raise ValueError(
+                f"{metric_kinds.name_of(metric)} needs at least {needed} samples, and {num} are "
+                f"drawn; give run.num_samples = {needed} or more, or take it out of "
+                "feature_metrics.metrics"
+            )
 
 
 def _possible(metrics: tuple[VectorMetric, ...], rows: int) -> tuple[VectorMetric, ...]:

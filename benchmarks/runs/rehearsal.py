@@ -18,7 +18,7 @@ import logging
 import math
 import random
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -33,7 +33,7 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.runs.execute import Texts, execute
 from benchmarks.runs.result import Result
-from benchmarks.runs.teacher import after_teacher
+from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
 from registry import progress
 from registry.configuration.gin_errors import message_of
@@ -66,17 +66,27 @@ def check_ends(experiment: Experiment) -> None:
 
 
 def rehearse(
-    experiment: Experiment, texts: Texts, record: RunRecord, folder: Path, rows: int, samples: int
+    experiment: Experiment,
+    again: Callable[[], Experiment],
+    texts: Texts,
+    record: RunRecord,
+    folder: Path,
+    rows: int,
+    samples: int,
 ) -> Result:
     """Execute the run in `folder` at this size, and read back what it left there.
 
-    It changes the weights of the experiment, which must have been built for it.
+    It changes the weights of the experiment, which must have been built for it. What is read back
+    goes into one that `again` builds, as in a run that goes on: an engine may have cut the network
+    of the first into pieces.
     """
     small = _small(experiment, rows, samples)
     with _no_trace(experiment.device):
         execute(small, texts, record, folder)
-        taught = small.teacher is not None and small.teacher.pretrain
-        fit_experiment(after_teacher(small) if taught else small, record, folder, resume=True)
+        small = _small(again(), rows, samples)
+        if prepare_teacher(small, record, folder / "teacher", resume=True).steps:
+            small = after_teacher(small)
+        fit_experiment(small, record, folder, resume=True)
         return Result.load(folder)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.data.mixtures import Mixture
@@ -298,3 +299,48 @@ def test_the_cause_names_the_part_in_whose_code_it_arose():
         except ZeroDivisionError as error:
             found = rehearsal.cause(error)
     assert found == "in the metric @mine_metric: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("macro", [False, True], ids=["bound", "behind a macro"])
+def test_a_relative_folder_passes_and_a_run_of_it_goes_on(
+    request_of, tmp_path, monkeypatch, caplog, macro
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "mine" / f"{number}.png")
+    where = "%PLACE\nPLACE = 'mine'" if macro else "'mine'"
+    pictures = f"@image_folder()\nimage_folder.resolution = 8\nimage_folder.folder = {where}"
+    text = TINY.replace("@gaussian()", pictures).replace("@mlp", "@unet").replace("mlp.dim = 8", "")
+    text = text.replace("mlp.depth = 1", "unet.channels = 8")
+    caplog.set_level("INFO")
+    compare(request_of(text=text), tmp_path / "out")
+    (tmp_path / "out" / "flow_matching" / "result.json").unlink()
+    compare(
+        request_of("run.log_every = 2", "run.steps = 3", text=text), tmp_path / "out", resume=True
+    )
+    assert "goes on with run.log_every" in caplog.text
+    assert "image_folder.folder," not in caplog.text
+
+
+def test_a_value_that_gin_reads_back_as_another_is_found():
+    with pytest.raises(ValueError, match=r"mlp.dim = 8, read back 16"):
+        of_cells._check_text("mlp.dim = 8", "mlp.dim = 16")
+    with pytest.raises(ValueError, match=r"mlp.dim = 8, read back unset"):
+        of_cells._check_text("mlp.dim = 8", "")
+
+
+def test_the_run_that_goes_on_has_a_network_of_its_own(request_of, tmp_path, monkeypatch):
+    """An engine of ZeRO stage 3 leaves no whole tensor in the network that it trained."""
+
+    def cut(experiment, *arguments, fit=rehearsal.fit_experiment, **more):
+        state = fit(experiment, *arguments, **more)
+        for parameter in experiment.net.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        return state
+
+    monkeypatch.setattr("benchmarks.runs.rehearsal.fit_experiment", cut)
+    monkeypatch.setattr("benchmarks.runs.execute.fit_experiment", cut)
+    planned = plan(request_of(), Declared())
+    rehearse(planned.cells, tmp_path / "out", planned.launcher)
