@@ -167,8 +167,6 @@ def _draft(
     values = tuple(pair for pair in kept if not _is_seed(arm, pair[0]))
     title = arm or experiment.objective_name
     command = request.command("run", [arm] if arm else [], axes.bindings(arm, kept))
-    config = request.text(opened, "run", command, arm)
-    operative = gin_setup.operative_text()  # after the text, for which paths became whole ones
     return _Draft(
         arm=arm,
         title=title,
@@ -180,7 +178,7 @@ def _draft(
         id=identity,
         headline=_headline(experiment),
         command=command,
-        config=config,
+        config=request.text(opened, "run", command, arm),
         operative=operative,
         data=data,
         recorder=experiment.recorder,

@@ -39,7 +39,7 @@ def read_share(
     what a data set must give.
     """
     what = f"batch({step}, {n}, {seed})"
-    whole = not isinstance(dataset, Shareable)
+    whole = share.count == 1 or not isinstance(dataset, Shareable)
     given = dataset.batch(step, n, seed) if whole else dataset.batch_share(step, n, seed, share)
     x0, cond = _pair(dataset, given, what)
     check_rows(dataset, x0, cond, n, what, _WHOLE if whole else share, first=step == 0)
