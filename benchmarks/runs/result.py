@@ -89,7 +89,8 @@ def finished_run(folder: Path) -> Path:
     if not has_result(folder):
         inside = sorted(p.parent.name for p in folder.glob(f"*/{RESULT}"))
         hint = f" There are runs in it: {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{folder} holds no finished run (no {RESULT}).{hint}")
+        why = f"its {RESULT} cannot be read" if (folder / RESULT).exists() else f"no {RESULT}"
+        raise ValueError(f"{folder} holds no finished run ({why}).{hint}")
     return folder / MODEL
 
 

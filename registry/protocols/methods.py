@@ -111,12 +111,14 @@ class JointDerivative(Derivative, Protocol):
     """A derivative that can be taken together with the value, in the forward of the prediction.
 
     `fn` gives the outputs by name, and the derivative is that of the output `key`. `with_value`
-    returns the outputs with their graph and the derivative without. Where the rows given are
-    `apart` from others of their batch, it raises NotImplementedError if rows depend on one another.
-    `linearized` returns the outputs and a function from tangents to the derivative, which may be
-    called once. `in_own_pass`
+    returns the outputs with their graph and the derivative without. `linearized` returns the
+    outputs and a function from tangents to the derivative, which may be called once. `in_own_pass`
     is the derivative that takes its place where the forward cannot be followed: where weights are
     not whole while the network runs, and where networks are compiled.
+
+    One that declares `tests_rows = True` takes `with_value(..., apart=True)`, which raises
+    NotImplementedError if rows depend on one another. It is asked so where the rows that it is
+    given are apart from others of their batch.
     """
 
     @property
@@ -127,8 +129,6 @@ class JointDerivative(Derivative, Protocol):
         primals: Sequence[Tensor],
         tangents: Sequence[Tensor],
         key: str,
-        *,
-        apart: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]: ...
     def linearized(
         self, fn: Callable[..., Mapping[str, Tensor]], primals: Sequence[Tensor], key: str

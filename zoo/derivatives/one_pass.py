@@ -58,6 +58,7 @@ class OnePass:
     """Exact, in the forward pass of the prediction; not for ZeRO stage 3, nor compiled networks."""
 
     needs_forward_ad: ClassVar = True
+    tests_rows: ClassVar = True
 
     @property
     def in_own_pass(self) -> Derivative:
@@ -162,7 +163,9 @@ def outputs_and_derivative(
         return derivative.with_value(of_first, first, tangents, "u")
     mode = id(net), getattr(net, "training", False)
     apart = k > 1 and FOUND_APART.get(mode) is not net and has_values(x)
-    out, du = derivative.with_value(of_first, first, tangents, "u", apart=apart)
+    apart = apart and getattr(derivative, "tests_rows", False)
+    test: Mapping[str, Any] = {"apart": True} if apart else {}
+    out, du = derivative.with_value(of_first, first, tangents, "u", **test)
     if apart and bool(du.any()):  # a network that starts at zero shows nothing yet
         FOUND_APART[mode] = net
     rest = net(x[k:], t[k:], r[k:], rows_from(cond, k))

@@ -83,5 +83,5 @@ def test_link_out_of_the_folder_is_refused(run):
 def test_result_that_cannot_be_read_is_named(run):
     for text in ("", "[1]", "{"):
         (run / "result.json").write_text(text)
-        with pytest.raises(ValueError, match="result.json is not as a run wrote it"):
+        with pytest.raises(ValueError, match="its result.json cannot be read"):
             measured_weights(run)

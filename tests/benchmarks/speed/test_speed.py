@@ -218,7 +218,7 @@ def test_share_outside_the_network_sees_slow_data(monkeypatch):
     quick = outside_share(run)
     data = type(run.experiment.dataset)
     batch = data.batch
-    monkeypatch.setattr(data, "batch", lambda *a: (time.sleep(0.2), batch(*a))[1])
+    monkeypatch.setattr(data, "batch", lambda *a: (time.sleep(0.5), batch(*a))[1])
     assert 0 < quick < 0.8 < outside_share(run)
     assert run.state.engine is run.experiment.engine
 
