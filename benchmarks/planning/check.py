@@ -36,7 +36,11 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Noise:
-    """Labelled noise, a function of the step."""
+    """Labelled noise, a function of the step: what a training asks of a data set, and no more."""
+
+    name: str = "noise"
+    shape: tuple[int, ...] = SHAPE
+    num_classes: int = CLASSES
 
     def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(step)
@@ -66,7 +70,7 @@ def measured(name: str, engine: ZeroEngine, dim: int, depth: int, checkpointing:
     fit(
         net=network(required_heads(objective), dim, depth, checkpointing),
         objective=objective,
-        dataset=Noise(),  # it has all that a training asks of a data set
+        dataset=Noise(),
         batch_size=BATCH,
         budget=Budget(steps=STEPS),
         engine=engine,

@@ -184,7 +184,7 @@ def test_roots_are_folders_of_gin_files_and_never_gin_config():
 
 
 def test_share_folder_of_a_user_install_is_found(tmp_path):
-    shutil.copytree(Path(gin_files.__file__).parent, tmp_path / "site" / "registry")
+    shutil.copytree(Path(gin_files.__file__).parents[1], tmp_path / "site" / "registry")
     shared = tmp_path / "share" / "objective-zoo" / "gin"
     shared.mkdir(parents=True)
     code = "from registry.configuration import gin_files; print(*gin_files.roots(), sep='\\n')"
