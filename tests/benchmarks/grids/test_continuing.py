@@ -79,6 +79,7 @@ def test_half_done_run_refuses_other_data_of_the_same_settings(half_done: Path) 
     assert (done.status, "data = what was there, now " in done.err) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["run.log_every = 2", "run.checkpoint_seconds = 1.0", "run.evaluate_every = 2"]
 )

@@ -323,6 +323,7 @@ def test_dry_run_lists_the_cells_and_runs_nothing(grid, tmp_path):
     assert 120 <= estimate <= 120 + 600_000 * took / 3
 
 
+@pytest.mark.slow
 def test_arms_that_run_one_after_the_other_into_a_folder_stay_a_comparison(tmp_path):
     for arm, more in (("flow_matching", []), ("mean_flow", ["--resume"])):
         file = tmp_path / "mine.gin"
