@@ -89,14 +89,10 @@ def run_cell(folder: Path) -> Ended:
         return Ended(cell.name, "stopped", str(stopped) or "interrupted")
     except Pruned as pruned:
         return Ended(cell.name, "pruned", str(pruned))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a part's own code may exit; the other cells go on
         log.exception("the run %s failed", cell.name)
         ranks.fail_together(message_of(error))
         return Ended(cell.name, "failed", message_of(error))
-    except SystemExit as end:  # of a part's own code; the other cells go on
-        log.exception("the run %s failed", cell.name)
-        ranks.fail_together(_exited(end))
-        return Ended(cell.name, "failed", _exited(end))
     return Ended(cell.name, "finished")
 
 
@@ -119,14 +115,8 @@ def follow() -> None:
             work(Cell.load(folder), folder, NullRun(folder.name))
         except (KeyboardInterrupt, Pruned):
             continue
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             ranks.fail_together(message_of(error))
-        except SystemExit as end:
-            ranks.fail_together(_exited(end))
-
-
-def _exited(end: SystemExit) -> str:
-    return f"its code asked Python to exit, with {end.code!r}; raise an error there instead"
 
 
 def built(cell: Cell, folder: Path, record: RunRecord) -> Experiment:

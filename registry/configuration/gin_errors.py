@@ -106,6 +106,8 @@ def _while_building(match: re.Match[str]) -> str:
 
 
 def _text_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"its code asked Python to exit, with {error.code!r}; raise an error there instead"
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])  # str() would quote it
     if isinstance(error, ValueError | OSError | ImportError):

@@ -14,6 +14,7 @@ data's law if the jump is exact. To combine its jump with the noise that the jum
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -50,7 +51,7 @@ class FlowMap:
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         x, times = x1, even_times(self.nfe)
-        for t, r in zip(times, times[1:], strict=False):
+        for t, r in pairwise(times):
             x = jump(net, x, t, r, cond)
         return x
 
@@ -71,7 +72,7 @@ class Euler:
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         x, times = x1, shifted(even_times(self.nfe), self.shift)
-        for t, r in zip(times, times[1:], strict=False):
+        for t, r in pairwise(times):
             x = euler_step(net, x, t, r, cond)
         return x
 
@@ -93,7 +94,7 @@ class Heun:
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
         num_steps = (self.nfe + 1) // 2
         x, times = x1, shifted(even_times(num_steps), self.shift)
-        for i, (t, r) in enumerate(zip(times, times[1:], strict=False)):
+        for i, (t, r) in enumerate(pairwise(times)):
             v = velocity_at(net, x, _full(x, t), cond)
             end = x - (t - r) * v
             if 2 * i + 1 < self.nfe:
@@ -164,7 +165,7 @@ class Mix:
             return jump(net, x1, 1.0, 0.0, cond)
         times = self.times()
         x = jump(net, x1, 1.0, times[1], cond)
-        for t, r in zip(times[1:], times[2:], strict=False):
+        for t, r in pairwise(times[1:]):
             x = euler_step(net, x, t, r, cond)
         return jump(net, x, times[-1], 0.0, cond)
 

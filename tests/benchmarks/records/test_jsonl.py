@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,24 +136,13 @@ def test_folder_without_a_record_is_named(tmp_path: Path) -> None:
 # --- a full disk
 
 
-@contextmanager
-def no_file_above(limit: int) -> Iterator[None]:
-    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_torn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = RecordWriter(tmp_path)
     writer.append("start", **START)
     full = (tmp_path / RECORD).stat().st_size + 30  # in the middle of a line
-    with no_file_above(full):
+    with full_disk(full):
         for step in range(5):
             writer.append("metrics", step=step, time=step, values={"loss": float(step)})
     assert (tmp_path / RECORD).stat().st_size == full
@@ -173,7 +160,7 @@ def test_lines_that_never_found_room_are_counted_and_the_run_is_not_called_finis
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Jsonl().start("a", tmp_path)
-    with no_file_above((tmp_path / RECORD).stat().st_size):
+    with full_disk((tmp_path / RECORD).stat().st_size):
         run.metrics({"loss": 1.0}, 1)
         with pytest.raises(OSError, match=r"2 lines of the record .* could not be written"):
             run.close()
@@ -184,7 +171,7 @@ def test_lines_that_never_found_room_are_counted_and_the_run_is_not_called_finis
 def test_error_of_a_run_is_not_hidden_by_a_record_that_has_no_room(tmp_path: Path) -> None:
     run = Jsonl().start("a", tmp_path)
     with (
-        no_file_above((tmp_path / RECORD).stat().st_size),
+        full_disk((tmp_path / RECORD).stat().st_size),
         pytest.raises(RuntimeError, match="it broke"),
         run,
     ):

@@ -6,20 +6,19 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from faults import full_disk
 from torch import nn
 from trainer_toys import StopAt, run, same, trained
 
@@ -293,17 +292,6 @@ def test_files_along_are_on_the_disk_before_the_checkpoint_is_in_its_place(
 
 
 # --- failures
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes; further writes fail as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def written(saving: CheckpointCallback) -> None:

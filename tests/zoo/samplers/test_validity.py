@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -50,7 +51,7 @@ class Squared:
 
     def __call__(self, net: Any, x1: Any, cond: Any, rng: Any) -> Any:
         x, times = x1, [(1 - i / self.nfe) ** 2 for i in range(self.nfe + 1)]
-        for t, r in zip(times, times[1:], strict=False):
+        for t, r in pairwise(times):
             x = euler_step(net, x, t, r, cond)
         return x
 

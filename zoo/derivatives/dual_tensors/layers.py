@@ -170,7 +170,8 @@ def without_statistics(
 
     None for a norm that updates none: it is in evaluation mode.
     """
-    given = dict(zip(STATISTICAL[func], args, strict=False)) | dict(kwargs)
+    by_place = STATISTICAL[func][: len(args)]  # those that follow are given by name, or left out
+    given = dict(zip(by_place, args, strict=True)) | dict(kwargs)
     if not (given.get("training") or given.get("use_input_stats")):
         return None
     return given | {"running_mean": None, "running_var": None}
