@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import gin
 from gin import config, config_parser
 
-from registry.configuration import local_paths
 from registry.configuration.former_names import accepted
 from registry.configuration.gin_bindings import (
     MACRO,
@@ -27,7 +26,6 @@ from registry.configuration.gin_bindings import (
     is_macro,
     key_of,
     values_bound,
-    without_macros,
 )
 from registry.configuration.gin_bindings import bindings_of as bindings_of
 from registry.configuration.gin_bindings import differing_keys as differing_keys
@@ -53,6 +51,7 @@ from registry.configuration.gin_files import reader
 from registry.configuration.gin_files import resolve as resolve
 from registry.configuration.gin_secrets import withdraw_secrets
 from registry.configuration.gin_values import problems
+from registry.configuration.local_paths import anchor_paths as anchor_paths
 from registry.core import did_you_mean
 from registry.plugins import load_plugins
 from registry.secrets import forget, kept
@@ -171,11 +170,6 @@ def build(key: str, scope: str = "") -> Any:
     with gin.config_scope(scope):
         # gin's own way to build the references inside a value.
         return copy.deepcopy(query(f"{scope}/{key}", outside) if scope else outside)
-
-
-def anchor_paths(more: Mapping[str, Sequence[str]]) -> None:
-    """Bind relative paths of files as whole ones; see registry/configuration/local_paths.py."""
-    local_paths.anchor(more, without_macros)
 
 
 def _several(name: str) -> str:

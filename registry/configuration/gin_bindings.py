@@ -8,6 +8,7 @@ version is pinned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import gin
@@ -184,6 +185,23 @@ def _enclosing(scope: str) -> list[str]:
     """'a/b' -> ['', 'a', 'a/b']: where gin looks for bindings, the last one wins."""
     parts = scope.split("/") if scope else []
     return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def declared(selector: str, attribute: str) -> tuple[str, ...]:
+    """What the part of a selector declares in a class attribute, such as names; () for nothing."""
+    found = config._REGISTRY.get_match(selector)
+    return tuple(getattr(found.wrapped, attribute, ())) if found else ()
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """The value and everything in it, at any depth."""
+    yield value
+    if isinstance(value, Mapping):
+        for pair in value.items():
+            yield from inside(pair)
+    elif isinstance(value, list | tuple | AbstractSet):
+        for one in value:
+            yield from inside(one)
 
 
 def is_macro(value: object) -> bool:

@@ -17,13 +17,13 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
 from gin import config
 
 import registry
+from registry.configuration.gin_bindings import inside
 from registry.core import Registry
 from registry.ranges import Range
 
@@ -60,7 +60,7 @@ def problems(bound: Iterable[tuple[str, str, str, Any]]) -> Iterator[str]:
 
 
 def _unwritable(key: str, value: Any) -> str:
-    for one in _inside(value):
+    for one in inside(value):
         if isinstance(one, float) and not math.isfinite(one):
             return (
                 f"{key} = {_shown(value)}: gin has no text for a number that is not finite, so the "
@@ -73,17 +73,6 @@ def _unwritable(key: str, value: Any) -> str:
         f"{key} = {_shown(value)} cannot be written as gin text that reads back as the same value, "
         "so the run could not be recorded. Give numbers, texts, tuples, lists, dicts and parts"
     )
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """The value and everything in it, at any depth."""
-    yield value
-    if isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _inside(pair)
-    elif isinstance(value, list | tuple | AbstractSet):
-        for one in value:
-            yield from _inside(one)
 
 
 @cache

@@ -17,18 +17,20 @@ from typing import Any
 import gin
 from gin import config
 
+from registry.configuration.gin_bindings import MACRO, bound, declared, without_macros
+
 Entry = tuple[tuple[str, str], dict[str, Any]]  # scope and selector, and the values by parameter
 
 
-def anchor(more: Mapping[str, Sequence[str]], value_of: Any) -> None:
+def anchor_paths(more: Mapping[str, Sequence[str]]) -> None:
     """Bind every relative path that is bound, or was used by default, as a whole one.
 
     What has been used counts as if it had been bound so from the start. `more` has the paths of
-    what is no class, such as {"run": ("start_from",)}. `value_of` replaces the macros in a value.
+    what is no class, such as {"run": ("start_from",)}.
     """
     used = tuple(config._OPERATIVE_CONFIG.items())
-    whole_of_used = list(_whole_paths(used, more, value_of))  # while their macros can be read
-    for (scope, selector), name, whole in _whole_paths((*_bound(), *_by_default()), more, value_of):
+    whole_of_used = list(_whole_paths(used, more))  # while their macros can be read
+    for (scope, selector), name, whole in _whole_paths((*bound(), *_by_default()), more):
         key = f"{scope}/{selector}" if scope else selector
         gin.bind_parameter(f"{key}.{name}", whole)
     for owner, name, whole in whole_of_used:
@@ -38,19 +40,19 @@ def anchor(more: Mapping[str, Sequence[str]], value_of: Any) -> None:
 
 
 def _whole_paths(
-    entries: Iterable[Entry], more: Mapping[str, Sequence[str]], value_of: Any
+    entries: Iterable[Entry], more: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[tuple[str, str], str, str]]:
     """The key and the parameter of each relative path that is here, and the whole path."""
     for key, values in entries:
-        for name in (*_paths(key[1]), *more.get(key[1].split(".")[-1], ())):
-            if name in values and (whole := _whole(value_of(values[name]))):
+        for name in (*declared(key[1], "local_paths"), *more.get(key[1].split(".")[-1], ())):
+            if name in values and (whole := _whole(without_macros(values[name]))):
                 yield key, name, whole
 
 
 def _forget_unread_macros() -> None:
     """Keep those used macros that a used value still reads, through other macros or directly."""
     used = config._OPERATIVE_CONFIG
-    macros = {key for key in used if key[1] == "gin.macro"}
+    macros = {key for key in used if key[1] == MACRO}
     read = [used[key] for key in used.keys() - macros]
     for values in read:  # which grows by the values of the macros that are met
         for reference in config.iterate_references(values):
@@ -68,22 +70,13 @@ def _whole(value: Any) -> str:
     return str(Path(value).resolve()) if Path(value).exists() else ""
 
 
-def _bound() -> tuple[Entry, ...]:
-    return tuple(config._CONFIG.items())
-
-
 def _by_default() -> Iterator[Entry]:
     """What parts took from their own defaults since gin text was read."""
     for (scope, selector), values in tuple(config._OPERATIVE_CONFIG.items()):
-        bound = {
+        given_by_hand = {
             name
-            for (outer, owner), given in config._CONFIG.items()
+            for (outer, owner), given in bound()
             if owner == selector and (not outer or f"{scope}/".startswith(f"{outer}/"))
             for name in given
         }
-        yield (scope, selector), {k: v for k, v in values.items() if k not in bound}
-
-
-def _paths(selector: str) -> tuple[str, ...]:
-    found = config._REGISTRY.get_match(selector)
-    return getattr(found.wrapped, "local_paths", ()) if found else ()
+        yield (scope, selector), {k: v for k, v in values.items() if k not in given_by_hand}
