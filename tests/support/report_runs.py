@@ -10,6 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.records.recorders import Jsonl
+from benchmarks.report.reading.origins import origins_of
+from benchmarks.report.reading.recorded_runs import read_runs
+from benchmarks.report.rendering.data_frame import to_csv
+from benchmarks.report.rendering.html import to_page
+from benchmarks.report.rendering.markdown import to_markdown
+from benchmarks.report.rendering.styles import styles_of
+from benchmarks.report.tables import build_report
 from benchmarks.runs.result import Result
 
 NFES = (1, 2)
@@ -134,3 +141,24 @@ def prepared(parent: Path, name: str) -> Path:
     text = json.dumps({"name": name, "id": "0", "arm": name, "headline": "", "tags": tags})
     (folder / "cell.json").write_text(text)
     return folder
+
+
+ROWS = {
+    # mean_flow is ahead by 10 in every seed at NFE 1; at NFE 2 it is ahead once, behind twice.
+    "flow_matching": {0: values(100.0, 50.0), 1: values(200.0, 60.0), 2: values(300.0, 70.0)},
+    "mean_flow": {0: values(90.0, 55.0), 1: values(190.5, 50.0), 2: values(289.5, 75.0)},
+}
+
+
+def table(runs: Path | list[Path], **options):
+    """The entries of a report's first table: {NFE label: {row: entry}}."""
+    report = build_report(read_runs(runs if isinstance(runs, list) else [runs]), **options)
+    return {column.label: column.entries for column in report.compared[0].tables[0].columns}
+
+
+def outputs(report) -> dict[str, str]:
+    """The page, without figures, and the two other texts."""
+    origins = origins_of(report.runs.cells)
+    figures = {i: [] for i in range(len(report.compared))}
+    page = to_page(report, origins, figures, {}, styles_of(report.runs.groups))
+    return {"page": page, "markdown": to_markdown(report, origins), "csv": to_csv(report)}
