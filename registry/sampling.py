@@ -74,7 +74,10 @@ def in_words(names: tuple[str, ...]) -> str:
 
 
 def declares(part: Any, *attributes: str) -> str:
-    """The attribute that the nearest class of the part declares, the first of several; else ""."""
+    """Which of these attributes the part's nearest class declares, "" if no class does.
+
+    Where one class declares several of them, it is the first one that is given.
+    """
     classes = (part if isinstance(part, type) else type(part)).__mro__
     found = (a for cls in classes for a in attributes if getattr(cls, a, None) is not None
              and a in vars(cls))  # fmt: skip

@@ -81,8 +81,9 @@ def _pointer(head: bytes) -> str:
 def _zip(path: Path) -> Readable:
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"it begins as a file of torch.save or another zip archive and has no end, after "
-            f"{path.stat().st_size:,} bytes: the download is not complete. Download it again"
+            f"it begins as a file of torch.save or another zip archive does, and it stops after "
+            f"{path.stat().st_size:,} bytes without an end: the download is not complete. "
+            "Download it again"
         )
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()

@@ -33,7 +33,8 @@ class FeatureMetrics:
     the next N rows against it, N being the same on both sides. Given fewer than 2N rows, it is one
     half of the reference against the other, at about N/2; the provenance says so, since that
     overstates the floor of a biased distance. A metric that needs more rows than the data have is
-    left out with a warning, so that a few pictures can be trained on; its floor likewise.
+    left out with a warning, so that a few pictures can be trained on; so is a floor that needs more
+    rows than there are.
     """
 
     extractor: Extractor | None = None  # None: best_available for the samples' shape
