@@ -29,6 +29,13 @@ from registry import guidance_laws
 from registry.protocols import NULL_LABEL, Cond, GuidanceLaw, Network, Reference
 from zoo.ops import like, rms
 
+IMPROVED_MEAN_FLOW = Reference(
+    title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
+    authors="Geng et al.",
+    year=2025,
+    arxiv="2512.02012",
+)
+
 
 @runtime_checkable
 class Guided(Protocol):
@@ -121,12 +128,7 @@ def guided_target(
 class LogUniformGuidance:
     """Scales in [1, largest] with a uniform logarithm, and intervals around the middle of time."""
 
-    reference: ClassVar = Reference(
-        title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
-        authors="Geng et al.",
-        year=2025,
-        arxiv="2512.02012",
-    )
+    reference: ClassVar = IMPROVED_MEAN_FLOW
 
     largest: float = 8.0
     low: tuple[float, float] = (0.0, 0.5)

@@ -80,15 +80,35 @@ class Rcgm:
         direction: Tensor,
     ) -> Tensor:
         step = (t - r).clamp_max(self.delta)
-        m = t - step
-        z = x - like(step, x) * direction
-        width = (m - r) / self.order
-        displacement = torch.zeros_like(x)
-        for i in range(self.order):
-            start, end = r + (self.order - i) * width, r + (self.order - i - 1) * width
-            move = like(width, x) * teacher(z, start, end, cond)["u"]
-            displacement, z = displacement + move, z - move
-        # Where t = r the step is 0 and must not divide: the displacement is 0 and the ratio is 1.
-        divisor = torch.where(step > 0, step, 1)
-        ratio = torch.where(step > 0, (t - r) / divisor, 1)
-        return like(ratio, x) * u - displacement / like(divisor, x) - direction
+        return two_step_residual(teacher, (x, t, r), step, cond, u, direction, self.order)
+
+
+def two_step_residual(
+    teacher: Network,
+    point: tuple[Tensor, Tensor, Tensor],
+    step: Tensor,
+    cond: Cond | None,
+    u: Tensor,
+    direction: Tensor,
+    order: int = 1,
+) -> Tensor:
+    """How far one step of u [b *d] from (x, t) to r is from two: along `direction`, then the map's.
+
+    With m = t - step and z = x - step d, it is ((t - r) u - D) / step - d. D is the displacement
+    of `order` teacher steps from (z, m) to r. For one of them this is
+    [u - a d - (1 - a) u(z, m, r)] / a, a = step / (t - r). `step` [b] lies in [0, t - r]; where it
+    is 0, which it may be at t = r alone, the residual is u - d.
+    """
+    x, t, r = point
+    m = t - step
+    z = x - like(step, x) * direction
+    width = (m - r) / order
+    displacement = torch.zeros_like(x)
+    for i in range(order):
+        start, end = r + (order - i) * width, r + (order - i - 1) * width
+        move = like(width, x) * teacher(z, start, end, cond)["u"]
+        displacement, z = displacement + move, z - move
+    # Where t = r the step is 0 and must not divide: the displacement is 0 and the ratio is 1.
+    divisor = torch.where(step > 0, step, 1)
+    ratio = torch.where(step > 0, (t - r) / divisor, 1)
+    return like(ratio, x) * u - displacement / like(divisor, x) - direction

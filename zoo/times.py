@@ -27,7 +27,12 @@ MEAN_FLOW = Reference(
     year=2025,
     arxiv="2505.13447",
 )
-
+SOFLOW = Reference(
+    title="SoFlow: Solution Flow Models for One-Step Generative Modeling",
+    authors="Luo et al.",
+    year=2025,
+    arxiv="2512.15657",
+)
 
 _MANY, _SAME = 10**6, 1e-6  # rows; a difference of times that is rounding
 
@@ -199,6 +204,57 @@ class BetaPair:
         shapes = torch.tensor([[self.a], [self.b]], device=rng.device).expand(2, n).contiguous()
         gammas = torch._standard_gamma(shapes, generator=rng)
         return gammas[0] / gammas.sum(0)
+
+
+Pairing = Literal["sorted", "limited"]
+
+
+@time_laws.register("two_logit_normals")
+@dataclass(frozen=True, kw_only=True)
+class TwoLogitNormals:
+    """t and r are logit-normal with laws of their own; r = t, with a third law, outside the quota.
+
+    With `pairing` "sorted" t is the larger and r the smaller of the two draws (DMF). With "limited"
+    t and r keep their roles, t is at least `gap` and r at most t - gap (SoFlow). The defaults are
+    those of SoFlow's released code.
+    """
+
+    reference: ClassVar = SOFLOW
+
+    t_mean: float = 0.2
+    t_std: float = 0.8
+    r_mean: float = -1.0
+    r_std: float = 0.8
+    diagonal_mean: float = -0.2
+    diagonal_std: float = 1.0
+    off_diagonal_fraction: float = 0.25
+    pairing: Pairing = "limited"
+    gap: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("t_std", "r_std", "diagonal_std", "gap"):
+            check_positive(f"two_logit_normals.{name}", getattr(self, name))
+        check_fraction("two_logit_normals.off_diagonal_fraction", self.off_diagonal_fraction)
+        if self.pairing not in get_args(Pairing):
+            raise ValueError(
+                f"two_logit_normals.pairing = {self.pairing!r}; allowed: "
+                f"{', '.join(get_args(Pairing))}"
+            )
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = logit_normal_draws(n, self.t_mean, self.t_std, rng)
+        r = logit_normal_draws(n, self.r_mean, self.r_std, rng)
+        diagonal = logit_normal_draws(n, self.diagonal_mean, self.diagonal_std, rng)
+        if self.pairing == "sorted":
+            t, r = torch.maximum(t, r), torch.minimum(t, r)
+        else:
+            t = t.clamp_min(self.gap)
+            r = torch.minimum(r, t - self.gap).clamp_min(0)
+        k = self.num_off_diagonal(n)
+        return torch.cat([t[:k], diagonal[k:]]), torch.cat([r[:k], diagonal[k:]])
+
+    def num_off_diagonal(self, n: int) -> int:
+        return quota(n, self.off_diagonal_fraction)
 
 
 def _sorted_pair(first: Tensor, second: Tensor, num_off_diagonal: int) -> tuple[Tensor, Tensor]:

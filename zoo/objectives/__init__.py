@@ -3,7 +3,19 @@
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
+from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
+from zoo.objectives.so_flow import SoFlow
 
-__all__ = ["DECM", "DuMo", "FlowMatching", "MeanFlow", "Shortcut"]
+__all__ = [
+    "DECM",
+    "DuMo",
+    "FlowMatching",
+    "ImprovedMeanFlow",
+    "MeanFlow",
+    "RecursiveConsistency",
+    "Shortcut",
+    "SoFlow",
+]

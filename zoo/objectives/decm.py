@@ -44,7 +44,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from registry import objectives
 from registry.protocols import (
@@ -59,6 +58,7 @@ from registry.protocols import (
     TimeLaw,
 )
 from registry.ranges import Probability
+from zoo.anchored import anchor, relaxed_consistency
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import drop_labels, guided_target, guided_velocity
 from zoo.ops import like, mean_flat, normal_like
@@ -119,17 +119,15 @@ class DECM:
         near, teacher = self.path.sample(x0, x1, t), self.teacher(net)
         u = net(near.x_t, t, t, cond)["u"]
         if self.teacher.distils:
-            v = anchor = self._velocity(teacher, near.x_t, t, cond)
+            v = v_g = self._velocity(teacher, near.x_t, t, cond)
         else:
             v = u.detach()
             share, limit = 1 - 1 / self.guidance_scale, self.guidance_limit
-            anchor = guided_target(
-                near.velocity, teacher, near.x_t, t, cond, labelled, share, limit
-            )
+            v_g = guided_target(near.velocity, teacher, near.x_t, t, cond, labelled, share, limit)
 
         loss, g = self._consistency(net, near.x_t, t, cond, v)
-        per_sample = loss + self.fm_weight * self._instantaneous_loss(u, anchor)
-        terms = {"consistency": mean_flat(g**2), "v": mean_flat((u - anchor) ** 2).detach()}
+        per_sample = loss + self.fm_weight * anchor(u, v_g, self.cosine_weight)
+        terms = {"consistency": mean_flat(g**2), "v": mean_flat((u - v_g) ** 2).detach()}
         if with_n2n:
             t_n = torch.full_like(t, self.start_time(batch.step))
             noisy = self.path.sample(x0, x1, t_n)
@@ -154,7 +152,7 @@ class DECM:
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         out, du = outputs_and_derivative(self.derivative, net, cond, (x, t, zero), (v, one, zero))
         g = out["u"].detach() - v + like(t, x) * du
-        return self._consistency_loss(out["u"], g, t), g
+        return relaxed_consistency(out["u"], g, t, self.clip), g
 
     def _noise_to_noisy(
         self, net: Network, teacher: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None
@@ -169,16 +167,6 @@ class DECM:
         g = (lam + gamma) * u.detach() - lam * v2 - gamma * v1 + gap * du
         target = (u - g.clamp(-self.clip, self.clip)).detach()
         return mean_flat((u - target) ** 2), g
-
-    def _consistency_loss(self, u: Tensor, g: Tensor, t: Tensor) -> Tensor:
-        """beta e / sg(e + 1e-3)^(1/2), e the error to a step of a(t) along -g; FACM's form."""
-        step = like(1 - (1 - t).sqrt(), u) * g.clamp(-self.clip, self.clip)
-        error = mean_flat((u - (u - step).detach()) ** 2)
-        return torch.sin(math.pi / 2 * t) * error / (error.detach() + 1e-3).sqrt()
-
-    def _instantaneous_loss(self, u: Tensor, anchor: Tensor) -> Tensor:
-        cosine = cosine_similarity(u, anchor, dim=1).reshape(len(u), -1).mean(1)
-        return mean_flat((u - anchor) ** 2) + self.cosine_weight * (1 - cosine)
 
     def _velocity(self, teacher: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """The teacher's velocity; guided if it is distilled, else it has learned the guidance."""
