@@ -11,8 +11,8 @@ with t - r <= delta are flow matching.
     v_g = v_c + omega ( u(x_t, t, t, y) - u(x_t, t, t, null) )     scale 1 / (1 - omega)
 
 From the paper (Sun and Lin, "Any-step Generation via N-th Order Recursive Consistent Velocity Field
-Estimation"), as notes on it and the code of TwinFlow by the same authors show it: the target, N = 2,
-delta = 0.01, the clip by element, the average of 0.999, r uniform below t. From that code, and
+Estimation"), as notes on it and the code of TwinFlow by the same authors show it: the target, N =
+2, delta = 0.01, the clip by element, the average of 0.999, r uniform below t. From that code, and
 perhaps newer than the paper: the factor 1 + tan(2 pi (1 - t + r) / 5) and, to half a percent, the
 weight error / sqrt(error + 1e-6). Our reading: t - m in both places, where the code moves by delta
 and masks short steps; no row on the diagonal; labels dropped in 10 % of the rows.
