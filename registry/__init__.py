@@ -6,6 +6,8 @@ Importing `zoo`, `backbones`, `trainers` or `benchmarks` fills them.
 from __future__ import annotations
 
 import inspect
+from dataclasses import is_dataclass
+from typing import Any
 
 from registry.core import Registry
 from registry.sampling import check_needs, check_trains
@@ -25,17 +27,21 @@ __all__ = [
     "metrics",
     "objectives",
     "optimizers",
+    "parametrisations",
     "paths",
     "pruners",
     "recorders",
     "residuals",
     "samplers",
     "schedules",
+    "sees_call",
     "teachers",
     "time_laws",
     "vaes",
     "weights",
 ]
+
+TWO_ARGUMENTS = ("features", "c")  # of a head's forward in the version before
 
 
 def kind_of(part: object) -> Registry | None:
@@ -63,7 +69,35 @@ def _check_head(name: str, cls: type) -> None:
             f"{name!r} declares needs_r = {found!r}; it needs needs_r: ClassVar = True if its "
             "outputs depend on the end r of the step, as u does, and False if they do not"
         )
-    _check_call(name, cls, "forward", ("features", "c"))
+    keys, velocities = getattr(cls, "keys", ()), getattr(cls, "velocities", ())
+    if not (isinstance(velocities, tuple) and {*velocities} <= {*keys}):
+        raise ValueError(
+            f"{name!r} declares velocities = {velocities!r}; it must be a tuple of those of its "
+            f"keys {keys} that are velocities"
+        )
+    if not _accepts(cls, "forward", TWO_ARGUMENTS):
+        _check_call(name, cls, "forward", (*TWO_ARGUMENTS, "at"))
+
+
+def sees_call(head: Any) -> bool:
+    """Whether a head, an object or its class, defines forward(self, features, c, at).
+
+    One that was written for an earlier version defines forward(self, features, c).
+    """
+    cls = head if isinstance(head, type) else type(head)
+    named = "at" in inspect.signature(cls.forward).parameters
+    return named or not _accepts(cls, "forward", TWO_ARGUMENTS)
+
+
+def _check_parametrisation(name: str, cls: type) -> None:
+    if not is_dataclass(cls):
+        raise ValueError(
+            f"{name!r} is no dataclass; put @dataclass(frozen=True, kw_only=True) above it, because "
+            "networks are compared and exported with its settings"
+        )
+    _check_call(name, cls, "__call__", ("raw", "key", "at"))
+    if hasattr(cls, "inputs"):
+        _check_call(name, cls, "inputs", ("at",))
 
 
 def _check_sampler(name: str, cls: type) -> None:
@@ -90,17 +124,27 @@ def _check_call(name: str, cls: type, method: str, wanted: tuple[str, ...]) -> N
     found = getattr(cls, method, None)
     if not callable(found):
         raise ValueError(f"{name!r} needs a method {method}(self, {', '.join(wanted)})")
-    try:
-        inspect.signature(found).bind(None, *wanted)
-    except TypeError:
+    if not _accepts(cls, method, wanted):
         raise ValueError(
             f"{name!r} defines {method}{inspect.signature(found)}; "
             f"it must accept {method}(self, {', '.join(wanted)})"
-        ) from None
+        )
+
+
+def _accepts(cls: type, method: str, wanted: tuple[str, ...]) -> bool:
+    found = getattr(cls, method, None)
+    if not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(None, *wanted)
+    except TypeError:
+        return False
+    return True
 
 
 objectives = Registry("objective", _check_objective)
 heads = Registry("head", _check_head)
+parametrisations = Registry("parametrisation", _check_parametrisation)
 backbones = Registry("backbone")
 paths = Registry("path")
 time_laws = Registry("time law")
@@ -125,6 +169,7 @@ pruners = Registry("pruner")
 kinds = (
     objectives,
     heads,
+    parametrisations,
     backbones,
     paths,
     time_laws,

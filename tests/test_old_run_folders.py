@@ -155,6 +155,15 @@ def test_student_of_another_backbone_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_student_of_another_parametrisation_is_refused(tmp_path):
+    """The folder names none: its readouts are velocities."""
+    done = distilled(tmp_path / "out", "run.parametrisation = @edm()")
+    assert done.status == 2
+    assert "its network is another one: " in done.err
+    assert "run.parametrisation = None there, @edm() here" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def compared(out: Path, *bindings: str) -> Done:
     """The comparison to which the run in `teacher_folder_0_1` belonged, once more."""
     asked = ("Grid.arms = ('flow_matching',)", "run.power_emas = ()", "run.ema_snapshots = 0")

@@ -9,6 +9,9 @@ path), t and r are moved one at a time, so that no direction hides a cut in anot
 
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
 
+A parametrisation must not jump in time, where differences and derivatives have nothing in common;
+`backbones/smoothness.py` looks for a jump at all times.
+
 An objective that `splits_batch` needs rows that do not depend on one another. So half of the rows
 are moved alone, and the derivative of the others must be zero.
 """
@@ -28,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import registry
+from backbones.network import FlowNetwork
+from backbones.smoothness import check_smooth
 from registry.protocols import Cond, Derivative, Objective, parts
 from trainers.rng import generator
 from zoo.derivatives.methods import FiniteDifference, no_gradient, replay_rng
@@ -64,6 +69,8 @@ def probe_derivatives(
         return {}
     with replay_rng(), no_gradient(), autocast or nullcontext():
         point = _point(x0, cond, "u" if "u" in objective.heads else objective.heads[0])
+        if isinstance(net, FlowNetwork) and point.key in net.velocities:
+            check_smooth(net.parametrisation, point.key, x0.shape[1:], cond)
         real = perturbed(net, x0.device).train()
         repeatable = _settle(real, point)
         expected = _expected(real, point)

@@ -132,7 +132,7 @@ class OnPath(nn.Module):
 
 
 @dataclass(frozen=True)
-class Call:
+class Evaluation:
     """One evaluation of the network by an objective."""
 
     x: Tensor
@@ -153,7 +153,7 @@ class Tapped(nn.Module):
 
     def __init__(self, net: Network, rows: int):
         super().__init__()
-        self.net, self.calls = net, list[Call]()
+        self.net, self.calls = net, list[Evaluation]()
         self.leaves = [self._leaf(rows) for _ in range(64)]  # made here: none can be inside a jvp
 
     def forward(
@@ -161,7 +161,7 @@ class Tapped(nn.Module):
     ) -> dict[str, Tensor]:
         out = dict(self.net(x, t, r, cond))
         labels = None if cond is None else cond.get("label")
-        call = Call(_detach(x), _detach(t), _detach(r), labels, torch.is_grad_enabled())
+        call = Evaluation(_detach(x), _detach(t), _detach(r), labels, torch.is_grad_enabled())
         self.calls.append(call)
         steps = (x - _detach(x), like(t - _detach(t), x), like(r - _detach(r), x))
         for key in [key for key in out if out[key].shape == x.shape and self.leaves]:

@@ -36,6 +36,7 @@ from registry.protocols import (
     Metric,
     Objective,
     Optimizer,
+    Parametrisation,
     Pruner,
     Recorder,
     Sampler,
@@ -60,6 +61,7 @@ def run(
     backbone: type | None = None,
     dataset: Dataset | None = None,
     heads: Sequence[type] | None = None,
+    parametrisation: Parametrisation | None = None,
     sampler: Sampler | None = None,
     engine: Engine | None = None,
     optimizer: Optimizer | None = None,
@@ -91,9 +93,10 @@ def run(
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls. A teacher that is trained first takes `teacher_optimizer`, by default the run's own. The
-    network starts as `start_from`: an exported folder, or a public checkpoint of the layout
-    `start_layout`. Averages of the relative widths `power_emas` are stored `ema_snapshots` times
+    calls. `parametrisation` says what the readouts of the network mean. A teacher that is trained
+    first has the same one, and takes `teacher_optimizer`, by default the run's own. The network
+    starts as `start_from`: an exported folder, or a public checkpoint of the layout `start_layout`.
+    Averages of the relative widths `power_emas` are stored `ema_snapshots` times
     over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
     the network, and evaluates its teachers, by torch.compile.
     """
@@ -121,6 +124,7 @@ def _resolve(
         "objective": objective,
         "backbone": backbone,
         "dataset": dataset,
+        "parametrisation": given["parametrisation"] or defaults.parametrisation(),
         "sampler": sampler,
         "engine": given["engine"] or defaults.engine(),
         "optimizer": optimizer,
@@ -137,7 +141,12 @@ def _resolve(
 
 
 def _build(
-    *, objective: Objective, backbone: type, heads: Sequence[type] | None, **settings: Any
+    *,
+    objective: Objective,
+    backbone: type,
+    heads: Sequence[type] | None,
+    parametrisation: Parametrisation,
+    **settings: Any,
 ) -> Experiment:
     """The run with its networks: its own, and that of a frozen teacher."""
     dataset: Dataset = settings["dataset"]
@@ -145,7 +154,9 @@ def _build(
     def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
         # Seeded for each network: what two of them share starts from the same weights.
         torch.manual_seed(settings["seed"])
-        made = build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
+        made = build_network(
+            backbone, dataset.shape, dataset.num_classes, keys, chosen, parametrisation
+        )
         return made.to(settings["device"])
 
     net = network(required_heads(objective), heads)

@@ -50,6 +50,7 @@ def checked(experiment: Experiment) -> Experiment:
     check_steps(experiment, experiment.nfe)
     warn_of_unguided(experiment)
     check_batch(experiment.engine, experiment.batch_size)
+    _check_path(experiment)
     if isinstance(experiment.dataset, RecordedData):
         return experiment  # a finished run, whose data may be gone: nothing is trained
     better_of(experiment.metric)
@@ -59,6 +60,29 @@ def checked(experiment: Experiment) -> Experiment:
     if experiment.compile:
         _check_compile(experiment)
     return experiment
+
+
+def _check_path(experiment: Experiment) -> None:
+    """ValueError for a parametrisation whose equation holds on another path than the objective's.
+
+    On another path a readout would stand for something else than what the parametrisation says.
+    """
+    meaning, path = experiment.net.parametrisation, getattr(experiment.objective, "path", None)
+    wanted = getattr(type(meaning), "on_path", None)
+    if wanted is None or registry.kind_of(path) is not registry.paths:
+        return
+    if (found := registry.paths.name_of(path)) != wanted:
+        name = registry.parametrisations.name_of(meaning)
+        fit = [
+            other
+            for other in registry.parametrisations.names()
+            if getattr(registry.parametrisations.get(other), "on_path", found) == found
+        ]
+        raise ValueError(
+            f"run.parametrisation = @{name}() holds on the path {wanted!r}, and the path of "
+            f"{experiment.objective_name} is {found!r}. Bind {experiment.objective_name}.path = "
+            f"@{wanted}(), or a parametrisation that holds on {found!r}: {', '.join(fit)}"
+        )
 
 
 def _warn_of_coupling(experiment: Experiment) -> None:

@@ -112,12 +112,14 @@ def _data(arm: str, shape: tuple[int, ...], num_classes: int | None) -> tuple[An
 def _train_step(objective: Objective, arm: str, shape: Any, num_classes: int) -> TrainStep:
     backbone = bound("backbone", _value("backbone", arm), registry.backbones)
     decays, widths = _value("ema_decay", arm), _value("power_emas", arm)
+    meaning = _value("parametrisation", arm)
     with torch.device("meta"):
         for _, part in parts(objective):
             if isinstance(part, Frozen):
-                part.attach(build_network(backbone, shape, num_classes, ("v",)))
+                teacher = build_network(backbone, shape, num_classes, ("v",), None, meaning)
+                part.attach(teacher)
         keys, heads = required_heads(objective), _value("heads", arm)
-        net = build_network(backbone, shape, num_classes, keys, heads)
+        net = build_network(backbone, shape, num_classes, keys, heads, meaning)
         step = TrainStep(
             net, objective, decays if isinstance(decays, Sequence) else (decays,), tuple(widths)
         )

@@ -157,6 +157,7 @@ def _contracts() -> dict[Any, Registry]:
 
     return {
         protocols.Objective: registry.objectives,
+        protocols.Parametrisation: registry.parametrisations,
         protocols.Path: registry.paths,
         protocols.TimeLaw: registry.time_laws,
         protocols.GuidanceLaw: registry.guidance_laws,

@@ -1,7 +1,7 @@
 """The contracts between the parts; see each class for shapes, units and ranges.
 
     methods        a method of training: an objective and its parts, a sampler
-    networks       a network, and the backbone and the heads that make it
+    networks       a network, and the backbone, the heads and the parametrisation that make it
     batches        what an objective is given and what it returns
     data           data sets, and the VAEs whose latents are data
     runs           what surrounds a run: engine, optimizer, metric, recorder, launcher, pruner
@@ -50,7 +50,14 @@ from registry.protocols.methods import (
     TimeLaw,
     Weight,
 )
-from registry.protocols.networks import Head, Network, Trunk
+from registry.protocols.networks import (
+    Call,
+    Head,
+    Network,
+    Parametrisation,
+    Preconditioning,
+    Trunk,
+)
 from registry.protocols.parts import Reference, couples_rows, parts, required_heads
 from registry.protocols.rows import check_reference, is_picture, read_share
 from registry.protocols.runs import (
@@ -74,6 +81,7 @@ from registry.protocols.runs import (
 __all__ = [
     "NULL_LABEL",
     "Batch",
+    "Call",
     "Coded",
     "Cond",
     "Coupling",
@@ -93,8 +101,10 @@ __all__ = [
     "Network",
     "Objective",
     "Optimizer",
+    "Parametrisation",
     "Path",
     "PathSample",
+    "Preconditioning",
     "Pruner",
     "RecordStore",
     "Recorder",

@@ -139,7 +139,7 @@ def test_temporary_leaves_nothing_behind_after_an_error():
 
 
 def test_every_kind_is_exported_and_listed_once():
-    names = {*registry.__all__} - {"kinds", "kind_of"}
+    names = {*registry.__all__} - {"kinds", "kind_of", "sees_call"}
     exported = {name: getattr(registry, name) for name in names}
     assert all(isinstance(kind, Registry) for kind in exported.values())
     assert sorted(k.kind for k in exported.values()) == sorted(k.kind for k in registry.kinds)
@@ -311,8 +311,13 @@ def test_head_without_keys_is_refused(keys):
     [
         ({}, "needs_r = None; it needs needs_r: ClassVar = True if"),
         ({"needs_r": "yes"}, "needs_r = 'yes'"),
-        ({"needs_r": True}, r"needs a method forward\(self, features, c\)"),
-        ({"needs_r": True, "forward": lambda self, c: {}}, "it must accept forward"),
+        ({"needs_r": True}, r"needs a method forward\(self, features, c, at\)"),
+        (
+            {"needs_r": True, "forward": lambda self, c: {}},
+            r"it must accept forward\(self, features, c, at\)",
+        ),
+        ({"needs_r": True, "velocities": ("v",)}, r"velocities = \('v',\); .* \('energy',\)"),
+        ({"needs_r": True, "velocities": "energy"}, "velocities = 'energy'; it must be a tuple"),
     ],
 )
 def test_head_without_its_contract_is_refused(members, complaint):

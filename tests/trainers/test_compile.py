@@ -13,6 +13,7 @@ from backbone_cases import awake, inputs, small
 from compile_work import Compiler
 from tiny_runs import SIZES, losses, sets, zoo
 
+import registry
 from benchmarks.experiments.build import run
 from registry import gin_setup
 from registry.protocols import Batch
@@ -65,6 +66,18 @@ def test_network_and_teachers_are_compiled_and_averages_are_not(compiler):
     step.emas["0.9"](x, t, r, cond)
     assert compiler.calls == 3
     assert list(step.net.state_dict()) == list(small("mlp").state_dict())
+
+
+@pytest.mark.parametrize("name", registry.parametrisations.names())
+def test_network_is_one_graph_under_every_parametrisation(name):
+    net = awake(small("mlp", ("u", "v"), parametrisation=registry.parametrisations.get(name)()))
+    x, t, r, cond = inputs("mlp")
+    cond = {**cond, "guidance": torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), 3)}
+    expected = net(x, t, r, cond)
+    net.compile(backend=(compiler := Compiler()), fullgraph=True)
+    for key, value in net(x, t, r, cond).items():
+        assert value.equal(expected[key])
+    assert compiler.calls == 1
 
 
 def test_run_compile_trains_compiled(compiler, tmp_path):
