@@ -92,7 +92,7 @@ def sees_call(head: Any) -> bool:
 def _check_parametrisation(name: str, cls: type) -> None:
     if not is_dataclass(cls):
         raise ValueError(
-            f"{name!r} is no dataclass; put @dataclass(frozen=True, kw_only=True) above it, because "
+            f"{name!r} is no dataclass; put @dataclass(frozen=True, kw_only=True) above it: "
             "networks are compared and exported with its settings"
         )
     _check_call(name, cls, "__call__", ("raw", "key", "at"))

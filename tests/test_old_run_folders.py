@@ -160,7 +160,7 @@ def test_student_of_another_parametrisation_is_refused(tmp_path):
     done = distilled(tmp_path / "out", "run.parametrisation = @edm()")
     assert done.status == 2
     assert "its network is another one: " in done.err
-    assert "run.parametrisation = None there, @edm() here" in done.err
+    assert "run.parametrisation = unbound there, @edm() here" in done.err
     assert not (tmp_path / "out").exists()
 
 

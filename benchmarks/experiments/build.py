@@ -16,6 +16,7 @@ import torch
 
 import registry
 from backbones.network import FlowNetwork, build_network
+from backbones.parametrisations import RawVelocity
 from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import (
     bound,
@@ -51,6 +52,10 @@ from trainers.engines import as_trained
 from zoo.samplers import check_sampler
 from zoo.teachers import Frozen
 
+# A default that gin has no text for, and so leaves out of what it records: the texts and ids of runs
+# that came before this parameter stay as they were.
+RAW_VELOCITY = RawVelocity()
+
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +66,7 @@ def run(
     backbone: type | None = None,
     dataset: Dataset | None = None,
     heads: Sequence[type] | None = None,
-    parametrisation: Parametrisation | None = None,
+    parametrisation: Parametrisation = RAW_VELOCITY,
     sampler: Sampler | None = None,
     engine: Engine | None = None,
     optimizer: Optimizer | None = None,
@@ -124,7 +129,6 @@ def _resolve(
         "objective": objective,
         "backbone": backbone,
         "dataset": dataset,
-        "parametrisation": given["parametrisation"] or defaults.parametrisation(),
         "sampler": sampler,
         "engine": given["engine"] or defaults.engine(),
         "optimizer": optimizer,

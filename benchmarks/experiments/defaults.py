@@ -11,16 +11,11 @@ from registry.protocols import (
     Metric,
     Objective,
     Optimizer,
-    Parametrisation,
     Recorder,
     Sampler,
     Schedule,
 )
 from zoo.samplers import valid_samplers
-
-
-def parametrisation() -> Parametrisation:
-    return registry.parametrisations.build("raw_velocity")
 
 
 def engine() -> Engine:

@@ -24,8 +24,6 @@ from registry import gin_setup
 from trainers.checkpoints.weights import load_module
 from zoo.teachers import Frozen
 
-UNBOUND = ("run.parametrisation", "None")  # older runs do not name it
-
 log = logging.getLogger(__name__)
 
 
@@ -107,12 +105,14 @@ def _check_network(experiment: Experiment, folder: Path) -> None:
         {
             plain: value
             for key, value in gin_setup.bindings_of(text).items()
-            if (plain := key.split("/")[-1]).startswith(names) and (plain, value) != UNBOUND
+            if (plain := key.split("/")[-1]).startswith(names)
         }
         for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
     )
     if differing := [k for k in was | now if was.get(k) != now.get(k)]:
-        shown = [f"{k} = {was.get(k)} there, {now.get(k)} here" for k in differing]
+        shown = [
+            f"{k} = {was.get(k, 'unbound')} there, {now.get(k, 'unbound')} here" for k in differing
+        ]
         raise ValueError(f"its network is another one: {'; '.join(shown)}")
 
 
