@@ -49,8 +49,11 @@ class FlowNetwork(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleDict({registry.heads.name_of(head): head for head in heads})
         self.parametrisation = parametrisation or RawVelocity()
-        preconditions = isinstance(self.parametrisation, Preconditioning)
-        self._inputs = self.parametrisation.inputs if preconditions else None
+        self._inputs = (
+            self.parametrisation.inputs
+            if isinstance(self.parametrisation, Preconditioning)
+            else None
+        )
         self._see_call = frozenset(
             name for name, head in self.heads.items() if registry.sees_call(head)
         )

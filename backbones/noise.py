@@ -41,8 +41,8 @@ class VpNoise:
     )
 
     def inputs(self, at: Call) -> Call:
-        steps = (vp_step(time)[0] / 1000 for time in (at.t, at.r))
-        return Call(_scaled(at), *steps, at.cond)
+        t, r = (vp_step(time)[0] / 1000 for time in (at.t, at.r))
+        return Call(_scaled(at), t, r, at.cond)
 
     def __call__(self, raw: Tensor, key: str, at: Call) -> Tensor:
         _, alpha, sigma = vp_step(at.t)

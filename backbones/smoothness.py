@@ -55,7 +55,7 @@ def check_smooth(
         watched["the trunk's t"] = lambda t: inputs(at(t)).t
         watched["the trunk's r"] = lambda t: inputs(at(t)).r
     for what, of_time in watched.items():
-        if found := _fault(lambda t, of_time=of_time: _elements(of_time(t))):
+        if found := _fault(of_time):
             name = registry.parametrisations.name_of(parametrisation)
             raise ValueError(
                 f"the parametrisation {name!r}: {what} {found}, with r = t / 2. The objective "
@@ -64,13 +64,12 @@ def check_smooth(
             )
 
 
-def _elements(value: Tensor) -> Tensor:
-    """The first elements of each row: as many as show a jump."""
-    return value.reshape(len(value), -1)[:, :ELEMENTS]
-
-
-def _fault(of_time: OfTime) -> str:
+def _fault(whole: OfTime) -> str:
     """What is wrong, and at which time; '' for a function without a jump."""
+
+    def of_time(t: Tensor) -> Tensor:
+        return whole(t).reshape(len(t), -1)[:, :ELEMENTS]  # as many as show a jump
+
     times = torch.linspace(1e-4, 1 - 1e-4, TIMES, dtype=torch.float64)
     values = torch.cat([of_time(part) for part in times.split(CHUNK)])
     if not values.isfinite().all():

@@ -84,7 +84,7 @@ def sees_call(head: Any) -> bool:
 
     One that was written for an earlier version defines forward(self, features, c).
     """
-    cls = head if isinstance(head, type) else type(head)
+    cls: Any = head if isinstance(head, type) else type(head)
     named = "at" in inspect.signature(cls.forward).parameters
     return named or not _accepts(cls, "forward", TWO_ARGUMENTS)
 

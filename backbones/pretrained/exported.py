@@ -35,7 +35,7 @@ CONFIG, MODEL = "config.json", "model.safetensors"
 DEFINING = ("network", "backbone", "fields", "heads")  # the network that the weights belong to
 # In format 1, which earlier versions read, `network` says what the readouts mean. Format 2 has a
 # `parametrisation` for every other meaning.
-FORMER = {"flow": RawVelocity(), "noise": VpNoise()}
+FORMER: dict[str, Parametrisation] = {"flow": RawVelocity(), "noise": VpNoise()}
 HIDDEN = ("fields", "format", "defined_by", "weights_sha256")  # what the model card leaves out
 CONVENTIONS = (
     "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "

@@ -52,8 +52,8 @@ from trainers.engines import as_trained
 from zoo.samplers import check_sampler
 from zoo.teachers import Frozen
 
-# A default that gin has no text for, and so leaves out of what it records: the texts and ids of runs
-# that came before this parameter stay as they were.
+# A default that gin has no text for, and so leaves out of what it records: the texts and the ids
+# of runs that came before this parameter stay as they were.
 RAW_VELOCITY = RawVelocity()
 
 log = logging.getLogger(__name__)
