@@ -121,7 +121,7 @@ def _check_names(name: str, cls: type, attribute: str) -> None:
 
 
 def _check_call(name: str, cls: type, method: str, wanted: tuple[str, ...]) -> None:
-    found = getattr(cls, method, None)
+    found = _method(cls, method)
     if not callable(found):
         raise ValueError(f"{name!r} needs a method {method}(self, {', '.join(wanted)})")
     if not _accepts(cls, method, wanted):
@@ -132,7 +132,7 @@ def _check_call(name: str, cls: type, method: str, wanted: tuple[str, ...]) -> N
 
 
 def _accepts(cls: type, method: str, wanted: tuple[str, ...]) -> bool:
-    found = getattr(cls, method, None)
+    found = _method(cls, method)
     if not callable(found):
         return False
     try:
@@ -140,6 +140,11 @@ def _accepts(cls: type, method: str, wanted: tuple[str, ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _method(cls: type, name: str) -> Any:
+    """As getattr, but for `__call__`, which every class has from its metaclass."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
 objectives = Registry("objective", _check_objective)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import registry
-from registry import heads, objectives, samplers, time_laws, weights
+from registry import heads, objectives, parametrisations, samplers, time_laws, weights
 from registry.core import Registry, summary
 
 
@@ -324,6 +324,26 @@ def test_head_without_its_contract_is_refused(members, complaint):
     with pytest.raises(ValueError, match=complaint):
         heads.register("test_head")(type("Made", (), {"keys": ("energy",), **members}))
     assert "test_head" not in heads
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        ({}, r"needs a method __call__\(self, raw, key, at\)"),
+        ({"__call__": lambda self, raw, at: raw}, "it must accept __call__"),
+        (
+            {"__call__": lambda self, raw, key, at: raw, "inputs": lambda self, x, t: x},
+            r"it must accept inputs\(self, at\)",
+        ),
+    ],
+)
+def test_parametrisation_without_its_contract_is_refused(members, complaint):
+    made = type("Made", (), members)
+    with pytest.raises(ValueError, match="is no dataclass; put @dataclass"):
+        parametrisations.register("test_made")(made)
+    with pytest.raises(ValueError, match=complaint):
+        parametrisations.register("test_made")(dataclass(frozen=True)(made))
+    assert "test_made" not in parametrisations
 
 
 def test_sampler_without_nfe_is_refused():
