@@ -83,7 +83,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     content = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         content.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 

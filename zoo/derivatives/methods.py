@@ -67,12 +67,12 @@ def no_gradient() -> Iterator[None]:
 @contextmanager
 def kept_counts() -> Iterator[None]:
     """Leave the batches that batch norms have counted: the pass of the value counts them."""
-    before: dict[nn.Module, Tensor] = {}
+    before: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the counter itself, and its value
 
     def note(module: nn.Module, _inputs: object) -> None:
         counter = getattr(module, "num_batches_tracked", None)
         if isinstance(counter, Tensor) and module not in before:
-            before[module] = counter.clone()
+            before[module] = counter, counter.clone()
 
     hook = register_module_forward_pre_hook(note)
     try:
@@ -80,8 +80,8 @@ def kept_counts() -> Iterator[None]:
     finally:
         hook.remove()
         with torch.no_grad():
-            for module, counter in before.items():
-                module.num_batches_tracked.copy_(counter)
+            for counter, value in before.values():
+                counter.copy_(value)
 
 
 @derivatives.register("dual")
