@@ -291,6 +291,8 @@ def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = {claim: CLAIMS[claim] for claim in ("one loss per row", "labels")}  # all take long
     monkeypatch.setattr("benchmarks.conformance.report.claims_for", lambda name: few)
+    # A rehearsal costs as much as such a run.
+    monkeypatch.setattr("benchmarks.grids.comparison.rehearse", lambda *planned: None)
     Path("my_grid.gin").write_text(grid_file.read_text())
     names = {name: getattr(oz, name) for name in oz.__all__} | {"TINY": TINY | {"run.steps": 2}}
     runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
