@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -111,7 +112,7 @@ def reader(*, trusted: bool = True) -> Iterator[Reading]:
             _make_imports_work(path)
         else:
             own_code.check(path, *_imports_of(path))
-        yield _stream(path)
+        yield _stream(path, read_text(path))
         reading.open.pop()
 
     before = list(config._FILE_READERS)
@@ -122,8 +123,8 @@ def reader(*, trusted: bool = True) -> Iterator[Reading]:
         config._FILE_READERS[:] = before
 
 
-def _stream(path: Path) -> IO[str]:
-    stream = io.StringIO(read_text(path))
+def _stream(path: Path, text: str) -> IO[str]:
+    stream = io.StringIO(text)
     stream.name = str(path)  # for the place of a syntax error
     return stream
 
@@ -181,9 +182,14 @@ def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
 
 def _imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     """As `imports_of`, with the whole names of the modules."""
+    return _imports_in(read_text(path), path)
+
+
+@lru_cache(maxsize=256)  # a run reads its files several times over
+def _imports_in(text: str, path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     names: list[str] = []
     folders: list[Path] = []
-    for statement in config_parser.ConfigParser(_stream(path), Verbatim()):
+    for statement in config_parser.ConfigParser(_stream(path, text), Verbatim()):
         if isinstance(statement, config_parser.ImportStatement):
             names.append(statement.module)
         elif isinstance(statement, config_parser.BindingStatement):
