@@ -28,6 +28,12 @@ def file_in(folder: Path, name: str) -> Path:
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:
     """ValueError, before any work is done, if no file (or `folder`) can be written at this path."""
+    whole = str(path.absolute())
+    if whole != whole.encode(errors="replace").decode():
+        raise ValueError(
+            f"{option} {whole!r}: this name is no UTF-8, and weights in such a folder cannot be "
+            "read. Choose another place"
+        )
     if path.is_dir() and not folder:
         raise ValueError(f"{option} {path} is a folder; give the name of a file")
     there = [place for place in (path, *path.absolute().parents) if os.path.exists(place)]
