@@ -17,6 +17,7 @@ __all__ = [
     "derivatives",
     "engines",
     "extractors",
+    "features",
     "guidance_laws",
     "heads",
     "kind_of",
@@ -110,6 +111,7 @@ derivatives = Registry("derivative")
 residuals = Registry("residual")
 weights = Registry("weight")
 teachers = Registry("teacher")
+features = Registry("feature map")
 samplers = Registry("sampler", _check_sampler)
 datasets = Registry("data set")
 vaes = Registry("VAE")
@@ -134,6 +136,7 @@ kinds = (
     residuals,
     weights,
     teachers,
+    features,
     samplers,
     datasets,
     vaes,

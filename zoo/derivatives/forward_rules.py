@@ -8,6 +8,10 @@ comes from the fused kernel of the backward pass.
 A batch norm updates its running statistics in the pass of the value. `STATISTICS` keeps the pass of
 the derivative, which follows, from updating them again.
 
+torch's tangents of norms read statistics that carry no gradient, so that the gradient of such a
+tangent would be wrong. Where the derivative is trained, `GRAPH` writes the norms out in elementary
+operations, each of which torch differentiates twice.
+
 In two cases torch gives a wrong tangent and says nothing, and `ForwardRules` refuses both. A tensor
 whose data are exchanged keeps the tangent of the former data, and the result of an operator of
 torch.library has no tangent.
@@ -16,7 +20,7 @@ torch.library has no tangent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,14 +137,77 @@ def _without_update(norm: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 STATISTICS: Rules = {norm: partial(_without_update, norm) for norm in STATISTICAL}
+LAYERS = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 DUAL: Rules = {
-    **{
-        layer: partial(_linear_in_first, layer)
-        for layer in (
-            *(F.linear, F.conv1d, F.conv2d, F.conv3d),
-            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-        )
-    },
+    **{layer: partial(_linear_in_first, layer) for layer in LAYERS},
     F.group_norm: _group_norm,
     **STATISTICS,
 }
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    wide = _wide(input)
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = wide - wide.mean(axes, keepdim=True)
+    return _scaled(_over_rms(centred, axes, eps), weight, bias, input)
+
+
+def _written_group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    grouped = _wide(input).reshape(len(input), num_groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    out = _over_rms(centred, (-1,), eps).reshape(input.shape)
+    over_channels = (-1, *[1] * (input.ndim - 2))
+    weight, bias = (None if p is None else p.reshape(over_channels) for p in (weight, bias))
+    return _scaled(out, weight, bias, input)
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    wide = _wide(input)
+    least = torch.finfo(wide.dtype).eps if eps is None else eps
+    axes = tuple(range(-len(normalized_shape), 0))
+    return _scaled(_over_rms(wide, axes, least), weight, None, input)
+
+
+def _over_rms(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    return x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, input: Tensor) -> Tensor:
+    """x times weight plus bias: wide under autocast, as torch's norms are, else as the input."""
+    x = x if weight is None else x * weight
+    x = x if bias is None else x + bias
+    return x if torch.is_autocast_enabled(input.device.type) else x.to(input.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+GRAPH: Rules = {
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((F.group_norm, torch.group_norm), _written_group_norm),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
+}
+DUAL_GRAPH: Rules = {**{layer: rule for layer, rule in DUAL.items() if layer in LAYERS}, **GRAPH}
