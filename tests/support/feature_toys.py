@@ -17,7 +17,6 @@ class Matching:
     """|| f(x1 - u(x1, 1, 0)) - f(x0) ||^2, the gradient by the features of the sample."""
 
     heads: ClassVar = ("u",)
-    trains: ClassVar = ("map_from_noise",)
 
     features: Features = field(default_factory=lambda: RandomConvolutions(channels=1, widths=(8,)))
 

@@ -51,8 +51,10 @@ class Lsd:
         first, later = first_rows(cond, k), rows_from(cond, k)
         point, one = (sample.x_t[:k], t[:k], r[:k]), torch.ones_like(t[:k])
         gap, zero = like(t[:k] - r[:k], point[0]), torch.zeros_like(one)
-        v = self.teacher(net)(point[0], t[:k], t[:k], first)["u"]
-        along = (v, one, zero) if self.eulerian else (torch.zeros_like(v), zero, one)
+        along = (torch.zeros_like(point[0]), zero, one)
+        if self.eulerian:
+            v = self.teacher(net)(point[0], t[:k], t[:k], first)["u"]
+            along = (v, one, zero)
         out, du = self.derivative.with_graph(lambda *at: net(*at, first), point, along, "u")
         if self.eulerian:  # dX/dt + grad X v = v - u - (t - r) du
             residual = v - out["u"] - gap * du

@@ -32,8 +32,8 @@ CASES: dict[str, Any] = {
     "features": lambda: Matching(features=RandomConvolutions(channels=1, widths=(8,))),
 }
 STAGES = {
-    **{name: (0, 1, 2) for name in ("lsd", "tvm", "tvm, shared")},
-    **{name: (3,) for name in ("lsd, differences", "tvm, differences")},
+    **dict.fromkeys(("lsd", "tvm", "tvm, shared"), (0, 1, 2)),
+    **dict.fromkeys(("lsd, differences", "tvm, differences"), (3,)),
     "features": (2, 3),
 }
 

@@ -8,14 +8,15 @@ from typing import ClassVar
 
 import pytest
 import torch
-from backbone_cases import SMALL, small
+from backbone_cases import SMALL, awake, small
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 from trained_derivatives import Lsd, Tvm
-from zero_work import Pictures
+from trainer_toys import ToyData
 
 import registry
+from backbones.dit import DiT
 from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.data.mixtures import Gaussian
@@ -166,7 +167,9 @@ class CutTangent(nn.Module):
 
 def test_a_tangent_detached_in_one_branch_of_one_block_is_refused():
     net = CutTangent(small("dit", depth=4))
-    with pytest.raises(ValueError, match=r"has a wrong gradient on this network: .*twice. Mend it"):
+    with pytest.raises(
+        ValueError, match=r"has a wrong gradient on this network: .*\n.* twice. Mend"
+    ):
         probe(net, Dual())
 
 
@@ -215,13 +218,14 @@ def test_probe_leaves_network_and_generators():
 
 
 def wide() -> nn.Module:
-    """Nearly all products are in the middle, where every gradient is needed."""
+    """A DiT of 16 tokens: nearly all its products are in layers whose every gradient is needed."""
     torch.manual_seed(0)
-    return build_network(lambda **given: MLP(dim=256, depth=3, **given), (3,), 0, ("u",))
+    dit = partial(DiT, dim=64, depth=3, num_heads=2)
+    return awake(build_network(dit, (1, 8, 8), 0, ("u",)))
 
 
 def batch():
-    return Batch(torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1)))
+    return Batch(torch.randn(ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
 
 
 def flops(run_it) -> int:
@@ -255,7 +259,9 @@ def test_passes_are_what_the_products_of_a_step_are(objective, total):
     t = torch.rand(ROWS)
     with torch.no_grad():
         forward = flops(lambda: net(batch().x0, t, t / 2, None))
-    assert flops(a_step) / forward == pytest.approx(total, rel=0.05)
+    # torch.func.jvp takes a third product for each of a tangent, with weights that do not move.
+    spare = 1.25 if objective.derivative == Jvp() else 1.0
+    assert 0.95 < flops(a_step) / forward / total < 1.05 * spare
 
 
 def test_passes_of_a_derivative_that_is_not_trained_after_all():
@@ -277,9 +283,9 @@ def test_passes_of_a_derivative_that_is_not_trained_after_all():
 def test_training_lowers_the_loss(make, derivative):
     losses = []
     torch.manual_seed(0)
-    net = build_network(lambda **given: MLP(dim=32, depth=1, **given), (1, 4, 4), 3, ("u",))
+    net = build_network(lambda **given: MLP(dim=32, depth=1, **given), (2,), 3, ("u",))
     fit(
-        net=net, objective=make(derivative=derivative), dataset=Pictures(), batch_size=32,
+        net=net, objective=make(derivative=derivative), dataset=ToyData(), batch_size=32,
         budget=Budget(steps=60), optimizer=AdamW(lr=3e-3), callbacks=[Watched(losses)],
     )  # fmt: skip
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
