@@ -152,14 +152,19 @@ def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> O
 
 
 def _check_in_pieces(objective: Objective, engine: Engine) -> None:
-    """ValueError for a trained derivative in forward mode: its backward needs whole weights."""
+    """ValueError for a trained derivative in forward mode where weights are not whole.
+
+    Its backward needs each weight for the value and for the tangent. Weights that are gathered
+    layer by layer may be released in between, and are never gathered for a layer whose value the
+    loss does not use.
+    """
     for path, part in parts(objective):
         if isinstance(part, Derivative) and part.needs_forward_ad:
-            name = derivatives.name_of(part)
             raise ValueError(
                 f"the objective {type(objective).__name__} trains its derivative, and its {path} = "
-                f"@{name}() cannot be trained while run.engine = @{engines.name_of(engine)}() "
-                "keeps weights in pieces. Set zero_engine.stage = 2, or bind "
+                f"@{derivatives.name_of(part)}() cannot be trained while run.engine = "
+                f"@{engines.name_of(engine)}() keeps weights in pieces: its backward asks for "
+                "weights that may be released. Set zero_engine.stage = 2, or bind "
                 f"@finite_difference() to its {path}"
             )
 

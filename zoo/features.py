@@ -92,12 +92,8 @@ class Convolutions(nn.Module):
         super().__init__()
         self.cells = cells
         self.layers = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise((channels, *widths))
+            _convolution(c_in, c_out) for c_in, c_out in pairwise((channels, *widths))
         )
-        for c_in, layer in zip((channels, *widths), self.layers, strict=False):
-            scale = math.sqrt(2 / (9 * c_in))
-            nn.init.normal_(layer.weight, std=scale)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         found = []
@@ -105,6 +101,15 @@ class Convolutions(nn.Module):
             if number and min(x.shape[2:]) > 1:
                 x = F.avg_pool2d(x, 2)
             x = F.silu(layer(x))
-            size = [min(self.cells, side) for side in x.shape[2:]]
+            size = min(self.cells, x.shape[2]), min(self.cells, x.shape[3])
             found.append(F.adaptive_avg_pool2d(x, size).flatten(1))
         return torch.cat(found, dim=1)
+
+
+def _convolution(c_in: int, c_out: int) -> nn.Conv2d:
+    """3 x 3, with weights that keep the size of values to about a SiLU."""
+    layer = nn.Conv2d(c_in, c_out, 3, padding=1)
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / (9 * c_in)))
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -80,6 +80,8 @@ def no_gradient() -> Iterator[None]:
 class Dual:
     """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine.
 
+    Where the derivative is trained, weights must be whole: not in stage 3 of ZeRO.
+
     `attention` is the kernel of its pass: torch's math kernel, or the one of
     flash_attention.py on CUDA.
     """
@@ -161,8 +163,12 @@ class Jvp:
         key: str,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One pass."""
+
+        def outputs(*at: Tensor) -> dict[str, Tensor]:
+            return dict(fn(*at))
+
         with _forward_mode(), ForwardRules(GRAPH):
-            out, moved = torch.func.jvp(lambda *at: dict(fn(*at)), tuple(primals), tuple(tangents))
+            out, moved, *_ = torch.func.jvp(outputs, tuple(primals), tuple(tangents))
         return out, moved[key]
 
 
