@@ -19,7 +19,7 @@ from trainers.engines import TorchEngine
 from trainers.zero.engine import ZeroEngine
 from zoo.derivatives.methods import Dual, FiniteDifference
 from zoo.features import RandomConvolutions
-from zoo.teachers import EmaTeacher
+from zoo.teachers import EmaTeacher, Online
 
 CASES: dict[str, Any] = {
     "lsd": lambda: Lsd(derivative=Dual(), off_diagonal_fraction=0.5),
@@ -29,11 +29,15 @@ CASES: dict[str, Any] = {
     ),
     "lsd, differences": lambda: Lsd(derivative=FiniteDifference(), off_diagonal_fraction=0.5),
     "tvm, differences": lambda: Tvm(derivative=FiniteDifference(), through=True),
+    "online, differences": lambda: Tvm(
+        derivative=FiniteDifference(), teacher=Online(), through=True
+    ),
     "features": lambda: Matching(features=RandomConvolutions(channels=1, widths=(8,))),
 }
 STAGES = {
     **dict.fromkeys(("lsd", "tvm", "tvm, shared"), (0, 1, 2)),
     **dict.fromkeys(("lsd, differences", "tvm, differences"), (3,)),
+    "online, differences": (2, 3),
     "features": (2, 3),
 }
 

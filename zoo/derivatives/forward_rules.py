@@ -190,7 +190,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _softmax(input: Tensor, dim: int, *_: Any, dtype: torch.dtype | None = None) -> Tensor:
+def _softmax(input: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = next((part for part in rest if isinstance(part, torch.dtype)), dtype)
     wide = _wide(input) if dtype is None else input.to(dtype)
     weights = (wide - wide.detach().amax(dim, keepdim=True)).exp()
     weights = weights / weights.sum(dim, keepdim=True)
