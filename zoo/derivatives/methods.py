@@ -26,9 +26,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
@@ -75,6 +76,26 @@ def no_gradient() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def kept_counts() -> Iterator[None]:
+    """Leave the batches that batch norms have counted: the pass of the value counts them."""
+    before: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the counter itself, and its value
+
+    def note(module: nn.Module, _inputs: object) -> None:
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor) and module not in before:
+            before[module] = counter, counter.clone()
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for counter, value in before.values():
+                counter.copy_(value)
+
+
 @derivatives.register("dual")
 @dataclass(frozen=True, kw_only=True)
 class Dual:
@@ -104,6 +125,7 @@ class Dual:
         with (
             no_gradient(),
             replay_rng(),
+            kept_counts(),
             _forward_mode(),
             forward_ad.dual_level(),
             ForwardRules(rules),
@@ -151,7 +173,13 @@ class Jvp:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with no_gradient(), replay_rng(), _forward_mode(), ForwardRules(STATISTICS):
+        with (
+            no_gradient(),
+            replay_rng(),
+            kept_counts(),
+            _forward_mode(),
+            ForwardRules(STATISTICS),
+        ):
             detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
             return torch.func.jvp(fn, *detached)[1]
 
@@ -211,7 +239,8 @@ class FiniteDifference:
                 return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
 
         device = primals[0].device.type
-        with eager(), torch.autocast(device, enabled=False), Replaced(STATISTICS):
+        exactly = torch.autocast(device, enabled=False)
+        with eager(), exactly, kept_counts(), Replaced(STATISTICS):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
