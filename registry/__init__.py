@@ -19,6 +19,7 @@ __all__ = [
     "derivatives",
     "engines",
     "extractors",
+    "features",
     "guidance_laws",
     "heads",
     "kind_of",
@@ -159,6 +160,7 @@ derivatives = Registry("derivative")
 residuals = Registry("residual")
 weights = Registry("weight")
 teachers = Registry("teacher")
+features = Registry("feature map")
 samplers = Registry("sampler", _check_sampler)
 datasets = Registry("data set")
 vaes = Registry("VAE")
@@ -184,6 +186,7 @@ kinds = (
     residuals,
     weights,
     teachers,
+    features,
     samplers,
     datasets,
     vaes,

@@ -33,7 +33,7 @@ from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints import checkpoint
 from trainers.devices import check_rows
-from trainers.engines import TorchEngine, TrainStep
+from trainers.engines import TorchEngine, TrainStep, feature_sha256
 from trainers.finite import StopOnNonFinite
 from trainers.optim import AdamW, ConstantLr
 from trainers.rng import generator, seed_dropout
@@ -105,6 +105,7 @@ def prepared(
     train_step, device = training.train_step(), torch.device(training.device)
     if training.compile:
         train_step.compile_networks()
+    features = feature_sha256(training.objective)  # before an engine cuts them into pieces
     training.engine.prepare(train_step, training.optimizer, device, training.batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
@@ -118,6 +119,7 @@ def prepared(
         folder=folder,
         callbacks=tuple(callbacks),
         emas=train_step.emas,
+        features=features,
     )
 
 

@@ -5,6 +5,7 @@ Importing this package registers them all.
 
 from zoo import (
     couplings,
+    features,
     guidance,
     objectives,
     paths,
@@ -18,6 +19,7 @@ from zoo.derivatives import methods, one_pass
 
 __all__ = [
     "couplings",
+    "features",
     "guidance",
     "methods",
     "objectives",

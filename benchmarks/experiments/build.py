@@ -45,6 +45,7 @@ from registry.protocols import (
     Recorder,
     Sampler,
     Schedule,
+    has_whole_weights,
     parts,
     required_heads,
     runs_in_several_processes,
@@ -211,7 +212,9 @@ def _as_trained(objective: Objective, engine: Engine, compile: bool) -> Objectiv
     changed = as_trained(objective, engine, compile)
     if changed is not objective:
         name = registry.derivatives.name_of
-        why = f"run.engine = @{registry.engines.name_of(engine)}() shards the weights"
+        why = "the objective trains its derivative"
+        if not has_whole_weights(engine):
+            why = f"run.engine = @{registry.engines.name_of(engine)}() shards the weights"
         why = "run.compile = True" if compile else why
         joint = [part for _, part in parts(objective) if isinstance(part, JointDerivative)]
         log.warning(

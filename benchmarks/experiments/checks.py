@@ -32,6 +32,7 @@ from trainers.derivative_probe import probe_derivatives
 from trainers.devices import check_rows
 from trainers.engines import TrainStep
 from trainers.rng import generator
+from zoo.dropout import shares_dropout
 
 PROBE_ROWS = 4
 
@@ -154,5 +155,12 @@ def _check_compile(experiment: Experiment) -> None:
             f"run.compile = True needs a C++ compiler, and there is no {compiler!r}. Install g++, "
             "name another one in the variable CXX, or set run.compile = False"
         )
+    for path, part in parts(experiment.objective):
+        if shares_dropout(part):
+            raise ValueError(
+                f"run.compile = True, and {experiment.objective_name}.{path} has dropout = "
+                "'shared': compiled networks draw the masks of a target in another order than "
+                "those of the prediction. Set run.compile = False, or its dropout = 'off'"
+            )
     if any(isinstance(part, Derivative) for _, part in parts(experiment.objective)):
         log.warning("run.compile: networks are compiled, derivatives of them are not")

@@ -38,6 +38,7 @@ from registry.protocols import RunRecord, better_of, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import file_sha256
+from trainers.engines import feature_sha256
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,8 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
             **provenance(),
         }
     )
+    known = feature_sha256(experiment.objective)
+    record.tags({f"{field}.sha256": sha256 for field, sha256 in known.items()})
     measuring = evaluate.provenance(
         experiment.metric, experiment.dataset, experiment.num_samples, experiment.seed
     )

@@ -39,6 +39,8 @@ from registry.protocols.data import Coded, Dataset, Shareable, Vae
 from registry.protocols.methods import (
     Coupling,
     Derivative,
+    DifferentiableDerivative,
+    Features,
     GuidanceLaw,
     JointDerivative,
     Objective,
@@ -48,6 +50,7 @@ from registry.protocols.methods import (
     Sampler,
     Teacher,
     TimeLaw,
+    TransparentTeacher,
     Weight,
 )
 from registry.protocols.networks import (
@@ -58,7 +61,13 @@ from registry.protocols.networks import (
     Preconditioning,
     Trunk,
 )
-from registry.protocols.parts import Reference, couples_rows, parts, required_heads
+from registry.protocols.parts import (
+    Reference,
+    couples_rows,
+    parts,
+    required_heads,
+    trains_derivative,
+)
 from registry.protocols.rows import check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
@@ -87,9 +96,11 @@ __all__ = [
     "Coupling",
     "Dataset",
     "Derivative",
+    "DifferentiableDerivative",
     "Ended",
     "Engine",
     "Extractor",
+    "Features",
     "GuidanceLaw",
     "Head",
     "IntermediateValue",
@@ -119,6 +130,7 @@ __all__ = [
     "StoredRun",
     "Teacher",
     "TimeLaw",
+    "TransparentTeacher",
     "Trunk",
     "Vae",
     "Weight",
@@ -138,4 +150,5 @@ __all__ = [
     "runs_in_several_processes",
     "store_of",
     "to_device",
+    "trains_derivative",
 ]

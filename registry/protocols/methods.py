@@ -96,7 +96,8 @@ class Derivative(Protocol):
     """(fn, primals, tangents) -> d/ds fn(primals + s tangents) at s=0, without gradient.
 
     It takes a pass of its own, unless it is a JointDerivative. `needs_forward_ad` says whether
-    every operation of the network needs a forward-mode rule.
+    every operation of the network needs a forward-mode rule. One that declares `differentiable =
+    True` is a DifferentiableDerivative too.
     """
 
     needs_forward_ad: ClassVar[bool]
@@ -133,6 +134,28 @@ class JointDerivative(Derivative, Protocol):
     def linearized(
         self, fn: Callable[..., Mapping[str, Tensor]], primals: Sequence[Tensor], key: str
     ) -> tuple[dict[str, Tensor], Callable[[Sequence[Tensor]], Tensor]]: ...
+
+
+@runtime_checkable
+class DifferentiableDerivative(Derivative, Protocol):
+    """A derivative that is trained: the loss sends a gradient through it to the weights.
+
+    `with_graph` returns the outputs of `fn` by name and the derivative of the output `key`, under
+    the same dropout masks. Both have their graph: to the weights, and to the primals and tangents
+    that have one. It detaches nothing; what an objective holds fixed, it detaches itself. An
+    objective that calls `with_graph` declares `differentiates = ("derivative",)`, and is then given
+    a derivative whose `differentiable` is True, or refused before training.
+    """
+
+    differentiable: ClassVar[bool]
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]: ...
 
 
 class Residual(Protocol):
@@ -177,6 +200,11 @@ class Teacher(Protocol):
     not attached must raise ValueError when training goes on, and never serve the network in
     silence. A teacher that `distils` is another network, trained before: its velocity takes the
     place of the conditional velocity as the target.
+
+    A teacher may have a field `dropout`. With "off", the default, it is evaluated without dropout.
+    With "shared" its calls are made under the masks of the first call of the loss, the prediction.
+    The masks are the same if both calls have the same number of rows and layers that draw in the
+    same order, as those of the network and its average do.
     """
 
     needs_copy: ClassVar[bool]
@@ -185,6 +213,29 @@ class Teacher(Protocol):
     def __call__(self, net: Network) -> Network: ...
     def attach(self, network: torch.nn.Module) -> None: ...
     def update(self, net: torch.nn.Module, step: int) -> None: ...
+
+
+@runtime_checkable
+class TransparentTeacher(Teacher, Protocol):
+    """A teacher that a gradient passes: `through(net)` has one to its inputs, none to weights."""
+
+    def through(self, net: Network) -> Network: ...
+
+
+@runtime_checkable
+class Features(Protocol):
+    """x [b *d] -> features [b k], with a gradient to x and to nothing else.
+
+    An objective has them in a field, such as `features: Features`, and compares them in place of
+    x. `feature_net` is the module that computes them, in evaluation mode and without gradient to
+    its weights, or None if there are no weights. The trainer puts it on the device, and shards it
+    where weights are sharded. It never changes: a checkpoint keeps the SHA-256 of its weights in
+    place of the weights, and a run goes on with the same ones alone.
+    """
+
+    @property
+    def feature_net(self) -> torch.nn.Module | None: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class Sampler(Protocol):

@@ -45,6 +45,11 @@ def couples_rows(objective: Any) -> bool:
     return any(getattr(part, "couples_rows", False) for part in inside)
 
 
+def trains_derivative(objective: Any) -> bool:
+    """Whether the loss sends a gradient through a derivative: `differentiates` says so."""
+    return "derivative" in getattr(objective, "differentiates", ())
+
+
 def required_heads(objective: Any) -> tuple[str, ...]:
     """The outputs that the objective trains, and then those that its weights read."""
     names = list(objective.heads)

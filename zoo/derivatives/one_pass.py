@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -61,6 +61,7 @@ class OnePass:
     """Exact, in the forward pass of the prediction; not for ZeRO stage 3, nor compiled networks."""
 
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = False
     tests_rows: ClassVar = True
 
     @property
@@ -114,6 +115,13 @@ class OnePass:
         wanted = dual.tangent
         return out, lambda tangents: finished.replay([d.detach() for d in tangents], wanted)
 
+    def with_graph(self, *_: Any) -> NoReturn:
+        """NotImplementedError: tangents are computed without a graph here."""
+        raise NotImplementedError(
+            "one_pass gives a derivative without a gradient of its own, and this objective trains "
+            "its derivative; bind @dual(), which gives both in one pass"
+        )
+
     def _run(
         self,
         fn: Callable[..., Outputs],
@@ -155,6 +163,26 @@ def apart(objective: Any) -> Any:
 
     def choose(derivative: Derivative) -> Derivative:
         return derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+
+    return with_derivatives(objective, choose)
+
+
+def with_graphs(objective: Any) -> Any:
+    """The same objective with derivatives that can be trained.
+
+    One without a graph gives way to its `in_own_pass`. ValueError if that has none either.
+    """
+
+    def choose(derivative: Derivative) -> Derivative:
+        own = derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+        for candidate in (derivative, own):
+            if getattr(candidate, "differentiable", False):
+                return candidate
+        raise ValueError(
+            f"the objective {type(objective).__name__} trains its derivative, and {derivative!r} "
+            "gives one without a gradient of its own (differentiable is not True). Bind @dual(), "
+            "@jvp() or @finite_difference()"
+        )
 
     return with_derivatives(objective, choose)
 

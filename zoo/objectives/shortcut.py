@@ -39,6 +39,7 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
+from zoo.dropout import shares_dropout
 from zoo.guidance import drop_labels, unlabelled
 from zoo.ops import first_rows, like, mean_flat, normal_like
 from zoo.paths import Linear
@@ -75,6 +76,11 @@ class Shortcut:
         check_fraction("shortcut.bootstrap_fraction", self.bootstrap_fraction)
         if self.num_steps < 2 or self.num_steps & (self.num_steps - 1):
             raise ValueError(f"shortcut.num_steps = {self.num_steps!r} must be a power of two >= 2")
+        if shares_dropout(self.teacher):
+            raise ValueError(
+                "shortcut.teacher has dropout = 'shared', and Shortcut has targets for some of its "
+                "rows alone, whose masks would not be those of the prediction; set dropout = 'off'"
+            )
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n, x1 = len(batch), normal_like(batch.x0, rng)
