@@ -34,6 +34,7 @@ __all__ = [
     "teachers",
     "time_laws",
     "vaes",
+    "velocities",
     "weights",
 ]
 
@@ -106,6 +107,7 @@ paths = Registry("path")
 time_laws = Registry("time law")
 guidance_laws = Registry("guidance law")
 couplings = Registry("coupling")
+velocities = Registry("velocity estimator")
 derivatives = Registry("derivative")
 residuals = Registry("residual")
 weights = Registry("weight")
@@ -130,6 +132,7 @@ kinds = (
     time_laws,
     guidance_laws,
     couplings,
+    velocities,
     derivatives,
     residuals,
     weights,

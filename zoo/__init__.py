@@ -15,6 +15,7 @@ from zoo import (
     weighting,
 )
 from zoo.derivatives import methods, one_pass
+from zoo.points import velocities
 
 __all__ = [
     "couplings",
@@ -27,5 +28,6 @@ __all__ = [
     "samplers",
     "teachers",
     "times",
+    "velocities",
     "weighting",
 ]

@@ -32,7 +32,7 @@ from trainers.checkpoints.whole_folders import BrokenCheckpoint
 FORK, OPERATIVE = "fork.json", "operative.gin"
 CHECKPOINTS = "checkpoints"
 # Of a fork's state, beside the newest checkpoint: what the steps before it have left.
-INHERITED = ("ema_snapshots", "teacher")
+INHERITED = ("ema_snapshots", "teacher", "pretrain")
 
 # On these no number of a run depends, apart from rounding.
 MAY_CHANGE = NO_PART_OF_ID | {

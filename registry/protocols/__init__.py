@@ -39,6 +39,7 @@ from registry.protocols.data import Coded, Dataset, Shareable, Vae
 from registry.protocols.methods import (
     Coupling,
     Derivative,
+    Draw,
     GuidanceLaw,
     JointDerivative,
     Objective,
@@ -48,6 +49,7 @@ from registry.protocols.methods import (
     Sampler,
     Teacher,
     TimeLaw,
+    VelocityEstimator,
     Weight,
 )
 from registry.protocols.networks import Head, Network, Trunk
@@ -79,6 +81,7 @@ __all__ = [
     "Coupling",
     "Dataset",
     "Derivative",
+    "Draw",
     "Ended",
     "Engine",
     "Extractor",
@@ -111,6 +114,7 @@ __all__ = [
     "TimeLaw",
     "Trunk",
     "Vae",
+    "VelocityEstimator",
     "Weight",
     "better_of",
     "check_batch",
