@@ -23,7 +23,6 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
-    Objective,
     TimeLaw,
     better_of,
     check_batch,
@@ -151,14 +150,13 @@ class _Watched:
         return int(self.law.num_off_diagonal(n))
 
 
-def _with_watched_laws(objective: Objective) -> tuple[Objective, dict[str, _Watched]]:
+def _with_watched_laws(objective: Any) -> tuple[Any, dict[str, _Watched]]:
     """The objective with its laws that change over the run watched, and these by their field."""
+    names = [f.name for f in fields(objective)] if is_dataclass(objective) else []
     laws = {
-        f.name: _Watched(getattr(objective, f.name))
-        for f in (fields(objective) if is_dataclass(objective) else ())
-        if hasattr(getattr(objective, f.name), "at_step")
+        name: _Watched(law) for name in names if hasattr(law := getattr(objective, name), "at_step")
     }
-    return (replace(objective, **laws) if laws else objective), laws  # type: ignore[type-var]
+    return (replace(objective, **laws) if laws else objective), laws
 
 
 def _derivative_error(experiment: Experiment, x0: Tensor, cond: Cond | None) -> dict[str, float]:

@@ -14,6 +14,7 @@ from scipy import stats
 from registry import time_laws
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.teachers import Online
 from zoo.times import (
     BetaPair,
     LogitNormal,
@@ -252,7 +253,7 @@ def test_laws_without_steps_are_constant():
 
 def test_objectives_draw_by_the_law_of_their_step():
     law = Progressive(times=UniformPair(off_diagonal_fraction=1.0), steps=10)
-    for objective in (MeanFlow(times=law), DuMo(times=law)):
+    for objective in (MeanFlow(times=law), DuMo(times=law, teacher=Online())):
         seen = {step: watch(objective, n=16, step=step).out.r for step in (0, 5, 10)}
         assert (seen[0] == 0).all()
         assert 0 < int((seen[5] == 0).sum()) < 16

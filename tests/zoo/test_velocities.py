@@ -118,7 +118,7 @@ def test_plug_in_is_finite_and_exact_at_both_ends(path, dtype):
     times = (0.0, 1e-30, 1e-12, 1e-7, 1e-4, 1.0, 1.0, 1.0)
     batch = random_batch((2,), 8, dtype=dtype)
     batch.x0[1] = batch.x0[0]  # twice the same data
-    batch.x0[2] = batch.x0[3] * (1 + 1e-6)  # and nearly the same
+    batch.x0[2] = batch.x0[3] * (1 + 1e-5)  # and nearly the same
     d = drawn(batch, path=path, times=at(*times))
     found = posterior_velocity(d)
     assert found.dtype == dtype
@@ -129,10 +129,10 @@ def test_plug_in_is_finite_and_exact_at_both_ends(path, dtype):
 
 
 def test_plug_in_is_taken_on_its_share_of_the_rows():
-    d = drawn(random_batch((2,), 4000))
+    d = drawn(random_batch((2,), 1000))
     found = PlugIn(fraction=0.2).target(d, no_network, rng(1))
     changed = (found != d.velocity).any(1)
-    assert abs(float(changed.double().mean()) - 0.2) < 4 * (0.16 / 4000) ** 0.5
+    assert abs(float(changed.double().mean()) - 0.2) < 4 * (0.16 / 1000) ** 0.5
     assert torch.equal(found[changed], posterior_velocity(d)[changed])
     assert torch.equal(PlugIn(fraction=0.0).target(d, no_network, rng(1)), d.velocity)
     assert torch.equal(ALL_ROWS.target(d, no_network, rng(1)), posterior_velocity(d))
@@ -176,8 +176,8 @@ def errors_of(estimate, law, n, num):
 @pytest.mark.parametrize("law", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("n", [4, 32])
 def test_conditional_and_plug_in_are_exact_in_expectation_at_the_batch_s_own_points(law, n):
-    conditional = errors_of(lambda d: d.velocity, law, n, 600)
-    plug_in = errors_of(posterior_velocity, law, n, 600)
+    conditional = errors_of(lambda d: d.velocity, law, n, 300)
+    plug_in = errors_of(posterior_velocity, law, n, 300)
     assert largest_z(*conditional) < 4
     assert largest_z(*plug_in) < 4
     assert plug_in[0].square().mean() < 0.9 * conditional[0].square().mean()  # and surer
@@ -198,31 +198,29 @@ velocities_log_weights = velocities.log_weights
 def test_wrong_weights_are_seen(mistake, monkeypatch):
     """With the other sign, and with alpha and sigma exchanged."""
     monkeypatch.setattr(velocities, "log_weights", mistake)
-    assert largest_z(*errors_of(posterior_velocity, GAUSSIAN, 32, 600)) > 10
+    assert largest_z(*errors_of(posterior_velocity, GAUSSIAN, 32, 300)) > 6
 
 
-def bias_at_new_points(n: int, num: int = 4000) -> tuple[float, float]:
-    """The root mean square of E[plug-in] - v* at 40 points drawn without the batch; its error."""
-    one = law_batch(GAUSSIAN, 40, 99)
-    point = drawn(one, times=at(*torch.linspace(0.15, 0.95, 40).tolist()), seed=99)
-    truth = GAUSSIAN.velocity(point.x_t, point.t.double())
-    halves = []
+def bias_at_new_points(n: int, num: int = 1000) -> float:
+    """The root mean square of E[plug-in] - v* at 40 points that were drawn without the batch."""
+    times = at(*torch.linspace(0.15, 0.95, 40).tolist())
+    points = drawn(law_batch(GAUSSIAN, 40, 99), times=times, seed=99)
+    truth, halves = GAUSSIAN.velocity(points.x_t, points.t.double()), []
     for half in range(2):
         total = torch.zeros_like(truth)
         for seed in range(num // 2):
             rows, _ = GAUSSIAN.sample(n, rng(10 + half * num + seed))
-            total += posterior_velocity(replace(point, batch=Batch(x0=rows)))
+            total += posterior_velocity(replace(points, batch=Batch(x0=rows)))
         halves.append(2 * total / num - truth)
-    square = float((halves[0] * halves[1]).mean())  # without the square of the error of the mean
-    spread = float((halves[0] - halves[1]).square().mean()) / 2
-    return max(square, 0.0) ** 0.5, spread**0.5
+    # The product of two means does not have the variance of one in it.
+    return float((halves[0] * halves[1]).mean().clamp_min(0)) ** 0.5
 
 
 def test_plug_in_is_biased_at_other_points_and_less_so_in_larger_batches():
-    """About as 1/n; the figures are in the docstring of zoo/points/velocities.py."""
-    bias = {n: bias_at_new_points(n)[0] for n in (8, 32, 128)}
-    assert bias[8] == pytest.approx(0.0, abs=1)
-    assert bias[8] > 1.7 * bias[32] > 1.7 * 1.7 * bias[128]
+    """About as 1/n: the figures of zoo/points/velocities.py, whose errors are .01 here."""
+    found = [bias_at_new_points(n) for n in (8, 32, 128)]
+    assert found == pytest.approx([0.326, 0.073, 0.014], abs=0.02)
+    assert found[0] > 3 * found[1] > 3 * 3 * found[2]
 
 
 @pytest.mark.parametrize("law", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
@@ -259,8 +257,9 @@ def bias(name):
     return fixed_point.measure(subject, GAUSSIAN, blocks=12)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_exact_solution_stays_a_fixed_point_with_every_estimator(name):
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("plug_in")])
+def test_exact_solution_is_a_fixed_point_with_the_plug_in_velocity(name):
+    """Of the others tests/zoo/objectives/test_objectives_common.py asks all claims."""
     assert bias(name).z < fixed_point.LIMIT
 
 
@@ -274,13 +273,13 @@ def test_fixed_point_is_lost_with_the_velocity_of_another_time(name, monkeypatch
 
     monkeypatch.setattr("zoo.points.velocities.velocity_at", wrong)
     monkeypatch.setattr("zoo.objectives.mean_flow.velocity_at", wrong)
-    assert bias(name).z > 2 * fixed_point.LIMIT
+    assert bias(name).z > 1.5 * fixed_point.LIMIT
 
 
 @pytest.mark.parametrize("name", ["mean_flow_plug_in", "flow_matching_plug_in"])
 def test_fixed_point_is_lost_with_wrong_weights(name, monkeypatch):
     monkeypatch.setattr(velocities, "log_weights", flipped)
-    assert bias(name).z > 2 * fixed_point.LIMIT
+    assert bias(name).z > 1.5 * fixed_point.LIMIT
 
 
 # Guidance on top
