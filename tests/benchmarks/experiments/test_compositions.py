@@ -183,11 +183,6 @@ def refused(files, *bindings: str) -> str:
         ),
         (POINTS, ("run.objective = @mean_flow()", *MLP, "mean_flow.omega = 2.0"), "label"),
         (POINTS, ("run.objective = @dumo()", *MLP, "dumo.omega = 0.5"), "label"),
-        (
-            POINTS,
-            ("run.objective = @mean_flow()", *MLP, "mean_flow.velocity = @linear()"),
-            "mean_flow.velocity = @linear() must be a velocity estimator, such as @conditional()",
-        ),
         (POINTS, ("run.objective = @decm()", *MLP, "decm.guidance_scale = 2.0"), "label"),
         (
             POINTS,
@@ -233,3 +228,8 @@ def test_plug_in_velocity_in_batches_with_few_rows_of_a_label_is_warned_of(caplo
     gin_setup.parse(PICTURES, ["run.steps = 1", "run.batch_size = 8", *bound])
     run()
     assert "mean_flow.velocity = @plug_in() works on rows of the same label" in caplog.text
+
+
+def test_velocity_is_an_estimator_of_its_own_kind():
+    with pytest.raises(ValueError, match=r"must be a velocity estimator, such as @conditional\(\)"):
+        gin_setup.parse(POINTS, ["mean_flow.velocity = @linear()"])
