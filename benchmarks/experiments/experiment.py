@@ -63,6 +63,7 @@ class Experiment:
     pretrain: float = 0.0
     pretrained: FlowNetwork | None = None  # what run.pretrain trains first, not yet trained
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
+    as_recorded: bool = False  # a finished run, opened with the sampling that it recorded
 
     @property
     def training(self) -> Training:

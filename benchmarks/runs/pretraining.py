@@ -26,7 +26,7 @@ from registry.protocols import RunRecord
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints.weights import load_module, save_module
-from trainers.checkpoints.whole_files import read_json, write_json
+from trainers.checkpoints.whole_files import file_sha256, read_json, write_json
 from zoo.objectives.flow_matching import FlowMatching
 
 SPENT = "spent.json"
@@ -43,6 +43,7 @@ class Spent:
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    weights_sha256: str = ""  # of the file MODEL; '' in a folder of an earlier version
 
     @property
     def as_result(self) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def train_first(experiment: Experiment, record: RunRecord, folder: Path, resume:
     if network is None:
         return Spent()
     folder = folder / what
-    spent = _found(folder) if resume and (folder / MODEL).exists() else None
+    made = (folder / MODEL).exists() and (folder / SPENT).exists()
+    spent = _found(folder) if resume and made else None
     if spent is None:
         share = f"{experiment.first_share:.0%}"
         log.info("  first %s with %s of the budget", _IN_WORDS[what], share)
@@ -97,14 +99,19 @@ def after_first(experiment: Experiment) -> Experiment:
 
 
 def _found(folder: Path) -> Spent | None:
-    """What the finished training in `folder` took; None, and a warning, if it cannot be read."""
+    """What the finished training in `folder` took; None, and a warning, if a file is damaged."""
+    goes_on = "so what is trained first goes on from its checkpoint"
     try:
-        return Spent(**read_json(folder / SPENT))
+        spent = Spent(**read_json(folder / SPENT))
     except (ValueError, TypeError):
+        log.warning("%s cannot be read, %s", folder / SPENT, goes_on)
+        return None
+    if spent.weights_sha256 not in ("", file_sha256(folder / MODEL)):
         log.warning(
-            "%s cannot be read, so this training goes on from its checkpoint", folder / SPENT
+            "%s was changed after it was written (SHA-256 differs), %s", folder / MODEL, goes_on
         )
         return None
+    return spent
 
 
 def _train(first: Experiment, record: RunRecord, folder: Path, resume: bool) -> Spent:
@@ -112,10 +119,11 @@ def _train(first: Experiment, record: RunRecord, folder: Path, resume: bool) -> 
     prefix = f"{folder.name}/"
     record.metrics({f"{prefix}cost/passes_per_step": passes_per_step(first).total}, 0)
     state = fit_experiment(first, record, folder, resume, prefix=prefix)
-    spent = Spent(folder.name, state.step, state.images, state.seconds)
+    save_module(folder / MODEL, state.ema_net)
+    digest = file_sha256(folder / MODEL) if ranks.leads() else ""
+    spent = Spent(folder.name, state.step, state.images, state.seconds, digest)
     if ranks.leads():
-        write_json(folder / SPENT, asdict(spent))
-    save_module(folder / MODEL, state.ema_net)  # last: a resumed run looks for it
+        write_json(folder / SPENT, asdict(spent))  # last: a resumed run looks for it
     ranks.gathered(None)
     return spent
 
