@@ -161,8 +161,7 @@ def _check_same_meaning(ours: Parametrisation, theirs: Parametrisation) -> None:
         raise ValueError(
             f"the student cannot start from the teacher: its parametrisation is {shown(ours)}, the "
             f"teacher's {shown(theirs)}, so that the same readout would be another velocity. Bind "
-            "run.parametrisation to the teacher's; or keep the teacher, and bind run.start_from to "
-            "other weights for the student"
+            "run.parametrisation to the teacher's"
         )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "teachers",
     "time_laws",
     "vaes",
+    "velocities",
     "weights",
 ]
 
@@ -156,6 +157,7 @@ paths = Registry("path")
 time_laws = Registry("time law")
 guidance_laws = Registry("guidance law")
 couplings = Registry("coupling")
+velocities = Registry("velocity estimator")
 derivatives = Registry("derivative")
 residuals = Registry("residual")
 weights = Registry("weight")
@@ -182,6 +184,7 @@ kinds = (
     time_laws,
     guidance_laws,
     couplings,
+    velocities,
     derivatives,
     residuals,
     weights,

@@ -16,6 +16,7 @@ from zoo import (
     weighting,
 )
 from zoo.derivatives import methods, one_pass
+from zoo.points import velocities
 
 __all__ = [
     "couplings",
@@ -29,5 +30,6 @@ __all__ = [
     "samplers",
     "teachers",
     "times",
+    "velocities",
     "weighting",
 ]

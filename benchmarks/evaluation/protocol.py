@@ -108,7 +108,7 @@ def _keep(folder: Path, out: Path, about: Mapping[str, Any]) -> None:
             f"evaluation.{identity(made)}": json.dumps({**how(made), "sampler": made["sampler"]})
         },
         metrics={f"evaluation/{identity(made)}/{k}": v for k, v in about["values"].items()},
-        step=result.steps - result.teacher_steps,
+        step=result.own_steps,
         files=[path, path.with_suffix(".md")],
     )
 

@@ -24,6 +24,7 @@ from benchmarks.experiments.arguments import (
     check_built,
     check_counts,
     check_seed,
+    check_start,
     decays,
     one_budget,
     power_widths,
@@ -50,7 +51,7 @@ from registry.protocols import (
     required_heads,
     runs_in_several_processes,
 )
-from registry.ranges import NotNegative, Range
+from registry.ranges import NotNegative, Probability, Range
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.devices import device_of
@@ -98,18 +99,22 @@ def run(
     compile: bool = False,
     start_from: str = "",
     start_layout: str = "",
+    warm_start: bool = True,
+    pretrain: Probability = 0.0,
     device: str = "auto",
 ) -> Experiment:
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls. `parametrisation` says what the readouts of the network mean. A teacher that is trained
-    first has the same one, and takes `teacher_optimizer`, by default the run's own. The network
-    starts as `start_from`: an exported folder, or a public checkpoint of the layout `start_layout`.
-    Averages of the relative widths `power_emas` are stored `ema_snapshots` times
-    over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
-    the network, and evaluates its teachers, by torch.compile.
+    calls. `parametrisation` says what the readouts of the network mean; a network that is trained
+    first has the same one. The network starts as `start_from`: an exported folder, or a public
+    checkpoint of the layout `start_layout`; or as flow matching leaves it that first takes
+    `pretrain`, a share of the budget; or, unless `warm_start` is False, as its trained teacher.
+    What is trained first, the network or its teacher, takes `teacher_optimizer`, by default the
+    run's own. Averages of the relative widths `power_emas` are stored `ema_snapshots` times over
+    the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains the
+    network, and evaluates its teachers, by torch.compile.
     """
     # locals() has the arguments by name, so that they are listed in one place only.
     return checked(_build(**_resolve(**locals())))
@@ -132,6 +137,7 @@ def _resolve(
     with for_new_runs():
         check_sampler(name, objective, sampler)
         evaluate.samplers_for(sampler, given["nfe"])
+        check_start(objective, given["pretrain"], given["warm_start"], given["start_from"])
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
         "objective": objective,
@@ -176,12 +182,16 @@ def _build(
         check_size(made, _copies(settings), settings["device"])
         # Seeded for each network: what two of them share starts from the same weights.
         torch.manual_seed(settings["seed"])
-        return made().to(settings["device"])
+        return made()
 
-    net = network(required_heads(objective), heads)
+    net = network(required_heads(objective), heads).to(settings["device"])
     teacher = _frozen_teacher(objective)
     if teacher is not None:
-        teacher.attach(network(("v",), None))
+        teacher.attach(network(("v",), None).to(settings["device"]))
+    if (
+        settings["pretrain"] and not is_opened()
+    ):  # it stays in the memory of the machine, and a copy is trained
+        settings["pretrained"] = network(("v",), None)
     objective = _as_trained(objective, settings["engine"], settings["compile"])
     return Experiment(objective=objective, net=net, teacher=teacher, **settings)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    TimeLaw,
     better_of,
     check_batch,
     check_reference,
@@ -35,6 +37,8 @@ from trainers.rng import generator
 from zoo.dropout import shares_dropout
 
 PROBE_ROWS = 4
+# Parts that may couple rows of the same label, and which of their kind does not.
+_PLAIN = {registry.couplings: "independent", registry.velocities: "conditional"}
 
 log = logging.getLogger(__name__)
 
@@ -91,18 +95,17 @@ def _check_path(experiment: Experiment) -> None:
 
 
 def _warn_of_coupling(experiment: Experiment) -> None:
-    """Say so where a coupling of rows finds hardly any rows of the same label in a batch."""
+    """Say so where a part that couples rows finds hardly any of the same label in a batch."""
     num_classes, batch_size = experiment.dataset.num_classes, experiment.batch_size
     for path, part in parts(experiment.objective):
         kind = registry.kind_of(part)
-        if kind is registry.couplings and getattr(part, "couples_rows", False):
+        if kind in _PLAIN and getattr(part, "couples_rows", False):
             if batch_size < 2 * num_classes:
                 log.warning(
-                    "%s.%s = @%s() pairs data and noise of the same label, and a batch of %d has "
-                    "%.2g rows a label of %d: it changes little. Raise run.batch_size, or bind "
-                    "@independent()",
+                    "%s.%s = @%s() works on rows of the same label, and a batch of %d has %.2g "
+                    "rows a label of %d: it changes little. Raise run.batch_size, or bind @%s()",
                     *(experiment.objective_name, path, kind.name_of(part), batch_size),
-                    *(batch_size / num_classes, num_classes),
+                    *(batch_size / num_classes, num_classes, _PLAIN[kind]),
                 )
 
 
@@ -113,7 +116,8 @@ def _probe(experiment: Experiment) -> dict[str, float]:
     """
     dataset, seed = experiment.dataset, experiment.seed
     x0, cond = check_reference(dataset, PROBE_ROWS, seed)
-    step = TrainStep(experiment.net, experiment.objective)
+    objective, laws = _with_watched_laws(experiment.objective)
+    step = TrainStep(experiment.net, objective)
     where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
     try:
         derivative_error = _derivative_error(experiment, x0, cond)
@@ -126,7 +130,44 @@ def _probe(experiment: Experiment) -> dict[str, float]:
             f"{where}: loss() gave {type(out).__name__}; it must give a LossOutput whose "
             "per_sample has one number a row, [b]"
         )
+    for name, law in laws.items():
+        if not law.asked:
+            raise ValueError(
+                f"{where}: {experiment.objective_name}.{name} = "
+                f"@{registry.time_laws.name_of(law.law)}() changes over the run, and loss() does "
+                f"not ask for the law of batch.step. Draw by zoo.times.law_at(self.{name}, "
+                "batch.step), or bind another law"
+            )
     return derivative_error
+
+
+@dataclass
+class _Watched:
+    """A time law that changes over the run, and whether it was asked for the law of a step."""
+
+    law: Any
+    asked: bool = False
+
+    def at_step(self, step: int) -> TimeLaw:
+        self.asked = True
+        found: TimeLaw = self.law.at_step(step)
+        return found
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.law(n, rng)
+        return found
+
+    def num_off_diagonal(self, n: int) -> int:
+        return int(self.law.num_off_diagonal(n))
+
+
+def _with_watched_laws(objective: Any) -> tuple[Any, dict[str, _Watched]]:
+    """The objective with its laws that change over the run watched, and these by their field."""
+    names = [f.name for f in fields(objective)] if is_dataclass(objective) else []
+    laws = {
+        name: _Watched(law) for name in names if hasattr(law := getattr(objective, name), "at_step")
+    }
+    return (replace(objective, **laws) if laws else objective), laws
 
 
 def _derivative_error(experiment: Experiment, x0: Tensor, cond: Cond | None) -> dict[str, float]:

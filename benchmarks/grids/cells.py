@@ -34,6 +34,8 @@ NO_PART_OF_ID = {
     *("run.recorder", "run.pruner", "run.checkpoint_seconds"),
     *(f"zero_engine.{name}" for name in WITHOUT_EFFECT),
 }
+# Parameters that came later: a grid may be continued that an earlier build of this version began.
+LATER = {"run.pretrain": "0.0", "run.warm_start": "True", "decm.velocity": "None"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,7 @@ def _id(imported: Iterable[Path], data: str) -> str:
         for key, value in gin_setup.operative_values().items()
         if (plain := key.split("/")[-1]) not in NO_PART_OF_ID
         and plain.split(".")[0] not in elsewhere
+        and LATER.get(plain) != value
     }
     code = [ast.dump(ast.parse(f.read_text())) for f in imported]
     content = [values, version_of("objective-zoo"), data, code]

@@ -61,7 +61,7 @@ def load_initial_weights(experiment: Experiment) -> None:
     folder = Path(teacher.checkpoint)
     with _naming("frozen.checkpoint", teacher.checkpoint):
         if is_run(folder):
-            load_module(measured_weights(folder), network)
+            _load_run(folder, network)
             _check_network(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
@@ -94,6 +94,17 @@ def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
     return network
 
 
+def _load_run(folder: Path, network: FlowNetwork) -> None:
+    weights = measured_weights(folder)
+    try:
+        load_module(weights, network)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A teacher of another backbone is taken from the folder that objective-zoo "
+            "export makes of the run, with run.warm_start = False"
+        ) from None
+
+
 def _check_network(experiment: Experiment, folder: Path) -> None:
     """ValueError unless both networks have the same settings of backbone and parametrisation.
 
@@ -117,7 +128,17 @@ def _check_network(experiment: Experiment, folder: Path) -> None:
 
 
 def attach_teacher(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
-    """Give the teacher its network; the student starts from it unless run.start_from is bound."""
+    """Give the teacher its network, from which the student starts.
+
+    It does not if run.start_from names another start, nor with run.warm_start = False.
+    """
     teacher.attach(network.to(experiment.device))
-    if not experiment.start_from:
+    if experiment.start_from or not experiment.warm_start:
+        return
+    try:
         warm_start(experiment.net, network)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. To keep it as the teacher, bind run.warm_start = False, with which the "
+            "student starts anew, or bind run.start_from to other weights for the student"
+        ) from None

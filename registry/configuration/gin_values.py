@@ -175,6 +175,7 @@ def _contracts() -> dict[Any, Registry]:
         protocols.TimeLaw: registry.time_laws,
         protocols.GuidanceLaw: registry.guidance_laws,
         protocols.Coupling: registry.couplings,
+        protocols.VelocityEstimator: registry.velocities,
         protocols.Derivative: registry.derivatives,
         protocols.JointDerivative: registry.derivatives,
         protocols.DifferentiableDerivative: registry.derivatives,

@@ -40,6 +40,7 @@ from registry.protocols.methods import (
     Coupling,
     Derivative,
     DifferentiableDerivative,
+    Draw,
     Features,
     GuidanceLaw,
     JointDerivative,
@@ -51,6 +52,7 @@ from registry.protocols.methods import (
     Teacher,
     TimeLaw,
     TransparentTeacher,
+    VelocityEstimator,
     Weight,
 )
 from registry.protocols.networks import (
@@ -97,6 +99,7 @@ __all__ = [
     "Dataset",
     "Derivative",
     "DifferentiableDerivative",
+    "Draw",
     "Ended",
     "Engine",
     "Extractor",
@@ -133,6 +136,7 @@ __all__ = [
     "TransparentTeacher",
     "Trunk",
     "Vae",
+    "VelocityEstimator",
     "Weight",
     "better_of",
     "check_batch",

@@ -84,11 +84,51 @@ class GuidanceLaw(Protocol):
 class TimeLaw(Protocol):
     """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone.
 
-    A law may declare `only_to_data = True`: r is 0 in every row with r < t.
+    A law may declare `only_to_data = True`: r is 0 in every row with r < t. A law that changes over
+    the run has `at_step(step)`, which gives the law of that step; the law itself is then what it
+    settles to. Objectives ask by zoo.times.law_at(law, batch.step).
     """
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
     def num_off_diagonal(self, n: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an objective draws for a batch: a point of the path for each row of its share.
+
+    `velocity` is the conditional velocity. `labelled` [b] marks the rows of `cond` that still have
+    a label. `batch` is the whole batch, with all of its labels. zoo/points/draws.py makes it.
+    """
+
+    batch: Batch
+    path: Path
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    r: Tensor
+    x_t: Tensor
+    velocity: Tensor
+    cond: Cond | None
+    labelled: Tensor
+
+
+class VelocityEstimator(Protocol):
+    """What an objective takes for the velocity v(x_t, t) along the path, [b *d].
+
+    `target` is what a velocity is regressed onto, before guidance. It comes from outside the
+    network in training, which would learn nothing from its own output. `along` is the velocity
+    that moves the state in the target of a map. It is given that target with the objective's
+    guidance on top, and a function that gives the velocity of the network in training at the same
+    points, which has learned the guidance. Neither has a gradient. It may declare
+
+    `from_network`  True if `along` is the network's own velocity
+    `from_teacher`  True if `target` is the velocity of the teacher, which must be a trained one
+    `couples_rows`  True if a row's target depends on other rows of the batch
+    """
+
+    def target(self, draw: Draw, teacher: Network, rng: torch.Generator) -> Tensor: ...
+    def along(self, guided: Tensor, own: Callable[[], Tensor]) -> Tensor: ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grids.cell_status import State, state_in
+from benchmarks.grids.cells import LATER
 from benchmarks.records.jsonl import RECORD, Record, read_record
 from benchmarks.report.reading.run_folders import CELL, folders_of
 from benchmarks.runs.result import Result
@@ -69,13 +70,17 @@ class RecordedCell:
 
     @cached_property
     def bindings(self) -> dict[str, str]:
-        """The settings that took effect, without the arm's name."""
+        """The settings that took effect, without the arm's name.
+
+        A setting that an earlier version did not have is left out at its default.
+        """
         params, tags = self.record.params, self.record.tags
-        return {
+        found = {
             gin_setup.own_key(key): tags.get(f"changed.{key}", value)
             for key, value in params.items()
             if key not in _ASIDE and not key.startswith(self._aside)
         }
+        return {key: value for key, value in found.items() if LATER.get(key) != value}
 
     @cached_property
     def written(self) -> dict[str, str]:

@@ -14,8 +14,8 @@ from tiny_runs import DIGITS, FILE_ONLY, entries, losses, sets, zoo
 
 from benchmarks.grids.cell import Cell
 from benchmarks.grids.cell_status import state_in
+from benchmarks.runs.pretraining import _found
 from benchmarks.runs.result import RESULT, Result, finished_run, has_result
-from benchmarks.runs.teacher import _found
 from registry.folders import file_sha256
 
 WORDS = ["run", DIGITS, "--arm", "mean_flow"]
