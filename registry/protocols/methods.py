@@ -84,7 +84,9 @@ class GuidanceLaw(Protocol):
 class TimeLaw(Protocol):
     """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone.
 
-    A law may declare `only_to_data = True`: r is 0 in every row with r < t.
+    A law may declare `only_to_data = True`: r is 0 in every row with r < t. It may state
+    `cdf(t)` [k] -> [k], the probability that the time of a row, of either kind, is at most t;
+    `objective-zoo check` compares its draws with that.
     """
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...

@@ -1,0 +1,23 @@
+"""Parts that are registered for a moment, and which claims reject them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.conformance.parts.kinds import results_of
+from benchmarks.conformance.results import ClaimResult
+from registry.core import Registry
+
+
+def checked(kind: Registry, cls: type[Any], name: str = "mine") -> dict[str, ClaimResult]:
+    """The results by claim for a class that is registered as long as they are made."""
+    with kind.temporary(name, cls):
+        return {result.claim: result for result in results_of(kind, name)}
+
+
+def rejected_by(results: dict[str, ClaimResult]) -> list[str]:
+    return [name for name, result in results.items() if result.status == "FAIL"]
+
+
+def described(results: dict[str, ClaimResult]) -> dict[str, str]:
+    return {name: r.reason for name, r in results.items() if r.status == "FAIL"}
