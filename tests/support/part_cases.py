@@ -15,8 +15,10 @@ def checked(kind: Registry, cls: type[Any], name: str = "mine") -> dict[str, Cla
         return {result.claim: result for result in results_of(kind, name)}
 
 
-def rejected_by(results: dict[str, ClaimResult]) -> list[str]:
-    return [name for name, result in results.items() if result.status == "FAIL"]
+def first_failure(kind: Registry, cls: type[Any], name: str = "mine") -> ClaimResult:
+    """The result of the first claim that rejects the class."""
+    with kind.temporary(name, cls):
+        return next(result for result in results_of(kind, name) if result.status == "FAIL")
 
 
 def described(results: dict[str, ClaimResult]) -> dict[str, str]:

@@ -15,7 +15,7 @@ MATTERS = 1e-6  # the least change, relative to the outputs, that counts as one
 
 
 def outputs(built: Built) -> ClaimResult:
-    """Each output has a row for each sample, in the shape of the data or one number, and x's dtype."""
+    """Each output has the shape of the data, or one number a row, and the dtype of x."""
     net = built.awake()
     for n in (ROWS, 1):
         for dtype in (F32, F64):

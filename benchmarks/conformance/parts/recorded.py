@@ -7,12 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.conformance.parts.part import Part
+from benchmarks.conformance.results import Broken
 from registry.protocols import Cond, Network
 from registry.sampling import MAPS, VELOCITY, WORDS, needed_by
 
 
 class Recorded:
-    """A network that keeps x, t, r and the conditions of every call."""
+    """A network that keeps x, t, r and the conditions of every call.
+
+    Broken for times that have not one number for each row.
+    """
 
     def __init__(self, net: Network):
         self.net, self.calls = net, list[tuple[Tensor, Tensor, Tensor, Cond | None]]()
@@ -20,6 +24,12 @@ class Recorded:
     def __call__(
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
+        if t.shape != (len(x),) or r.shape != (len(x),):
+            raise Broken(
+                f"the network is called with x {list(x.shape)}, t {list(t.shape)}, "
+                f"r {list(r.shape)}",
+                "t and r have one number for each row: torch.full((len(x),), t)",
+            )
         self.calls.append((x.clone(), t.clone(), r.clone(), cond))
         return self.net(x, t, r, cond)
 

@@ -1,4 +1,4 @@
-"""`objective-zoo check NAME` finds the kind of a name; a file of one's own may have parts of any."""
+"""`objective-zoo check NAME` finds the kind of a name, also in a file of one's own."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import gin
 import pytest
 import torch
 from backbone_cases import SMALL
-from part_cases import checked, described, rejected_by
+from part_cases import checked, described, first_failure
 from torch import nn
 
 from backbones.embeddings import Conditioning, zero_
@@ -244,10 +244,10 @@ def test_right_backbone_passes(cls):
 
 @pytest.mark.parametrize(("cls", "claim", "reason", "hint"), WRONG)
 def test_wrong_backbone_is_told_why_and_what_to_do(cls, claim, reason, hint):
-    results = checked(backbones, cls)
-    assert rejected_by(results)[0] == claim, described(results)
-    assert reason in results[claim].reason
-    assert hint in results[claim].hint
+    failure = first_failure(backbones, cls)
+    assert failure.claim == claim, failure
+    assert reason in failure.reason
+    assert hint in failure.hint
 
 
 def test_every_claim_rejects_a_wrong_backbone_first():
@@ -384,10 +384,10 @@ def test_right_head_passes(cls):
 
 @pytest.mark.parametrize(("cls", "claim", "reason", "hint"), WRONG_HEADS)
 def test_wrong_head_is_told_why_and_what_to_do(cls, claim, reason, hint):
-    results = checked(heads, cls)
-    assert rejected_by(results)[0] == claim, described(results)
-    assert reason in results[claim].reason
-    assert hint in results[claim].hint
+    failure = first_failure(heads, cls)
+    assert failure.claim == claim, failure
+    assert reason in failure.reason
+    assert hint in failure.hint
 
 
 def test_every_claim_rejects_a_wrong_head_first():
