@@ -123,6 +123,7 @@ def pooled(built: Built) -> ClaimResult:
 
 CLAIMS: Claims = {
     "outputs of a network": network.outputs,
+    "deterministic in evaluation": network.deterministic,
     "shapes of data": shapes,
     "starts at zero": network.starts_at_zero,
     "finite": network.finite,
@@ -130,7 +131,6 @@ CLAIMS: Claims = {
     "labels reach the outputs": network.labels,
     "c and pooled features": pooled,
     "rows are independent": network.rows,
-    "deterministic in evaluation": network.deterministic,
     "derivative backends agree": slopes.backends_agree,
     "smooth in x, t and r": slopes.smooth,
     "bfloat16 autocast": network.autocast,

@@ -79,12 +79,12 @@ def needs_r(built: Built) -> ClaimResult:
 
 CLAIMS: Claims = {
     "outputs of a network": network.outputs,
+    "deterministic in evaluation": network.deterministic,
     "starts at zero": network.starts_at_zero,
     "works on every trunk": on_every_trunk,
     "finite": network.finite,
     "needs_r as declared": needs_r,
     "rows are independent": network.rows,
-    "deterministic in evaluation": network.deterministic,
     "derivative backends agree": slopes.backends_agree,
     "smooth in x, t and r": slopes.smooth,
     "bfloat16 autocast": network.autocast,

@@ -124,7 +124,7 @@ class NotZero(Small):
 class Divided(Small):
     def forward(self, x, t, r, cond):
         h, c = super().forward(x, t, r, cond)
-        return h / t[:, None], c
+        return h / t[:, None].to(h.dtype), c
 
 
 class OneTime(Small):
@@ -222,7 +222,7 @@ WRONG = [
     (Wide, "c and pooled features", "pool(features) is [3, 32]", "dim"),
     (Batched, "rows are independent", "other rows", "couples_rows"),
     (Dropping, "deterministic in evaluation", "evaluation mode differ", "self.training"),
-    (Cut, "derivative backends agree", "differences of the outputs disagree", ".detach()"),
+    (Cut, "derivative backends agree", "the derivative by dual is off by", ".detach()"),
     (Steps, "smooth in x, t and r", "along t the derivatives miss", "rounding"),
     (Half, "bfloat16 autocast", "or not finite", "float32"),
     (Unused, "every parameter is trained", "spare.weight, spare.bias", "use each parameter"),
@@ -338,8 +338,11 @@ class Cutting(AverageVelocity):
 
 
 class Rounding(AverageVelocity):
+    """The mean of the features is rounded, beside the features as they are."""
+
     def forward(self, features, c, *at):
-        return super().forward(features + (1000 * features).round() / 1000, c, *at)
+        mean = features.mean(-1, keepdim=True)
+        return super().forward(features + 3e-3 * (mean / 3e-4).round(), c, *at)
 
 
 class Overflowing(AverageVelocity):
@@ -363,7 +366,7 @@ WRONG_HEADS = [
     (Timeless, "needs_r as declared", "needs_r is True", "function of r"),
     (Shared, "rows are independent", "other rows", "within each row"),
     (Lossy, "deterministic in evaluation", "evaluation mode differ", "self.training"),
-    (Cutting, "derivative backends agree", "differences of the outputs disagree", ".detach()"),
+    (Cutting, "derivative backends agree", "the derivative by dual is off by", ".detach()"),
     (Rounding, "smooth in x, t and r", "the derivatives miss", "rounding"),
     (Overflowing, "bfloat16 autocast", "or not finite", "float32"),
     (Idle, "every parameter is trained", "mine.scale", "use each parameter"),
