@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def batches(subject: DataSet) -> ClaimResult:
     data, read = subject.data, 0
     for step in (0, 1, 7):
         for n in (1, 3, subject.rows(64)):
-            _checked(lambda s=step, n=n: read_share(data, s, n, 0, Share()))
+            _checked(partial(read_share, data, step, n, 0, Share()))
             read += n
     return held(f"{read} rows of {list(data.shape)}")
 
@@ -193,7 +194,7 @@ def sample_labels(subject: DataSet) -> ClaimResult:
 def shares(subject: DataSet) -> ClaimResult:
     """A share of a batch has the rows that these places have in the whole batch."""
     data, n = subject.data, subject.rows(13)
-    if not isinstance(data, Shareable):
+    if not isinstance(subject.data, Shareable):
         return declared("no batch_share")
     whole, cond = data.batch(4, n, 0)
     for share in (Share(0, 1), Share(0, 2), Share(1, 2), Share(2, 3)):
@@ -214,7 +215,7 @@ def shares(subject: DataSet) -> ClaimResult:
 def decodes(subject: DataSet) -> ClaimResult:
     """Codes are decoded to pictures, finite, one for each."""
     data = subject.data
-    if not isinstance(data, Coded):
+    if not isinstance(subject.data, Coded):
         return declared("no decode")
     with torch.no_grad():
         pixels = data.decode(data.reference(2, 0)[0])

@@ -9,16 +9,15 @@ from typing import Any
 
 import registry
 from benchmarks.conformance.parts import (
-    backbone,
     coupling,
     data_set,
     guidance_law,
-    head,
     path,
     sampler,
     time_law,
     weight,
 )
+from benchmarks.conformance.parts.networks import backbone, head
 from benchmarks.conformance.parts.part import Claims, part_of
 from benchmarks.conformance.results import ClaimResult, run_claim
 from registry.catalogue import kind_named

@@ -59,6 +59,7 @@ def outputs_for(sampler: Any) -> list[tuple[str, ...]]:
     words = words_of(sampler)
     named = tuple(word for word in words if word not in WORDS)
     maps, velocity = any(word in MAPS for word in words), VELOCITY in words
+    found: list[tuple[str, ...]]
     if maps:
         found = [("u",), ("u", "v")] if velocity else [("u",)]
     else:

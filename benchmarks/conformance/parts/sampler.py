@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def determined(part: Part) -> ClaimResult:
                 f"nfe = {sampler.nfe}: two runs with the same noise and rng differ",
                 "draw with generator=rng, such as zoo.ops.normal_like(x, rng), and keep no state",
             )
-        check_untouched("the sampler", lambda s=sampler, n=net, x=x1: _run(s, n, x))
+        check_untouched("the sampler", partial(_run, sampler, net, x1))
     return held("bit-equal")
 
 
@@ -211,8 +212,8 @@ def _few(part: Part) -> Iterator[Any]:
 
 def _guided(sampler: Any) -> tuple[Any, ...]:
     """The same sampler with guidance, where that is a field of it."""
-    scaled = isinstance(sampler, Guided) and any(f.name == "scale" for f in fields(sampler))  # type: ignore[arg-type]
-    return (replace(sampler, scale=2.0),) if scaled else ()  # type: ignore[type-var]
+    scaled = "scale" in {f.name for f in fields(sampler)} and isinstance(sampler, Guided)
+    return (replace(sampler, scale=2.0),) if scaled else ()
 
 
 def _run(sampler: Any, net: Any, x1: Tensor, cond: Any = None, seed: int = 0) -> Tensor:

@@ -196,7 +196,7 @@ WRONG = [
     (Rescaled, "reference like the batches", "the reference", "scaled"),
     (Uniform, "labels of samples", "the class 0 has 33.4%", "as often as in the data"),
     (Shuffled, "labels of samples", "two calls of sample_labels differ", "n alone"),
-    (Apart, "shares of a batch", "share 1 of 2 has other rows", "whole batch"),
+    (Apart, "shares of a batch", "share 0 of 2 has other rows", "whole batch"),
     (OwnLabels, "shares of a batch", "other conditions", "all n rows"),
     (Flat, "codes are decoded", "decoded to [2, 2]", "channels"),
 ]  # fmt: skip

@@ -15,8 +15,8 @@ from torch import nn
 from backbones.embeddings import Conditioning, zero_
 from backbones.heads import AverageVelocity, LogVariance, Readouts
 from backbones.mlp import MLP, VectorReadout
-from benchmarks.conformance.parts import backbone, head
 from benchmarks.conformance.parts.kinds import results_of
+from benchmarks.conformance.parts.networks import backbone, head
 from registry import backbones, heads
 from registry.protocols import NULL_LABEL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.parts.built import NUM_CLASSES, Built, together
+from benchmarks.conformance.parts.networks.built import NUM_CLASSES, Built, together
 from benchmarks.conformance.parts.part import F32, F64, check_untouched, distance
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held
 from registry.protocols import NULL_LABEL

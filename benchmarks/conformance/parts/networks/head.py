@@ -12,8 +12,8 @@ from backbones.dit import DiT
 from backbones.mlp import MLP
 from backbones.network import build_network
 from backbones.unet import UNet
-from benchmarks.conformance.parts import network, slopes
-from benchmarks.conformance.parts.built import Built, Shape
+from benchmarks.conformance.parts.networks import network, slopes
+from benchmarks.conformance.parts.networks.built import Built, Shape
 from benchmarks.conformance.parts.part import Claims
 from benchmarks.conformance.results import Broken, ClaimResult, held
 from registry import heads

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.parts.built import Built
-from benchmarks.conformance.parts.network import change_with
+from benchmarks.conformance.parts.networks.built import Built
+from benchmarks.conformance.parts.networks.network import change_with
 from benchmarks.conformance.parts.part import F64
 from benchmarks.conformance.results import Broken, ClaimResult, compared, held
 from zoo.derivatives import Dual, FiniteDifference, Jvp, OnePass

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from backbones.network import build_network
-from benchmarks.conformance.parts import network, slopes
-from benchmarks.conformance.parts.built import Built, Shape
+from benchmarks.conformance.parts.networks import network, slopes
+from benchmarks.conformance.parts.networks.built import Built, Shape
 from benchmarks.conformance.parts.part import Claims
 from benchmarks.conformance.results import Broken, ClaimResult, held
 from registry import backbones
@@ -48,7 +48,9 @@ def shapes(built: Built) -> ClaimResult:
     Data with as many axes as those that it takes must be refused clearly. For others, such as
     pictures given to a network of vectors, an error of any kind will do.
     """
-    taken, refused, unclear = [], [], []
+    taken: list[Shape] = []
+    refused: list[Shape] = []
+    unclear: list[tuple[Shape, str, Exception]] = []
     for shape in SHAPES:
         large = len(shape) > 1 and torch.Size(shape[1:]).numel() > ENOUGH
         if large and any(len(shape) == len(other) for other in taken):
@@ -76,11 +78,11 @@ def shapes(built: Built) -> ClaimResult:
             )
         taken.append(shape)
     axes = {len(shape) for shape in taken}
-    for shape, when, error in unclear:
+    for shape, when, fault in unclear:
         if len(shape) in axes:
             raise Broken(
-                f"data {list(shape)} fail {when}: {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}",
+                f"data {list(shape)} fail {when}: {type(fault).__name__}: "
+                f"{str(fault).splitlines()[0]}",
                 "raise ValueError in __init__ that says which shapes it takes and which it was "
                 "given, as backbones.dit.check_patches does",
             )
