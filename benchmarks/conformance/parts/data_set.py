@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.parts.part import Claims, Part, check_untouched, part_of
+from benchmarks.conformance.parts.part import Claims, Part, check_untouched, first_of
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held
 from registry import datasets
 from registry.protocols import (
@@ -31,12 +31,16 @@ LIMIT = 5.0  # standard errors, over the classes
 ALIKE = 0.5  # of a standard deviation: a reference may be a part of its own, but no other data
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DataSet:
-    """The data set under test, made once, and a way to make it again."""
+    """The data set under test, and the same one made again, since it may take long to make."""
 
     part: Part
-    data: Any = field(compare=False)
+    data: Any
+
+    @cached_property
+    def again(self) -> Any:
+        return self.part.make()
 
     def rows(self, n: int) -> int:
         """At most n, and fewer where rows are large."""
@@ -44,8 +48,7 @@ class DataSet:
 
 
 def subject_of(name: str) -> DataSet:
-    part = part_of(datasets, name)
-    return DataSet(part, part.make())
+    return DataSet(*first_of(datasets, name))
 
 
 def describes_itself(subject: DataSet) -> ClaimResult:
@@ -66,7 +69,7 @@ def describes_itself(subject: DataSet) -> ClaimResult:
     told = data.identity()
     if not (isinstance(told, str) and told.strip()):
         raise Broken(f"identity() is {told!r}", "name the data, their count and a hash of them")
-    again = (data.identity(), subject.part.make().identity())
+    again = (data.identity(), subject.again.identity())
     if again != (told, told):
         raise Broken(
             f"identity() is {told!r} once and {next(a for a in again if a != told)!r} later",
@@ -90,7 +93,7 @@ def reference(subject: DataSet) -> ClaimResult:
     data, n = subject.data, subject.rows(256)
     x0, cond = _checked(lambda: check_reference(data, n, 0))
     data.batch(3, 5, 0)
-    others = _checked(lambda: check_reference(data, n, 0)), subject.part.make().reference(n, 0)
+    others = _checked(lambda: check_reference(data, n, 0)), subject.again.reference(n, 0)
     for again in others:
         if not _equal((x0, cond), again):
             raise Broken(
@@ -111,7 +114,7 @@ def determined(subject: DataSet) -> ClaimResult:
         torch.manual_seed(1)
         others = {
             "later": data.batch(2, n, 0),
-            "on a new data set": subject.part.make().batch(2, n, 0),
+            "on a new data set": subject.again.batch(2, n, 0),
         }
     for when, again in others.items():
         if not _equal(kept, again):

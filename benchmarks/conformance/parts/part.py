@@ -34,15 +34,19 @@ Claims = Mapping[str, Callable[[Any], ClaimResult]]
 
 def part_of(kind: Registry, name: str) -> Part:
     """The part of this name; ValueError if it cannot be made with its defaults."""
+    return first_of(kind, name)[0]
+
+
+def first_of(kind: Registry, name: str) -> tuple[Part, Any]:
+    """The part of this name, and the first one that was made."""
     part = Part(name, partial(kind.build, name))
     try:
-        part.make()
+        return part, part.make()
     except TypeError as error:
         raise ValueError(
             f"{kind.kind} {name!r} cannot be made without arguments: {str(error).splitlines()[0]}. "
             "Give every field a default, which gin may then override"
         ) from error
-    return part
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -257,15 +257,19 @@ class TenthOff(Linear):
         return 0.9 * super().d_alpha(t)
 
 
-@pytest.mark.parametrize("objective", [MeanFlow, FlowMatching])
-def test_objective_on_a_path_with_a_wrong_derivative_is_rejected(objective):
-    def at_gaussian(path):
-        subject = Subject("mine", lambda: objective(path=path))
-        return run_claim("fixed point", fixed_point.at_gaussian, subject)
-
-    assert at_gaussian(TrigFlow()).status == "ok"
-    assert at_gaussian(TenthOff()).status == "FAIL"
-    assert at_gaussian(SlowData()).status == "FAIL"
+@pytest.mark.parametrize(
+    ("objective", "path", "right"),
+    [
+        (FlowMatching, TrigFlow(), True),
+        (FlowMatching, TenthOff(), False),
+        (FlowMatching, SlowData(), False),
+        (MeanFlow, TenthOff(), False),
+    ],
+)
+def test_objective_on_a_path_with_a_wrong_derivative_is_rejected(objective, path, right):
+    subject = Subject("mine", lambda: objective(path=path))
+    result = run_claim("fixed point", fixed_point.at_gaussian, subject)
+    assert (result.status == "ok") == right
 
 
 @pytest.mark.parametrize("path", [Linear(), TrigFlow()])
