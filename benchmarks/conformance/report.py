@@ -16,7 +16,7 @@ import registry
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL
-from benchmarks.conformance.parts.kinds import kind_of, results_of
+from benchmarks.conformance.parts import kinds as part_kinds
 from benchmarks.conformance.results import Claim, ClaimResult, run_claim
 from benchmarks.conformance.sampling import samplers_reach_the_data
 from benchmarks.conformance.subject import Subject
@@ -99,7 +99,7 @@ def check(
     load_plugins()
     if file is not None:
         import_file(file)
-    found_kind = kind_of(name, kind)
+    found_kind = part_kinds.kind_of(name, kind)
     if found_kind is not registry.objectives:
         return _check_part(found_kind, name, mutations, tell)
     subject, claims = subject_of(name), claims_for(name)
@@ -131,7 +131,7 @@ def _check_part(
         )
     results = []
     with _one_thread():
-        for result in results_of(kind, name):
+        for result in part_kinds.results_of(kind, part_kinds.subject_of(kind, name)):
             tell(_result_lines(result))
             results.append(result)
     return _closed(ConformanceReport(name, tuple(results), kind=kind.kind), tell)

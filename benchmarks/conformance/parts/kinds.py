@@ -79,15 +79,22 @@ def kind_of(name: str, kind: str | None = None) -> Registry:
     return found[0]
 
 
-def results_of(kind: Registry, name: str) -> Iterator[ClaimResult]:
+def subject_of(kind: Registry, name: str) -> Any:
+    """The part as its claims take it; ValueError if it cannot be made."""
+    return _checked(kind).subject_of(name)
+
+
+def results_of(kind: Registry, subject: Any) -> Iterator[ClaimResult]:
     """The results of the claims about the part, in order; none is tested if the first fails."""
-    checked = next(c for c in CHECKED if c.kind is kind)
-    subject = checked.subject_of(name)
-    for number, (claim_name, claim) in enumerate(checked.claims.items()):
+    for number, (claim_name, claim) in enumerate(_checked(kind).claims.items()):
         result = run_claim(claim_name, claim, subject, partial(_hint, kind))
         yield result
         if number == 0 and result.status == "FAIL":
             return
+
+
+def _checked(kind: Registry) -> Checked:
+    return next(checked for checked in CHECKED if checked.kind is kind)
 
 
 def _hint(kind: Registry, error: Exception) -> str:

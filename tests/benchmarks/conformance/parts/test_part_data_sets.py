@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 
 from benchmarks.conformance.parts.data_set import CLAIMS
-from benchmarks.conformance.parts.kinds import results_of
 from benchmarks.data.digits import Digits
 from benchmarks.data.mixtures import Gaussian
 from registry import datasets
@@ -204,7 +203,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", NO_FILES)
 def test_registered_data_set_passes(name):
-    assert not described({r.claim: r for r in results_of(datasets, name)})
+    assert not described(by_claim(datasets, name))
 
 
 @pytest.mark.parametrize("cls", [Ring, type("Small", (Digits,), {"load": lambda self: few(6)})])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 
 from benchmarks.conformance.parts import guidance_law, time_law
-from benchmarks.conformance.parts.kinds import results_of
 from registry import guidance_laws, time_laws
 from zoo.guidance import LogUniformGuidance
 from zoo.times import BetaPair, Uniform, UniformPair, quota, uniform_draws
@@ -188,7 +187,7 @@ STATED = ("uniform", "logit_normal", "stratified", "uniform_pair", "logit_normal
 
 @pytest.mark.parametrize("name", time_laws.names())
 def test_registered_law_passes(name):
-    results = {r.claim: r for r in results_of(time_laws, name)}
+    results = by_claim(time_laws, name)
     assert not described(results)
     assert name not in STATED or results["follows its stated distribution"].status == "ok"
 
@@ -264,7 +263,7 @@ WRONG_GUIDANCE = [
 
 @pytest.mark.parametrize("name", guidance_laws.names())
 def test_registered_guidance_passes(name):
-    assert not described({r.claim: r for r in results_of(guidance_laws, name)})
+    assert not described(by_claim(guidance_laws, name))
 
 
 @pytest.mark.parametrize(("cls", "claim"), WRONG_GUIDANCE)

@@ -9,13 +9,12 @@ import gin
 import pytest
 import torch
 from backbone_cases import SMALL
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 from torch import nn
 
 from backbones.embeddings import Conditioning, zero_
 from backbones.heads import AverageVelocity, LogVariance, Readouts
 from backbones.mlp import MLP, VectorReadout
-from benchmarks.conformance.parts.kinds import results_of
 from benchmarks.conformance.parts.networks import backbone, head
 from registry import backbones, heads
 from registry.protocols import NULL_LABEL
@@ -70,7 +69,7 @@ class Shaped(nn.Module):
         self.linear, self.shape = nn.Linear(dim, math.prod(shape)), shape
         zero_(self.linear)
 
-    def forward(self, features, c, *at):
+    def forward(self, features, c):
         return self.linear(features + c).reshape(-1, *self.shape)
 
 
@@ -234,7 +233,7 @@ def test_registered_backbone_passes(name):
     """At a small size; `check` itself takes the defaults."""
     for setting, value in SMALL[name][1].items():
         gin.bind_parameter(f"{name}.{setting}", value)
-    assert not described({r.claim: r for r in results_of(backbones, name)})
+    assert not described(by_claim(backbones, name))
 
 
 @pytest.mark.parametrize("cls", [ByHand, Kinked, Decoupled, Declared])
@@ -266,7 +265,7 @@ class Twin(nn.Module):
         zero_(self.linear)
 
     def forward(self, features, c, *at):
-        return {"twin": self.readout(features, c, *at), "energy": self.linear(c)[:, 0]}
+        return {"twin": self.readout(features, c), "energy": self.linear(c)[:, 0]}
 
 
 class VectorsAlone(AverageVelocity):
@@ -288,7 +287,7 @@ class Missing(Readouts):
     needs_r: ClassVar = True
 
     def forward(self, features, c, *at):
-        return {"u": self.readouts["u"](features, c, *at) + 0 * self.readouts["v"](features, c)}
+        return {"u": self.readouts["u"](features, c)}
 
 
 class Awake(LogVariance):
@@ -375,7 +374,7 @@ WRONG_HEADS = [
 
 @pytest.mark.parametrize("name", heads.names())
 def test_registered_head_passes(name):
-    assert not described({r.claim: r for r in results_of(heads, name)})
+    assert not described(by_claim(heads, name))
 
 
 @pytest.mark.parametrize("cls", [Twin, VectorsAlone])

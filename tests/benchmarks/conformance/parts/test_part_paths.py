@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 
 from benchmarks.conformance import fixed_point
 from benchmarks.conformance.networks import OnPath, slope
-from benchmarks.conformance.parts.kinds import results_of
 from benchmarks.conformance.parts.path import CLAIMS
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import GAUSSIAN, Subject
@@ -226,7 +225,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", paths.names())
 def test_registered_path_passes(name):
-    assert not described({r.claim: r for r in results_of(paths, name)})
+    assert not described(by_claim(paths, name))
 
 
 @pytest.mark.parametrize("cls", [Smoothstep, Uneven, ByHand])

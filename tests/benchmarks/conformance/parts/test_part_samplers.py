@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 
 from benchmarks.conformance.mutations import Recombined
-from benchmarks.conformance.parts.kinds import results_of
 from benchmarks.conformance.parts.sampler import CLAIMS
 from registry import samplers
 from registry.protocols import Path
@@ -345,7 +344,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", samplers.names())
 def test_registered_sampler_passes(name):
-    assert not described({r.claim: r for r in results_of(samplers, name)})
+    assert not described(by_claim(samplers, name))
 
 
 @pytest.mark.parametrize("cls", [Multistep, Midpoint, Diffusing, Guided, Steps])

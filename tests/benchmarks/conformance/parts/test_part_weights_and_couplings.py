@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from part_cases import checked, described, first_failure
+from part_cases import by_claim, checked, described, first_failure
 
 from benchmarks.conformance.parts import coupling, weight
-from benchmarks.conformance.parts.kinds import results_of
 from registry import couplings, weights
 from zoo.couplings import MinibatchOT
 from zoo.weighting import LearnedLogvar, Unweighted
@@ -132,7 +131,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", weights.names())
 def test_registered_weight_passes(name):
-    assert not described({r.claim: r for r in results_of(weights, name)})
+    assert not described(by_claim(weights, name))
 
 
 @pytest.mark.parametrize("cls", [LogCosh, Relative, OverTheBatch])
@@ -223,7 +222,7 @@ WRONG_COUPLINGS = [
 
 @pytest.mark.parametrize("name", couplings.names())
 def test_registered_coupling_passes(name):
-    assert not described({r.claim: r for r in results_of(couplings, name)})
+    assert not described(by_claim(couplings, name))
 
 
 @pytest.mark.parametrize("cls", [Flipped, Sorted])
