@@ -48,6 +48,11 @@ def logit_normal_draws(n: int, mean: float, std: float, rng: torch.Generator) ->
     return torch.sigmoid(mean + std * torch.randn(n, generator=rng, device=rng.device))
 
 
+def logit_normal_cdf(t: Tensor, mean: float, std: float) -> Tensor:
+    """The probability that sigmoid(mean + std z), z ~ N(0, 1), is at most t."""
+    return torch.special.ndtr((torch.logit(t) - mean) / std)
+
+
 def quota(n: int, fraction: float) -> int:
     """A fraction of n rows as a number of rows, rounded up."""
     return math.ceil(n * fraction - 1e-9)
@@ -96,6 +101,9 @@ class Uniform(_Diagonal):
         t = uniform_draws(n, rng)
         return t, t
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return t
+
 
 @time_laws.register("logit_normal")
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +120,9 @@ class LogitNormal(_Diagonal):
         t = logit_normal_draws(n, self.mean, self.std, rng)
         return t, t
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return logit_normal_cdf(t, self.mean, self.std)
+
 
 @time_laws.register("stratified")
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +133,9 @@ class Stratified(_Diagonal):
         bins = torch.randperm(n, generator=rng, device=rng.device)
         t = (bins + uniform_draws(n, rng)) / n
         return t, t
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return t
 
 
 @time_laws.register("uniform_pair")
@@ -140,6 +154,9 @@ class UniformPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return t**2
 
 
 @time_laws.register("logit_normal_pair")
@@ -164,6 +181,9 @@ class LogitNormalPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return logit_normal_cdf(t, self.mean, self.std) ** 2
 
 
 RLaw = Literal["uniform", "zero", "mix"]
@@ -202,6 +222,11 @@ class BetaPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        from scipy.special import betainc  # slow to import, and asked for by checks alone
+
+        return torch.as_tensor(betainc(self.a, self.b, t.double().numpy()))
 
     def _beta(self, n: int, rng: torch.Generator) -> Tensor:
         if self.a == self.b == 1.0:

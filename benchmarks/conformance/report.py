@@ -16,10 +16,12 @@ import registry
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL
+from benchmarks.conformance.parts import kinds as part_kinds
 from benchmarks.conformance.results import Claim, ClaimResult, run_claim
 from benchmarks.conformance.sampling import samplers_reach_the_data
 from benchmarks.conformance.subject import Subject
 from benchmarks.conformance.verdicts import Verdict, verdicts
+from registry.core import Registry
 from registry.plugins import import_file, load_plugins
 
 FIRST = "one loss per row"
@@ -52,11 +54,15 @@ LAST: dict[str, Claim] = {"not reached by these": general.not_reached}
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The results of the claims on one objective, and of mistakes planted in it."""
+    """The results of the claims on one part, and of mistakes planted in an objective.
+
+    `objective` is the name of what was checked, of whichever kind it is.
+    """
 
     objective: str
     results: tuple[ClaimResult, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    kind: str = "objective"
 
     def problems(self) -> tuple[str, ...]:
         """The claims that fail and the mistakes that nothing rejects."""
@@ -81,16 +87,21 @@ def check(
     name: str,
     file: Path | None = None,
     *,
+    kind: str | None = None,
     mutations: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConformanceReport:
-    """Check every claim on the objective of this name, or plant every mistake in it.
+    """Check every claim on the part of this name, or plant every mistake in an objective.
 
-    `tell` gets the lines of the report. `file` is a Python file that is imported first.
+    `tell` gets the lines of the report. `file` is a Python file that is imported first. `kind`
+    says which part is meant where the name is that of several.
     """
     load_plugins()
     if file is not None:
         import_file(file)
+    found_kind = part_kinds.kind_of(name, kind)
+    if found_kind is not registry.objectives:
+        return _check_part(found_kind, name, mutations, tell)
     subject, claims = subject_of(name), claims_for(name)
     with warnings.catch_warnings(), _one_thread():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
@@ -108,6 +119,22 @@ def check(
             tell(_result_lines(result))
             results.append(result)
         return _closed(ConformanceReport(name, results=tuple(results)), tell)
+
+
+def _check_part(
+    kind: Registry, name: str, mutations: bool, tell: Callable[[str], None]
+) -> ConformanceReport:
+    if mutations:
+        raise ValueError(
+            f"mistakes are planted in objectives, and {name!r} is a {kind.kind}; leave out "
+            "--mutations"
+        )
+    results = []
+    with _one_thread():
+        for result in part_kinds.results_of(kind, part_kinds.subject_of(kind, name)):
+            tell(_result_lines(result))
+            results.append(result)
+    return _closed(ConformanceReport(name, tuple(results), kind=kind.kind), tell)
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class Subject:
 
     def exact_field(self, law: Oracle) -> nn.Module:
         path = getattr(self.make(), "path", None)
-        return law if path is None or isinstance(path, Linear) else OnPath(law, path)
+        return law if path is None or type(path) is Linear else OnPath(law, path)
 
     @property
     def velocity_keys(self) -> tuple[str, ...]:

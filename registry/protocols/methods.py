@@ -86,7 +86,9 @@ class TimeLaw(Protocol):
 
     A law may declare `only_to_data = True`: r is 0 in every row with r < t. A law that changes over
     the run has `at_step(step)`, which gives the law of that step; the law itself is then what it
-    settles to. Objectives ask by zoo.times.law_at(law, batch.step).
+    settles to. Objectives ask by zoo.times.law_at(law, batch.step). A law may state `cdf(t)` [k] ->
+    [k], the probability that the time of a row, of either kind, is at most t; `objective-zoo check`
+    compares its draws with that.
     """
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
