@@ -9,7 +9,8 @@ those that have the law, and an error in all calls is pulled back.
 from __future__ import annotations
 
 from benchmarks.conformance.expected.kinds import ALL
-from benchmarks.conformance.expected.moments import BLOCKS, EPS, Bias, largest, measure, moments
+from benchmarks.conformance.expected.moments import EPS, Bias, largest, moments
+from benchmarks.conformance.expected.moments import measure as measure
 from benchmarks.conformance.expected.pulls import LIMIT, Pull, pulls, pulls_of_a_law
 from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject
@@ -44,7 +45,7 @@ def with_defaults(subject: Subject) -> ClaimResult:
         return declared(reason)
     if not subject.exact_with():
         return note("as above: the defaults are exact")
-    found = largest(moments(subject, MIXTURE, exact=False, blocks=BLOCKS // 2))
+    found = largest(moments(subject, MIXTURE, exact=False, times=0.5))
     size = f"shift {found.shift:.1g} +- {found.error:.1g}"
     exact = ";".join(form.with_changes() for form in subject.forms())
     return note(f"z {found.z:.1f}: {size}, exact{exact}", found.z)
@@ -108,7 +109,7 @@ def _largest_in(subject: Subject, law: Oracle) -> Bias:
     found = moments(subject, law)
     suspects = {bias.name for bias in found if not bias.z < LIMIT}
     if suspects and largest(found).z < 2 * LIMIT:
-        again = moments(subject, law, blocks=2 * BLOCKS, seed=1000)
+        again = moments(subject, law, times=2, seed=1000)
         found = [bias for bias in again if bias.name in suspects] or found
     return largest(found)
 

@@ -126,7 +126,7 @@ class _Seen:
         if is_functorch_wrapped_tensor(call.given) or not call.given.requires_grad:
             return False
         values = values or [leaf for one in self.net.calls for leaf in one.value.values()]
-        return any(_gradients(call.given.sum(), values))
+        return any((g != 0).any() for g in _gradients(call.given.sum(), values))
 
     def _check_evaluations(self) -> None:
         """The loss's gradient in one half of one evaluation must not depend on anything else."""

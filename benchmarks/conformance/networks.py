@@ -213,7 +213,8 @@ class Shifted(nn.Module):
     """Adds `eps` + a trainable `bias` to one output of one call, on or off the diagonal r = t.
 
     With `call` None it adds them in every call that has a gradient. Targets are other calls, so
-    they stay at the truth, unless the error is `everywhere`: then eps is added in all calls.
+    they stay at the truth, unless the error is `everywhere`: then eps is added in all calls. It is
+    also added `at` the points of a call, whichever call asks for them: the output is a function.
     """
 
     def __init__(
@@ -225,10 +226,11 @@ class Shifted(nn.Module):
         diagonal: bool | None = None,
         *,
         everywhere: bool = False,
+        at: Call | None = None,
     ):
         super().__init__()
         self.net, self.key, self.eps, self.call = net, key, eps, call
-        self.diagonal, self.everywhere, self.num_calls = diagonal, everywhere, 0
+        self.diagonal, self.everywhere, self.at, self.num_calls = diagonal, everywhere, at, 0
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(
@@ -237,9 +239,21 @@ class Shifted(nn.Module):
         out, index = self.net(x, t, r, cond), self.num_calls
         self.num_calls += 1
         chosen = torch.is_grad_enabled() if self.call is None else index == self.call
-        error = self.eps * (chosen or self.everywhere) + self.bias * chosen
+        erring = torch.full_like(t, chosen or self.everywhere)
+        if self.at is not None and not chosen:
+            erring = _among(self.at, x, t, r).to(t.dtype)
         rows = torch.ones_like(t) if self.diagonal is None else ((t == r) == self.diagonal)
-        return {**out, self.key: out[self.key] + like(rows.to(x.dtype), x) * error}
+        error = like((rows * erring).to(x.dtype), x) * self.eps
+        return {
+            **out, self.key: out[self.key] + error + like(rows.to(x.dtype), x) * self.bias * chosen
+        }  # fmt: skip
+
+
+def _among(call: Call, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """Which rows [b] are points of the call."""
+    known = torch.cat([call.x.flatten(1), torch.stack([call.t, call.r], 1)], 1)
+    asked = torch.cat([_detach(x).flatten(1), _detach(torch.stack([t, r], 1))], 1)
+    return (asked[:, None] == known).all(2).any(1)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def check_differentiates(name: str, cls: type) -> None:
     ):
         raise ValueError(
             f"objective {name!r} declares differentiates = {found!r}; it needs a tuple of "
-            f'{" and ".join(map(repr, DIFFERENTIATES))}, such as differentiates: ClassVar = '
+            f"{' and '.join(map(repr, DIFFERENTIATES))}, such as differentiates: ClassVar = "
             '("derivative",)'
         )
 

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from benchmarks.conformance.expected.kinds import ALL, losses_by_kind
 from benchmarks.conformance.networks import Shifted, WithMoments
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, gradients
-from registry.protocols import Batch, LossOutput
+from registry.protocols import LossOutput
 from zoo.oracles import Oracle
 
-BLOCKS = 24
+ROWS_AND_BLOCKS = {GAUSSIAN: (1536, 24), MIXTURE: (256, 24)}
+# Where each row is compared with each, small batches show best what a row does to itself.
+PAIRED = {GAUSSIAN: (128, 96), MIXTURE: (128, 48)}
 FEWEST = 8  # blocks of one stage
-ROWS = {GAUSSIAN: 1536, MIXTURE: 256}
-MOST_PAIRED = 512  # rows of an objective that compares each with each
+SLOPE_ROWS = {GAUSSIAN: 512, MIXTURE: 256}
 # Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
 FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 1e-4}
 EPS = 0.1
@@ -62,17 +63,18 @@ def measure(subject: Subject, law: Oracle, *, exact: bool = True) -> Bias:
 
 
 def moments(
-    subject: Subject, law: Oracle, *, exact: bool = True, blocks: int = BLOCKS, seed: int = 0
+    subject: Subject, law: Oracle, *, exact: bool = True, times: float = 1, seed: int = 0
 ) -> list[Bias]:
-    """The mean gradients of all moments, kinds of rows and stages.
+    """The mean gradients of all moments, kinds of rows and stages, from `times` the usual blocks.
 
     A kind of rows that fewer than half of the blocks have is left out. The mixture's flow map is
     expensive, so that the stages share its blocks, down to FEWEST.
     """
+    num_rows, num_blocks = (PAIRED if subject.couples_rows else ROWS_AND_BLOCKS)[law]
     stages = subject.stages(exact=exact)
-    num = blocks if law is GAUSSIAN else max(blocks // len(stages), FEWEST)
-    seeds = range(seed, seed + num)
-    return [bias for step in stages for bias in _at(step, subject, law, exact, seeds)]
+    share = 1 if law is GAUSSIAN else len(stages)
+    seeds = range(seed, seed + max(int(times * num_blocks) // share, FEWEST))
+    return [bias for step in stages for bias in _at(step, subject, law, exact, num_rows, seeds)]
 
 
 def largest(biases: Collection[Bias]) -> Bias:
@@ -92,7 +94,9 @@ def slopes_in(out: LossOutput, bias: Tensor) -> dict[str, float]:
     }
 
 
-def _at(step: int, subject: Subject, law: Oracle, exact: bool, seeds: range) -> list[Bias]:
+def _at(
+    step: int, subject: Subject, law: Oracle, exact: bool, num_rows: int, seeds: range
+) -> list[Bias]:
     network = subject.exact_network(law, exact=exact)
     outputs = tuple(subject.exact_outputs)
     probe = WithMoments(network, law.shape[0], outputs)
@@ -101,7 +105,8 @@ def _at(step: int, subject: Subject, law: Oracle, exact: bool, seeds: range) -> 
     objective = subject.objective(exact=exact, teacher=network)
     found: dict[str, list[Tensor]] = {}
     for seed in seeds:
-        out = subject.loss(objective, probe, _batch(subject, law, seed, step), seed)
+        batch = subject.batch_of(law, num_rows, seed, step)
+        out = subject.loss(objective, probe, batch, seed)
         for kind, loss in losses_by_kind(out):
             gradient = torch.cat([g.flatten() for g in gradients(loss, parameters, again=True)])
             found.setdefault(kind, []).append(gradient)
@@ -112,11 +117,6 @@ def _at(step: int, subject: Subject, law: Oracle, exact: bool, seeds: range) -> 
             scale = torch.tensor([slopes[name][kind] for name in names], dtype=torch.float64)
             biases += _biases(torch.stack(rows) / scale, names, FLOOR[law], kind, step)
     return biases
-
-
-def _batch(subject: Subject, law: Oracle, seed: int, step: int) -> Batch:
-    num = min(ROWS[law], MOST_PAIRED) if subject.couples_rows else ROWS[law]
-    return subject.batch_of(law, num, seed, step)
 
 
 def _biases(
@@ -160,7 +160,7 @@ def _rise(
     *,
     everywhere: bool,
 ) -> dict[str, float]:
-    batch, ends = _batch(subject, law, 0, step), []
+    batch, ends = subject.batch_of(law, SLOPE_ROWS[law], 0, step), []
     for eps in (EPS, -EPS):
         net, average = (Shifted(network, key, eps, everywhere=everywhere) for _ in range(2))
         objective = subject.objective(

@@ -1,4 +1,4 @@
-"""Methods whose fixed point is that of a law, and outputs beside u and v: right ones and wrong ones.
+"""Methods whose fixed point is that of a law, and outputs beside u and v: right and wrong ones.
 
 The exact map is stationary in the mean over batches, and an error in all calls is pulled back.
 """
@@ -158,7 +158,7 @@ def test_an_output_whose_exact_value_is_declared_is_tested_like_v(claim):
 
 
 def test_a_twin_that_follows_the_samples_tells_the_sign():
-    """With u off, the twin learns the velocity of other samples; at the exact twin nothing moves."""
+    """With u off, the twin learns other samples; beside the exact twin nothing moves."""
     result = run_claim("pulled", fixed_point.pulled_back, Subject("m", lambda: Twin(sign=-1)))
     assert result.status == "FAIL"
     assert "an error of 0.1 in 'u' at r < t" in result.reason

@@ -1,4 +1,4 @@
-"""A mistake whose effect shrinks with a method's step is as large, beside that step, at every stage.
+"""A mistake whose effect shrinks with a method's step is as large beside it at every stage.
 
 The objectives compare two points at a small distance, as consistency models do. What pulls an error
 of both back is as small as the step, and so is the effect of a mistake.
@@ -185,3 +185,38 @@ def test_a_slope_that_pulls_nothing_back_is_that_for_exact_targets(monkeypatch):
     rises = {True: {"all rows": 2.0, "few rows": -0.1}, False: {"all rows": 3.0, "few rows": 2.5}}
     monkeypatch.setattr(moments, "_rise", lambda *_, everywhere: rises[everywhere])
     assert moments._slopes(None, None, None, "u", 0, True) == {"all rows": 2.0, "few rows": 2.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tangent:
+    """FACM and sCM: a step against a residual, from a value of u that another call has given."""
+
+    heads: ClassVar = ("u",)
+    trains: ClassVar = ("map_to_data", "velocity")
+
+    sign: int = -1
+
+    def loss(self, net, batch, rng):
+        x0, x1 = batch.x0, normal_like(batch.x0, rng)
+        t = torch.rand(len(x0), generator=rng)
+        x, zero = x0 + like(t, x0) * (x1 - x0), torch.zeros_like(t)
+        velocity = net(x, t, t, batch.cond)["u"]
+
+        def u(x, t):
+            return net(x, t, zero, batch.cond)["u"]
+
+        with torch.no_grad():
+            v = velocity.detach()
+            value, change = torch.func.jvp(u, (x, t), (v, torch.ones_like(t)))
+            target = value + self.sign * 0.5 * (value - v + like(t, x0) * change)
+        error = (u(x, t) - target) ** 2 + (velocity - (x1 - x0)) ** 2
+        return LossOutput(per_sample=mean_flat(error))
+
+
+def test_a_value_of_another_call_at_the_same_point_is_no_target():
+    """It has the same error, so that the sign of the residual decides."""
+    subjects = Subject("mine", Tangent), Subject("mine", lambda: Tangent(sign=1))
+    right, wrong = (run_claim("pulled", fixed_point.pulled_back, subject) for subject in subjects)
+    assert right.status == "ok", right.reason
+    assert wrong.status == "FAIL"
+    assert "an error of 0.1 in 'u' at r < t" in wrong.reason

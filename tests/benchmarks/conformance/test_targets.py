@@ -1,4 +1,4 @@
-"""What an objective declares to differentiate is differentiated, and every other target is guarded."""
+"""What an objective declares to differentiate may be, and every other target is guarded."""
 
 from __future__ import annotations
 

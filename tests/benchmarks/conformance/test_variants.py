@@ -95,8 +95,8 @@ def test_lines_that_any_mapping_reaches_are_reached():
     class Branches(Curriculum):
         def loss(self, net, batch, rng):
             if self.first == 0:
-                return super(Branches, self).loss(net, batch, rng)
-            return super(Branches, self).loss(net, batch, rng)
+                return super().loss(net, batch, rng)
+            return super().loss(net, batch, rng)
 
     assert "no run" not in result(not_reached, Branches).figure
     Branches.exact_with = {}
