@@ -125,6 +125,9 @@ def variant(name: str, bindings: Sequence[str]) -> Iterator[Subject]:
     if not bindings:
         yield subject_of(name)
         return
+    for binding in bindings:
+        if "=" not in binding:
+            raise ValueError(f"{binding!r} is no binding; write one such as {name}.field = 0.5")
     with gin_setup.isolated():
         gin_setup.parse([], bindings)
         registry.objectives.get(name)  # its error names the nearest
