@@ -66,6 +66,7 @@ from registry.protocols.networks import (
 from registry.protocols.parts import (
     Reference,
     couples_rows,
+    differentiated_by,
     parts,
     required_heads,
     trains_derivative,
@@ -142,6 +143,7 @@ __all__ = [
     "check_batch",
     "check_reference",
     "couples_rows",
+    "differentiated_by",
     "has_whole_weights",
     "is_picture",
     "is_serial",
