@@ -1,11 +1,11 @@
-"""Networks: trunks (DiT, LightningDiT, U-Nets, MLP), the (t, r) embedding and the heads.
+"""Networks: trunks (DiT, LightningDiT, U-Nets, MLP), the (t, r) embedding, heads, parametrisations.
 
 Importing this package registers them all.
 """
 
 from __future__ import annotations
 
-from backbones import ddpmpp, dit, heads, lightning_dit, mlp, unet
+from backbones import ddpmpp, dit, heads, lightning_dit, mlp, noise, parametrisations, unet
 from backbones.network import FlowNetwork, build_network, default_heads, warm_start
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "heads",
     "lightning_dit",
     "mlp",
+    "noise",
+    "parametrisations",
     "unet",
     "warm_start",
 ]

@@ -1,9 +1,10 @@
-"""Heads make the outputs of a network. Each is built on a trunk, as `head(trunk)`.
+"""Heads make the readouts of a network. Each is built on a trunk, as `head(trunk)`.
 
 Every readout is a final layer of its own (normalisation, modulation by c, linear) and starts at
-zero. The dual head has two of them: at DiT-XL/2 the second costs 2.7 million parameters, 0.4 %. No
-source gives its design; it follows from the parameter count of DuMo (arXiv 2602.17682), 679M, which
-two final layers and two time embedders reproduce.
+zero; the network's parametrisation says which velocity a readout is. The dual head has two of them:
+at DiT-XL/2 the second costs 2.7 million parameters, 0.4 %. No source gives its design; it follows
+from the parameter count of DuMo (arXiv 2602.17682), 679M, which two final layers and two time
+embedders reproduce.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from backbones.embeddings import zero_
 from registry import heads
-from registry.protocols import Reference
+from registry.protocols import Call, Reference
 
 
 class Readouts(nn.Module):
@@ -26,7 +27,7 @@ class Readouts(nn.Module):
         super().__init__()
         self.readouts = nn.ModuleDict({key: trunk.readout() for key in self.keys})
 
-    def forward(self, features: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]:
         return {key: readout(features, c) for key, readout in self.readouts.items()}
 
 
@@ -72,5 +73,5 @@ class LogVariance(nn.Module):
         self.linear = nn.Linear(trunk.dim, 1)
         zero_(self.linear)
 
-    def forward(self, features: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]:
         return {"logvar": self.linear(c).squeeze(-1)}

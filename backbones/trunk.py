@@ -7,6 +7,8 @@ it was made with, so that an exported network can be made again without gin.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -30,10 +32,40 @@ class TrunkModule(nn.Module):
 def through(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
     """block(*inputs); with `checkpointing` the backward pass recomputes the block's activations."""
     if checkpointing and torch.is_grad_enabled():
-        recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        fixed = [p for p in block.parameters() if not p.requires_grad]
+        again: dict[str, Any] = (
+            {} if block.training and not fixed else {"context_fn": _as_now(block, fixed)}
+        )
+        recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, **again)
         return recomputed
     out: Tensor = block(*inputs)
     return out
+
+
+def _as_now(
+    block: nn.Module, fixed: Sequence[nn.Parameter]
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """For a target with a gradient to its inputs, which changes the block in its forward alone.
+
+    In the backward pass the block is computed again in the mode of the forward, and weights that
+    took no gradient there take none.
+    """
+    training = block.training
+
+    @contextmanager
+    def recomputation() -> Iterator[None]:
+        mode, moving = block.training, [p for p in fixed if p.requires_grad]
+        block.train(training)
+        for p in moving:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            block.train(mode)
+            for p in moving:
+                p.requires_grad_(True)
+
+    return lambda: (nullcontext(), recomputation())
 
 
 Trunk = TrunkModule  # the name in 0.1, from which plug-ins may inherit

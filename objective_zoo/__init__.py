@@ -183,9 +183,9 @@ def parts(kind: str) -> pd.DataFrame:
 
 
 def check(name: str, file: str | Path | None = None) -> ConformanceReport:
-    """Test an objective against closed forms; `.problems()` names the claims that fail.
+    """Test an objective against closed forms, or another part against its contract.
 
-    `file` is a Python file of one's own, imported first.
+    `.problems()` names the claims that fail. `file` is a Python file of one's own, imported first.
 
     >>> check("flow_matching").problems()
     ()

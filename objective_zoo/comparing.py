@@ -25,6 +25,7 @@ KINDS: Mapping[str, Registry] = {  # of the arguments of `run` that are parts
     "objective": registry.objectives,
     "backbone": registry.backbones,
     "dataset": registry.datasets,
+    "parametrisation": registry.parametrisations,
     "sampler": registry.samplers,
     "engine": registry.engines,
     "optimizer": registry.optimizers,

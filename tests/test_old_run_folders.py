@@ -109,7 +109,8 @@ def test_evaluate_gives_an_old_folder_the_values_that_it_had(old, tmp_path):
     assert done.status == 0, done.err
     now = read(tmp_path / "evaluation" / "evaluation.json")["values"]
     before = read(old / SEED_0 / "evaluation" / "evaluation.json")["values"]
-    assert now == pytest.approx(before, rel=TOLERANCE)
+    # Pixels of an evaluation have been in 0..255.
+    assert now == pytest.approx({k: v / 127.5**2 for k, v in before.items()}, rel=TOLERANCE)
 
 
 def test_export_takes_an_old_folder(old, tmp_path):
@@ -152,6 +153,15 @@ def test_student_of_another_backbone_is_refused(tmp_path):
     done = distilled(tmp_path / "out", "dit.num_heads = 1")
     assert done.status == 2
     assert "dit.num_heads = 2 there, 1 here" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_student_of_another_parametrisation_is_refused(tmp_path):
+    """The folder names none: its readouts are velocities."""
+    done = distilled(tmp_path / "out", "run.parametrisation = @edm()")
+    assert done.status == 2
+    assert "its network is another one: " in done.err
+    assert "run.parametrisation = unbound there, @edm() here" in done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,12 @@ path), t and r are moved one at a time, so that no direction hides a cut in anot
 
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
 
+A parametrisation must not jump in time, where differences and derivatives have nothing in common;
+`backbones/smoothness.py` looks for a jump at all times.
+
+Where the objective trains its derivative, the gradient of that derivative is compared too: three
+numbers, one for each input that moves, along a few directions of all weights (probes/gradients.py).
+
 An objective that `splits_batch` needs rows that do not depend on one another. So half of the rows
 are moved alone, and the derivative of the others must be zero.
 """
@@ -16,10 +22,8 @@ are moved alone, and the derivative of the others must be zero.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,20 +32,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import registry
-from registry.protocols import Cond, Derivative, Objective, parts
-from trainers.rng import generator
+from backbones.network import FlowNetwork
+from backbones.smoothness import check_smooth
+from registry.protocols import Cond, Derivative, Objective, parts, trains_derivative
+from trainers.probes.gradients import gradient_error
+from trainers.probes.point import (
+    DIRECTIONS,
+    NO_RULE,
+    Expected,
+    Point,
+    add_noise,
+    bound_of,
+    dtype_name,
+    perturbed,
+    point_on_path,
+)
 from zoo.derivatives.methods import FiniteDifference, no_gradient, replay_rng
 from zoo.derivatives.rows import COUPLED, rows_meet, some_rows
-from zoo.ops import first_rows, like, normal_like, repeat_rows, rms
+from zoo.ops import like, rms
 
-# Exact derivatives of our backbones are right to 4e-6 in float32 (TF32 rounds at 5e-4) and to 1-6 %
-# in bfloat16; cutting one branch of one block in twelve costs 15 % and more.
-EXACT, REDUCED = 1e-2, 1e-1
-APPROXIMATE = 1e-1  # differences at the default step are right to 1e-3
-FLOAT32_REFERENCE = 5e-2  # differences in float32 are themselves right to about 1 %
+__all__ = ["add_noise", "perturbed", "probe_derivatives"]
 
-TIMES = ((0.4, 0.0), (0.8, 0.3))  # (t, r), one row each
-DIRECTIONS = ("x", "t", "r")
 STEPS = {torch.float64: (1e-3, 1e-4, 1e-5), torch.float32: (1e-2, 1e-3, 1e-4)}
 
 
@@ -54,6 +65,8 @@ def probe_derivatives(
 ) -> dict[str, float]:
     """{"derivative_error": the largest error}, or {} if the objective takes no derivative.
 
+    An objective that trains its derivative has "derivative_gradient_error" beside it.
+
     x0 are two rows of data or more, on the device of the run. The output is u, or the first head
     of an objective without u. ValueError for an error above the bound and for a network that the
     derivative cannot pass at all. The figure of a network that cannot run in float64 is
@@ -63,11 +76,13 @@ def probe_derivatives(
     if not found:
         return {}
     with replay_rng(), no_gradient(), autocast or nullcontext():
-        point = _point(x0, cond, "u" if "u" in objective.heads else objective.heads[0])
+        point = point_on_path(x0, cond, "u" if "u" in objective.heads else objective.heads[0])
+        if isinstance(net, FlowNetwork) and point.key in net.velocities:
+            check_smooth(net.parametrisation, point.key, x0.shape[1:], cond)
         real = perturbed(net, x0.device).train()
         repeatable = _settle(real, point)
         expected = _expected(real, point)
-        errors = []
+        errors, of_gradients = [], []
         for path, part in found:
             subject = f"its {path}, {_described(part)},"
             if not (repeatable or part.needs_forward_ad):
@@ -75,70 +90,10 @@ def probe_derivatives(
             if getattr(objective, "splits_batch", False):
                 _check_rows(part, real, point, subject, training=repeatable)
             errors.append(_error(part, real, point, expected, subject))
-    return {f"derivative_error{expected.suffix}": max(errors)}
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where the output `key` is differentiated: the rows of TIMES for each of DIRECTIONS."""
-
-    primals: tuple[Tensor, ...]
-    tangents: tuple[Tensor, ...]
-    cond: Cond | None
-    key: str
-
-    def derivative(self, by: Derivative, net: nn.Module, dtype: torch.dtype) -> Tensor:
-        primals, tangents = ([v.to(dtype) for v in vs] for vs in (self.primals, self.tangents))
-        return by(lambda x, t, r: net(x, t, r, self.cond)[self.key], primals, tangents)
-
-    def output(self, net: nn.Module) -> Tensor:
-        return net(*self.primals, self.cond)[self.key]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The derivative by differences, and the sizes [rows] that its errors are relative to."""
-
-    value: Tensor
-    size: Tensor
-
-    @property
-    def suffix(self) -> str:
-        return "" if self.value.dtype == torch.float64 else "_float32"
-
-
-@torch.no_grad()
-def perturbed(net: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on the device, with noise on its trainable weights."""
-    net = copy.deepcopy(net).to(device)
-    rng = generator(0, 0, 0, device)
-    for p in net.parameters():
-        if p.requires_grad and p.numel():
-            add_noise(p, p.shape, rng)
-    return net
-
-
-def add_noise(held: Tensor, shape: Sequence[int], rng: torch.Generator) -> None:
-    """Perturb a weight of this shape, or the piece of it that this process holds, in place.
-
-    The noise is of scale 1 / sqrt(fan-in), or 0.1 on vectors, so that the network stays as smooth
-    as it was when it was initialised.
-    """
-    scale = (shape[0] / math.prod(shape)) ** 0.5 if len(shape) > 1 else 0.1
-    noise = torch.randn(held.shape, generator=rng, dtype=held.dtype, device=held.device)
-    held.add_(scale * noise)
-
-
-def _point(x0: Tensor, cond: Cond | None, key: str) -> Point:
-    """The point, which lies on the straight path from data to noise."""
-    k, n = len(TIMES), len(DIRECTIONS)
-    x0, (t, r) = torch.cat([x0[:k]] * n), torch.tensor(TIMES * n, device=x0.device).T
-    x1 = normal_like(x0, generator(0, 0, 1, x0.device))  # all rows differ, even if they are sorted
-    primals = (x0 + like(t, x0) * (x1 - x0), t, r)
-    moves = (x1 - x0, torch.ones_like(t), torch.ones_like(r))
-    of_rows = torch.arange(n, device=x0.device).repeat_interleave(k)
-    tangents = tuple(move * like(of_rows == i, move) for i, move in enumerate(moves))
-    return Point(primals, tangents, repeat_rows(first_rows(cond, k), n), key)
+            if trains_derivative(objective):
+                of_gradients.append(gradient_error(part, real, point, expected, subject))
+    figures = {"derivative_error": errors, "derivative_gradient_error": of_gradients}
+    return {f"{name}{expected.suffix}": max(found) for name, found in figures.items() if found}
 
 
 def _settle(net: nn.Module, point: Point) -> bool:
@@ -182,12 +137,12 @@ def _error(
     sizes = expected.size.square().unflatten(0, (len(DIRECTIONS), -1)).mean(1)
     errors = (misses / sizes).sqrt()
     worst, direction = errors.max(0)
-    bound = _bound(part, net, expected)
+    bound = bound_of(part, net, expected)
     if not worst <= bound:
         raise ValueError(
             f"{subject} is wrong on this network: along {DIRECTIONS[int(direction)]} its relative "
             f"error is {float(worst):.2g}, more than {bound:g}, against central differences in "
-            f"{str(expected.value.dtype).removeprefix('torch.')}.\n"
+            f"{dtype_name(expected.value.dtype)}.\n"
             f"{WRONG if part.needs_forward_ad else COARSE}"
         )
     return float(worst)
@@ -227,14 +182,6 @@ def _taken(part: Derivative, net: nn.Module, point: Point, subject: str) -> Tens
         ) from error
 
 
-def _bound(part: Derivative, net: nn.Module, expected: Expected) -> float:
-    weights = {p.dtype for p in net.parameters()}
-    device = expected.value.device.type
-    reduced = torch.is_autocast_enabled(device) or weights & {torch.bfloat16, torch.float16}
-    bound = (REDUCED if reduced else EXACT) if part.needs_forward_ad else APPROXIMATE
-    return max(bound, FLOAT32_REFERENCE) if expected.suffix else bound
-
-
 def _described(part: Derivative) -> str:
     """The part by its name in gin, such as finite_difference(step=0.001)."""
     return repr(part).replace(type(part).__name__, registry.derivatives.name_of(part), 1)
@@ -249,12 +196,6 @@ COARSE = (
     "The step is too coarse for a network that scales its times (by 1000, say) and too fine for "
     "weights in bfloat16. Feed the network unscaled times, keep its weights in float32, change "
     "finite_difference.step, or choose @dual()."
-)
-NO_RULE = (
-    "An operation in it has no forward-mode rule, such as fused attention that is not torch's "
-    "scaled_dot_product_attention, an autograd.Function without jvp, or reentrant checkpointing. "
-    "Take its plain form (attention: the math kernel), give it a rule, or choose "
-    "@finite_difference()."
 )
 UNREPEATABLE = (
     "takes the difference of two evaluations, but this network draws random numbers that torch's "

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from backbones.pretrained.tensors import save_tensors
-from registry import engines
+from registry import derivatives, engines
 from registry.protocols import (
     Batch,
+    Derivative,
     Engine,
+    Features,
     LossOutput,
     Objective,
     Optimizer,
@@ -35,6 +37,7 @@ from registry.protocols import (
     couples_rows,
     has_whole_weights,
     parts,
+    trains_derivative,
 )
 from trainers import ranks
 from trainers.checkpoints.weights import (
@@ -44,16 +47,18 @@ from trainers.checkpoints.weights import (
     read_module,
     read_state,
     save_state,
+    weights_sha256,
 )
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.ema.averages import Ema, PowerEma, frozen_copy
-from zoo.derivatives.one_pass import apart
+from zoo.derivatives.one_pass import apart, with_graphs
+from zoo.dropout import shared_dropout, shares_dropout
 
 log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
-    """A network, its objective, teachers and averages, as one module whose call is the loss.
+    """A network, its objective, teachers, features and averages: one module whose call is the loss.
 
     `needs_whole` tells whether the loss of a share may read data of other rows. It is True until a
     call has shown that the objective computes its share alone.
@@ -74,7 +79,7 @@ class TrainStep(nn.Module):
         self._couples_rows = couples_rows(objective)
         self.teachers = nn.ModuleDict()
         self._owners: list[Teacher] = []
-        for path, teacher in _distinct_teachers(objective):
+        for path, teacher in _distinct(objective, Teacher):
             key = _key(path)
             if teacher.needs_copy:
                 self.teachers[key] = frozen_copy(net)
@@ -82,12 +87,14 @@ class TrainStep(nn.Module):
                 self._owners.append(teacher)
             elif isinstance(own := getattr(teacher, "network", None), nn.Module):
                 self.teachers[key] = own
+        self.features = nn.ModuleDict({_key(path): net for path, net in _feature_nets(objective)})
+        self._shares_dropout = any(shares_dropout(part) for _, part in parts(objective))
         self._emas: list[Ema | PowerEma] = [Ema(net, decay) for decay in ema_decays]
         self._emas += [PowerEma(net, sigma_rel) for sigma_rel in power_emas]
         self.averages = nn.ModuleDict({_key(ema.name): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        with self.autocast():
+        with self.autocast(), shared_dropout() if self._shares_dropout else nullcontext():
             out = self.objective.loss(self.net, batch, rng)
         rows, shape = batch.share.size(len(batch)), tuple(out.per_sample.shape)
         self.needs_whole = self._couples_rows or shape != (rows,)
@@ -106,6 +113,7 @@ class TrainStep(nn.Module):
         super().train(mode)
         self.teachers.eval()  # targets are evaluated without dropout
         self.averages.eval()
+        self.features.eval()
         return self
 
     @property
@@ -130,12 +138,35 @@ def as_trained(objective: Objective, engine: Engine, compile: bool = False) -> O
     """The objective, or a part of it, as it is trained on this engine, compiled or not.
 
     A derivative that is taken together with the value follows the network's forward. Where weights
-    are not whole meanwhile, or the network is compiled, it takes a pass of its own instead.
+    are not whole meanwhile, or the network is compiled, it takes a pass of its own instead. So it
+    does where the objective trains its derivative and the one that is taken with the value has no
+    graph. ValueError where no derivative of the objective can be trained.
     """
-    if has_whole_weights(engine) and not compile:
-        return objective
-    separate: Objective = apart(objective)
-    return separate
+    whole = has_whole_weights(engine)
+    changed: Objective = objective if whole and not compile else apart(objective)
+    if trains_derivative(objective):
+        changed = with_graphs(changed)
+        if not whole:
+            _check_in_pieces(changed, engine)
+    return changed
+
+
+def _check_in_pieces(objective: Objective, engine: Engine) -> None:
+    """ValueError for a trained derivative in forward mode where weights are not whole.
+
+    Its backward needs each weight for the value and for the tangent. Weights that are gathered
+    layer by layer may be released in between, and are never gathered for a layer whose value the
+    loss does not use.
+    """
+    for path, part in parts(objective):
+        if isinstance(part, Derivative) and part.needs_forward_ad:
+            raise ValueError(
+                f"the objective {type(objective).__name__} trains its derivative, and its {path} = "
+                f"@{derivatives.name_of(part)}() cannot be trained while run.engine = "
+                f"@{engines.name_of(engine)}() keeps weights in pieces: its backward asks for "
+                "weights that may be released. Set zero_engine.stage = 2, or bind "
+                f"@finite_difference() to its {path}"
+            )
 
 
 @engines.register("torch_engine")
@@ -312,9 +343,20 @@ def _key(path: str) -> str:
     return path.replace(".", "-")
 
 
-def _distinct_teachers(objective: Objective) -> Iterator[tuple[str, Teacher]]:
+def _distinct(objective: Objective, contract: Any) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     for path, part in parts(objective):
-        if isinstance(part, Teacher) and not isinstance(part, type) and id(part) not in seen:
+        if isinstance(part, contract) and not isinstance(part, type) and id(part) not in seen:
             seen.add(id(part))
             yield path, part
+
+
+def feature_sha256(objective: Objective) -> dict[str, str]:
+    """What identifies the weights of each of the objective's features, by its field."""
+    return {path: weights_sha256(net) for path, net in _feature_nets(objective)}
+
+
+def _feature_nets(objective: Objective) -> Iterator[tuple[str, nn.Module]]:
+    for path, part in _distinct(objective, Features):
+        if part.feature_net is not None:
+            yield path, part.feature_net

@@ -8,8 +8,6 @@ for the device.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,8 @@ from registry.protocols import (
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints import checkpoint
-from trainers.engines import TorchEngine, TrainStep
+from trainers.devices import check_rows
+from trainers.engines import TorchEngine, TrainStep, feature_sha256
 from trainers.finite import StopOnNonFinite
 from trainers.optim import AdamW, ConstantLr
 from trainers.rng import generator, seed_dropout
@@ -102,10 +101,11 @@ def prepared(
 
     ValueError for a batch that the memory of this machine cannot hold.
     """
-    _check_memory(training.dataset.shape, training.batch_size)
+    check_rows("run.batch_size", training.batch_size, training.dataset.shape)
     train_step, device = training.train_step(), torch.device(training.device)
     if training.compile:
         train_step.compile_networks()
+    features = feature_sha256(training.objective)  # before an engine cuts them into pieces
     training.engine.prepare(train_step, training.optimizer, device, training.batch_size)
     if not any(isinstance(callback, StopOnNonFinite) for callback in callbacks):
         callbacks = (StopOnNonFinite(), *callbacks)
@@ -119,22 +119,8 @@ def prepared(
         folder=folder,
         callbacks=tuple(callbacks),
         emas=train_step.emas,
+        features=features,
     )
-
-
-def _check_memory(shape: Sequence[int], batch_size: int) -> None:
-    """ValueError for a batch larger than the memory, which a data set would try to make for hours.
-
-    An engine shares a batch out only after it was read.
-    """
-    needed = 4 * batch_size * math.prod(shape)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise ValueError(
-            f"run.batch_size = {batch_size}: a batch of rows of shape {tuple(shape)} takes "
-            f"{needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory; "
-            "lower it"
-        )
 
 
 def updates(state: TrainState, training: Training) -> Iterator[LossOutput]:

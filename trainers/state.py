@@ -80,6 +80,7 @@ class TrainState:
     lr: float = 0.0
     grad_norm: Tensor | None = None  # of the last update, before clipping
     emas: dict[str, nn.Module] = field(default_factory=dict)  # as TrainStep.emas
+    features: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights, by field
     resumed: Path | None = None  # the checkpoint that the run continues
     stop: str = ""  # a callback's reason to end after this step, the same in every process
     stop_request: str = ""  # why this process was asked to end; all of them then `stop` together

@@ -5,6 +5,7 @@ Importing this package registers them all.
 
 from zoo import (
     couplings,
+    features,
     guidance,
     objectives,
     paths,
@@ -15,9 +16,11 @@ from zoo import (
     weighting,
 )
 from zoo.derivatives import methods, one_pass
+from zoo.points import velocities
 
 __all__ = [
     "couplings",
+    "features",
     "guidance",
     "methods",
     "objectives",
@@ -27,5 +30,6 @@ __all__ = [
     "samplers",
     "teachers",
     "times",
+    "velocities",
     "weighting",
 ]

@@ -89,9 +89,12 @@ def velocity_of(out: Mapping[str, Tensor]) -> Tensor:
     return out["v"] if "v" in out else out["u"]
 
 
-def guidance_direction(net: Network, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-    """v(x, t, y) - v(x, t, null)."""
-    return velocity_at(net, x, t, cond) - velocity_at(net, x, t, unlabelled(cond))
+def guidance_direction(
+    net: Network, x: Tensor, t: Tensor, cond: Cond | None, with_label: Tensor | None = None
+) -> Tensor:
+    """v(x, t, y) - v(x, t, null); v(x, t, y) may be given, if it is known."""
+    v = velocity_at(net, x, t, cond) if with_label is None else with_label
+    return v - velocity_at(net, x, t, unlabelled(cond))
 
 
 def guided_velocity(
@@ -113,13 +116,17 @@ def guided_target(
     rows: Tensor,
     share: float | Tensor,
     limit: float = math.inf,
+    with_label: Tensor | None = None,
 ) -> Tensor:
-    """v_c + share (v(y) - v(null)) on the rows of the mask `rows` [b], and v_c on the others."""
+    """v_c + share (v(y) - v(null)) on the rows of the mask `rows` [b], and v_c on the others.
+
+    v(y) may be given `with_label`, if it is known.
+    """
     if isinstance(share, Tensor):
         share = like(share, x)
     elif share == 0:
         return v_c
-    dv = limit_norm(guidance_direction(net, x, t, cond), limit)
+    dv = limit_norm(guidance_direction(net, x, t, cond, with_label), limit)
     return torch.where(like(rows, x), v_c + share * dv, v_c)
 
 
@@ -175,8 +182,9 @@ def on_diagonal(cond: Cond | None, t: Tensor) -> Cond | None:
     return {**cond, "guidance": _everywhere(torch.where(_in_own_interval(cond, t), scale, 1))}
 
 
-def guidance_share(cond: Cond, t: Tensor) -> Tensor:
+def guidance_share(cond: Cond | None, t: Tensor) -> Tensor:
     """The share a of each row, [b]: 1 - 1/w inside the row's interval, 0 outside."""
+    assert cond is not None, "no guidance was drawn"
     return torch.where(_in_own_interval(cond, t), 1 - 1 / cond["guidance"][:, 0], 0)
 
 

@@ -7,19 +7,25 @@ them and every rank has the same control flow.
 minimum of two draws of sigmoid(N(mean, std^2)). On the diagonal rows r is then set to t, so their t
 is a maximum of two draws too. `beta_pair` is the law of RCGM and TwinFlow as read from their code:
 t ~ Beta(a, b), r ~ U[0, t].
+
+`progressive` changes over the run. At step i the share (2 / pi) arccos(i / steps) of another law's
+rows with r < t have r = 0 instead: all of them at first, none from `steps` on. From ESC (arXiv
+2512.11831) and its released code: the share and 10,000 steps. The code draws which rows these are,
+here they are the first.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from registry import time_laws
 from registry.protocols import Reference, TimeLaw
+from registry.ranges import Count
 
 MEAN_FLOW = Reference(
     title="Mean Flows for One-step Generative Modeling",
@@ -47,6 +53,11 @@ def logit_normal_draws(n: int, mean: float, std: float, rng: torch.Generator) ->
     return torch.sigmoid(mean + std * torch.randn(n, generator=rng, device=rng.device))
 
 
+def logit_normal_cdf(t: Tensor, mean: float, std: float) -> Tensor:
+    """The probability that sigmoid(mean + std z), z ~ N(0, 1), is at most t."""
+    return torch.special.ndtr((torch.logit(t) - mean) / std)
+
+
 def quota(n: int, fraction: float) -> int:
     """A fraction of n rows as a number of rows, rounded up."""
     return math.ceil(n * fraction - 1e-9)
@@ -60,6 +71,11 @@ def check_fraction(name: str, value: float) -> None:
 def check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} = {value!r} must be positive")
+
+
+def law_at(law: Any, step: int) -> Any:
+    """The law of this step of the run: the law itself, unless it has an `at_step`."""
+    return law.at_step(step) if hasattr(law, "at_step") else law
 
 
 def reaches(law: TimeLaw, t: float, r: float) -> bool:
@@ -90,6 +106,9 @@ class Uniform(_Diagonal):
         t = uniform_draws(n, rng)
         return t, t
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return t
+
 
 @time_laws.register("logit_normal")
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,9 @@ class LogitNormal(_Diagonal):
         t = logit_normal_draws(n, self.mean, self.std, rng)
         return t, t
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return logit_normal_cdf(t, self.mean, self.std)
+
 
 @time_laws.register("stratified")
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +138,9 @@ class Stratified(_Diagonal):
         bins = torch.randperm(n, generator=rng, device=rng.device)
         t = (bins + uniform_draws(n, rng)) / n
         return t, t
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return t
 
 
 @time_laws.register("uniform_pair")
@@ -134,6 +159,9 @@ class UniformPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return t**2
 
 
 @time_laws.register("logit_normal_pair")
@@ -158,6 +186,9 @@ class LogitNormalPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return logit_normal_cdf(t, self.mean, self.std) ** 2
 
 
 RLaw = Literal["uniform", "zero", "mix"]
@@ -196,6 +227,11 @@ class BetaPair:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        from scipy.special import betainc  # slow to import, and asked for by checks alone
+
+        return torch.as_tensor(betainc(self.a, self.b, t.double().numpy()))
 
     def _beta(self, n: int, rng: torch.Generator) -> Tensor:
         if self.a == self.b == 1.0:
@@ -255,6 +291,64 @@ class TwoLogitNormals:
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
+
+
+@time_laws.register("progressive")
+@dataclass(frozen=True, kw_only=True)
+class Progressive:
+    """Another law, with r = 0 in a share of its rows with r < t that falls from all to none."""
+
+    reference: ClassVar = Reference(
+        title="On the Design of One-step Diffusion via Shortcutting Flow Paths",
+        authors="Lin et al.",
+        year=2025,
+        arxiv="2512.11831",
+    )
+
+    times: TimeLaw = field(default_factory=LogitNormalPair)
+    steps: Count = 10_000
+
+    def __post_init__(self) -> None:
+        name = time_laws.name_of(self.times)
+        if not self.times.num_off_diagonal(_MANY):
+            raise ValueError(
+                f"progressive.times = @{name}() has no row with r < t whose r could be 0; choose "
+                "a law of pairs, such as @logit_normal_pair()"
+            )
+        if getattr(self.times, "only_to_data", False):
+            raise ValueError(
+                f"progressive.times = @{name}() has r = 0 in every row with r < t already; choose "
+                "a law that draws r, such as @logit_normal_pair()"
+            )
+
+    def at_step(self, step: int) -> TimeLaw:
+        return _PartlyToData(times=law_at(self.times, step), share=self.share(step))
+
+    def share(self, step: int) -> float:
+        """The share of the rows with r < t that have r = 0."""
+        return math.acos(min(step / self.steps, 1.0)) / math.acos(0.0)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.times(n, rng)
+
+    def num_off_diagonal(self, n: int) -> int:
+        return self.times.num_off_diagonal(n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PartlyToData:
+    """A law of which the first rows, a share of those with r < t, have r = 0."""
+
+    times: TimeLaw
+    share: float
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t, r = self.times(n, rng)
+        k = quota(self.num_off_diagonal(n), self.share)
+        return t, torch.cat([torch.zeros_like(r[:k]), r[k:]])
+
+    def num_off_diagonal(self, n: int) -> int:
+        return self.times.num_off_diagonal(n)
 
 
 def _sorted_pair(first: Tensor, second: Tensor, num_off_diagonal: int) -> tuple[Tensor, Tensor]:

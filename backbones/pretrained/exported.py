@@ -1,7 +1,7 @@
 """A network as a folder that needs neither gin nor the run that made it.
 
     model.safetensors   the weights
-    config.json         the architecture: backbone and fields, heads, shape, conventions
+    config.json         the architecture: backbone and fields, heads, parametrisation, conventions
     README.md           a model card, as the Hugging Face hub wants one
 
 `load_exported(folder)` gives the network back. `huggingface_hub.upload_folder(folder_path=folder,
@@ -14,22 +14,28 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import registry
 from backbones.network import FlowNetwork
-from backbones.noise import NoiseNetwork
+from backbones.noise import VpNoise
+from backbones.parametrisations import RawVelocity
 from backbones.pretrained.size_limits import check_numbers, no_larger_than
 from backbones.pretrained.tensors import check_fit, load_into, save_tensors, tensor_shapes
 from backbones.trunk import TrunkModule
 from registry.folders import file_in, file_sha256
 from registry.plugins import load_plugins
+from registry.protocols import Parametrisation
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 DEFINING = ("network", "backbone", "fields", "heads")  # the network that the weights belong to
+# In format 1, which earlier versions read, `network` says what the readouts mean. Format 2 has a
+# `parametrisation` for every other meaning.
+FORMER: dict[str, Parametrisation] = {"flow": RawVelocity(), "noise": VpNoise()}
 HIDDEN = ("fields", "format", "defined_by", "weights_sha256")  # what the model card leaves out
 CONVENTIONS = (
     "t = 0 is data, t = 1 noise; net(x, t, r, {'label': y}) -> {'v': dx/dt at t, 'u': (x - x_r) / "
@@ -81,19 +87,31 @@ def load_exported(folder: Path | str) -> FlowNetwork:
 
 
 def _built(config: Mapping[str, Any], folder: Path) -> FlowNetwork:
-    kinds = {"flow": FlowNetwork, "noise": NoiseNetwork}
-    fields = {
+    given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config["fields"].items()
     }
     try:
-        trunk = registry.backbones.get(config["backbone"])(**fields)
+        trunk = registry.backbones.get(config["backbone"])(**given)
     except TypeError as error:
         raise ValueError(
             f"{folder / CONFIG} is of another version of this package: {error}"
         ) from None
     heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
-    return kinds[config["network"]](trunk, heads)
+    return FlowNetwork(trunk, heads, _parametrisation(config, folder))
+
+
+def _parametrisation(config: Mapping[str, Any], folder: Path) -> Parametrisation:
+    if config["format"] == 1:
+        return FORMER[config["network"]]
+    described = config["parametrisation"]
+    try:
+        made = registry.parametrisations.get(described["name"])(**described["fields"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is of another version of this package: {error}"
+        ) from None
+    return cast(Parametrisation, made)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -114,27 +132,42 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"package. Give the file of weights itself, and its layout; {folder} has "
             f"{', '.join(sorted(f.name for f in folder.iterdir() if f.is_file())[:8])}"
         )
-    if form != 1:
-        raise ValueError(f"{path} is of format {form!r}; this version reads format 1")
+    if form not in (1, 2):
+        raise ValueError(f"{path} is of format {form!r}; this version reads formats 1 and 2")
     if config.get("defined_by") != _digest(config):
         raise ValueError(
             f"{path} is not as it was exported: the weights belong to other values of "
-            f"{', '.join(DEFINING)}. Restore it, or export the network again"
+            f"{', '.join(_defining(config))}. Restore it, or export the network again"
         )
-    network, backbone, fields, heads = (config.get(name) for name in DEFINING)
+    network, backbone, given, heads = (config.get(name) for name in DEFINING)
     if not (
-        network in ("flow", "noise")
+        network in FORMER
+        and (form == 1 or _is_parametrisation(config["parametrisation"]))
         and isinstance(backbone, str)
-        and isinstance(fields, dict)
+        and isinstance(given, dict)
         and isinstance(heads, list)
         and all(isinstance(head, str) for head in heads)
     ):
-        raise ValueError(f"{path} does not describe a network: {', '.join(DEFINING)} are damaged")
+        raise ValueError(
+            f"{path} does not describe a network: {', '.join(_defining(config))} are damaged"
+        )
     return config
 
 
+def _is_parametrisation(described: Any) -> bool:
+    return (
+        isinstance(described, dict)
+        and isinstance(described.get("name"), str)
+        and isinstance(described.get("fields"), dict)
+    )
+
+
+def _defining(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return DEFINING if config.get("format") == 1 else (*DEFINING, "parametrisation")
+
+
 def _digest(config: Mapping[str, Any]) -> str:
-    defining = json.dumps([config.get(name) for name in DEFINING], sort_keys=True)
+    defining = json.dumps([config.get(name) for name in _defining(config)], sort_keys=True)
     return f"sha256 {hashlib.sha256(defining.encode()).hexdigest()}"
 
 
@@ -154,16 +187,28 @@ def _architecture(net: FlowNetwork) -> dict[str, Any]:
                 f"the head {name!r} takes {', '.join(more)} beside the trunk; only heads that are "
                 "made from their trunk alone can be exported"
             )
+    former = [name for name, known in FORMER.items() if known == net.parametrisation]
+    described = {} if former else {"parametrisation": _described(net.parametrisation)}
     config = {
-        "format": 1,
-        "network": "noise" if isinstance(net, NoiseNetwork) else "flow",
+        "format": 1 if former else 2,
+        "network": former[0] if former else "flow",
         "backbone": backbone,
         "fields": net.trunk.fields,
         "heads": list(net.heads),
+        **described,
         "outputs": list(net.keys),
         "parameters": sum(p.numel() for p in net.parameters()),
     }
     return {**config, "defined_by": _digest(config)}
+
+
+def _described(parametrisation: Any) -> dict[str, Any]:
+    name = registry.parametrisations.name_of(parametrisation)
+    values = {f.name: getattr(parametrisation, f.name) for f in fields(parametrisation)}
+    for field, value in values.items():
+        if not _is_plain(value):
+            raise ValueError(f"{name}.{field} = {value!r} cannot be written as JSON")
+    return {"name": name, "fields": values}
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Public checkpoints as networks of this package, with their names, times and signs converted.
 
     layout         code                       what it predicts                   becomes
-    dit            facebookresearch/DiT       noise, 1000 steps of a VP process  dit, NoiseNetwork
+    dit            facebookresearch/DiT       noise, 1000 steps of a VP process  dit, v by vp_noise
     sit            willisma/SiT               data - noise, t = 1 is data        dit, v
     lightning_dit  hustvl/LightningDiT        data - noise, t = 1 is data        lightning_dit, v
     mean_flow_sit  zhuyu-cs/MeanFlow          u(x, t, h = t - r), our times      dit, u
@@ -30,7 +30,7 @@ from torch import Tensor
 
 import registry
 from backbones.network import FlowNetwork, build_network
-from backbones.noise import NoiseNetwork
+from backbones.noise import VpNoise
 from backbones.pretrained.layouts import CONVERTERS
 from backbones.pretrained.public_files import read_state, shard_hint
 from backbones.pretrained.source import Source
@@ -59,9 +59,10 @@ class Imported:
         def backbone(**given: Any) -> torch.nn.Module:
             return cls(**self.fields, **given)
 
-        kind = NoiseNetwork if self.layout == "dit" else FlowNetwork
-        built = build_network(backbone, self.shape, self.num_classes, self.keys)
-        net = kind(built.trunk, list(built.heads.values()))
+        meaning = VpNoise() if self.layout == "dit" else None
+        net = build_network(
+            backbone, self.shape, self.num_classes, self.keys, parametrisation=meaning
+        )
         ours = net.state_dict()
         wrong = [f"{name} is missing" for name in ours.keys() - self.weights.keys()]
         wrong += [f"{name} is unknown here" for name in self.weights.keys() - ours.keys()]

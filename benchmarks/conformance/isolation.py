@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -74,21 +75,24 @@ def deterministic(subject: Subject) -> ClaimResult:
 def global_generators_untouched(subject: Subject) -> ClaimResult:
     """The loss draws from its rng alone, or other objectives would see other data and noise."""
     batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
-    state = random.getstate()
-    before = _global_states()
-    try:
-        toy(batch)
-        moved = [
-            name for name, old in before.items() if not np.array_equal(old, _global_states()[name])
-        ]
-    finally:
-        random.setstate(state)
-    if moved:
+    if moved := drawn_from(lambda: toy(batch)):
         raise Broken(
             f"it draws from the global generator of {', '.join(moved)}",
             "draw with generator=rng: zoo.ops.normal_like(x, rng), the time laws",
         )
     return held("torch, numpy, python")
+
+
+def drawn_from(run: Callable[[], object]) -> list[str]:
+    """The global generators from which run() draws."""
+    state = random.getstate()
+    before = _global_states()
+    try:
+        run()
+        after = _global_states()
+    finally:
+        random.setstate(state)
+    return [name for name, old in before.items() if not np.array_equal(old, after[name])]
 
 
 def rows_are_independent(subject: Subject) -> ClaimResult:

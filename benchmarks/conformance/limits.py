@@ -17,6 +17,7 @@ from registry.protocols import Cond, Network
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.ops import mean_flat, sum_flat
 from zoo.paths import Linear
+from zoo.points.velocities import Conditional
 from zoo.residuals import Exact, Rcgm
 from zoo.times import LogitNormalPair
 
@@ -41,6 +42,8 @@ def mean_flow_floor(subject: Subject) -> ClaimResult:
 
 def mean_flow_on_the_diagonal(subject: Subject) -> ClaimResult:
     """With r = t in every row, MeanFlow has the gradient of flow matching."""
+    if reason := _other_velocity(subject):
+        return declared(reason)
     times = LogitNormalPair(off_diagonal_fraction=0.0)
     objective = replace(subject.objective(exact=True), times=times)
     reference = FlowMatching(times=times, path=objective.path)
@@ -164,6 +167,13 @@ class _Given:
         return 0
 
 
+def _other_velocity(subject: Subject) -> str:
+    """Why this does not hold, where targets are not the conditional velocity alone; "" if so."""
+    if isinstance(getattr(subject.make(), "velocity", None), Conditional):
+        return ""
+    return "it is that of the conditional velocity"
+
+
 def _variance(t: Tensor) -> Tensor:
     """Var(v_c | x_t), which does not depend on x_t."""
     return GAUSSIAN.posterior_variance(GAUSSIAN.marginal_mean(t), t)
@@ -171,7 +181,7 @@ def _variance(t: Tensor) -> Tensor:
 
 def _floor(subject: Subject, floor: Callable[[Tensor, Tensor], Tensor]) -> ClaimResult:
     """The mean loss at the truth is the floor, no more and no less."""
-    if reason := inapplicable(subject):
+    if reason := inapplicable(subject) or _other_velocity(subject):
         return declared(reason)
     if not isinstance(getattr(subject.make(), "path", None), Linear):
         return declared("the floor is that of the linear path")

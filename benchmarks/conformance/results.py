@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from benchmarks.conformance.subject import Subject
 
@@ -33,6 +33,7 @@ class ClaimResult:
 
 
 Claim = Callable[[Subject], ClaimResult]
+T = TypeVar("T")
 
 
 class Broken(Exception):
@@ -66,15 +67,23 @@ def compared(unit: str, value: float, limit: float, reason: str, hint: str) -> C
     )
 
 
-def run_claim(name: str, claim: Claim, subject: Subject) -> ClaimResult:
-    """The result with its name and time; an objective that raises has failed the claim."""
+def run_claim(
+    name: str,
+    claim: Callable[[T], ClaimResult],
+    subject: T,
+    hint: Callable[[Exception], str] | None = None,
+) -> ClaimResult:
+    """The result with its name and time; a part that raises has failed the claim.
+
+    `hint` says what to do about an error that the claim does not foresee.
+    """
     start = time.perf_counter()
     try:
         result = claim(subject)
     except Broken as broken:
         result = ClaimResult(status="FAIL", reason=broken.reason, hint=broken.hint)
     except Exception as error:  # whatever foreign code may raise is a result here
-        result = ClaimResult(status="FAIL", reason=_text(error), hint=_hint(error))
+        result = ClaimResult(status="FAIL", reason=_text(error), hint=(hint or _hint)(error))
     return replace(result, claim=name, seconds=time.perf_counter() - start)
 
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import registry
+from registry.protocols import parts
 from trainers.budget import Budget
 from trainers.ema.power_function import exponent
+from zoo.objectives.flow_matching import FlowMatching
+from zoo.teachers import Frozen
+
+RUN_PARTS = (
+    ("backbone", registry.backbones),
+    ("dataset", registry.datasets),
+    ("sampler", registry.samplers),
+    ("engine", registry.engines),
+    ("optimizer", registry.optimizers),
+    ("schedule", registry.schedules),
+    ("metric", registry.metrics),
+    ("recorder", registry.recorders),
+    ("pruner", registry.pruners),
+)
 
 
 def bound(name: str, part: Any, kind: registry.Registry) -> Any:
@@ -56,6 +71,52 @@ def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         for f in fields(value):
             if f.init:
                 yield from _settings(f"{owner}.{f.name}", getattr(value, f.name))
+
+
+def check_start(objective: Any, pretrain: float, warm_start: bool, start_from: str) -> None:
+    """ValueError where two settings say how the network starts, or one of them says nothing."""
+    taught = any(isinstance(part, Frozen) for _, part in parts(objective))
+    if pretrain:
+        key = f"run.pretrain = {pretrain!r}"
+        if not pretrain < 1:
+            raise ValueError(f"{key} must be below 1: the objective takes the rest of the budget")
+        if type(objective) is FlowMatching:
+            raise ValueError(
+                f"{key} trains by flow matching first, which run.objective = @flow_matching() is. "
+                "Leave run.pretrain out"
+            )
+        if taught:
+            raise ValueError(
+                f"{key} trains the network first, and its objective has a trained teacher, from "
+                "which the network starts. Leave run.pretrain out; frozen.pretrain is the share "
+                "of the budget for the teacher"
+            )
+        if start_from or not warm_start:
+            other = f"run.start_from = {start_from!r}" if start_from else "run.warm_start = False"
+            raise ValueError(
+                f"{key} says that the network starts from flow matching, and {other} says "
+                "otherwise. Keep one of the two"
+            )
+    if not (warm_start or taught):
+        raise ValueError(
+            "run.warm_start = False says that the network does not start from its trained teacher, "
+            "and this run has none. Leave it out"
+        )
+
+
+def where_to_bind(keys: Iterable[str]) -> str:
+    """How to use the parts of these bindings, for the end of an error; '' where nothing is known.
+
+    It knows the parts that a run takes directly.
+    """
+    parts = dict.fromkeys(key.split("/")[-1].rpartition(".")[0].split(".")[-1] for key in keys)
+    found = [(part, *taken) for part in parts for taken in RUN_PARTS if part in taken[1]]
+    said = [
+        f"The {kind.kind} @{part}() is not in use: to use it, bind run.{argument} = @{part}"
+        f"{'' if argument == 'backbone' else '()'}"
+        for part, argument, kind in found
+    ]
+    return "".join(f". {one}" for one in said)
 
 
 def check_seed(seed: Any) -> None:

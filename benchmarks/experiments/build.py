@@ -8,7 +8,8 @@ not fit together is reported before any training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import gin
@@ -16,18 +17,22 @@ import torch
 
 import registry
 from backbones.network import FlowNetwork, build_network
+from backbones.parametrisations import RawVelocity
 from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import (
     bound,
     check_built,
     check_counts,
     check_seed,
+    check_start,
     decays,
     one_budget,
     power_widths,
 )
 from benchmarks.experiments.checks import checked
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.network_size import check_size
+from benchmarks.experiments.opening import for_new_runs, is_opened
 from benchmarks.metrics import evaluate
 from registry.protocols import (
     Dataset,
@@ -36,19 +41,27 @@ from registry.protocols import (
     Metric,
     Objective,
     Optimizer,
+    Parametrisation,
     Pruner,
     Recorder,
     Sampler,
     Schedule,
+    has_whole_weights,
     parts,
     required_heads,
+    runs_in_several_processes,
 )
-from registry.ranges import NotNegative, Range
+from registry.ranges import NotNegative, Probability, Range
 from trainers import ranks
+from trainers.budget import Budget
 from trainers.devices import device_of
 from trainers.engines import as_trained
 from zoo.samplers import check_sampler
 from zoo.teachers import Frozen
+
+# A default that gin has no text for, and so leaves out of what it records: the texts and the ids
+# of runs that came before this parameter stay as they were.
+RAW_VELOCITY = RawVelocity()
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +73,7 @@ def run(
     backbone: type | None = None,
     dataset: Dataset | None = None,
     heads: Sequence[type] | None = None,
+    parametrisation: Parametrisation = RAW_VELOCITY,
     sampler: Sampler | None = None,
     engine: Engine | None = None,
     optimizer: Optimizer | None = None,
@@ -85,17 +99,22 @@ def run(
     compile: bool = False,
     start_from: str = "",
     start_layout: str = "",
+    warm_start: bool = True,
+    pretrain: Probability = 0.0,
     device: str = "auto",
 ) -> Experiment:
     """Build and check one run; ValueError for anything that does not fit together.
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls. A teacher that is trained first takes `teacher_optimizer`, by default the run's own. The
-    network starts as `start_from`: an exported folder, or a public checkpoint of the layout
-    `start_layout`. Averages of the relative widths `power_emas` are stored `ema_snapshots` times
-    over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
-    the network, and evaluates its teachers, by torch.compile.
+    calls. `parametrisation` says what the readouts of the network mean; a network that is trained
+    first has the same one. The network starts as `start_from`: an exported folder, or a public
+    checkpoint of the layout `start_layout`; or as flow matching leaves it that first takes
+    `pretrain`, a share of the budget; or, unless `warm_start` is False, as its trained teacher.
+    What is trained first, the network or its teacher, takes `teacher_optimizer`, by default the
+    run's own. Averages of the relative widths `power_emas` are stored `ema_snapshots` times over
+    the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains the
+    network, and evaluates its teachers, by torch.compile.
     """
     # locals() has the arguments by name, so that they are listed in one place only.
     return checked(_build(**_resolve(**locals())))
@@ -106,16 +125,19 @@ def _resolve(
 ) -> dict[str, Any]:
     """The arguments of `run`, checked one by one, with a default for each part not bound."""
     counts = ("batch_size", "num_samples", "log_every", "evaluate_every")
-    check_counts(given["nfe"], **{name: given[name] for name in counts})
-    check_seed(given["seed"])
+    with for_new_runs():
+        check_counts(given["nfe"], **{name: given[name] for name in counts})
+        check_seed(given["seed"])
     check_built(given)
     objective = bound("objective", given["objective"], registry.objectives)
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)
     name = registry.objectives.name_of(objective)
     sampler = given["sampler"] or defaults.sampler(objective)
-    check_sampler(name, objective, sampler)
-    evaluate.samplers_for(sampler, given["nfe"])
+    with for_new_runs():
+        check_sampler(name, objective, sampler)
+        evaluate.samplers_for(sampler, given["nfe"])
+        check_start(objective, given["pretrain"], given["warm_start"], given["start_from"])
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
         "objective": objective,
@@ -128,7 +150,7 @@ def _resolve(
         "schedule": given["schedule"] or defaults.schedule(),
         "metric": given["metric"] or defaults.metric(dataset),
         "recorder": given["recorder"] or defaults.recorder(),
-        "budget": one_budget(steps=steps, images=images, seconds=seconds),
+        "budget": _budget(steps=steps, images=images, seconds=seconds),
         "ema_decay": decays(given["ema_decay"]),
         "power_emas": power_widths(given["power_emas"], given["ema_snapshots"]),
         "nfe": tuple(given["nfe"]),
@@ -136,24 +158,52 @@ def _resolve(
     }
 
 
+def _budget(**amounts: Any) -> Budget:
+    budget = Budget(steps=1)  # of a run that is opened, and trained no more
+    with for_new_runs():
+        budget = one_budget(**amounts)
+    return budget
+
+
 def _build(
-    *, objective: Objective, backbone: type, heads: Sequence[type] | None, **settings: Any
+    *,
+    objective: Objective,
+    backbone: type,
+    heads: Sequence[type] | None,
+    parametrisation: Parametrisation,
+    **settings: Any,
 ) -> Experiment:
     """The run with its networks: its own, and that of a frozen teacher."""
     dataset: Dataset = settings["dataset"]
 
     def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
+        of_data = dataset.shape, dataset.num_classes
+        made = partial(build_network, backbone, *of_data, keys, chosen, parametrisation)
+        check_size(made, _copies(settings), settings["device"])
         # Seeded for each network: what two of them share starts from the same weights.
         torch.manual_seed(settings["seed"])
-        made = build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
-        return made.to(settings["device"])
+        return made()
 
-    net = network(required_heads(objective), heads)
+    net = network(required_heads(objective), heads).to(settings["device"])
     teacher = _frozen_teacher(objective)
     if teacher is not None:
-        teacher.attach(network(("v",), None))
+        teacher.attach(network(("v",), None).to(settings["device"]))
+    if (
+        settings["pretrain"] and not is_opened()
+    ):  # it stays in the memory of the machine, and a copy is trained
+        settings["pretrained"] = network(("v",), None)
     objective = _as_trained(objective, settings["engine"], settings["compile"])
     return Experiment(objective=objective, net=net, teacher=teacher, **settings)
+
+
+def _copies(settings: Mapping[str, Any]) -> int:
+    """At least so many copies of the weights must fit: with gradients and averages, to train them.
+
+    Engines that share a run out to processes have no more than a part of each in one of them.
+    """
+    if is_opened() or runs_in_several_processes(settings["engine"]):
+        return 1
+    return 2 + len(settings["ema_decay"]) + len(settings["power_emas"])
 
 
 def _frozen_teacher(objective: Objective) -> Frozen | None:
@@ -172,7 +222,9 @@ def _as_trained(objective: Objective, engine: Engine, compile: bool) -> Objectiv
     changed = as_trained(objective, engine, compile)
     if changed is not objective:
         name = registry.derivatives.name_of
-        why = f"run.engine = @{registry.engines.name_of(engine)}() shards the weights"
+        why = "the objective trains its derivative"
+        if not has_whole_weights(engine):
+            why = f"run.engine = @{registry.engines.name_of(engine)}() shards the weights"
         why = "run.compile = True" if compile else why
         joint = [part for _, part in parts(objective) if isinstance(part, JointDerivative)]
         log.warning(

@@ -59,7 +59,11 @@ class Experiment:
     compile: bool = False
     start_from: str = ""
     start_layout: str = ""
+    warm_start: bool = True
+    pretrain: float = 0.0
+    pretrained: FlowNetwork | None = None  # what run.pretrain trains first, not yet trained
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
+    as_recorded: bool = False  # a finished run, opened with the sampling that it recorded
 
     @property
     def training(self) -> Training:
@@ -86,6 +90,18 @@ class Experiment:
         if self.teacher is None or not isinstance(self.teacher.network, FlowNetwork):
             return None
         return self.teacher, self.teacher.network
+
+    @property
+    def first_phase(self) -> tuple[str, FlowNetwork | None]:
+        """What is trained before the objective, and its network: "teacher", "pretrain" or ""."""
+        if self.distilled is not None and self.distilled[0].pretrain:
+            return "teacher", self.distilled[1]
+        return ("pretrain", self.pretrained) if self.pretrained is not None else ("", None)
+
+    @property
+    def first_share(self) -> float:
+        """The share of the budget that it takes."""
+        return self.pretrain if self.teacher is None else self.teacher.pretrain
 
     @property
     def objective_name(self) -> str:

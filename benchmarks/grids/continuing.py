@@ -21,7 +21,7 @@ from pathlib import Path
 
 import registry
 from benchmarks.grids.cell import CELL, Cell
-from benchmarks.grids.cells import NO_PART_OF_ID, Planned
+from benchmarks.grids.cells import LATER, NO_PART_OF_ID, Planned
 from benchmarks.records.jsonl import read_record, read_start
 from benchmarks.runs.result import has_result
 from registry import gin_setup
@@ -32,7 +32,7 @@ from trainers.checkpoints.whole_folders import BrokenCheckpoint
 FORK, OPERATIVE = "fork.json", "operative.gin"
 CHECKPOINTS = "checkpoints"
 # Of a fork's state, beside the newest checkpoint: what the steps before it have left.
-INHERITED = ("ema_snapshots", "teacher")
+INHERITED = ("ema_snapshots", "teacher", "pretrain")
 
 # On these no number of a run depends, apart from rounding.
 MAY_CHANGE = NO_PART_OF_ID | {
@@ -95,6 +95,7 @@ def differences(one: Planned, folder: Path) -> dict[str, str]:
             key.removeprefix(f"{one.cell.arm}/"): value
             for key, value in gin_setup.bindings_of(text).items()
             if not key.split("/")[-1].startswith("mlflow.")
+            and LATER.get(key.split("/")[-1]) != value
         }
         for text in (one.operative, (folder / OPERATIVE).read_text(encoding="utf-8"))
     )

@@ -1,6 +1,6 @@
 """What a grid would do, and how long it would take, estimated from a few steps of each kind.
 
-Training is timed on real steps of the cell (its teacher's too, where it trains one), and sampling
+Training is timed on real steps of the cell (and of what it trains first), and sampling
 with its measurement once for each kind of data and metric, on a part of the samples and scaled.
 Neither counts start-up, checkpoints and pictures.
 """
@@ -18,11 +18,12 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids.cell_status import State
 from benchmarks.grids.cells import Plan, plan
 from benchmarks.grids.comparison import states_of
-from benchmarks.grids.rehearsal import rehearse
+from benchmarks.grids.rehearsal import rehearse, remove_leftovers
 from benchmarks.grids.request import Request
 from benchmarks.runs.measure import measure
-from benchmarks.runs.teacher import as_teacher
+from benchmarks.runs.pretraining import first_of
 from registry import launchers
+from registry.folders import check_output
 from registry.protocols import LossOutput, is_serial
 from trainers.budget import Budget
 from trainers.callbacks import Callback
@@ -62,11 +63,10 @@ class Estimator:
         )
 
     def _training(self, experiment: Experiment, steps: float) -> float:
-        share = experiment.teacher.pretrain if experiment.teacher else 0.0
+        share, (_, network) = experiment.first_share, experiment.first_phase
         seconds = steps * (1 - share) * self._step(experiment)
-        if share and experiment.distilled is not None:
-            teaching = as_teacher(experiment, experiment.distilled[1])
-            seconds += steps * share * self._step(teaching)
+        if network is not None:
+            seconds += steps * share * self._step(first_of(experiment, network))
         return seconds
 
     def _step(self, experiment: Experiment) -> float:
@@ -132,6 +132,8 @@ def dry_run(
     ValueError if the rehearsal of a cell that is to run fails.
     """
     if rehearsal:
+        check_output(out, "--out", folder=True)
+        remove_leftovers(out)
         planned = plan(request, request.axes())
         states = states_of(planned, out)
         left = [one for one in planned.cells if states[one.cell.name].status != "finished"]

@@ -14,7 +14,9 @@ from benchmarks.runs.result import REAL_SCORES
 
 NOTHING = "no distance"  # a handful of samples may allow none; then the table has costs alone
 REAL, NO_NFE = "real", ""  # the column level nfe: what real data score, and values without an NFE
-_COUNTS = ("steps", "images", "parameters", "teacher_steps")  # their means are whole numbers
+_FIRST = ("teacher", "pretrain")  # what may have been trained before the objective
+# Their means are whole numbers.
+_COUNTS = ("steps", "images", "parameters", *(f"{name}_steps" for name in _FIRST))
 _QUALITY = ("precision", "recall")
 
 Column = tuple[str, int | str]  # (metric, nfe)
@@ -95,17 +97,21 @@ def _column(metric: str, nfe: Any) -> Column:
 
 
 def _seconds_per_step(of: Mapping[Column, Any]) -> float:
-    """The seconds of one step of the row's own training, its teacher's left out."""
-    seconds = of["cost", "seconds"] - of["cost", "teacher_seconds"]
-    return float(seconds / (of["cost", "steps"] - of["cost", "teacher_steps"]))
+    """The seconds of one step of the objective itself; what was trained first is left out."""
+    seconds, steps = (
+        of["cost", unit] - sum(of["cost", f"{name}_{unit}"] for name in _FIRST)
+        for unit in ("seconds", "steps")
+    )
+    return float(seconds / steps)
 
 
 def _cost(of: Mapping[Column, Any]) -> list[str]:
     cost = {name: value for (metric, name), value in of.items() if metric == "cost"}
-    teacher = f" ({cost['teacher_steps']:,} teacher)" if cost["teacher_steps"] else ""
+    first = [(cost[f"{name}_steps"], name) for name in _FIRST]
+    inside = "".join(f" ({steps:,} {name})" for steps, name in first if steps)
     return [
         f"{cost['seconds_per_step']:.4f}",
-        f"{cost['steps']:,}{teacher}",
+        f"{cost['steps']:,}{inside}",
         f"{cost['images']:,}",
         f"{cost['seconds']:.0f}",
         f"{cost['parameters']:,}",

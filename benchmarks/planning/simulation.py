@@ -150,7 +150,7 @@ class Simulation:
 
     def _materialise(self) -> None:
         self._fake, step = None, self._outline.step
-        for module in (step.net, step.teachers):
+        for module in (step.net, step.teachers, step.features):
             _remake(module, lambda t: torch.randn(t.shape).mul_(0.02).to(t.dtype))
 
 

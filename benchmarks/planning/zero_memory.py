@@ -47,7 +47,7 @@ class Sizes:
         return cls(
             weights=_bytes(step.net),
             averages=_bytes(step.averages),
-            teachers=_bytes(step.teachers),
+            teachers=_bytes(step.teachers) + _bytes(step.features),
             block=max((_bytes(block) for blocks in lists for block in blocks), default=0.0),
             recomputed=bool(getattr(step.net.trunk, "fields", {}).get("checkpointing")),
             update=update,

@@ -138,8 +138,8 @@ def _over_training(compared: Compared) -> list[Figure]:
             Figure(
                 name=f"quality_{unit}",
                 title=f"Quality against {title}",
-                caption=f"At each evaluation during training and at the end; {title} include a "
-                "teacher's and exclude evaluation.",
+                caption=f"At each evaluation during training and at the end; {title} include "
+                "those of a teacher or of flow matching before it, and exclude evaluation.",
                 panels=tuple(panels),
             )
         )
@@ -147,11 +147,11 @@ def _over_training(compared: Compared) -> list[Figure]:
 
 
 def _against(cell: RecordedCell, key: str, unit: str) -> dict[int, tuple[float, float]]:
-    """By step, the metric and how much of `unit` had been spent by then, the teacher's included."""
+    """By step, the metric and how much of `unit` had been spent by then, a first phase included."""
     spent, metric = cell.record.metrics.get(unit), cell.record.metrics.get(key)
     if spent is None or metric is None:
         return {}
-    before = cell.last(f"teacher/{unit}") or 0.0
+    before = sum(cell.last(f"{first}/{unit}") or 0.0 for first in ("teacher", "pretrain"))
     known = dict(zip(spent.steps.tolist(), spent.values.tolist(), strict=True))
     end = int(metric.steps[-1])
     return {

@@ -1,10 +1,10 @@
-"""What one run does: train its teacher if it has one, train, sample, measure, record.
+"""What one run does: train its teacher or its start first, train, sample, measure, record.
 
 The run's folder holds
 
     config.gin  operative.gin  objective.txt     what it was
     record.jsonl                                 what happened, step by step (records/jsonl.py)
-    checkpoints/  teacher/checkpoints/           to continue it
+    checkpoints/  teacher/checkpoints/           to continue it; pretrain/ is like teacher/
     ema_snapshots/                               averages of any width (trainers/ema/snapshots.py)
     model.safetensors  teacher/model.safetensors the averaged weights that were measured
     samples.safetensors  samples.png             drawn from the same noise in every run of a seed
@@ -30,14 +30,15 @@ from benchmarks.metrics import evaluate
 from benchmarks.records.provenance import provenance
 from benchmarks.runs.measure import measure
 from benchmarks.runs.passes import passes_per_step
+from benchmarks.runs.pretraining import after_first, train_first
 from benchmarks.runs.result import MODEL, RESULT, Result, recorded_identity
 from benchmarks.runs.samples import final_samples, keep_all
-from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
 from registry.protocols import RunRecord, better_of, provider_files
 from trainers import ranks
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import file_sha256
+from trainers.engines import feature_sha256
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ def execute(
     # As paths alone: weights are too large for a store of records.
     where = {"checkpoints": folder / "checkpoints", "weights": folder / MODEL}
     record.tags({name: str(path.resolve()) for name, path in where.items()})
-    teacher = prepare_teacher(experiment, record, folder / "teacher", resume)
-    if teacher.steps:
-        experiment = after_teacher(experiment)
+    first = train_first(experiment, record, folder, resume)
+    if first.what:
+        experiment = after_first(experiment)
 
     record.metrics({"cost/passes_per_step": passes_per_step(experiment).total}, 0)
     state = fit_experiment(experiment, record, folder, resume)
@@ -86,11 +87,10 @@ def execute(
         seed=experiment.seed,
         values=values,
         num_params=experiment.num_params,
-        steps=state.step + teacher.steps,
-        images=state.images + teacher.images,
-        seconds=state.seconds + teacher.seconds,
-        teacher_steps=teacher.steps,
-        teacher_seconds=teacher.seconds,
+        steps=state.step + first.steps,
+        images=state.images + first.images,
+        seconds=state.seconds + first.seconds,
+        **first.as_result,
         weights_sha256=file_sha256(folder / MODEL) if ranks.leads() else "",
         better=better_of(experiment.metric),
     )
@@ -162,6 +162,8 @@ def _describe(experiment: Experiment, texts: Texts, record: RunRecord) -> None:
             **provenance(),
         }
     )
+    known = feature_sha256(experiment.objective)
+    record.tags({f"{field}.sha256": sha256 for field, sha256 in known.items()})
     measuring = evaluate.provenance(
         experiment.metric, experiment.dataset, experiment.num_samples, experiment.seed
     )

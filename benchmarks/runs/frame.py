@@ -55,5 +55,7 @@ def _numbers(result: Result) -> Iterator[tuple[str, int | None, float]]:
         "parameters": result.num_params,
         "teacher_steps": result.teacher_steps,
         "teacher_seconds": result.teacher_seconds,
+        "pretrain_steps": result.pretrain_steps,
+        "pretrain_seconds": result.pretrain_seconds,
     }
     yield from ((f"{COST}{name}", None, value) for name, value in costs.items())

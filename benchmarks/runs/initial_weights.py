@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import registry
 from backbones.network import FlowNetwork, warm_start
-from backbones.noise import NoiseNetwork
 from backbones.pretrained.exported import CONFIG, load_exported
 from backbones.pretrained.imports import import_file
 from backbones.pretrained.layouts import NUM_HEADS
@@ -54,15 +54,15 @@ def load_initial_weights(experiment: Experiment) -> None:
     if experiment.start_from:
         with _naming("run.start_from", experiment.start_from):
             source = _pretrained(experiment, experiment.start_from, experiment.start_layout)
-            _start_from(experiment, source)
+            warm_start(experiment.net, source)
     if experiment.distilled is None or not experiment.distilled[0].checkpoint:
         return
     teacher, network = experiment.distilled
     folder = Path(teacher.checkpoint)
     with _naming("frozen.checkpoint", teacher.checkpoint):
         if is_run(folder):
-            load_module(measured_weights(folder), network)
-            _check_backbone(experiment, folder)
+            _load_run(folder, network)
+            _check_network(experiment, folder)
         else:
             network = _pretrained(experiment, teacher.checkpoint, teacher.layout)
         attach_teacher(experiment, teacher, network)
@@ -94,36 +94,51 @@ def _pretrained(experiment: Experiment, path: str, layout: str) -> FlowNetwork:
     return network
 
 
-def _check_backbone(experiment: Experiment, folder: Path) -> None:
-    """ValueError unless both backbones have the same settings.
+def _load_run(folder: Path, network: FlowNetwork) -> None:
+    weights = measured_weights(folder)
+    try:
+        load_module(weights, network)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A teacher of another backbone is taken from the folder that objective-zoo "
+            "export makes of the run, with run.warm_start = False"
+        ) from None
+
+
+def _check_network(experiment: Experiment, folder: Path) -> None:
+    """ValueError unless both networks have the same settings of backbone and parametrisation.
 
     Some settings, such as the number of attention heads, change no shape of a weight.
     """
-    name = f"{experiment.backbone_name}."
+    meaning = registry.parametrisations.name_of(experiment.net.parametrisation)
+    names = (f"{experiment.backbone_name}.", f"{meaning}.", "run.parametrisation")
     was, now = (
         {
-            key.split("/")[-1]: value
+            plain: value
             for key, value in gin_setup.bindings_of(text).items()
-            if key.split("/")[-1].startswith(name)
+            if (plain := key.split("/")[-1]).startswith(names)
         }
         for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
     )
     if differing := [k for k in was | now if was.get(k) != now.get(k)]:
-        shown = [f"{k} = {was.get(k)} there, {now.get(k)} here" for k in differing]
-        raise ValueError(f"its backbone is another one: {'; '.join(shown)}")
+        shown = [
+            f"{k} = {was.get(k, 'unbound')} there, {now.get(k, 'unbound')} here" for k in differing
+        ]
+        raise ValueError(f"its network is another one: {'; '.join(shown)}")
 
 
 def attach_teacher(experiment: Experiment, teacher: Frozen, network: FlowNetwork) -> None:
-    """Give the teacher its network; the student starts from it unless run.start_from is bound."""
+    """Give the teacher its network, from which the student starts.
+
+    It does not if run.start_from names another start, nor with run.warm_start = False.
+    """
     teacher.attach(network.to(experiment.device))
-    if not experiment.start_from:
-        _start_from(experiment, network)
-
-
-def _start_from(experiment: Experiment, network: FlowNetwork) -> None:
-    if isinstance(network, NoiseNetwork):
+    if experiment.start_from or not experiment.warm_start:
+        return
+    try:
+        warm_start(experiment.net, network)
+    except ValueError as error:
         raise ValueError(
-            "it predicts noise, and the run's network predicts velocities, which cannot start from "
-            "it. To keep it as the teacher, bind run.start_from to other weights for the student"
-        )
-    warm_start(experiment.net, network)
+            f"{error}. To keep it as the teacher, bind run.warm_start = False, with which the "
+            "student starts anew, or bind run.start_from to other weights for the student"
+        ) from None

@@ -4,6 +4,10 @@ The unit is one forward of the whole batch. A backward costs two (the gradients 
 of weights), a forward-mode tangent one more, beside its forward. So flow matching takes
 1 + 2 = 3, and a method's cost over it is a ratio that no machine and no implementation can beat
 while it makes the same calls. A teacher's calls count like the network's.
+
+A derivative that is trained, in one pass with its value, costs 6: its backward goes back through
+the value and through the tangent, by two products each for every product of the forward. A backward
+through fixed weights, to the inputs alone, costs one.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ COUNTED_ROWS = 64  # at most: more rows take longer, fewer round quotas more
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Passes of the network per step, in forwards of the whole batch."""
+    """Passes of the network per step, of the whole batch; a `backward` costs two forwards."""
 
     forward: float
     tangent: float
@@ -60,15 +64,14 @@ def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes
     Whether a call is differentiated shows in the gradient of the loss by the call's outputs, which
     takes no backward through the network.
     """
-    forward, tangent, backward, total = 0, 0, 0, 0
+    forward, tangent, backward, total = 0, 0, 0.0, 0
     for batch in batches:
         with _Calls(step.net, *step.teachers.values()) as calls:
             per_sample = step(batch, generator(seed, 0, batch.step, batch.x0.device)).per_sample
         for call in calls.made:
             forward += call.rows
             tangent += call.rows if call.has_tangent else 0
-            if _reached(per_sample.mean(), call.outputs):
-                backward += call.rows * (2 if call.tangent_has_graph else 1)
+            backward += call.rows * _backwards(per_sample.mean(), call)
         total += len(per_sample)
     return Passes(forward=forward / total, tangent=tangent / total, backward=backward / total)
 
@@ -77,8 +80,9 @@ def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes
 class _Call:
     rows: int
     has_tangent: bool
-    tangent_has_graph: bool
-    outputs: tuple[Tensor, ...]  # those with a gradient
+    moves_weights: bool
+    values: list[Tensor]  # of the outputs, those with a gradient
+    tangents: list[Tensor]
 
 
 class _Calls:
@@ -107,12 +111,47 @@ class _Calls:
     ) -> None:
         inputs = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
         one_pass = any(isinstance(part, DualTensor) for part in inputs)
-        dual = not one_pass and any(forward_ad.unpack_dual(p).tangent is not None for p in inputs)
-        outputs = tuple(primal_of(value) for value in out.values() if value.requires_grad)
-        self.made.append(_Call(len(inputs[0]), one_pass or dual, dual, outputs))
+        dual = not one_pass and any(_tangent(part) is not None for part in inputs)
+        values = [primal_of(value) for value in out.values()]
+        tangents = [_tangent(value) for value in values] if dual else []
+        moves_weights = any(parameter.requires_grad for parameter in net.parameters())
+        self.made.append(
+            _Call(
+                rows=len(inputs[0]),
+                has_tangent=one_pass or dual,
+                moves_weights=moves_weights,
+                values=_with_gradient(values),
+                tangents=_with_gradient(tangents),
+            )
+        )
 
 
-def _reached(loss: Tensor, outputs: tuple[Tensor, ...]) -> bool:
+def _tangent(x: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(x).tangent
+    return tangent
+
+
+def _with_gradient(outputs: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that have a gradient, as they are outside of torch.func.jvp."""
+    found = []
+    for part in outputs:
+        while part is not None and torch._C._functorch.is_gradtrackingtensor(part):
+            part = torch._C._functorch.get_unwrapped(part)
+        if part is not None and part.requires_grad:
+            found.append(part)
+    return found
+
+
+def _backwards(loss: Tensor, call: _Call) -> float:
+    """How many backwards through the network the loss takes for a call."""
+    if _reached(loss, call.tangents):
+        through = 2.0
+    else:
+        through = 1.0 if _reached(loss, call.values) else 0.0
+    return through if call.moves_weights else through / 2
+
+
+def _reached(loss: Tensor, outputs: list[Tensor]) -> bool:
     if not outputs:
         return False
     gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)

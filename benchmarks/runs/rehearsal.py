@@ -32,8 +32,8 @@ import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.metrics import evaluate
 from benchmarks.runs.execute import Texts, execute
+from benchmarks.runs.pretraining import after_first, train_first
 from benchmarks.runs.result import Result
-from benchmarks.runs.teacher import after_teacher, prepare_teacher
 from benchmarks.runs.training import fit_experiment
 from registry import progress
 from registry.configuration.gin_errors import message_of
@@ -84,8 +84,8 @@ def rehearse(
     with _no_trace(experiment.device):
         execute(small, texts, record, folder)
         small = _small(again(), rows, samples)
-        if prepare_teacher(small, record, folder / "teacher", resume=True).steps:
-            small = after_teacher(small)
+        if train_first(small, record, folder, resume=True).what:
+            small = after_first(small)
         fit_experiment(small, record, folder, resume=True)
         return Result.load(folder)
 

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The figures of a finished run. `steps`, `images` and `seconds` include its teacher's."""
+    """The figures of a finished run.
+
+    `steps`, `images` and `seconds` include what was trained first, a teacher or the network itself.
+    """
 
     name: str
     objective: str
@@ -33,13 +36,20 @@ class Result:
     seconds: float
     teacher_steps: int = 0
     teacher_seconds: float = 0.0
+    pretrain_steps: int = 0
+    pretrain_seconds: float = 0.0
     weights_sha256: str = ""  # of the file MODEL; '' in a folder of an earlier version
     better: str = ""  # "lower" or "higher" where the run's metric declares one for its values
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds that one step of the run takes; the steps of its teacher are left out."""
-        return (self.seconds - self.teacher_seconds) / (self.steps - self.teacher_steps)
+        """Seconds that one step of the objective takes; what was trained first is left out."""
+        return (self.seconds - self.teacher_seconds - self.pretrain_seconds) / self.own_steps
+
+    @property
+    def own_steps(self) -> int:
+        """The steps of the objective itself."""
+        return self.steps - self.teacher_steps - self.pretrain_steps
 
     def better_of(self, metric: str) -> str:
         """Which values of this name are better, "lower" or "higher"; "" where nothing says so.

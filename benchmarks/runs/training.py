@@ -60,7 +60,7 @@ def fit_experiment(
     callbacks: list[Callback] = [
         StopOnNonFinite(policy=experiment.non_finite),
         MetricsLog(record=keep, every=experiment.log_every),
-        ProgressBar(label=f"  {record.name}{' (teacher)' if prefix else ''}"),
+        ProgressBar(label=f"  {record.name}{f' ({prefix[:-1]})' if prefix else ''}"),
     ]
     if every := experiment.evaluate_every:
         callbacks.append(PeriodicEvaluation(fn=evaluation, every=every, at_end=False))
@@ -68,7 +68,7 @@ def fit_experiment(
         callbacks.append(EmaSnapshots(sigma_rels=sigma_rels, count=experiment.ema_snapshots))
     pruning = Pruning(pruner=experiment.pruner, folder=folder)
     callbacks.append(pruning)
-    records = (folder / RECORD, folder.parent / RECORD)  # its own, or that of its teacher's run
+    records = (folder / RECORD, folder.parent / RECORD)  # its own, or that of the run it begins
     callbacks.append(CheckpointCallback(every_seconds=experiment.checkpoint_seconds, along=records))
     state = fit(experiment.training, callbacks=callbacks, folder=folder, resume=resume)
     if pruning.reason:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from registry.protocols import Batch, LossOutput, Network
-from zoo.guidance import drop_labels
 from zoo.objectives.mean_flow import MeanFlow
-from zoo.ops import like, mean_flat, normal_like, sum_flat
+from zoo.ops import like, mean_flat, sum_flat
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +29,27 @@ class PublishedMeanFlow(MeanFlow):
         """With the same parts."""
         if ours.guidance is not None:
             raise ValueError("the published algorithm has no mean_flow.guidance; leave it unbound")
+        if not isinstance(ours.velocity, Conditional):
+            raise ValueError(
+                "the published algorithm takes the conditional velocity; leave mean_flow.velocity "
+                "unbound"
+            )
         return cls(**{f.name: getattr(ours, f.name) for f in fields(ours)})
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        t, r = self.times(n, rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample = self.path.sample(x0, x1, t)
-        v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
+        d = draw(batch, rng, self.path, self.times, self.label_dropout)
+        v = self._guided(self.teacher(net), d, rng)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return net(x, t, r, cond)["u"]
+            return net(x, t, r, d.cond)["u"]
 
         with sdpa_kernel(SDPBackend.MATH):
-            tangents = (v, torch.ones_like(t), torch.zeros_like(r))
-            value, du_dt = torch.func.jvp(u, (sample.x_t, t, r), tangents)[:2]
-        squares = (value - (v - like(t - r, v) * du_dt).detach()) ** 2
+            tangents = (v, torch.ones_like(d.t), torch.zeros_like(d.r))
+            value, du_dt = torch.func.jvp(u, (d.x_t, d.t, d.r), tangents)[:2]
+        squares = (value - (v - like(d.t - d.r, v) * du_dt).detach()) ** 2
         return LossOutput(
             per_sample=self.weight(sum_flat(squares), {"u": value}),
             terms={"u": mean_flat(squares).detach()},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )

@@ -1,7 +1,7 @@
 """The contracts between the parts; see each class for shapes, units and ranges.
 
     methods        a method of training: an objective and its parts, a sampler
-    networks       a network, and the backbone and the heads that make it
+    networks       a network, and the backbone, the heads and the parametrisation that make it
     batches        what an objective is given and what it returns
     data           data sets, and the VAEs whose latents are data
     runs           what surrounds a run: engine, optimizer, metric, recorder, launcher, pruner
@@ -39,6 +39,9 @@ from registry.protocols.data import Coded, Dataset, Shareable, Vae
 from registry.protocols.methods import (
     Coupling,
     Derivative,
+    DifferentiableDerivative,
+    Draw,
+    Features,
     GuidanceLaw,
     JointDerivative,
     Objective,
@@ -48,10 +51,26 @@ from registry.protocols.methods import (
     Sampler,
     Teacher,
     TimeLaw,
+    TransparentTeacher,
+    VelocityEstimator,
     Weight,
 )
-from registry.protocols.networks import Head, Network, Trunk
-from registry.protocols.parts import Reference, couples_rows, parts, required_heads
+from registry.protocols.networks import (
+    Call,
+    Head,
+    Network,
+    Parametrisation,
+    Preconditioning,
+    Trunk,
+)
+from registry.protocols.parts import (
+    Reference,
+    couples_rows,
+    differentiated_by,
+    parts,
+    required_heads,
+    trains_derivative,
+)
 from registry.protocols.rows import check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
@@ -74,14 +93,18 @@ from registry.protocols.runs import (
 __all__ = [
     "NULL_LABEL",
     "Batch",
+    "Call",
     "Coded",
     "Cond",
     "Coupling",
     "Dataset",
     "Derivative",
+    "DifferentiableDerivative",
+    "Draw",
     "Ended",
     "Engine",
     "Extractor",
+    "Features",
     "GuidanceLaw",
     "Head",
     "IntermediateValue",
@@ -93,8 +116,10 @@ __all__ = [
     "Network",
     "Objective",
     "Optimizer",
+    "Parametrisation",
     "Path",
     "PathSample",
+    "Preconditioning",
     "Pruner",
     "RecordStore",
     "Recorder",
@@ -109,13 +134,16 @@ __all__ = [
     "StoredRun",
     "Teacher",
     "TimeLaw",
+    "TransparentTeacher",
     "Trunk",
     "Vae",
+    "VelocityEstimator",
     "Weight",
     "better_of",
     "check_batch",
     "check_reference",
     "couples_rows",
+    "differentiated_by",
     "has_whole_weights",
     "is_picture",
     "is_serial",
@@ -128,4 +156,5 @@ __all__ = [
     "runs_in_several_processes",
     "store_of",
     "to_device",
+    "trains_derivative",
 ]

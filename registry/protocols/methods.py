@@ -30,13 +30,21 @@ class Objective(Protocol):
                       True. A sampler that takes such a step is refused
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
-    `full_gradient`   True if targets are differentiated too
+    `differentiates`  what its gradient runs through beside its predictions; the default is (), and
+                      every target is then without gradient. "derivative": a derivative of the
+                      network, as in the full gradient of Lagrangian self-distillation. "input": the
+                      input of another evaluation, as in a map of two steps. The weights of a
+                      teacher and the output of a target stay without gradient
     `splits_batch`    True if rows that take a derivative pass the network apart from the others
     `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
-                      default), for the "distribution" alone, or "none"
-    `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights
+                      default) if it is the only one, in every row; "distribution" if every map with
+                      the same law is one too, in the mean over batches; or "none"
+    `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights; or
+                      several such mappings, one for each branch that the fields choose
+    `exact_outputs`   for outputs beside u and v, which of the two their exact value is:
+                      {"twin": "v"}
 
-    The last two are for `objective-zoo check`.
+    The last three are for `objective-zoo check`.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -84,11 +92,53 @@ class GuidanceLaw(Protocol):
 class TimeLaw(Protocol):
     """Draws (t, r), [n] each. The rows with r < t come first; their number depends on n alone.
 
-    A law may declare `only_to_data = True`: r is 0 in every row with r < t.
+    A law may declare `only_to_data = True`: r is 0 in every row with r < t. A law that changes over
+    the run has `at_step(step)`, which gives the law of that step; the law itself is then what it
+    settles to. Objectives ask by zoo.times.law_at(law, batch.step). A law may state `cdf(t)` [k] ->
+    [k], the probability that the time of a row, of either kind, is at most t; `objective-zoo check`
+    compares its draws with that.
     """
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]: ...
     def num_off_diagonal(self, n: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an objective draws for a batch: a point of the path for each row of its share.
+
+    `velocity` is the conditional velocity. `labelled` [b] marks the rows of `cond` that still have
+    a label. `batch` is the whole batch, with all of its labels. zoo/points/draws.py makes it.
+    """
+
+    batch: Batch
+    path: Path
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    r: Tensor
+    x_t: Tensor
+    velocity: Tensor
+    cond: Cond | None
+    labelled: Tensor
+
+
+class VelocityEstimator(Protocol):
+    """What an objective takes for the velocity v(x_t, t) along the path, [b *d].
+
+    `target` is what a velocity is regressed onto, before guidance. It comes from outside the
+    network in training, which would learn nothing from its own output. `along` is the velocity
+    that moves the state in the target of a map. It is given that target with the objective's
+    guidance on top, and a function that gives the velocity of the network in training at the same
+    points, which has learned the guidance. Neither has a gradient. It may declare
+
+    `from_network`  True if `along` is the network's own velocity
+    `from_teacher`  True if `target` is the velocity of the teacher, which must be a trained one
+    `couples_rows`  True if a row's target depends on other rows of the batch
+    """
+
+    def target(self, draw: Draw, teacher: Network, rng: torch.Generator) -> Tensor: ...
+    def along(self, guided: Tensor, own: Callable[[], Tensor]) -> Tensor: ...
 
 
 @runtime_checkable
@@ -96,7 +146,8 @@ class Derivative(Protocol):
     """(fn, primals, tangents) -> d/ds fn(primals + s tangents) at s=0, without gradient.
 
     It takes a pass of its own, unless it is a JointDerivative. `needs_forward_ad` says whether
-    every operation of the network needs a forward-mode rule.
+    every operation of the network needs a forward-mode rule. One that declares `differentiable =
+    True` is a DifferentiableDerivative too.
     """
 
     needs_forward_ad: ClassVar[bool]
@@ -133,6 +184,28 @@ class JointDerivative(Derivative, Protocol):
     def linearized(
         self, fn: Callable[..., Mapping[str, Tensor]], primals: Sequence[Tensor], key: str
     ) -> tuple[dict[str, Tensor], Callable[[Sequence[Tensor]], Tensor]]: ...
+
+
+@runtime_checkable
+class DifferentiableDerivative(Derivative, Protocol):
+    """A derivative that is trained: the loss sends a gradient through it to the weights.
+
+    `with_graph` returns the outputs of `fn` by name and the derivative of the output `key`, under
+    the same dropout masks. Both have their graph: to the weights, and to the primals and tangents
+    that have one. It detaches nothing; what an objective holds fixed, it detaches itself. An
+    objective that calls `with_graph` declares `differentiates = ("derivative",)`, and is then given
+    a derivative whose `differentiable` is True, or refused before training.
+    """
+
+    differentiable: ClassVar[bool]
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]: ...
 
 
 class Residual(Protocol):
@@ -177,6 +250,11 @@ class Teacher(Protocol):
     not attached must raise ValueError when training goes on, and never serve the network in
     silence. A teacher that `distils` is another network, trained before: its velocity takes the
     place of the conditional velocity as the target.
+
+    A teacher may have a field `dropout`. With "off", the default, it is evaluated without dropout.
+    With "shared" its calls are made under the masks of the first call of the loss, the prediction.
+    The masks are the same if both calls have the same number of rows and layers that draw in the
+    same order, as those of the network and its average do.
     """
 
     needs_copy: ClassVar[bool]
@@ -185,6 +263,29 @@ class Teacher(Protocol):
     def __call__(self, net: Network) -> Network: ...
     def attach(self, network: torch.nn.Module) -> None: ...
     def update(self, net: torch.nn.Module, step: int) -> None: ...
+
+
+@runtime_checkable
+class TransparentTeacher(Teacher, Protocol):
+    """A teacher that a gradient passes: `through(net)` has one to its inputs, none to weights."""
+
+    def through(self, net: Network) -> Network: ...
+
+
+@runtime_checkable
+class Features(Protocol):
+    """x [b *d] -> features [b k], with a gradient to x and to nothing else.
+
+    An objective has them in a field, such as `features: Features`, and compares them in place of
+    x. `feature_net` is the module that computes them, in evaluation mode and without gradient to
+    its weights, or None if there are no weights. The trainer puts it on the device, and shards it
+    where weights are sharded. It never changes: a checkpoint keeps the SHA-256 of its weights in
+    place of the weights, and a run goes on with the same ones alone.
+    """
+
+    @property
+    def feature_net(self) -> torch.nn.Module | None: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class Sampler(Protocol):

@@ -1,9 +1,13 @@
-"""The contracts of a network, as objectives and samplers call it, and of its trunk and heads."""
+"""The contracts of a network, as objectives and samplers call it, and of the parts that make it.
+
+at = (x, t, r, cond) -> trunk: features, c -> heads: raw readouts -> parametrisation: u, v
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +19,16 @@ Network = Callable[[Tensor, Tensor, Tensor, Cond | None], dict[str, Tensor]]
 
 The heads decide which outputs there are. A network that has the velocity alone ignores r.
 """
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network: its four arguments."""
+
+    x: Tensor  # [b *d]
+    t: Tensor  # [b]
+    r: Tensor  # [b]
+    cond: Cond | None
 
 
 class Trunk(Protocol):
@@ -35,12 +49,37 @@ class Trunk(Protocol):
 
 
 class Head(Protocol):
-    """An nn.Module built as `head(trunk)`: (features, c) -> {key: tensor} for each of its `keys`.
+    """An nn.Module built as `head(trunk)`: (features, c, at) -> {key: tensor} for its `keys`.
 
-    `needs_r` says whether its outputs depend on the end r of the step.
+    `at` is the call of the network. `needs_r` says whether the outputs depend on the end r of the
+    step. `velocities`, optional, names those of the keys that are velocities: u and v unless it
+    says otherwise. Their tensors are raw readouts, from which the network's parametrisation makes
+    the velocities. Every other key is an output as it is.
     """
 
     keys: ClassVar[tuple[str, ...]]
     needs_r: ClassVar[bool]
 
-    def __call__(self, features: Tensor, c: Tensor) -> dict[str, Tensor]: ...
+    def __call__(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]: ...
+
+
+class Parametrisation(Protocol):
+    """What a readout means: (raw [b *d], key, at) -> the velocity [b *d] that it stands for.
+
+    A frozen dataclass. It is called for the keys that the heads declare as velocities. For "u" the
+    velocity is the average over [at.r, at.t], and for every other key the one at at.t. It is
+    smooth in t and r, so that objectives can differentiate through it. `on_path`, optional, is the
+    name of the path on which its equation holds; objectives with another path are refused.
+    """
+
+    def __call__(self, raw: Tensor, key: str, at: Call) -> Tensor: ...
+
+
+@runtime_checkable
+class Preconditioning(Protocol):
+    """A parametrisation that also says with which x, t, r and cond the trunk is called.
+
+    The heads, and the parametrisation itself, still see the call of the network.
+    """
+
+    def inputs(self, at: Call) -> Call: ...

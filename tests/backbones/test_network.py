@@ -67,7 +67,7 @@ class Energy(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, features, c):
+    def forward(self, features, c, at):
         return {"energy": self.scale * c.new_ones(len(c))}
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import registry
-from registry import heads, objectives, samplers, time_laws, weights
+from registry import heads, objectives, parametrisations, samplers, time_laws, weights
 from registry.core import Registry, summary
 
 
@@ -139,7 +139,7 @@ def test_temporary_leaves_nothing_behind_after_an_error():
 
 
 def test_every_kind_is_exported_and_listed_once():
-    names = {*registry.__all__} - {"kinds", "kind_of"}
+    names = {*registry.__all__} - {"kinds", "kind_of", "sees_call"}
     exported = {name: getattr(registry, name) for name in names}
     assert all(isinstance(kind, Registry) for kind in exported.values())
     assert sorted(k.kind for k in exported.values()) == sorted(k.kind for k in registry.kinds)
@@ -311,14 +311,39 @@ def test_head_without_keys_is_refused(keys):
     [
         ({}, "needs_r = None; it needs needs_r: ClassVar = True if"),
         ({"needs_r": "yes"}, "needs_r = 'yes'"),
-        ({"needs_r": True}, r"needs a method forward\(self, features, c\)"),
-        ({"needs_r": True, "forward": lambda self, c: {}}, "it must accept forward"),
+        ({"needs_r": True}, r"needs a method forward\(self, features, c, at\)"),
+        (
+            {"needs_r": True, "forward": lambda self, c: {}},
+            r"it must accept forward\(self, features, c, at\)",
+        ),
+        ({"needs_r": True, "velocities": ("v",)}, r"velocities = \('v',\); .* \('energy',\)"),
+        ({"needs_r": True, "velocities": "energy"}, "velocities = 'energy'; it must be a tuple"),
     ],
 )
 def test_head_without_its_contract_is_refused(members, complaint):
     with pytest.raises(ValueError, match=complaint):
         heads.register("test_head")(type("Made", (), {"keys": ("energy",), **members}))
     assert "test_head" not in heads
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        ({}, r"needs a method __call__\(self, raw, key, at\)"),
+        ({"__call__": lambda self, raw, at: raw}, "it must accept __call__"),
+        (
+            {"__call__": lambda self, raw, key, at: raw, "inputs": lambda self, x, t: x},
+            r"it must accept inputs\(self, at\)",
+        ),
+    ],
+)
+def test_parametrisation_without_its_contract_is_refused(members, complaint):
+    made = type("Made", (), members)
+    with pytest.raises(ValueError, match="is no dataclass; put @dataclass"):
+        parametrisations.register("test_made")(made)
+    with pytest.raises(ValueError, match=complaint):
+        parametrisations.register("test_made")(dataclass(frozen=True)(made))
+    assert "test_made" not in parametrisations
 
 
 def test_sampler_without_nfe_is_refused():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import registry
 from backbones import FlowNetwork, build_network
+from registry.protocols import Parametrisation
 
 SMALL = {
     "dit": ((3, 4, 6), {"dim": 32, "depth": 2, "num_heads": 2}),
@@ -28,13 +29,14 @@ def small(
     heads: tuple[type, ...] | None = None,
     num_classes: int = NUM_CLASSES,
     seed: int = 0,
+    parametrisation: Parametrisation | None = None,
     **fields: Any,
 ) -> FlowNetwork:
     """As built; a registered backbone without an entry in SMALL fails here."""
     shape, defaults = SMALL[backbone]
     torch.manual_seed(seed)
     made = partial(registry.backbones.get(backbone), **{**defaults, **fields})
-    return build_network(made, shape, num_classes, keys, heads)
+    return build_network(made, shape, num_classes, keys, heads, parametrisation)
 
 
 def awake(net: FlowNetwork, scale: float = 0.1) -> FlowNetwork:

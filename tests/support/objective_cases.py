@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.networks import Call, Shape, Tapped, Toy
+from benchmarks.conformance.networks import Evaluation, Shape, Tapped, Toy
 from benchmarks.conformance.subject import random_batch
 from registry.protocols import Batch, LossOutput, required_heads
 from zoo.ops import like
@@ -23,14 +23,14 @@ class Seen:
 
     net: Toy
     batch: Batch
-    calls: list[Call]
+    calls: list[Evaluation]
     out: LossOutput
 
-    def trained(self) -> Call:
+    def trained(self) -> Evaluation:
         """The calls with gradient, as one."""
         calls = [call for call in self.calls if call.with_gradient]
         labels = [call.labels for call in calls]
-        return Call(
+        return Evaluation(
             *(torch.cat(part) for part in zip(*((c.x, c.t, c.r) for c in calls), strict=True)),
             None if labels[0] is None else torch.cat(labels),
             with_gradient=True,

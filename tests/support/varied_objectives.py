@@ -11,16 +11,21 @@ from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
+from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
-from zoo.times import LogitNormalPair, Stratified
+from zoo.times import LogitNormalPair, Progressive, Stratified
 
 OBJECTIVES: Mapping[str, Any] = {
     "flow_matching": FlowMatching(times=Stratified()),
     "optimal_transport": FlowMatching(coupling=MinibatchOT()),
     "mean_flow": MeanFlow(omega=0.5, kappa=0.3),
+    "mean_flow_own": MeanFlow(velocity=Own(), omega=0.5, kappa=0.3, times=Progressive(steps=3)),
+    "plug_in": FlowMatching(velocity=PlugIn(fraction=0.5)),
+    "mean_flow_plug_in": MeanFlow(velocity=PlugIn(fraction=0.5), omega=0.5, label_dropout=0.4),
     "one_row_of_quota": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.05)),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),
+    "decm_plug_in": DECM(velocity=PlugIn(fraction=0.5), guidance_scale=1.5),
 }

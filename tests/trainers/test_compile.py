@@ -11,8 +11,9 @@ import torch
 import zero_work
 from backbone_cases import awake, inputs, small
 from compile_work import Compiler
-from tiny_runs import SIZES, losses, sets, zoo
+from tiny_runs import SIZES, SPACE, losses, sets, zoo
 
+import registry
 from benchmarks.experiments.build import run
 from registry import gin_setup
 from registry.protocols import Batch
@@ -67,8 +68,20 @@ def test_network_and_teachers_are_compiled_and_averages_are_not(compiler):
     assert list(step.net.state_dict()) == list(small("mlp").state_dict())
 
 
+@pytest.mark.parametrize("name", registry.parametrisations.names())
+def test_network_is_one_graph_under_every_parametrisation(name):
+    net = awake(small("mlp", ("u", "v"), parametrisation=registry.parametrisations.get(name)()))
+    x, t, r, cond = inputs("mlp")
+    cond = {**cond, "guidance": torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), 3)}
+    expected = net(x, t, r, cond)
+    net.compile(backend=(compiler := Compiler()), fullgraph=True)
+    for key, value in net(x, t, r, cond).items():
+        assert value.equal(expected[key])
+    assert compiler.calls == 1
+
+
 def test_run_compile_trains_compiled(compiler, tmp_path):
-    words = ["run", "experiments/mixture.gin", "--arm", "mean_flow", *sets(*SIZES, *MLP)]
+    words = ["run", "experiments/mixture.gin", "--arm", "mean_flow", *sets(*SIZES, *SPACE, MLP[-1])]
     for name, more in (("eager", ()), ("compiled", sets("run.compile = True"))):
         done = zoo(*words, "--out", tmp_path / name, *more)
         assert done.status == 0, done.err

@@ -82,7 +82,7 @@ def across_labels(coupling, x0, x1, cond):
 def test_map_of_each_label_is_the_fixed_point(monkeypatch):
     """The only error is that 300 rows are not a law; a plan across labels has another velocity."""
     assert loss_of_the_oracle() < 0.02
-    monkeypatch.setattr("zoo.objectives.flow_matching.coupled_noise", across_labels)
+    monkeypatch.setattr("zoo.points.draws.coupled_noise", across_labels)
     assert loss_of_the_oracle() > 0.3
 
 

@@ -211,7 +211,7 @@ def test_networks_are_no_part_of_what_is_compared_or_printed():
     one, other = EmaTeacher(), EmaTeacher()
     one.attach(Small())
     assert one == other
-    assert repr(one) == repr(other) == "EmaTeacher(decay=0.999)"
+    assert repr(one) == repr(other) == "EmaTeacher(decay=0.999, dropout='off')"
 
 
 @pytest.mark.parametrize(

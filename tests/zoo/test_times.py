@@ -8,18 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_cases import watch
 from scipy import stats
 
 from registry import time_laws
+from zoo.objectives.dumo import DuMo
+from zoo.objectives.mean_flow import MeanFlow
+from zoo.teachers import Online
 from zoo.times import (
     BetaPair,
     LogitNormal,
     LogitNormalPair,
+    Progressive,
     Stratified,
     Uniform,
     UniformPair,
+    law_at,
     logit_normal_draws,
     quota,
+    reaches,
     uniform_draws,
 )
 
@@ -209,3 +216,58 @@ def test_impossible_settings_are_refused(law, field, value):
     name = time_laws.name_of(law)
     with pytest.raises(ValueError, match=rf"^{name}\.{field} = "):
         law(**{field: value})
+
+
+# A law that changes over the run
+
+
+def test_progressive_sends_a_falling_share_of_the_rows_to_the_data():
+    """All of those with r < t at first, half at steps cos(pi / 4), none from `steps` on."""
+    law = Progressive(times=UniformPair(off_diagonal_fraction=0.5), steps=1000)
+    inner = draw(law.times)
+    shares = []
+    for step in (0, 1, 707, 999, 1000, 10**6):
+        t, r = draw(law_at(law, step))
+        k = law.num_off_diagonal(N)
+        to_data = int((r[:k] == 0).sum())
+        assert (r[:to_data] == 0).all()
+        assert torch.equal(t, inner[0])
+        assert torch.equal(r[to_data:], inner[1][to_data:])
+        assert int((r < t).sum()) == k == N // 2
+        shares.append(to_data / k)
+    assert shares == pytest.approx([1, 0.9994, 0.5, 0.0285, 0, 0], abs=2e-4)
+    assert [law.share(step) for step in (0, 1000, 2000)] == [1, 0, 0]
+
+
+def test_progressive_reaches_what_its_law_reaches():
+    law = Progressive()
+    assert reaches(law, 0.8, 0.3)
+    assert reaches(law, 0.8, 0.0)
+    assert reaches(law, 0.8, 0.8)
+
+
+def test_laws_without_steps_are_constant():
+    law = LogitNormalPair()
+    assert law_at(law, 0) is law_at(law, 10**5) is law
+
+
+def test_objectives_draw_by_the_law_of_their_step():
+    law = Progressive(times=UniformPair(off_diagonal_fraction=1.0), steps=10)
+    for objective in (MeanFlow(times=law), DuMo(times=law, teacher=Online())):
+        seen = {step: watch(objective, n=16, step=step).out.r for step in (0, 5, 10)}
+        assert (seen[0] == 0).all()
+        assert 0 < int((seen[5] == 0).sum()) < 16
+        assert (seen[10] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("law", "says"),
+    [
+        (Uniform(), r"progressive.times = @uniform\(\) has no row with r < t"),
+        (BetaPair(r_law="zero"), r"progressive.times = @beta_pair\(\) has r = 0 in every row"),
+        (UniformPair(off_diagonal_fraction=0.0), "has no row with r < t"),
+    ],
+)
+def test_progressive_refuses_laws_that_it_cannot_change(law, says):
+    with pytest.raises(ValueError, match=says):
+        Progressive(times=law)

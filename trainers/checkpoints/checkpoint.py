@@ -4,7 +4,8 @@ Training waits only until a copy is in memory; files are written and hashed whil
 
     checkpoints/step_00001000/
         net.safetensors  ema_0.9999.safetensors  teacher_<field>.safetensors  optimizer.pt
-        state.json       step, images and seconds so far, and what made them
+        state.json       step, images and seconds so far, and what made them, with the SHA-256 of
+                         the weights of features, which never change
         manifest.json    size and SHA-256 of every other file
 
 zero_engine writes other files (zero/checkpoint.py), and several processes write together. If a
@@ -93,7 +94,9 @@ class PendingCheckpoint:
         self.step = state.step
         self._target = folder_of(state) / _name(state.step)
         self._partial = aside_of(self._target)
-        self._counters = SavedCounters.of(state)
+        self._content = {"version": VERSION, **asdict(SavedCounters.of(state))}
+        if state.features:
+            self._content["features"] = state.features
         ranks.together(self._begin, OSError)
         write = state.engine.save(self._partial)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -140,7 +143,7 @@ class PendingCheckpoint:
                     "file system that all its machines share"
                 )
         state = self._partial / STATE
-        write_json(state, {"version": VERSION, **asdict(self._counters)})
+        write_json(state, self._content)
         publish(self._partial, self._target, manifest | {state.name: fingerprint(state)})
 
 
@@ -188,8 +191,23 @@ def _loaded(state: TrainState, path: Path) -> SavedCounters:
     saved = ranks.together(partial(SavedCounters.load, path / STATE), ValueError)
     if path.name != _name(saved.step):
         raise BrokenCheckpoint(f"{path / STATE} is of step {saved.step}, not of {path.name}")
+    _check_features(state, path / STATE)
     ranks.together(partial(state.engine.load, path), ValueError, OSError)
     return saved
+
+
+def _check_features(state: TrainState, path: Path) -> None:
+    """BrokenCheckpoint if the features of the objective have other weights than they had."""
+    had = read_json(path).get("features", {})
+    if had != state.features:
+        changed = [
+            name for name in had | state.features if had.get(name) != state.features.get(name)
+        ]
+        raise BrokenCheckpoint(
+            f"{path} was made with other weights of the objective's {', '.join(changed)}, and what "
+            "they compare would be something else. Restore these weights, or start a new run in "
+            "another folder"
+        )
 
 
 def latest(folder: Path) -> Path | None:

@@ -3,6 +3,8 @@
     zero.json                  shapes by name, numbers of optimizer and engine, how many processes
     rank_00000.safetensors     pieces of weights, averages, teachers and optimizer state
 
+The weights of features never change and are left out; state.json has their SHA-256.
+
 A piece is a range of a flattened tensor. It is called "weight/NAME", "buffer/NAME", or "KEY/NAME"
 for the optimizer's KEY; the file's metadata says where each starts. A tensor that every process
 holds whole is cut into equal pieces, so that nothing is written twice and nothing is gathered. A
@@ -164,8 +166,10 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
         for name, tensor in tensors.items():
             kind = "weight" if f"weight/{name}" in pieces else "buffer"
             pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
+    whole = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
-        save_tensors(partial, {name.removeprefix(prefix): x for name, x in tensors.items()})
+        save_tensors(partial, whole, digest=True)
 
 
 class Pieces:
@@ -222,13 +226,14 @@ class Pieces:
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters, and of the buffers that a state_dict has."""
-    found = {name: shape_of(param) for name, param in module.named_parameters()}
+    found = {name: shape_of(param) for name, param in module.named_parameters() if _changes(name)}
     return found | {name: tuple(buffer.shape) for name, buffer in _buffers(module)}
 
 
 def _weights(module: nn.Module) -> Iterator[Piece]:
     for piece in weight_pieces(module):
-        yield replace(piece, name=f"weight/{piece.name}")
+        if _changes(piece.name):
+            yield replace(piece, name=f"weight/{piece.name}")
     for name, buffer in _buffers(module):
         yield Piece(f"buffer/{name}", 0, buffer.view(-1), everywhere=True)
 
@@ -255,7 +260,12 @@ def _mine(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     kept = module.state_dict(keep_vars=True).keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+    buffers = module.named_buffers()
+    return ((name, buffer) for name, buffer in buffers if name in kept and _changes(name))
+
+
+def _changes(name: str) -> bool:
+    return not name.startswith("features.")
 
 
 def _numbers(optimizer: Any) -> dict[str, float]:

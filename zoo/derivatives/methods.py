@@ -1,11 +1,16 @@
 """Directional derivatives of a network along (x, t, r): d/ds fn(primals + s tangents) at s=0.
 
 `dual` and `jvp` are exact (forward mode). `finite_difference` has an error of O(step^2) plus
-rounding of O(1e-7 / step), so it runs in float32 even under autocast. All three run without
-gradient, in a pass of their own. Every objective here uses the derivative inside a target, so this
-one way serves sharded engines, non-reentrant activation checkpointing and compilation. The default,
-`one_pass` (zoo/derivatives/one_pass.py), needs no pass of its own; it serves most runs, but neither
-ZeRO stage 3 nor compiled networks.
+rounding of O(1e-7 / step), so it runs in float32 even under autocast. As functions all three run
+without gradient, in a pass of their own. That serves the derivative inside a target, and sharded
+engines, non-reentrant activation checkpointing and compilation too. The default, `one_pass`
+(zoo/derivatives/one_pass.py), needs no pass of its own; it serves most runs, but neither ZeRO
+stage 3 nor compiled networks.
+
+Where the derivative itself is trained, `with_graph` gives it with its graph, together with the
+outputs. `dual` and `jvp` take one pass for both; its backward costs twice that of a pass without a
+derivative, since it goes back through the value and through the tangent. `finite_difference` takes
+three passes, and three backwards.
 
 Fused attention has no forward-mode rule, so forward-mode passes take the math kernel; ordinary
 passes keep the fast one. forward_rules.py has rules of our own for some layers, and refuses what
@@ -14,22 +19,30 @@ would give a wrong derivative in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
 from zoo.derivatives.dual_tensors.refusals import BY_DIFFERENCES
 from zoo.derivatives.flash_attention import flash_attention
-from zoo.derivatives.forward_rules import DUAL, STATISTICS, ForwardRules, Replaced
+from zoo.derivatives.forward_rules import (
+    DUAL,
+    DUAL_GRAPH,
+    GRAPH,
+    STATISTICS,
+    ForwardRules,
+    Replaced,
+)
 
 Attention = Literal["math", "jvp_flash"]
 
@@ -63,16 +76,39 @@ def no_gradient() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def kept_counts() -> Iterator[None]:
+    """Leave the batches that batch norms have counted: the pass of the value counts them."""
+    before: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the counter itself, and its value
+
+    def note(module: nn.Module, _inputs: object) -> None:
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor) and module not in before:
+            before[module] = counter, counter.clone()
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for counter, value in before.values():
+                counter.copy_(value)
+
+
 @derivatives.register("dual")
 @dataclass(frozen=True, kw_only=True)
 class Dual:
     """Exact, by dual numbers of torch.autograd.forward_ad; works in every engine.
+
+    Where the derivative is trained, weights must be whole: not in stage 3 of ZeRO.
 
     `attention` is the kernel of its pass: torch's math kernel, or the one of
     flash_attention.py on CUDA.
     """
 
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = True
 
     attention: Attention = "math"
 
@@ -86,7 +122,14 @@ class Dual:
     ) -> Tensor:
         flash = {F.scaled_dot_product_attention: flash_attention}
         rules = {**DUAL, **(flash if self.attention == "jvp_flash" else {})}
-        with _forward_mode(), forward_ad.dual_level(), ForwardRules(rules):
+        with (
+            no_gradient(),
+            replay_rng(),
+            kept_counts(),
+            _forward_mode(),
+            forward_ad.dual_level(),
+            ForwardRules(rules),
+        ):
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
                 for p, d in zip(primals, tangents, strict=True)
@@ -96,6 +139,28 @@ class Dual:
             raise RuntimeError(NO_TANGENT)
         return tangent
 
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One pass; NotImplementedError for the kernel of flash attention, which has no gradient
+        of its tangent.
+        """
+        if self.attention != "math":
+            raise NotImplementedError(
+                f"dual.attention = {self.attention!r} gives a derivative without a gradient of its "
+                "own, and this objective trains its derivative; bind dual.attention = 'math'"
+            )
+        with _forward_mode(), forward_ad.dual_level(), ForwardRules(DUAL_GRAPH):
+            duals = [forward_ad.make_dual(p, d) for p, d in zip(primals, tangents, strict=True)]
+            pairs = {name: forward_ad.unpack_dual(value) for name, value in fn(*duals).items()}
+        if (tangent := pairs[key].tangent) is None:
+            raise RuntimeError(NO_TANGENT)
+        return {name: pair.primal for name, pair in pairs.items()}, tangent
+
 
 @derivatives.register("jvp")
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +168,36 @@ class Jvp:
     """Exact, by torch.func.jvp; a second opinion on `dual`, not for sharded engines."""
 
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = True
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with _forward_mode(), ForwardRules(STATISTICS):
+        with (
+            no_gradient(),
+            replay_rng(),
+            kept_counts(),
+            _forward_mode(),
+            ForwardRules(STATISTICS),
+        ):
             detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
             return torch.func.jvp(fn, *detached)[1]
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One pass."""
+
+        def outputs(*at: Tensor) -> dict[str, Tensor]:
+            return dict(fn(*at))
+
+        with _forward_mode(), ForwardRules(GRAPH):
+            out, moved, *_ = torch.func.jvp(outputs, tuple(primals), tuple(tangents))
+        return out, moved[key]
 
 
 @derivatives.register("finite_difference")
@@ -118,6 +206,7 @@ class FiniteDifference:
     """Approximate, by a central difference of two forwards in the weights' own precision."""
 
     needs_forward_ad: ClassVar = False
+    differentiable: ClassVar = True
 
     step: float = 1e-3
 
@@ -128,13 +217,30 @@ class FiniteDifference:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
+        with no_gradient():
+            return self._difference(fn, primals, tangents)
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Three passes, of which the last one, at the primals, draws the masks of all three."""
+        moved = self._difference(lambda *at: fn(*at)[key], primals, tangents)
+        return dict(fn(*primals)), moved
+
+    def _difference(
+        self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor:
         def at(s: float) -> Tensor:
             with replay_rng():
                 return fn(*(p + s * d for p, d in zip(primals, tangents, strict=True)))
 
         device = primals[0].device.type
         exactly = torch.autocast(device, enabled=False)
-        with no_gradient(), eager(), exactly, Replaced(STATISTICS):
+        with eager(), exactly, kept_counts(), Replaced(STATISTICS):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
@@ -169,7 +275,7 @@ def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> A
 
 @contextmanager
 def _forward_mode() -> Iterator[None]:
-    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager():
+    with sdpa_kernel(SDPBackend.MATH), eager():
         try:
             yield
         except RuntimeError as error:  # and NotImplementedError, which is one

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,11 +33,14 @@ from zoo.derivatives.dual_tensors import (
     primal_of,
     rule_of,
 )
+from zoo.derivatives.dual_tensors.refusals import BY_DIFFERENCES, refuse
+from zoo.derivatives.forward_rules import SET_DATA, STATISTICS, Replaced
 from zoo.derivatives.methods import (
     NO_TANGENT,
     Dual,
     derivative_of_u,
     eager,
+    kept_counts,
     no_gradient,
     replay_rng,
     with_derivatives,
@@ -58,6 +61,7 @@ class OnePass:
     """Exact, in the forward pass of the prediction; not for ZeRO stage 3, nor compiled networks."""
 
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = False
     tests_rows: ClassVar = True
 
     @property
@@ -67,7 +71,7 @@ class OnePass:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with no_gradient(), replay_rng():
+        with no_gradient(), replay_rng(), kept_counts(), _OwnPass(STATISTICS):
             return self.with_value(lambda *at: {"": fn(*at)}, primals, tangents, "")[1]
 
     def with_value(
@@ -111,6 +115,13 @@ class OnePass:
         wanted = dual.tangent
         return out, lambda tangents: finished.replay([d.detach() for d in tangents], wanted)
 
+    def with_graph(self, *_: Any) -> NoReturn:
+        """NotImplementedError: tangents are computed without a graph here."""
+        raise NotImplementedError(
+            "one_pass gives a derivative without a gradient of its own, and this objective trains "
+            "its derivative; bind @dual(), which gives both in one pass"
+        )
+
     def _run(
         self,
         fn: Callable[..., Outputs],
@@ -127,11 +138,51 @@ class OnePass:
         return {name: primal_of(value) for name, value in out.items()}, dual
 
 
+class _OwnPass(Replaced):
+    """The mode of a pass of its own, such as that of the start-up probe.
+
+    It refuses `plain.data = y` of a plain tensor, which would end the process: torch gives the
+    plain tensor what a `DualTensor` does not have. A mode costs time, so passes of the training,
+    which follow the probe, do without it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func == SET_DATA and any(type(one) is DualTensor for one in args):
+            refuse("x.data = y, which exchanges the data of a tensor", BY_DIFFERENCES)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def apart(objective: Any) -> Any:
     """The same objective with each of its derivatives in a pass of its own."""
 
     def choose(derivative: Derivative) -> Derivative:
         return derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+
+    return with_derivatives(objective, choose)
+
+
+def with_graphs(objective: Any) -> Any:
+    """The same objective with derivatives that can be trained.
+
+    One without a graph gives way to its `in_own_pass`. ValueError if that has none either.
+    """
+
+    def choose(derivative: Derivative) -> Derivative:
+        own = derivative.in_own_pass if isinstance(derivative, JointDerivative) else derivative
+        for candidate in (derivative, own):
+            if getattr(candidate, "differentiable", False):
+                return candidate
+        raise ValueError(
+            f"the objective {type(objective).__name__} trains its derivative, and {derivative!r} "
+            "gives one without a gradient of its own (differentiable is not True). Bind @dual(), "
+            "@jvp() or @finite_difference()"
+        )
 
     return with_derivatives(objective, choose)
 

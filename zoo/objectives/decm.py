@@ -28,7 +28,9 @@ square; r of the noise-to-noisy rows is t_n times the time law.
 
 The paper distils a frozen teacher (`teacher = @frozen()`, cosine_weight = 1). The default here,
 which is ours alone, has no such teacher: v is the (guided) conditional velocity at the
-instantaneous rows, and the network's own u(x, t, t) without gradient elsewhere.
+instantaneous rows, and the network's own u(x, t, t) without gradient elsewhere. Another `velocity`
+(zoo/points/velocities.py) is for the first two clusters; v1 and v2 are always a network's. Where it
+is no function of (x_t, t), as the conditional one, the clip moves the optimum.
 
 Each cluster has a forward pass of its own, which gives its derivative too, since the velocity of
 one is the tangent of the next. In forward passes of the batch, of which flow matching takes 3, a
@@ -56,15 +58,18 @@ from registry.protocols import (
     Reference,
     Teacher,
     TimeLaw,
+    VelocityEstimator,
 )
 from registry.ranges import Probability
 from zoo.anchored import anchor, relaxed_consistency
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
-from zoo.guidance import drop_labels, guided_target, guided_velocity
-from zoo.ops import like, mean_flat, normal_like
+from zoo.guidance import guided_velocity
+from zoo.ops import like, mean_flat
 from zoo.paths import Linear
+from zoo.points.draws import draw
+from zoo.points.velocities import FromTeacher, Own, check_velocity, guided_by
 from zoo.teachers import Online
-from zoo.times import Stratified
+from zoo.times import Stratified, law_at
 
 
 @objectives.register("decm")
@@ -80,6 +85,7 @@ class DECM:
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=Stratified)
     teacher: Teacher = field(default_factory=Online)
+    velocity: VelocityEstimator | None = None  # a trained teacher's, or else the network's own
     derivative: Derivative = field(default_factory=OnePass)
     lam: float = 0.5
     gamma: float = 1.0
@@ -100,6 +106,7 @@ class DECM:
                 raise ValueError(f"decm.{name} = {getattr(self, name)!r} must not be negative")
         if self.guidance_scale < 1:
             raise ValueError(f"decm.guidance_scale = {self.guidance_scale!r} must be at least 1")
+        check_velocity("decm", self._estimator, teacher=self.teacher)
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -108,33 +115,26 @@ class DECM:
         return ("map_to_data", *from_noise, "velocity")
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        t, zero = self.times(n, rng)[0], torch.zeros(n, device=rng.device)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        with_n2n = self.n2n_every > 0 and batch.step % self.n2n_every == 0
-        r = self.times(n, rng)[0] * self.start_time(batch.step) if with_n2n else zero
-        x0, x1, t, r, zero, cond, labelled = batch.share.rows(
-            batch.x0, x1, t, r, zero, cond, labelled
-        )
-        near, teacher = self.path.sample(x0, x1, t), self.teacher(net)
-        u = net(near.x_t, t, t, cond)["u"]
-        if self.teacher.distils:
-            v = v_g = self._velocity(teacher, near.x_t, t, cond)
-        else:
-            v = u.detach()
-            share, limit = 1 - 1 / self.guidance_scale, self.guidance_limit
-            v_g = guided_target(near.velocity, teacher, near.x_t, t, cond, labelled, share, limit)
+        d = draw(batch, rng, self.path, self.times, self.label_dropout)
+        x, t, cond = d.x_t, d.t, d.cond
+        velocity, teacher, w = self._estimator, self.teacher(net), self.guidance_scale
+        u = net(x, t, t, cond)["u"]
+        share = w - 1 if self.teacher.distils else 1 - 1 / w
+        v_g = guided_by(velocity, d, teacher, rng, share, limit=self.guidance_limit)
+        v = velocity.along(v_g, lambda: u)
 
-        loss, g = self._consistency(net, near.x_t, t, cond, v)
+        loss, g = self._consistency(net, x, t, cond, v)
         per_sample = loss + self.fm_weight * anchor(u, v_g, self.cosine_weight)
         terms = {"consistency": mean_flat(g**2), "v": mean_flat((u - v_g) ** 2).detach()}
-        if with_n2n:
-            t_n = torch.full_like(t, self.start_time(batch.step))
-            noisy = self.path.sample(x0, x1, t_n)
-            loss, g = self._noise_to_noisy(net, teacher, noisy.x_t, t_n, r, cond)
+        if self.n2n_every > 0 and batch.step % self.n2n_every == 0:
+            start = self.start_time(batch.step)
+            (ends,) = batch.share.rows(law_at(self.times, batch.step)(len(batch), rng)[0])
+            t_n = torch.full_like(t, start)
+            noisy = self.path.sample(d.x0, d.x1, t_n)
+            loss, g = self._noise_to_noisy(net, teacher, noisy.x_t, t_n, ends * start, cond)
             per_sample = per_sample + self.n2n_weight * loss
             terms["n2n"] = mean_flat(g**2)
-        return LossOutput(per_sample=per_sample, terms=terms, t=t, r=zero)
+        return LossOutput(per_sample=per_sample, terms=terms, t=t, r=torch.zeros_like(t))
 
     def trains_step(self, t: float, r: float) -> bool:
         """Whether (t, r) lies in a cluster: to the data, on the diagonal, or from the noise."""
@@ -144,6 +144,10 @@ class DECM:
     def start_time(self, step: int) -> float:
         """t_n, which rises from 1 - start_gap to exactly 1 over start_decay_steps."""
         return 1 - self.start_gap * max(0.0, 1 - step / max(self.start_decay_steps, 1))
+
+    @property
+    def _estimator(self) -> VelocityEstimator:
+        return self.velocity or (FromTeacher() if self.teacher.distils else Own())
 
     def _consistency(
         self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, v: Tensor

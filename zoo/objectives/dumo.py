@@ -4,11 +4,14 @@
     u head   || u(x_t, t, r) - sg[ u - clip(g) ] ||^2         on every row
 
 g is a residual of the average velocity along a direction d (zoo/residuals.py): RCGM's finite
-difference with an EMA teacher, or the exact derivative. At the truth both losses are stationary for
-any positive clip, provided that d is a function of (x_t, t). The v head's own velocity is one. The
-conditional velocity is not, and an elementwise clip then moves the optimum towards its median.
+difference with an EMA teacher, or the exact derivative. The direction is the v head's own velocity,
+or v_g. At the truth both losses are stationary for any positive clip, provided that d is a function
+of (x_t, t). The v head's velocity is one, and so is a trained teacher's. The conditional velocity
+is not, and an elementwise clip then moves the optimum towards its median.
 
     v_g = v_c + omega ( v(x_t, t, t, y) - v(x_t, t, t, null) )    scale 1 / (1 - omega)
+
+Another `velocity` (zoo/points/velocities.py) takes the place of v_c.
 
 The error of a few-step sample is bounded by both: along the v head's own trajectories
 x_t - (t - r) u - X_v(x_t, t, r) = - int_r^t R d tau, with R the exact residual for d = v.
@@ -37,20 +40,16 @@ from registry.protocols import (
     Residual,
     Teacher,
     TimeLaw,
+    VelocityEstimator,
     Weight,
 )
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import outputs_then_derivative
-from zoo.guidance import (
-    check_interval,
-    drop_labels,
-    guidance_share,
-    guided_target,
-    inside,
-    with_guidance,
-)
-from zoo.ops import clipped, mean_flat, normal_like, rms
+from zoo.guidance import check_interval, guidance_share
+from zoo.ops import clipped, mean_flat, rms
 from zoo.paths import Linear
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher
 from zoo.times import BetaPair, reaches
@@ -79,6 +78,7 @@ class DuMo:
     times: TimeLaw = field(default_factory=BetaPair)
     residual: Residual = field(default_factory=Rcgm)
     teacher: Teacher = field(default_factory=EmaTeacher)
+    velocity: VelocityEstimator = field(default_factory=Conditional)
     direction: Direction = "head"
     clip: float = 1.0
     clip_by: ClipBy = "element"
@@ -105,6 +105,7 @@ class DuMo:
         ):
             if value not in get_args(kind):
                 raise ValueError(f"dumo.{name} = {value!r}; allowed: {', '.join(get_args(kind))}")
+        check_velocity("dumo", self.velocity, teacher=self.teacher, asks_for_maps=True)
 
     @property
     def guidance_scale(self) -> float:
@@ -115,23 +116,19 @@ class DuMo:
         return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        x1 = normal_like(batch.x0, rng)
-        t, r = self.times(len(batch), rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
-        if self.guidance is not None:
-            cond = with_guidance(cond, self.guidance, r == t, rng)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample = self.path.sample(x0, x1, t)
+        p = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)
         teacher = self.teacher(net)
-        rows = labelled & inside(t, self.guidance_interval)
-        share = self.omega if self.guidance is None else guidance_share(cond, t)
-        v_g = guided_target(sample.velocity, teacher, sample.x_t, t, cond, rows, share)
+        share = self.omega if self.guidance is None else guidance_share(p.cond, p.t)
+        share = share / (1 - share) if self.teacher.distils else share
+        interval = self.guidance_interval
+        v_g = guided_by(self.velocity, p, teacher, rng, share, interval=interval)
 
-        point = (sample.x_t, t, r)
-        out, du_along = outputs_then_derivative(self.residual.derivative, net, cond, point)
+        point = (p.x_t, p.t, p.r)
+        out, du_along = outputs_then_derivative(self.residual.derivative, net, p.cond, point)
         u, v = out["u"], out["v"]
-        d = v.detach() if self.direction == "head" else v_g
-        g = self.residual(du_along, teacher, *point, cond, u.detach(), d)
+        head = v.detach()
+        d = head if self.direction == "head" else self.velocity.along(v_g, lambda: head)
+        g = self.residual(du_along, teacher, *point, p.cond, u.detach(), d)
         target = (u - clipped(g, self.clip, self.clip_by)).detach()
 
         error_v, error_u = mean_flat((v - v_g) ** 2), mean_flat((u - target) ** 2)
@@ -140,6 +137,6 @@ class DuMo:
             per_sample=loss_v + self.lambda_u * loss_u,
             terms={"v": error_v.detach(), "u": error_u.detach()},
             diagnostics={"residual_rms": rms(g)},
-            t=t,
-            r=r,
+            t=p.t,
+            r=p.r,
         )

@@ -26,13 +26,15 @@ from registry.protocols import (
     Path,
     Reference,
     TimeLaw,
+    VelocityEstimator,
     Weight,
 )
 from registry.ranges import Probability
-from zoo.couplings import Independent, coupled_noise
-from zoo.guidance import drop_labels
-from zoo.ops import mean_flat, normal_like
+from zoo.couplings import Independent
+from zoo.ops import mean_flat
 from zoo.paths import Linear
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional, check_velocity
 from zoo.times import Uniform
 from zoo.weighting import Unweighted
 
@@ -54,16 +56,19 @@ class FlowMatching:
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=Uniform)
     coupling: Coupling = field(default_factory=Independent)
+    velocity: VelocityEstimator = field(default_factory=Conditional)
     weight: Weight = field(default_factory=Unweighted)
     label_dropout: Probability = 0.1
 
-    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        x1 = coupled_noise(self.coupling, batch.x0, normal_like(batch.x0, rng), batch.cond)
-        t, _ = self.times(len(batch), rng)
-        cond, _ = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
-        x0, x1, t, cond = batch.share.rows(batch.x0, x1, t, cond)
-        sample = self.path.sample(x0, x1, t)
+    def __post_init__(self) -> None:
+        coupling = self.coupling
+        check_velocity("flow_matching", self.velocity, coupling=coupling, anchors=False)
 
-        out = net(sample.x_t, t, t, cond)
-        error = mean_flat((out["v"] - sample.velocity) ** 2)
-        return LossOutput(per_sample=self.weight(error, out), terms={"v": error.detach()}, t=t, r=t)
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
+        d = draw(batch, rng, self.path, self.times, self.label_dropout, coupling=self.coupling)
+        v = self.velocity.target(d, net, rng)
+        out = net(d.x_t, d.t, d.t, d.cond)
+        error = mean_flat((out["v"] - v) ** 2)
+        return LossOutput(
+            per_sample=self.weight(error, out), terms={"v": error.detach()}, t=d.t, r=d.t
+        )

@@ -35,8 +35,8 @@ from torch import Tensor
 from registry import objectives
 from registry.protocols import (
     Batch,
-    Cond,
     Derivative,
+    Draw,
     GuidanceLaw,
     LossOutput,
     Network,
@@ -48,14 +48,13 @@ from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import (
     IMPROVED_MEAN_FLOW,
-    drop_labels,
     guidance_share,
-    unlabelled,
+    guided_target,
     velocity_at,
-    with_guidance,
 )
-from zoo.ops import first_rows, like, mean_flat, normal_like, rms, sum_flat
+from zoo.ops import first_rows, like, mean_flat, rms, sum_flat
 from zoo.paths import Linear
+from zoo.points.draws import draw
 from zoo.teachers import without_gradient
 from zoo.times import LogitNormalPair, reaches
 from zoo.weighting import Adaptive
@@ -88,19 +87,15 @@ class ImprovedMeanFlow:
         return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        t, r = self.times(n, rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        if self.guidance is not None:
-            cond = with_guidance(cond, self.guidance, r == t, rng)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample, quota = self.path.sample(x0, x1, t), self.times.num_off_diagonal(n)
+        d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)
+        quota = self.times.num_off_diagonal(len(batch))
         k, derivative = batch.share.size(quota), self.derivative if quota else None
-        own, v_g = self._velocities(net, sample.x_t, t, cond, labelled, sample.velocity, k)
+        own, v_g = self._velocities(net, d, k)
 
-        point, along = (sample.x_t, t, r), (own, torch.ones_like(t[:k]), torch.zeros_like(r[:k]))
-        out, du_dt = outputs_and_derivative(derivative, net, cond, point, along)
-        correction = like(t[:k] - r[:k], du_dt) * du_dt
+        tangents = own, torch.ones_like(d.t[:k]), torch.zeros_like(d.r[:k])
+        point = d.x_t, d.t, d.r
+        out, du_dt = outputs_and_derivative(derivative, net, d.cond, point, tangents)
+        correction = like(d.t[:k] - d.r[:k], du_dt) * du_dt
         target = torch.cat([v_g[:k] - correction, v_g[k:]]).detach()
         squares_u, squares_v = (out["u"] - target) ** 2, (out["v"] - v_g) ** 2
         loss_u = self.weight_u(sum_flat(squares_u), out)
@@ -108,26 +103,15 @@ class ImprovedMeanFlow:
             per_sample=loss_u + self.weight_v(sum_flat(squares_v), out),
             terms={"u": mean_flat(squares_u).detach(), "v": mean_flat(squares_v).detach()},
             diagnostics={"du_dt_rms": rms(du_dt)} if k else {},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )
 
-    def _velocities(
-        self,
-        net: Network,
-        x: Tensor,
-        t: Tensor,
-        cond: Cond | None,
-        labelled: Tensor,
-        v_c: Tensor,
-        k: int,
-    ) -> tuple[Tensor, Tensor]:
+    def _velocities(self, net: Network, d: Draw, k: int) -> tuple[Tensor, Tensor]:
         """The network's own velocity of the first k rows, and v_g of all rows."""
-        model = without_gradient(net)
+        model, x, t = without_gradient(net), d.x_t, d.t
         if self.guidance is None:
-            return velocity_at(model, x[:k], t[:k], first_rows(cond, k)), v_c
-        own = velocity_at(model, x, t, cond)
-        extra = like(guidance_share(cond, t), x) * (
-            own - velocity_at(model, x, t, unlabelled(cond))
-        )
-        return own[:k], torch.where(like(labelled, x), v_c + extra, v_c)
+            return velocity_at(model, x[:k], t[:k], first_rows(d.cond, k)), d.velocity
+        own, share = velocity_at(model, x, t, d.cond), guidance_share(d.cond, t)
+        v_g = guided_target(d.velocity, model, x, t, d.cond, d.labelled, share, with_label=own)
+        return own[:k], v_g

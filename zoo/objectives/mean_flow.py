@@ -2,15 +2,17 @@
 
     u(x_t, t, r) = v(x_t, t) - (t - r) d/dt u(x_t, t, r)
 
-The total derivative runs along the path, so its tangents are (v, 1, 0) for (x, t, r). With the
-conditional velocity in place of v the identity holds in expectation over x_t. Rows with r = t are
-plain flow matching, so only the rows with r < t (25 %) pay for the derivative.
+The total derivative runs along the path, so its tangents are (v, 1, 0) for (x, t, r). `velocity`
+says what v is (zoo/points/velocities.py). With the conditional velocity the identity holds in
+expectation over x_t. Rows with r = t are plain flow matching, so only the rows with r < t (25 %)
+pay for the derivative; the network's own velocity is for these alone.
 
 Guidance during training replaces the conditional velocity v_c, inside an interval of t, by
 
     v_g = omega v_c + (1 - omega - kappa) u(x_t, t, t, null) + kappa u(x_t, t, t, y),
 
-whose fixed point is classifier-free guidance of scale omega / (1 - kappa).
+whose fixed point is classifier-free guidance of scale omega / (1 - kappa). The velocity of a
+trained teacher, which does not learn this, is guided with that scale instead.
 
 From the paper (Geng et al., arXiv 2505.13447) and its released code: all of the above, the
 logit-normal times, the adaptive weight on the error summed over elements, 10 % label dropout with
@@ -30,30 +32,26 @@ from torch import Tensor
 from registry import objectives
 from registry.protocols import (
     Batch,
-    Cond,
     Derivative,
+    Draw,
     GuidanceLaw,
     LossOutput,
     Network,
     Path,
     Reference,
+    Teacher,
     TimeLaw,
+    VelocityEstimator,
     Weight,
 )
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
-from zoo.guidance import (
-    check_interval,
-    drop_labels,
-    guidance_share,
-    guided_target,
-    inside,
-    unlabelled,
-    with_guidance,
-)
-from zoo.ops import like, mean_flat, normal_like, rms, sum_flat
+from zoo.guidance import check_interval, guidance_share, inside, unlabelled, velocity_at
+from zoo.ops import first_rows, like, mean_flat, rms, sum_flat
 from zoo.paths import Linear
-from zoo.teachers import without_gradient
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional, check_velocity, guided_by
+from zoo.teachers import Online
 from zoo.times import LogitNormalPair, reaches
 from zoo.weighting import Adaptive
 
@@ -74,6 +72,8 @@ class MeanFlow:
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=LogitNormalPair)
+    velocity: VelocityEstimator = field(default_factory=Conditional)
+    teacher: Teacher = field(default_factory=Online)
     derivative: Derivative = field(default_factory=OnePass)
     weight: Weight = field(default_factory=Adaptive)
     omega: float = 1.0
@@ -91,6 +91,8 @@ class MeanFlow:
             )
         if not 0 <= self.kappa < 1:
             raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
+        anchors = self.splits_batch
+        check_velocity("mean_flow", self.velocity, teacher=self.teacher, anchors=anchors)
 
     @property
     def guidance_scale(self) -> float:
@@ -106,44 +108,43 @@ class MeanFlow:
         return 0 < self.times.num_off_diagonal(n) < n
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        t, r = self.times(n, rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        if self.guidance is not None:
-            cond = with_guidance(cond, self.guidance, r == t, rng)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample = self.path.sample(x0, x1, t)
-        v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
+        d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)
+        teacher = self.teacher(net)
+        v = self._guided(teacher, d, rng)
 
-        quota = self.times.num_off_diagonal(n)
+        quota = self.times.num_off_diagonal(len(batch))
         k, derivative = batch.share.size(quota), self.derivative if quota else None
-        point, along = (sample.x_t, t, r), (v[:k], torch.ones_like(t[:k]), torch.zeros_like(r[:k]))
-        out, du_dt = outputs_and_derivative(derivative, net, cond, point, along)
-        correction = like(t[:k] - r[:k], du_dt) * du_dt
-        target = torch.cat([v[:k] - correction, v[k:]]).detach()
+        first = d.x_t[:k], d.t[:k], first_rows(d.cond, k)
+        along = self.velocity.along(v[:k], lambda: velocity_at(teacher, *first))
+        tangents = (along, torch.ones_like(d.t[:k]), torch.zeros_like(d.r[:k]))
+        point = (d.x_t, d.t, d.r)
+        out, du_dt = outputs_and_derivative(derivative, net, d.cond, point, tangents)
+        correction = like(d.t[:k] - d.r[:k], du_dt) * du_dt
+        target = torch.cat([along - correction, v[k:]]).detach()
 
         squares = (out["u"] - target) ** 2
         return LossOutput(
             per_sample=self.weight(sum_flat(squares), out),
             terms={"u": mean_flat(squares).detach()},
             diagnostics={"du_dt_rms": rms(du_dt)} if k else {},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )
 
-    def _guided(
-        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
-    ) -> Tensor:
-        """v_g on the labelled rows inside the interval, v_c elsewhere."""
-        model = without_gradient(net)
-        if self.guidance is not None and cond is not None:
-            share = guidance_share(cond, t)
-            return guided_target(v_c, model, x, t, cond, labelled, share)
+    def _guided(self, teacher: Network, d: Draw, rng: torch.Generator) -> Tensor:
+        """v_g on the labelled rows inside the interval, v elsewhere."""
+        if self.guidance is not None or self.teacher.distils:
+            share = (
+                self.guidance_scale - 1 if self.guidance is None else guidance_share(d.cond, d.t)
+            )
+            if self.guidance is not None and self.teacher.distils:
+                share = share / (1 - share)
+            return guided_by(self.velocity, d, teacher, rng, share, interval=self.guidance_interval)
+        v = self.velocity.target(d, teacher, rng)
         if self.omega == 1 and self.kappa == 0:
-            return v_c
-        v_g = (
-            self.omega * v_c + (1 - self.omega - self.kappa) * model(x, t, t, unlabelled(cond))["u"]
-        )
+            return v
+        null = teacher(d.x_t, d.t, d.t, unlabelled(d.cond))["u"]
+        v_g = self.omega * v + (1 - self.omega - self.kappa) * null
         if self.kappa:
-            v_g = v_g + self.kappa * model(x, t, t, cond)["u"]
-        return torch.where(like(labelled & inside(t, self.guidance_interval), x), v_g, v_c)
+            v_g = v_g + self.kappa * teacher(d.x_t, d.t, d.t, d.cond)["u"]
+        return torch.where(like(d.labelled & inside(d.t, self.guidance_interval), v), v_g, v)

@@ -39,13 +39,15 @@ from registry.protocols import (
     Residual,
     Teacher,
     TimeLaw,
+    VelocityEstimator,
     Weight,
 )
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import outputs_then_derivative
-from zoo.guidance import drop_labels, guided_target
-from zoo.ops import clipped, mean_flat, normal_like, rms
+from zoo.ops import clipped, mean_flat, rms
 from zoo.paths import Linear
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher
 from zoo.times import BetaPair, reaches
@@ -64,6 +66,7 @@ class RecursiveConsistency:
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=lambda: BetaPair(off_diagonal_fraction=1.0))
+    velocity: VelocityEstimator = field(default_factory=Conditional)
     residual: Residual = field(default_factory=Rcgm)
     teacher: Teacher = field(default_factory=EmaTeacher)
     weight: Weight = field(default_factory=lambda: Adaptive(power=0.5, offset=1e-6))
@@ -78,6 +81,13 @@ class RecursiveConsistency:
                 f"recursive_consistency.omega = {self.omega!r} must lie in [0, 1): the guidance "
                 "scale is 1 / (1 - omega), and training diverges where omega >= 1"
             )
+        check_velocity(
+            "recursive_consistency",
+            self.velocity,
+            teacher=self.teacher,
+            anchors=False,
+            asks_for_maps=True,
+        )
 
     @property
     def guidance_scale(self) -> float:
@@ -88,26 +98,20 @@ class RecursiveConsistency:
         return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        x1 = normal_like(batch.x0, rng)
-        t, r = self.times(len(batch), rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, len(batch))
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample, teacher = self.path.sample(x0, x1, t), self.teacher(net)
-        v_g = guided_target(
-            sample.velocity, teacher, sample.x_t, t, cond, labelled, share=self.omega
-        )
+        d = draw(batch, rng, self.path, self.times, self.label_dropout)
+        teacher, point = self.teacher(net), (d.x_t, d.t, d.r)
+        v_g = guided_by(self.velocity, d, teacher, rng, self.omega)
 
-        point = (sample.x_t, t, r)
-        out, du_along = outputs_then_derivative(self.residual.derivative, net, cond, point)
-        g = self.residual(du_along, teacher, *point, cond, out["u"].detach(), v_g)
+        out, du_along = outputs_then_derivative(self.residual.derivative, net, d.cond, point)
+        g = self.residual(du_along, teacher, *point, d.cond, out["u"].detach(), v_g)
         target = (out["u"] - clipped(g, self.clip, "element")).detach()
         error = mean_flat((out["u"] - target) ** 2)
         return LossOutput(
-            per_sample=self.factor(t - r) * self.weight(error, out),
+            per_sample=self.factor(d.t - d.r) * self.weight(error, out),
             terms={"u": error.detach()},
             diagnostics={"residual_rms": rms(g)},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )
 
     def factor(self, gap: Tensor) -> Tensor:

@@ -36,12 +36,16 @@ from registry.protocols import (
     Path,
     Reference,
     Teacher,
+    VelocityEstimator,
     Weight,
 )
 from registry.ranges import Probability
-from zoo.guidance import drop_labels, unlabelled
-from zoo.ops import first_rows, like, mean_flat, normal_like
+from zoo.dropout import shares_dropout
+from zoo.guidance import unlabelled
+from zoo.ops import first_rows, like, mean_flat
 from zoo.paths import Linear
+from zoo.points.draws import draw
+from zoo.points.velocities import Conditional, check_velocity
 from zoo.teachers import EmaTeacher
 from zoo.times import check_fraction, quota, uniform_draws
 from zoo.weighting import Unweighted
@@ -64,6 +68,7 @@ class Shortcut:
 
     path: Path = field(default_factory=Linear)
     teacher: Teacher = field(default_factory=EmaTeacher)
+    velocity: VelocityEstimator = field(default_factory=Conditional)
     weight: Weight = field(default_factory=Unweighted)
     num_steps: int = 128
     bootstrap_fraction: float = 0.125
@@ -75,29 +80,34 @@ class Shortcut:
         check_fraction("shortcut.bootstrap_fraction", self.bootstrap_fraction)
         if self.num_steps < 2 or self.num_steps & (self.num_steps - 1):
             raise ValueError(f"shortcut.num_steps = {self.num_steps!r} must be a power of two >= 2")
+        check_velocity("shortcut", self.velocity, anchors=False)
+        if shares_dropout(self.teacher):
+            raise ValueError(
+                "shortcut.teacher has dropout = 'shared', and Shortcut has targets for some of its "
+                "rows alone, whose masks would not be those of the prediction; set dropout = 'off'"
+            )
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        k = quota(n, self.bootstrap_fraction)
-        t, r = self.draw_times(n, k, rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample, k = self.path.sample(x0, x1, t), batch.share.size(k)
-
-        teacher = self.teacher(net)
-        bootstrap = self._two_halves(
-            teacher, sample.x_t[:k], t[:k], r[:k], first_rows(cond, k), labelled[:k]
+        first = quota(len(batch), self.bootstrap_fraction)
+        d = draw(
+            batch, rng, self.path, lambda n, g: self.draw_times(n, first, g), self.label_dropout
         )
-        target = torch.cat([bootstrap, sample.velocity[k:]]).detach()
+        v, teacher, k = (
+            self.velocity.target(d, net, rng),
+            self.teacher(net),
+            batch.share.size(first),
+        )
+        rows = d.x_t[:k], d.t[:k], d.r[:k], first_rows(d.cond, k), d.labelled[:k]
+        target = torch.cat([self._two_halves(teacher, *rows), v[k:]]).detach()
 
-        out = net(sample.x_t, t, r, cond)
+        out = net(d.x_t, d.t, d.r, d.cond)
         error = mean_flat((out["u"] - target) ** 2)
         raw = {"consistency": error[:k].detach(), "v": error[k:].detach()}
         return LossOutput(
             per_sample=self.weight(error, out),
             terms={name: rows for name, rows in raw.items() if len(rows)},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )
 
     def trains_step(self, t: float, r: float) -> bool:

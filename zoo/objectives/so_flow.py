@@ -37,7 +37,7 @@ from torch import Tensor
 from registry import objectives
 from registry.protocols import (
     Batch,
-    Cond,
+    Draw,
     LossOutput,
     Network,
     Path,
@@ -46,9 +46,10 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
-from zoo.guidance import drop_labels, unlabelled
-from zoo.ops import first_rows, like, mean_flat, normal_like
+from zoo.guidance import unlabelled
+from zoo.ops import first_rows, like, mean_flat
 from zoo.paths import Linear
+from zoo.points.draws import draw
 from zoo.residuals import two_step_residual
 from zoo.teachers import Online, without_gradient
 from zoo.times import SOFLOW, TwoLogitNormals, check_fraction, reaches
@@ -88,16 +89,12 @@ class SoFlow:
             raise ValueError(f"so_flow.guidance_scale = {self.guidance_scale!r} must be >= 1")
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        n, x1 = len(batch), normal_like(batch.x0, rng)
-        t, r = self.times(n, rng)
-        cond, labelled = drop_labels(batch.cond, self.label_dropout, rng, n)
-        x0, x1, t, r, cond, labelled = batch.share.rows(batch.x0, x1, t, r, cond, labelled)
-        sample, k = self.path.sample(x0, x1, t), batch.share.size(self.times.num_off_diagonal(n))
-        v = self._guided(net, sample.x_t, t, cond, labelled, sample.velocity)
+        d = draw(batch, rng, self.path, self.times, self.label_dropout)
+        k, v = batch.share.size(self.times.num_off_diagonal(len(batch))), self._guided(net, d)
 
-        out = net(sample.x_t, t, r, cond)
-        u, point = out["u"], (sample.x_t[:k], t[:k], r[:k])
-        gap, given = t[:k] - r[:k], first_rows(cond, k)
+        out = net(d.x_t, d.t, d.r, d.cond)
+        u, point, given = out["u"], (d.x_t[:k], d.t[:k], d.r[:k]), first_rows(d.cond, k)
+        gap = d.t[:k] - d.r[:k]
         step = torch.minimum((self.share(batch.progress) * gap).clamp_min(SHORTEST), gap)
         g = two_step_residual(self.teacher(net), point, step, given, u[:k].detach(), v[:k])
         target = torch.cat([u[:k] - g, v[k:]]).detach()
@@ -108,8 +105,8 @@ class SoFlow:
         return LossOutput(
             per_sample=factor * self.weight(error, out),
             terms={name: rows for name, rows in raw.items() if len(rows)},
-            t=t,
-            r=r,
+            t=d.t,
+            r=d.r,
         )
 
     def trains_step(self, t: float, r: float) -> bool:
@@ -120,17 +117,16 @@ class SoFlow:
         """rho, the share of t - r that l is from t."""
         return float(self.first_share * (self.last_share / self.first_share) ** progress)
 
-    def _guided(
-        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, labelled: Tensor, v_c: Tensor
-    ) -> Tensor:
+    def _guided(self, net: Network, d: Draw) -> Tensor:
         """v_g on the labelled rows, v_c elsewhere."""
+        v_c, x, t = d.velocity, d.x_t, d.t
         if self.guidance_scale == 1:
             return v_c
         model, far = without_gradient(net), ((1 - t) / max(1 - self.fade, 1e-6)).clamp(0, 1 - 1e-6)
         k = torch.where(t <= self.fade, 1, 1 - torch.exp(-0.025 * far / (1 - far)))
         extra = like(k, x) * (self.guidance_scale - 1)
-        v_g = v_c + extra * (v_c - model(x, t, t, unlabelled(cond))["u"])
+        v_g = v_c + extra * (v_c - model(x, t, t, unlabelled(d.cond))["u"])
         if self.guidance_mix < 1:
-            own = model(x, t, t, cond)["u"]
+            own = model(x, t, t, d.cond)["u"]
             v_g = self.guidance_mix * v_g + (1 - self.guidance_mix) * own
-        return torch.where(like(labelled, x), v_g, v_c)
+        return torch.where(like(d.labelled, x), v_g, v_c)

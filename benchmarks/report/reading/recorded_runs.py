@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grids.cell_status import State, state_in
+from benchmarks.grids.cells import LATER
 from benchmarks.records.jsonl import RECORD, Record, read_record
 from benchmarks.report.reading.run_folders import CELL, folders_of
 from benchmarks.runs.result import Result
@@ -69,13 +70,17 @@ class RecordedCell:
 
     @cached_property
     def bindings(self) -> dict[str, str]:
-        """The settings that took effect, without the arm's name."""
+        """The settings that took effect, without the arm's name.
+
+        A setting that an earlier version did not have is left out at its default.
+        """
         params, tags = self.record.params, self.record.tags
-        return {
+        found = {
             gin_setup.own_key(key): tags.get(f"changed.{key}", value)
             for key, value in params.items()
             if key not in _ASIDE and not key.startswith(self._aside)
         }
+        return {key: value for key, value in found.items() if LATER.get(key) != value}
 
     @cached_property
     def written(self) -> dict[str, str]:
@@ -156,8 +161,10 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
             f"grids, or MLflow run ids{listed}"
         )
     cells, notes = _without_doubles(_named(done))
-    torn = [
-        f"{r.folder / RECORD}: {r.unreadable} torn lines" for r, _ in own.values() if r.unreadable
+    unreadable = [
+        f"{r.folder / RECORD}: {r.unreadable} lines that could not be read"
+        for r, _ in own.values()
+        if r.unreadable
     ]
     pruned = {cell.group for cell in others if cell.state == "pruned"}
     chosen = [
@@ -166,7 +173,9 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
         if group in pruned
     ]
     return Runs(
-        cells=tuple(cells), unfinished=tuple(others), notes=(*found.notes, *notes, *chosen, *torn)
+        cells=tuple(cells),
+        unfinished=tuple(others),
+        notes=(*found.notes, *notes, *chosen, *unreadable),
     )
 
 

@@ -65,7 +65,7 @@ def test_folder_that_cannot_be_exported_or_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda config: config | {"format": 2}, "of format 2; this version reads format 1"),
+        (lambda config: config | {"format": 3}, "of format 3; this version reads formats 1 and 2"),
         (lambda config: [config], "of format None"),
         (lambda config: config["fields"].update(num_heads=1) or config, "not as it was exported"),
         (lambda config: config | {"heads": ["velocity"]}, "not as it was exported"),

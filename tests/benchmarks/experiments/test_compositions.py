@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
@@ -16,10 +17,12 @@ from benchmarks.data.mixtures import Gaussian
 from benchmarks.experiments.build import run
 from benchmarks.metrics import evaluate
 from registry import gin_setup
-from registry.protocols import required_heads
+from registry.protocols import LossOutput, required_heads
 from trainers.budget import Budget
 from trainers.callbacks import Callback
 from trainers.loop import fit
+from zoo.objectives.flow_matching import FlowMatching
+from zoo.ops import mean_flat
 from zoo.samplers import valid_samplers
 from zoo.weighting import LearnedLogvar
 
@@ -195,3 +198,38 @@ def refused(files, *bindings: str) -> str:
 )
 def test_what_does_not_fit_together_is_refused(files, bindings, says):
     assert says in refused(files, *bindings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(FlowMatching):
+    """A loss that draws times without asking for the law of its step."""
+
+    def loss(self, net, batch, rng):
+        t, _ = self.times(len(batch), rng)
+        error = mean_flat(net(batch.x0, t, t, batch.cond)["v"] ** 2)
+        return LossOutput(per_sample=error)
+
+
+def test_law_that_changes_over_the_run_is_refused_where_the_loss_does_not_ask_for_it():
+    bound = ("forgetful.times = @progressive()", *MLP)
+    with registry.objectives.temporary("forgetful", Forgetful):
+        said = refused(POINTS, "run.objective = @forgetful()", *bound)
+        assert "forgetful.times = @progressive() changes over the run" in said
+        assert "zoo.times.law_at(self.times, batch.step)" in said
+        gin_setup.parse(POINTS, ["run.steps = 1", "run.objective = @forgetful()", *MLP])
+        assert run().objective_name == "forgetful"  # with a law that does not change
+    bound = ("run.objective = @mean_flow()", "mean_flow.times = @progressive()", *MLP)
+    gin_setup.parse(POINTS, ["run.steps = 1", *bound])
+    assert run().objective_name == "mean_flow"
+
+
+def test_plug_in_velocity_in_batches_with_few_rows_of_a_label_is_warned_of(caplog):
+    bound = ("run.objective = @mean_flow()", "mean_flow.velocity = @plug_in()", *DIT)
+    gin_setup.parse(PICTURES, ["run.steps = 1", "run.batch_size = 8", *bound])
+    run()
+    assert "mean_flow.velocity = @plug_in() works on rows of the same label" in caplog.text
+
+
+def test_velocity_is_an_estimator_of_its_own_kind():
+    with pytest.raises(ValueError, match=r"must be a velocity estimator, such as @conditional\(\)"):
+        gin_setup.parse(POINTS, ["mean_flow.velocity = @linear()"])

@@ -168,6 +168,13 @@ def test_cost_is_that_of_the_result(name):
     assert found == getattr(RUN, {"parameters": "num_params"}.get(name, name))
 
 
+def test_steps_of_flow_matching_before_the_objective_are_shown_and_left_out_of_the_rate():
+    run = replace(RUN, teacher_steps=0, teacher_seconds=0.0, pretrain_steps=4, pretrain_seconds=0.6)
+    assert "20 (4 pretrain)" in result_table(frame({"mean_flow": [run]}))
+    rate = wide(frame({"mean_flow": [run]}))["cost"]["seconds_per_step"].item()
+    assert rate == pytest.approx(run.seconds_per_step) == pytest.approx((3.0 - 0.6) / 16)
+
+
 def test_a_run_of_which_nothing_was_measured_has_its_costs_in_the_table() -> None:
     text = result_table(frame({"decm": [replace(RUN, values={})]}))
     assert "no distance" in text

@@ -14,9 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, zoo
 
+from benchmarks.grids.cell import build
+from benchmarks.grids.request import Request
 from benchmarks.records.jsonl import read_record
+from benchmarks.runs.teacher import after_teacher, as_teacher
 from registry import objectives
 from zoo.objectives.decm import DECM
+from zoo.objectives.mean_flow import MeanFlow
 from zoo.teachers import Frozen
 
 POINTS = (*SIZES, "mlp.dim = 8", "mlp.depth = 1", "run.recorder = @jsonl()")
@@ -182,15 +186,153 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
 
 
 @pytest.mark.parametrize(("steps", "share"), [(3, 0.5), (5, 0.3), (4, 0.9)])
-def test_teacher_and_student_share_the_budget_to_the_step(tmp_path, steps, share):
-    done = decm(tmp_path / "out", f"run.steps = {steps}", f"frozen.pretrain = {share}")
-    assert done.status == 0, done.err
-    assert result(tmp_path / "out" / "decm")["steps"] == steps
+def test_teacher_and_student_share_the_budget_to_the_step(steps, share):
+    """What a run records of them is in the tests of the command line."""
+    bindings = (*FILE_ONLY, f"run.steps = {steps}", f"frozen.pretrain = {share}")
+    Request(file=Path(DIGITS), bindings=bindings, only=("decm",)).parse()
+    experiment = build("decm")
+    parts = as_teacher(experiment, experiment.distilled[1]), after_teacher(experiment)
+    assert [part.budget.unit for part in parts] == ["steps", "steps"]
+    assert sum(part.budget.amount for part in parts) == steps
 
 
 def test_frozen_teachers_share_is_a_share():
     with pytest.raises(ValueError, match="frozen.pretrain"):
         Frozen(pretrain=1.0)
+
+
+# A network that is trained by flow matching first
+
+
+def pretrained(out: Path, *bindings: str, arm: str = "mean_flow", resume: bool = False):
+    words = ["--arm", arm, "--out", out, *(["--resume"] if resume else [])]
+    return zoo("run", DIGITS, *words, *sets(*FILE_ONLY, "run.pretrain = 0.5", *bindings))
+
+
+def test_network_starts_from_flow_matching_in_one_recorded_budget(tmp_path):
+    # At no learning rate the averages of both phases are what they started from.
+    done = pretrained(tmp_path / "out", "run.steps = 5", "mean_flow/adamw.lr = 1e-12")
+    assert done.status == 0, done.err
+    assert "first flow matching with 50% of the budget" in done.err
+    assert "(2 pretrain)" in done.out
+    run = tmp_path / "out" / "mean_flow"
+    figures = result(run)
+    assert (figures["steps"], figures["pretrain_steps"], figures["teacher_steps"]) == (5, 2, 0)
+    assert figures["images"] == 40
+    assert 0 < figures["pretrain_seconds"] < figures["seconds"]
+    first, own = losses(run, "pretrain/loss"), losses(run)
+    assert (len(first), len(own)) == (2, 3)
+    recorded = {name for e in entries(run, "metrics") for name in e["values"]}
+    for name in ("cost/passes_per_step", "cost/seconds_per_step"):
+        assert {name, f"pretrain/{name}"} <= recorded
+    passes = [e["values"].get("pretrain/cost/passes_per_step") for e in entries(run, "metrics")]
+    assert 3.0 in passes
+    start, end = (load_file(f / "model.safetensors") for f in (run / "pretrain", run))
+    shared = [name for name in start if name in end]
+    assert len(shared) > 10
+    for name in shared:
+        torch.testing.assert_close(end[name], start[name], atol=1e-6, rtol=1e-6)
+    # u starts as v, so the first loss is what flow matching has come to, not that of a new start.
+    assert "trunk.second_time" not in " ".join(start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedMeanFlow(MeanFlow):
+    """MeanFlow that signals its own process at step 1, once."""
+
+    mark: str = ""
+
+    def loss(self, net, batch, rng):
+        if batch.step == 1 and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(net, batch, rng)
+
+
+@pytest.mark.parametrize("when", ["pretrain", "objective"])
+def test_a_run_with_two_phases_is_resumed_in_either_bit_by_bit(tmp_path, monkeypatch, when):
+    from benchmarks.runs import training
+
+    fit, mark = training.fit, tmp_path / "mark"
+
+    class Stop(training.Callback):
+        def on_step(self, state, out):
+            state.stop = "SIGTERM"
+
+    def stopping(trained, **given):
+        """Ends the first fit after one step, as a signal would."""
+        if when == "pretrain" and not mark.exists():
+            mark.touch()
+            given["callbacks"] = [Stop(), *given["callbacks"]]
+        return fit(trained, **given)
+
+    monkeypatch.setattr(training, "fit", stopping)
+    bound = ["mean_flow/run.objective = @stopped_mean_flow()"]
+    with objectives.temporary("stopped_mean_flow", StoppedMeanFlow):
+        given = [*bound, f"stopped_mean_flow.mark = '{mark}'"]
+        done = pretrained(tmp_path / "out", *given)
+        assert done.status == 130, done.err
+        assert pretrained(tmp_path / "out", *given, resume=True).status == 0
+        done = pretrained(tmp_path / "plain", *bound, f"stopped_mean_flow.mark = '{__file__}'")
+        assert done.status == 0, done.err
+    run, whole = tmp_path / "out" / "mean_flow", tmp_path / "plain" / "mean_flow"
+    for name in ("loss", "pretrain/loss"):
+        assert losses(run, name) == losses(whole, name)
+    assert result(run)["values"] == result(whole)["values"]
+    assert (result(run)["steps"], result(run)["pretrain_steps"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arm", "bindings", "says"),
+    [
+        ("mean_flow", ("run.pretrain = 1.0",), "run.pretrain = 1.0 must be below 1"),
+        ("flow_matching", (), "which run.objective = @flow_matching() is"),
+        ("decm", (), "frozen.pretrain is the share of the budget for the teacher"),
+        ("mean_flow", ("run.start_from = 'x'",), "run.start_from = 'x' says otherwise"),
+        ("mean_flow", ("run.warm_start = False",), "run.warm_start = False says otherwise"),
+        ("mean_flow", ("run.pretrain = 0.0", "run.warm_start = False"), "this run has none"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(tmp_path, arm, bindings, says):
+    done = pretrained(tmp_path / "out", *bindings, arm=arm)
+    assert (done.status, says in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+# Teachers of another width
+
+
+def test_exported_teacher_of_another_width_teaches_without_a_warm_start(flow_matching, tmp_path):
+    assert zoo("export", flow_matching, "--out", tmp_path / "teacher").status == 0
+    bound = [
+        "frozen.pretrain = 0.0",
+        f"frozen.checkpoint = '{tmp_path / 'teacher'}'",
+        "dit.dim = 24",
+    ]
+    done = decm(tmp_path / "refused", *bound)
+    assert done.status == 2
+    assert "bind run.warm_start = False" in done.err
+    assert not (tmp_path / "refused").exists()
+    done = decm(tmp_path / "out", *bound, "run.warm_start = False")
+    assert done.status == 0, done.err
+    figures = result(tmp_path / "out" / "decm")
+    assert (figures["steps"], figures["teacher_steps"]) == (4, 0)
+    # The folder of the run itself is read for a network like the student's.
+    run = ["frozen.pretrain = 0.0", f"frozen.checkpoint = '{flow_matching}'", "dit.dim = 24"]
+    done = decm(tmp_path / "run", *run, "run.warm_start = False")
+    assert (done.status, "objective-zoo export" in done.err) == (2, True), done.err
+
+
+def test_student_without_a_warm_start_starts_as_new(flow_matching, tmp_path):
+    """At no learning rate its weights are not the teacher's."""
+    bound = ["frozen.pretrain = 0.0", f"frozen.checkpoint = '{flow_matching}'"]
+    bound += ["decm/adamw.lr = 1e-12", "run.warm_start = False", "run.seed = 5"]
+    done = decm(tmp_path / "out", *bound)
+    assert done.status == 0, done.err
+    student = load_file(tmp_path / "out" / "decm" / "model.safetensors")
+    teacher = load_file(flow_matching / "model.safetensors")
+    name = next(n for n in teacher if n.endswith("attn.qkv.weight"))
+    assert (student[name] - teacher[name]).abs().max() > 1e-4
 
 
 # Budgets

@@ -1,0 +1,1 @@
+"""The claims about backbones and heads, whose networks are seen from outside."""

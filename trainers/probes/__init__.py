@@ -1,0 +1,1 @@
+"""What the start-up probe of derivatives is made of (trainers/derivative_probe.py)."""
