@@ -17,7 +17,7 @@ from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, z
 from benchmarks.grids.cell import build
 from benchmarks.grids.request import Request
 from benchmarks.records.jsonl import read_record
-from benchmarks.runs.teacher import after_teacher, as_teacher
+from benchmarks.runs.pretraining import after_first, first_of
 from registry import objectives
 from zoo.objectives.decm import DECM
 from zoo.objectives.mean_flow import MeanFlow
@@ -191,7 +191,7 @@ def test_teacher_and_student_share_the_budget_to_the_step(steps, share):
     bindings = (*FILE_ONLY, f"run.steps = {steps}", f"frozen.pretrain = {share}")
     Request(file=Path(DIGITS), bindings=bindings, only=("decm",)).parse()
     experiment = build("decm")
-    parts = as_teacher(experiment, experiment.distilled[1]), after_teacher(experiment)
+    parts = first_of(experiment, experiment.distilled[1]), after_first(experiment)
     assert [part.budget.unit for part in parts] == ["steps", "steps"]
     assert sum(part.budget.amount for part in parts) == steps
 
