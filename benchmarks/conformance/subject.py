@@ -14,7 +14,6 @@ from benchmarks.conformance.networks import (
     NUM_CLASSES,
     VELOCITIES,
     ExactNetwork,
-    OnPath,
     Shape,
     Toy,
 )
@@ -29,8 +28,8 @@ from registry.protocols import (
     parts,
     required_heads,
 )
-from zoo.oracles import GaussianOracle, MixtureOracle, Oracle
-from zoo.paths import Linear
+from zoo.oracles import GaussianOracle, MixtureOracle, Oracle, exact_on
+from zoo.paths import path_of
 from zoo.weighting import Unweighted
 
 F64 = torch.float64
@@ -140,8 +139,7 @@ class Subject:
         return required_heads(self.objective(exact=True))
 
     def exact_field(self, law: Oracle) -> nn.Module:
-        path = getattr(self.make(), "path", None)
-        return law if path is None or isinstance(path, Linear) else OnPath(law, path)
+        return exact_on(law, path_of(self.make()))
 
     @property
     def velocity_keys(self) -> tuple[str, ...]:

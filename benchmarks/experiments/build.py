@@ -28,7 +28,7 @@ from benchmarks.experiments.arguments import (
 )
 from benchmarks.experiments.checks import checked
 from benchmarks.experiments.experiment import Experiment
-from benchmarks.metrics import evaluate
+from benchmarks.experiments.sampled_steps import possible_nfe
 from registry.protocols import (
     Dataset,
     Engine,
@@ -47,7 +47,7 @@ from registry.ranges import NotNegative, Range
 from trainers import ranks
 from trainers.devices import device_of
 from trainers.engines import as_trained
-from zoo.samplers import check_sampler
+from zoo.samplers import check_sampler, on_path_of
 from zoo.teachers import Frozen
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def run(
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls. A teacher that is trained first takes `teacher_optimizer`, by default the run's own. The
+    calls; those that the sampler cannot have are left out with a warning. A teacher that is trained first takes `teacher_optimizer`, by default the run's own. The
     network starts as `start_from`: an exported folder, or a public checkpoint of the layout
     `start_layout`. Averages of the relative widths `power_emas` are stored `ema_snapshots` times
     over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
@@ -113,9 +113,9 @@ def _resolve(
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)
     name = registry.objectives.name_of(objective)
-    sampler = given["sampler"] or defaults.sampler(objective)
+    sampler = on_path_of(objective, given["sampler"] or defaults.sampler(objective))
     check_sampler(name, objective, sampler)
-    evaluate.samplers_for(sampler, given["nfe"])
+    nfe = possible_nfe(sampler, given["nfe"])
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
         "objective": objective,
@@ -131,7 +131,7 @@ def _resolve(
         "budget": one_budget(steps=steps, images=images, seconds=seconds),
         "ema_decay": decays(given["ema_decay"]),
         "power_emas": power_widths(given["power_emas"], given["ema_snapshots"]),
-        "nfe": tuple(given["nfe"]),
+        "nfe": nfe,
         "device": _device(given["device"]),
     }
 

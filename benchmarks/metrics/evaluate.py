@@ -119,17 +119,26 @@ def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler
         )
     if not dataclasses.is_dataclass(type(sampler)):
         raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
+    runs, refused = possible_samplers(sampler, nfe_list)
+    if refused:
+        lines = "\n  ".join(f"nfe {nfe}: {reason}" for nfe, reason in refused.items())
+        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
+    return runs
+
+
+def possible_samplers(
+    sampler: Sampler, nfe_list: Sequence[int]
+) -> tuple[dict[int, Sampler], dict[int, str]]:
+    """The sampler at each NFE that it can have, and why it cannot have the others."""
     replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
-    runs, refused = {}, []
+    runs: dict[int, Sampler] = {}
+    refused: dict[int, str] = {}
     for nfe in nfe_list:
         try:
             runs[nfe] = replace(sampler, nfe=nfe)
         except ValueError as error:
-            refused.append(f"nfe {nfe}: {error}")
-    if refused:
-        lines = "\n  ".join(refused)
-        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
-    return runs
+            refused[nfe] = str(error)
+    return runs, refused
 
 
 def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
