@@ -28,6 +28,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from benchmarks.data.derived.scaled import Scaled
 from benchmarks.data.image_files import find_pictures
 from benchmarks.data.image_pixels import check_pictures, read_pictures
 from benchmarks.data.streams import StoredSet
@@ -90,6 +91,8 @@ def find_real(
 
 
 def _of_dataset(dataset: Dataset, num: int) -> Real:
+    if isinstance(dataset, Scaled):
+        return _of_dataset(dataset.dataset, num)  # samples are given in its scale
     if isinstance(dataset, Coded):
         raise ValueError(
             f"{dataset.name} holds codes, and the pictures that they decode to are no reference. "

@@ -91,11 +91,12 @@ def run(
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls; those that the sampler cannot have are left out with a warning. A teacher that is trained first takes `teacher_optimizer`, by default the run's own. The
-    network starts as `start_from`: an exported folder, or a public checkpoint of the layout
-    `start_layout`. Averages of the relative widths `power_emas` are stored `ema_snapshots` times
-    over the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains
-    the network, and evaluates its teachers, by torch.compile.
+    calls; those that the sampler cannot have are left out with a warning. A teacher that is trained
+    first takes `teacher_optimizer`, by default the run's own. The network starts as `start_from`:
+    an exported folder, or a public checkpoint of the layout `start_layout`. Averages of the
+    relative widths `power_emas` are stored `ema_snapshots` times over the budget; `objective-zoo
+    ema` makes an average of any width from them. `compile` trains the network, and evaluates its
+    teachers, by torch.compile.
     """
     # locals() has the arguments by name, so that they are listed in one place only.
     return checked(_build(**_resolve(**locals())))

@@ -22,11 +22,15 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    Share,
     better_of,
     check_batch,
+    check_groups,
     check_reference,
+    group_of,
     has_whole_weights,
     parts,
+    read_share,
     to_device,
 )
 from trainers.derivative_probe import probe_derivatives
@@ -49,9 +53,10 @@ def checked(experiment: Experiment) -> Experiment:
     )
     check_steps(experiment, experiment.nfe)
     warn_of_unguided(experiment)
-    check_batch(experiment.engine, experiment.batch_size)
+    check_batch(experiment.engine, experiment.batch_size, group_of(experiment.objective))
     if isinstance(experiment.dataset, RecordedData):
         return experiment  # a finished run, whose data may be gone: nothing is trained
+    check_groups(experiment.dataset, group_of(experiment.objective))
     better_of(experiment.metric)
     _warn_of_coupling(experiment)
     _check_memory(experiment)
@@ -103,7 +108,10 @@ def _probe(experiment: Experiment) -> dict[str, float]:
     dataset, seed = experiment.dataset, experiment.seed
     x0, cond = check_reference(dataset, PROBE_ROWS, seed)
     step = TrainStep(experiment.net, experiment.objective)
-    where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
+    if step.group > 1:
+        rows = max(1, PROBE_ROWS // step.group) * step.group
+        x0, cond = read_share(dataset, 0, rows, seed, Share(group=step.group))
+    where = f"objective {experiment.objective_name!r} on {len(x0)} rows of {dataset.name}"
     try:
         derivative_error = _derivative_error(experiment, x0, cond)
         with torch.no_grad():

@@ -28,11 +28,13 @@ from registry.protocols.batches import (
 from registry.protocols.capabilities import (
     better_of,
     check_batch,
+    groups_by_label,
     has_whole_weights,
     is_serial,
     keeps_records,
     provider_files,
     runs_in_several_processes,
+    scaled_by,
     store_of,
 )
 from registry.protocols.data import Coded, Dataset, Shareable, Vae
@@ -51,8 +53,8 @@ from registry.protocols.methods import (
     Weight,
 )
 from registry.protocols.networks import Head, Network, Trunk
-from registry.protocols.parts import Reference, couples_rows, parts, required_heads
-from registry.protocols.rows import check_reference, is_picture, read_share
+from registry.protocols.parts import Reference, couples_rows, group_of, parts, required_heads
+from registry.protocols.rows import check_groups, check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
     Engine,
@@ -114,8 +116,11 @@ __all__ = [
     "Weight",
     "better_of",
     "check_batch",
+    "check_groups",
     "check_reference",
     "couples_rows",
+    "group_of",
+    "groups_by_label",
     "has_whole_weights",
     "is_picture",
     "is_serial",
@@ -126,6 +131,7 @@ __all__ = [
     "required_heads",
     "rows_of",
     "runs_in_several_processes",
+    "scaled_by",
     "store_of",
     "to_device",
 ]
