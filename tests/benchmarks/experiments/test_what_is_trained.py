@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,13 +78,9 @@ KINDS = {"a_map": AsMap, "to_data": ToData, "a_velocity": AsVelocity, "a_law": A
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for name, kind in {**KINDS, "in_pairs": InPairs}.items():
-            stack.enter_context(
-                objectives.temporary(name, dataclass(frozen=True, kw_only=True)(kind))
-            )
+            stack.enter_context(objectives.temporary(name, kind))
         yield
 
 
