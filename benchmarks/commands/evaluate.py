@@ -21,7 +21,10 @@ def add_to(commands: Commands) -> None:
 
     sample = commands.add_parser("sample", help="draw samples from a finished run")
     sample.add_argument("run", type=Path, help="the folder of a finished run")
-    sample.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations")
+    sample.add_argument(
+        "--nfe", type=int, nargs="+", default=[],
+        help="network evaluations; default: 1 2 4, or those of them that the sampler can have",
+    )  # fmt: skip
     sample.add_argument("--num", type=int, default=64, help="samples per NFE")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--sampler", help="a registered sampler; default the run's own")
@@ -120,4 +123,5 @@ def _sample(arguments: argparse.Namespace) -> None:
         bindings=tuple(arguments.bindings),
         trust_code=arguments.trust_code,
     )
-    print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")
+    at = f" at NFE {', '.join(map(str, arguments.nfe))}" if arguments.nfe else ""
+    print(f"{arguments.num} samples{at}: {where}")

@@ -32,6 +32,7 @@ from benchmarks.data.derived.scaled import Scaled
 from benchmarks.data.image_files import find_pictures
 from benchmarks.data.image_pixels import check_pictures, read_pictures
 from benchmarks.data.streams import StoredSet
+from benchmarks.metrics import evaluate
 from benchmarks.metrics.features import WEIGHTS_VARIABLE
 from registry.protocols import Coded, Dataset
 from trainers.checkpoints.whole_files import file_sha256, remembered_sha256
@@ -106,7 +107,7 @@ def _of_dataset(dataset: Dataset, num: int) -> Real:
             num=dataset.size,
             images=lambda first, count: dataset.rows(torch.arange(first, first + count)),
         )
-    drawn = dataset.reference(dataset.size or num, 0)[0]
+    drawn = evaluate.decoded(dataset, dataset.reference(dataset.size or num, 0)[0])
     about += "" if dataset.size else f", {num} drawn with seed 0"
     return Real(
         about=about, num=len(drawn), images=lambda first, count: drawn[first : first + count]

@@ -22,8 +22,9 @@ from benchmarks.experiments.recorded_data import (
     recorded_data,
     warn_of_other_data,
 )
+from benchmarks.experiments.sampled_steps import possible_nfe
 from benchmarks.runs.result import finished_run, measured_weights, recorded_identity
-from benchmarks.runs.samples import draw_samples
+from benchmarks.runs.samples import SHOWN_NFE, draw_samples
 from registry import gin_setup
 from registry.configuration import own_code
 from registry.folders import file_in
@@ -117,12 +118,14 @@ def sample_run(
 ) -> Path:
     """Draw `num` samples at each NFE from the run in `folder`; the picture's path.
 
+    Without `nfe` they are those of `SHOWN_NFE` that the sampler can have.
     Raises ValueError for a folder without a finished run, an NFE that the sampler cannot have, a
     sampler that the objective is not valid for, and data that cannot be drawn.
     """
     if num < 1:
         raise ValueError(f"the number of samples is {num}; give 1 or more")
     experiment, net = open_run(folder, bindings, sampler, weights, trust_code)
+    nfe = nfe or possible_nfe(experiment.sampler, SHOWN_NFE)
     rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
     path = picture(rows, out)
     if path is None:

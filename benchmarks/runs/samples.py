@@ -35,6 +35,7 @@ from benchmarks.runs.result import REAL, SAMPLES
 from registry.protocols import Coded, Cond, Dataset, Sampler, to_device
 from trainers import ranks
 
+SHOWN_NFE = (1, 2, 4)  # of samples for which no NFE is asked for
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
 NUM_KEPT = 16  # of them at each evaluation, and with their nearest pictures
 NUM_POINTS = 500

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,8 @@ from tiny_runs import DIGITS, FILE_ONLY, TINY
 
 from benchmarks.data.digits import Digits
 from benchmarks.experiments.build import run
+from benchmarks.grids.request import Request
+from benchmarks.planning.predict import Machine, predict
 from benchmarks.runs.measure import measure, measured_names
 from benchmarks.runs.passes import passes_per_step
 from benchmarks.runs.rehearsal import sizes
@@ -170,3 +173,12 @@ def test_groups_that_do_not_fit_are_refused_before_training() -> None:
         built("in_pairs", "run.batch_size = 32", "run.dataset = @plain_digits()", file=DIGITS,
               small=small)  # fmt: skip
     assert built("in_pairs", "run.batch_size = 32").batch_size == 32  # points have no labels
+
+
+def test_planned_micro_batches_are_whole_groups() -> None:
+    bindings = (*TINY, "run.objective = @in_pairs()", "run.batch_size = 48")
+    request = Request(file=FilePath("data/digits.gin"), bindings=bindings)
+    (found,) = predict(request, Machine(gpus=1, memory=1.0), (0,))
+    assert [fit.micro_batch for fit in found.fits] == [16, 16]  # nothing fits: one group
+    with pytest.raises(ValueError, match=r"2 GPUs in groups of 16 rows; .* a multiple of 32"):
+        predict(request, Machine(gpus=2, memory=80e9), (0,))
