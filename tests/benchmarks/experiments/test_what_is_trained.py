@@ -92,14 +92,14 @@ def built(name: str, *bindings: str, file: str = "data/mixture.gin", small: Any 
     return run()
 
 
-@pytest.mark.parametrize("path", ["linear", "trigflow"])
 @pytest.mark.parametrize(
-    ("name", "sampler", "nfe", "errors"),
+    ("name", "path", "sampler", "nfe", "errors"),
     [
-        ("a_map", FlowMap, (1, 2, 4, 8), (*MAP_ERRORS, "velocity_error")),
-        ("to_data", Restart, (1, 2, 4, 8), (MAP_ERRORS[0], MAP_ERRORS[2])),
-        ("a_velocity", Euler, (1, 2, 4, 8), ("velocity_error",)),
-        ("a_law", OneStep, (1,), ()),
+        ("a_map", "linear", FlowMap, (1, 2, 4, 8), (*MAP_ERRORS, "velocity_error")),
+        ("to_data", "linear", Restart, (1, 2, 4, 8), (MAP_ERRORS[0], MAP_ERRORS[2])),
+        ("to_data", "trigflow", Restart, (1, 2, 4, 8), (MAP_ERRORS[0], MAP_ERRORS[2])),
+        ("a_velocity", "trigflow", Euler, (1, 2, 4, 8), ("velocity_error",)),
+        ("a_law", "trigflow", OneStep, (1,), ()),
     ],
 )
 def test_run_measures_what_its_objective_trains(name, path, sampler, nfe, errors, caplog) -> None:
@@ -118,10 +118,12 @@ def test_run_measures_what_its_objective_trains(name, path, sampler, nfe, errors
 def test_errors_of_a_run_are_those_on_its_path() -> None:
     """The same network is measured on the one path and on the other."""
     circle, line = (built("a_map", f"a_map.path = @{p}()") for p in ("trigflow", "linear"))
+    for p in line.net.parameters():  # which starts as zero everywhere
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
     one, other = measure(circle, line.net), measure(line, line.net)
     assert one["map_error_1_0"] == pytest.approx(other["map_error_1_0"], rel=1e-4)
     for error in ("map_error_1_0.5", "map_error_0.5_0", "velocity_error"):
-        assert abs(one[error] / other[error] - 1) > 0.01
+        assert abs(one[error] / other[error] - 1) > 1e-3
 
 
 def test_bound_sampler_follows_the_path_too_unless_it_names_one() -> None:
@@ -158,7 +160,7 @@ def test_groups_that_do_not_fit_are_refused_before_training() -> None:
     small = TINY + FILE_ONLY[-1:]
     with pytest.raises(ValueError, match="groups of 16 rows, and a batch of 8 is not made of"):
         built("in_pairs", file=DIGITS, small=small)
-    with pytest.raises(ValueError, match=r"has 2 parts to share out.* accumulation_steps = 4"):
+    with pytest.raises(ValueError, match=r"has 2 parts to share out.*accumulation_steps = 4"):
         built("in_pairs", "run.batch_size = 32", "torch_engine.gradient_accumulation_steps = 4",
               file=DIGITS, small=small)  # fmt: skip
 

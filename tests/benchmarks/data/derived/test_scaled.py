@@ -66,7 +66,9 @@ def loss_and_gradient(objective: Any, net: Any, dataset: Any) -> tuple[Tensor, l
     x0, _ = read_share(dataset, 3, 16, 0, Share())
     rng = torch.Generator().manual_seed(0)
     loss = objective.loss(net, Batch(x0=x0), rng).per_sample
-    return loss.detach(), list(torch.autograd.grad(loss.mean(), list(net.parameters())))
+    weights = [*net.parameters()]
+    gradient = torch.autograd.grad(loss.mean(), weights, allow_unused=True, materialize_grads=True)
+    return loss.detach(), list(gradient)
 
 
 @pytest.mark.parametrize("path", [Linear(), TrigFlow()])
@@ -78,6 +80,7 @@ def test_training_on_scaled_data_is_training_with_another_noise_scale(path) -> N
     scaled, of_scaled = loss_and_gradient(objective, Rescaled(net, 0.5), HALF)
     assert torch.equal(scaled, loss / 4)  # a squared error, in halves of the units
     assert all(torch.equal(a, b / 4) for a, b in zip(of_scaled, gradient, strict=True))
+    assert sum(float(g.abs().sum()) for g in gradient) > 0
 
     other = Scaled(dataset=Digits(), factor=0.25)
     assert not torch.equal(loss_and_gradient(objective, Rescaled(net, 0.5), other)[0], scaled)
