@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from tiny_runs import DIGITS, FILE_ONLY, TINY
 from benchmarks.data.digits import Digits
 from benchmarks.experiments.build import run
 from benchmarks.grids.request import Request
+from benchmarks.metrics.flow_map_error import map_error
 from benchmarks.planning.predict import Machine, predict
 from benchmarks.runs.measure import measure, measured_names
 from benchmarks.runs.passes import passes_per_step
@@ -77,6 +79,11 @@ class InPairs(AsLaw):
 
 
 KINDS = {"a_map": AsMap, "to_data": ToData, "a_velocity": AsVelocity, "a_law": AsLaw}
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.runs.measure.map_error", partial(map_error, num=20))
 
 
 @pytest.fixture(autouse=True)
