@@ -15,7 +15,8 @@ includes the velocity, which is at r = t.
 
 The map of the equation dx/dt = v is one of many that carry noise to the data. An objective that
 names `law` says that any of them is right for it: alone for a one-step generator (Drifting), beside
-a map for a method that compares laws at every t and r (IMM). It has no error against the exact map.
+a map for a method that compares laws at every t and r (IMM). It has no error against the exact map,
+and neither has one whose `fixed_point` is the "distribution".
 
 Whatever follows from these words is decided here: which samplers are valid (`missing_for`), which
 is the default (zoo/samplers/validity.py, by the first word), and where an error against the exact
@@ -90,7 +91,8 @@ def map_is_exact_at(objective: Any, t: float, r: float) -> bool:
     `trains_step` of the objective, where it declares it, may take steps out.
     """
     words = trained_by(objective)
-    if LAW in words or r >= t:
+    laws_alone = LAW in words or getattr(objective, "fixed_point", "") == "distribution"
+    if laws_alone or r >= t:
         return False
     size = 1 / (t - r)
     inside = {

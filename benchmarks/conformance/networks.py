@@ -18,7 +18,8 @@ from backbones.mlp import MLP
 from backbones.network import build_network
 from registry.protocols import NULL_LABEL, Cond, Network
 from zoo.ops import like
-from zoo.oracles import OnPath as OnPath
+from zoo.oracles.on_path import OnPath as OnPath
+from zoo.oracles.on_path import slope as slope
 
 NUM_CLASSES = 2
 VELOCITIES = ("u", "v")

@@ -363,6 +363,8 @@ TRIANGLE = ((1.0, 0.0), (1.0, 0.5), (0.5, 0.0), (0.75, 0.25))
         (objective(trains=("even_steps", "velocity")), TRIANGLE[:3]),
         (objective(trains=("law",)), ()),
         (objective(trains=("map", "law")), ()),
+        (objective(trains=("map",), fixed_point="distribution"), ()),
+        (objective(trains=("map",), fixed_point="none"), TRIANGLE),
     ],
 )
 def test_map_has_an_error_where_it_is_trained(made, exact):
