@@ -11,7 +11,7 @@ from pathlib import Path
 # How often a thread of GNU OpenMP looks for work before it sleeps. By its default of 300,000 a
 # thread whose partner waits for a core keeps another core from it: beside other processes a step
 # took several times as long. docs/speed.md has what was measured.
-SPINS = "10000"
+SPINS = "1000"
 
 NUM_THREADS = "OMP_NUM_THREADS"
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

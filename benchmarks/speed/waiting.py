@@ -13,16 +13,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.threads import SPINS, num_cores
+from benchmarks.threads import SPINS
 
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "default of OpenMP": {},
-    **{f"{n} spins": {"GOMP_SPINCOUNT": n} for n in sorted({"1000", SPINS, "50000"}, key=int)},
+    **{f"{n} spins": {"GOMP_SPINCOUNT": n} for n in sorted({SPINS, "10000", "50000"}, key=int)},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
@@ -30,17 +30,17 @@ _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 _BUSY = "while True: sum(range(10_000))"
 
 
-def measure(seconds: float, turns: int) -> dict[int, dict[str, float]]:
-    """Milliseconds of a step, by the number of busy processes and the setting: medians of turns."""
-    found = {}
-    for busy in (0, 1, num_cores(), 2 * num_cores()):
+def measure(
+    seconds: float, turns: int, loads: Sequence[int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """For each number of busy processes, milliseconds of a step by setting: medians of turns."""
+    for busy in loads:
         with _busy(busy):
             times: dict[str, list[float]] = {name: [] for name in SETTINGS}
             for _ in range(turns):
                 for name, variables in SETTINGS.items():
                     times[name].append(_step_in_process(variables, seconds))
-        found[busy] = {name: statistics.median(values) for name, values in times.items()}
-    return found
+        yield busy, {name: statistics.median(values) for name, values in times.items()}
 
 
 def milliseconds_per_step(seconds: float) -> float:
