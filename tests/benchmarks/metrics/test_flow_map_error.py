@@ -112,3 +112,13 @@ def test_errors_are_those_on_the_path_of_the_objective(dataset) -> None:
         # From the noise to the data, the map is the same on every path.
         assert found.pop("map_error_1_0") < 1e-5
         assert min(found.values()) > 0.05
+
+
+def test_path_that_states_wrong_derivatives_is_measured_by_its_own() -> None:
+    class WrongSlope(TrigFlow):
+        def d_alpha(self, t):
+            return 0.9 * super().d_alpha(t)
+
+    circle = OnPath(MixtureOracle(**Gaussian().components()), TrigFlow())
+    found = dict(map_error(circle, Gaussian(), num=50, objective=MeanFlow(path=WrongSlope())))
+    assert max(found.values()) < 1e-5
