@@ -71,6 +71,8 @@ def test_orders_differ_between_seeds_and_labels_and_rounds():
     even, odd = rows[labels[rows] == 0], rows[labels[rows] == 1]
     assert not torch.equal(even[:20] // 2, odd[:20] // 2)
     assert not torch.equal(even[:20], even[20:40])
+    later = groups.places(1, 40 * 8, 0, 8)  # the next epoch of groups
+    assert not torch.equal(later[labels[later] == 0], even)
 
 
 def test_groups_that_are_not_whole_are_refused():
