@@ -36,20 +36,20 @@ class LabelGroups:
             raise ValueError(f"{n} rows are not made of whole groups of {group} rows of one label")
         size = len(self.labels)
         first, num = step * n // group, n // group
-        label = cut(size, first, num, lambda e: self.labels[permutation(size, seed, e)])
-        turn = cut(size, first, num, lambda e: _turns(self, seed, e))
-        position = turn[:, None] * group + torch.arange(group)
-        found = torch.empty(num, group, dtype=torch.int64)
-        for row, (of, at) in enumerate(zip(label.tolist(), position, strict=True)):
-            found[row] = self._samples(of, at, seed)
-        return found.flatten()
+        label = cut(size, first, num, lambda epoch: _epoch(self, seed, epoch)[0])
+        turn = cut(size, first, num, lambda epoch: _epoch(self, seed, epoch)[1])
+        return torch.cat(
+            [
+                self._samples(of, nth * group, group, seed)
+                for of, nth in zip(label.tolist(), turn.tolist(), strict=True)
+            ]
+        )
 
-    def _samples(self, label: int, position: Tensor, seed: int) -> Tensor:
-        """The samples at these positions, one after the other, of the label's own sequence."""
+    def _samples(self, label: int, first: int, n: int, seed: int) -> Tensor:
+        """n samples from place `first` on of the label's own sequence."""
         count, start = int(self.counts[label]), int(self.starts[label])
         orders = _orders(self, seed)
-        length = len(position)
-        within = cut(count, int(position[0]), length, lambda turn: orders.of(label, count, turn))
+        within = cut(count, first, n, lambda turn: orders.of(label, count, turn))
         return self.members[start + within]
 
 
@@ -74,10 +74,10 @@ def _orders(groups: LabelGroups, seed: int) -> _Orders:
 
 
 @lru_cache(maxsize=4)
-def _turns(groups: LabelGroups, seed: int, epoch: int) -> Tensor:
-    """For each group of an epoch, how many groups of its label came before it, in all epochs."""
+def _epoch(groups: LabelGroups, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """The label of each group of an epoch, and how many groups of it came before in all epochs."""
     labels = groups.labels[permutation(len(groups.labels), seed, epoch)]
     order = torch.argsort(labels, stable=True)
     before = torch.empty_like(labels)
     before[order] = torch.arange(len(labels)) - groups.starts[labels[order]]
-    return before + epoch * groups.counts[labels]
+    return labels, before + epoch * groups.counts[labels]
