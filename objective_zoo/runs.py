@@ -99,16 +99,15 @@ class Run:
     ) -> Image.Image:
         """Samples as a picture, one line for each nfe, from the same noise; a notebook displays it.
 
-        Without `nfe` they are 1, 2 and 4, or those of them that the sampler can have.
+        Without `nfe` they are 1, 2 and 4, or the run's own where its sampler cannot have these.
         ValueError for data that are neither pictures nor points.
         """
         from PIL import Image
 
         from benchmarks.data.pictures import picture
-        from benchmarks.experiments.sampled_steps import possible_nfe
-        from benchmarks.runs.samples import SHOWN_NFE
+        from benchmarks.runs.finished import usual_nfe
 
-        shown = listed("nfe", nfe) or possible_nfe(self._opened[0].sampler, SHOWN_NFE)
+        shown = listed("nfe", nfe) or usual_nfe(self._opened[0])
         rows = {f"NFE {n}": x for n, x in self._drawn(shown, num, labels, seed).items()}
         with tempfile.TemporaryDirectory() as folder:
             path = picture(rows, Path(folder) / "samples.png")

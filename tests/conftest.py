@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,20 @@ def clean_configuration() -> Iterator[None]:
     sys.path[:] = path
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an empty MLflow store, to be copied: making its tables takes seconds."""
+    from benchmarks.records.mlflow_store import Store
+
+    file = tmp_path_factory.mktemp("empty_store") / "mlflow.db"
+    Store.in_file(file, "objective-zoo").client()
+    return file
+
+
 @pytest.fixture
-def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def mlflow_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of an empty MLflow store (SQLite; mlflow refuses plain folders)."""
-    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    address = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     return address
 

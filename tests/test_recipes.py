@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import gin
@@ -68,8 +69,9 @@ def parsed(recipe: str) -> None:
         )
 
 
+@cache
 def network(recipe: str, keys: tuple[str, ...] = ()):
-    """The recipe's network, or one with these outputs, on the meta device."""
+    """The recipe's network, or one with these outputs, on the meta device; nobody changes it."""
     made = outline(Request(file=ROOT / f"{recipe}.gin"))
     assert made.shape == SIZES[recipe][0]
     if not keys:
@@ -248,7 +250,13 @@ def data(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-@each
+# At toy size they are those of another size: mean_flow_b2, mean_flow_xl2, shortcut_b2.
+ALIKE = ("mean_flow_b4", "mean_flow_l2", "mean_flow_m2", "shortcut_xl2")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=pytest.mark.slow if r in ALIKE else ()) for r in RECIPES]
+)
 def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
     pytest.importorskip("diffusers")
     request = shrunken(Request(file=ROOT / f"{recipe}.gin"), data)

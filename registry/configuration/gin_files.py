@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -111,7 +112,7 @@ def reader(*, trusted: bool = True) -> Iterator[Reading]:
             _make_imports_work(path)
         else:
             own_code.check(path, *_imports_of(path))
-        yield _stream(path)
+        yield _stream(path, read_text(path))
         reading.open.pop()
 
     before = list(config._FILE_READERS)
@@ -122,8 +123,8 @@ def reader(*, trusted: bool = True) -> Iterator[Reading]:
         config._FILE_READERS[:] = before
 
 
-def _stream(path: Path) -> IO[str]:
-    stream = io.StringIO(read_text(path))
+def _stream(path: Path, text: str) -> IO[str]:
+    stream = io.StringIO(text)
     stream.name = str(path)  # for the place of a syntax error
     return stream
 
@@ -181,9 +182,14 @@ def imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
 
 def _imports_of(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     """As `imports_of`, with the whole names of the modules."""
+    return _imports_in(read_text(path), path)
+
+
+@lru_cache(maxsize=256)  # a run reads its files several times over
+def _imports_in(text: str, path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
     names: list[str] = []
     folders: list[Path] = []
-    for statement in config_parser.ConfigParser(_stream(path), Verbatim()):
+    for statement in config_parser.ConfigParser(_stream(path, text), Verbatim()):
         if isinstance(statement, config_parser.ImportStatement):
             names.append(statement.module)
         elif isinstance(statement, config_parser.BindingStatement):
@@ -207,22 +213,25 @@ def code_hashes(opened: Iterable[Path]) -> dict[str, str]:
     return own_code.hashes(imported_files(opened), map(Path, import_folders(opened)))
 
 
-def imported_files(opened: Iterable[Path]) -> tuple[Path, ...]:
-    """The Python files, outside the installed packages, that these gin files import."""
+def imported_files(opened: Iterable[Path], modules: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The Python files, outside the installed packages, that these gin files import.
+
+    `modules` were imported beside them, by --import.
+    """
     found = []
-    for name, folder in _sources(opened):
+    for name, folder in _sources(opened, modules):
         found += [file for file in [folder / f"{name}.py"] if file.is_file()]
         if _holds(folder, name):
             found += sorted((folder / name).rglob("*.py"))
     return tuple(dict.fromkeys(file.resolve() for file in found))
 
 
-def import_folders(opened: Iterable[Path]) -> tuple[str, ...]:
-    """The folders, outside the installed packages, of what these gin files import."""
-    return tuple(dict.fromkeys(str(folder.resolve()) for _, folder in _sources(opened)))
+def import_folders(opened: Iterable[Path], modules: Iterable[str] = ()) -> tuple[str, ...]:
+    """The folders of the same files."""
+    return tuple(dict.fromkeys(str(folder.resolve()) for _, folder in _sources(opened, modules)))
 
 
-def _sources(opened: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+def _sources(opened: Iterable[Path], modules: Iterable[str]) -> Iterator[tuple[str, Path]]:
     """What these gin files import from folders: each name with the folder that it comes from.
 
     A module that is imported already may have come from elsewhere than the file says, by --import.
@@ -236,6 +245,9 @@ def _sources(opened: Iterable[Path]) -> Iterator[tuple[str, Path]]:
                 yield name, folder
             elif near:
                 yield name, near[0]
+    for name in dict.fromkeys(module.split(".")[0] for module in modules):
+        if folder := own_code.folder_of(name):
+            yield name, folder
 
 
 def _holds(folder: Path, name: str) -> bool:

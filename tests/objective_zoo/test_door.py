@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
 import objective_zoo as oz
 import registry
+from benchmarks.conformance.report import CLAIMS
 from benchmarks.records.jsonl import read_record
 from registry import gin_setup
 from trainers.optim import AdamW
@@ -32,6 +34,8 @@ TINY: dict[str, Any] = {
     "dit.num_heads": 2, "run.metric": "@feature_metrics()",
     "feature_metrics.extractor": "@pixels()", "run.recorder": "@jsonl()",
 }  # fmt: skip
+# What is tested of a run that was rehearsed is the `compared` one, whose rehearsal costs as much.
+quick_run, quick_grid = (partial(made, rehearsal=False) for made in (oz.run, oz.grid))
 GRID = """
 include 'experiments/digits.gin'
 Grid.arms = ('mean_flow',)
@@ -179,7 +183,7 @@ def test_failed_arm_is_named_and_the_others_are_carried(tmp_path):
         registry.objectives.temporary("breaks", Breaks),
         pytest.raises(oz.CellsFailed, match=r"bad failed: .*broken on purpose") as caught,
     ):
-        oz.run(file, set=TINY, out=tmp_path / "x")
+        quick_run(file, set=TINY, out=tmp_path / "x")
     assert list(caught.value.failed) == ["bad"]
     assert list(caught.value.comparison.runs) == ["good"]
     assert caught.value.comparison.table().index.tolist() == ["good"]
@@ -188,21 +192,21 @@ def test_failed_arm_is_named_and_the_others_are_carried(tmp_path):
 def test_two_comparisons_do_not_see_each_others_bindings_nor_the_callers(tmp_path):
     gin_setup.parse([], ["adamw.lr = 0.125"])
     small = TINY | {"run.steps": 2}
-    first = oz.run(DIGITS, arms=["mean_flow"], set=small | {"adamw.lr": 0.5}, out=tmp_path / "a")
-    second = oz.run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "b")
+    first = quick_run(DIGITS, arms=["mean_flow"], set=small | {"adamw.lr": 0.5}, out=tmp_path / "a")
+    second = quick_run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "b")
     assert read_record(first.runs["mean_flow"].folder).params["adamw.lr"] == "0.5"
     assert read_record(second.runs["mean_flow"].folder).params["adamw.lr"] == "0.002"
     assert gin.query_parameter("adamw.lr") == 0.125
-    fresh = oz.run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "c")
+    fresh = quick_run(DIGITS, arms=["mean_flow"], set=small, out=tmp_path / "c")
     assert fresh.runs["mean_flow"].result.values == second.runs["mean_flow"].result.values
 
 
 def test_calls_are_silent_unless_progress_is_wanted(tmp_path, capfd):
     small = TINY | {"run.steps": 2}
-    oz.run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "quiet")
+    quick_run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "quiet")
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
-    oz.run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "loud", progress=True)
+    quick_run(DIGITS, arms=["flow_matching"], set=small, out=tmp_path / "loud", progress=True)
     said = capfd.readouterr()
     assert said.out == ""
     assert "[1/1] flow_matching" in said.err
@@ -221,12 +225,12 @@ def test_arms_that_are_no_list_of_names_are_refused(arms, what):
 def test_instance_and_results_do_not_depend_on_the_file_nor_on_the_callers_state(tmp_path):
     """digits.gin binds adamw.lr; a part that is given as an object keeps its own."""
     given = TINY | {"run.steps": 2, "run.optimizer": AdamW()}
-    plain = oz.run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "a").runs["mean_flow"]
+    plain = quick_run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "a").runs["mean_flow"]
     assert read_record(plain.folder).params["optimizer/adamw.lr"] == str(AdamW().lr) != "0.002"
     torch.set_default_dtype(torch.float64)
     try:
         with gin.config_scope("mine"), torch.no_grad():
-            again = oz.run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "b")
+            again = quick_run(DIGITS, arms=["mean_flow"], set=given, out=tmp_path / "b")
             assert not torch.is_grad_enabled()
         assert torch.get_default_dtype() == torch.float64
     finally:
@@ -271,7 +275,7 @@ def grid_file(tmp_path_factory) -> Path:
 
 
 def test_table_of_a_grid_by_one_of_its_axes(grid_file, tmp_path):
-    found = oz.grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
+    found = quick_grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
     table = found.table(by="power")
     assert table.index.tolist() == [0.5, 1.0]
     assert table["seeds", ""].tolist() == [2, 2]
@@ -279,12 +283,16 @@ def test_table_of_a_grid_by_one_of_its_axes(grid_file, tmp_path):
     assert table.loc[0.5, ("fd_pixels", 1)] == pytest.approx(sum(values) / 2)
     with pytest.raises(KeyError, match=r"adaptive\.power"):
         found.table(by="n2n_every")
-    again = oz.grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
+    again = quick_grid(grid_file, set=TINY | {"run.steps": 2}, out=tmp_path / "g")
     assert again.table().equals(found.table())
 
 
 def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    few = {claim: CLAIMS[claim] for claim in ("one loss per row", "labels")}  # all take long
+    monkeypatch.setattr("benchmarks.conformance.report.claims_for", lambda name: few)
+    # A rehearsal costs as much as such a run.
+    monkeypatch.setattr("benchmarks.grids.comparison.rehearse", lambda *planned: None)
     Path("my_grid.gin").write_text(grid_file.read_text())
     names = {name: getattr(oz, name) for name in oz.__all__} | {"TINY": TINY | {"run.steps": 2}}
     runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
@@ -358,7 +366,7 @@ def test_workers_of_a_grid_work_beside_foreign_packages(foreign, grid_file):
     assert len(list((foreign / "g").glob("*/result.json"))) == 1
 
 
-@pytest.mark.parametrize("start", ["--ranks 2", "torchrun"])
+@pytest.mark.parametrize("start", ["--ranks 2", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_processes_of_a_run_are_ours_beside_foreign_packages(foreign, start):
     """--ranks alone starts them; so does torchrun with the documented module."""
     words = ["-m", "objective_zoo", "run", DIGITS, "--arm", "flow_matching", "--out", "out"]

@@ -162,3 +162,9 @@ def test_value_of_the_environment_in_a_binding_is_refused(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with gin_setup.isolated(), pytest.raises(ValueError, match=r"post\.also = '\*\*\*'"):
         gin_setup.parse([], [f"post.also = '{SECRET}'"])
+
+
+def test_macro_whose_name_says_that_it_is_a_secret_is_refused(post: None) -> None:
+    """Its text alone, which is a plain word, would pass."""
+    with gin_setup.isolated(), pytest.raises(ValueError, match=r"db_password .* may not"):
+        gin_setup.parse([], ["post.also = %db_password", "db_password = 'hush'"])

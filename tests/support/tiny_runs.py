@@ -28,6 +28,15 @@ SIZES = (
     "run.log_every = 1",
 )
 TINY = (*SIZES, *NETWORK, *METRIC)
+# Points in space, of which no picture is drawn: with `mlp`, the cheapest data to run on.
+SPACE = (
+    "run.dataset = @gaussian()",
+    "gaussian.mean = (0.6, -0.8, 0.1)",
+    "gaussian.std = (0.6, 0.3, 0.5)",
+    "run.backbone = @mlp",
+    "mlp.dim = 8",
+    "mlp.depth = 1",
+)
 FILE_ONLY = (*TINY, "run.recorder = @jsonl()")  # without MLflow
 
 

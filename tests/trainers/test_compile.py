@@ -11,7 +11,7 @@ import torch
 import zero_work
 from backbone_cases import awake, inputs, small
 from compile_work import Compiler
-from tiny_runs import SIZES, losses, sets, zoo
+from tiny_runs import SIZES, SPACE, losses, sets, zoo
 
 from benchmarks.experiments.build import run
 from registry import gin_setup
@@ -68,7 +68,7 @@ def test_network_and_teachers_are_compiled_and_averages_are_not(compiler):
 
 
 def test_run_compile_trains_compiled(compiler, tmp_path):
-    words = ["run", "experiments/mixture.gin", "--arm", "mean_flow", *sets(*SIZES, *MLP)]
+    words = ["run", "experiments/mixture.gin", "--arm", "mean_flow", *sets(*SIZES, *SPACE, MLP[-1])]
     for name, more in (("eager", ()), ("compiled", sets("run.compile = True"))):
         done = zoo(*words, "--out", tmp_path / name, *more)
         assert done.status == 0, done.err

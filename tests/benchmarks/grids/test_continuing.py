@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import FILE_ONLY, entries, losses, sets, zoo
+from tiny_runs import SPACE, entries, losses, sets, zoo
 
 import objective_zoo as oz
 from benchmarks.records.jsonl import RecordWriter, read_record
 from benchmarks.runs.result import Result
 
 CONSTANT = ("run.schedule = @constant_lr()", "adamw.lr = 0.01")
-FILE, NAME = "experiments/mixture.gin", "mean_flow"
-POINTS = [b for b in FILE_ONLY if "dit" not in b and "metric" not in b and "pixels" not in b]
-BINDINGS = (*POINTS, "mlp.dim = 8", "mlp.depth = 1", "run.nfe = (1,)", *CONSTANT)
+FILE, NAME = "experiments/mixture.gin", "flow_matching"
+NFE = ("run.steps = 4", "run.batch_size = 8", "run.num_samples = 12", "run.nfe = (1,)")
+BINDINGS = (*NFE, "run.log_every = 1", "run.recorder = @jsonl()", *SPACE, *CONSTANT)
 
 
 def go(out: Path, *bindings: str, more: tuple[object, ...] = ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_runs import entries, losses, zoo
+from tiny_runs import SPACE, entries, losses, zoo
 
 from benchmarks.records.jsonl import read_record
 from benchmarks.report.reading.recorded_runs import read_runs
 from registry import objectives, pruners
 from zoo.objectives.flow_matching import FlowMatching
 
-BASE = """
+LINES = "\n".join(SPACE)
+BASE = f"""
 include 'experiments/mixture.gin'
-mlp.dim = 8
-mlp.depth = 1
+{LINES}
 STEPS = 4
 run.batch_size = 8
 run.num_samples = 12
@@ -138,10 +139,11 @@ def test_cells_that_fail_are_recorded_and_stop_nothing_and_run_again_on_request(
 
 
 def test_a_huge_grid_is_refused_at_once_and_the_limit_can_be_raised(grid, tmp_path):
-    seeds = f"Grid.repeat = {{'run.seed': {list(range(20_000))}}}\n"
-    done = grid("Grid.arms = ('flow_matching',)\n" + seeds, "--dry-run")
+    many = list(range(1, 151))
+    text = f"Grid.axes = {{'run.steps': {many}}}\nGrid.repeat = {{'run.seed': {many}}}\n"
+    done = grid("Grid.arms = ('flow_matching',)\n" + text, "--dry-run")
     assert done.status == 2
-    assert "20,000 cells" in done.err
+    assert "22,500 cells" in done.err
     assert not (tmp_path / "out").exists()
     one = "Grid.arms = ('flow_matching',)\nGrid.max_cells = 1\n" + SEEDS
     assert "2 cells" in grid(one, "--dry-run").err
@@ -213,7 +215,8 @@ def test_a_pruned_cell_is_left_alone_as_long_as_there_is_a_pruner(grid, tmp_path
     assert list(losses(folder)) == [1, 2, 3, 4]
 
 
-def test_finished_cells_are_known_from_the_store_wherever_they_are(grid, tmp_path):
+def test_finished_cells_are_known_from_the_store_wherever_they_are(grid, tmp_path, empty_store):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = ["--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     text = "Grid.arms = ('flow_matching',)\n" + SEEDS
     assert grid(text, *uri, base=BASE).status == 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ from trainers.optim import Cosine
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.samplers.methods import Euler
 
-TINY = """
+FLAT = """
 run.objective = @flow_matching()
 run.dataset = @gaussian()
 run.backbone = @mlp
@@ -43,6 +46,8 @@ run.nfe = (1,)
 run.recorder = @jsonl()
 run.device = 'cpu'
 """
+# The same in space, where no picture is drawn; not for tests that bind another data set.
+TINY = FLAT + "gaussian.mean = (0.6, -0.8, 0.1)\ngaussian.std = (0.6, 0.3, 0.5)\n"
 TOO_FEW = ("run.metric = @mmd()", "run.num_samples = 1")
 
 
@@ -176,7 +181,7 @@ def test_a_reference_of_another_shape_is_found(request_of):
             return (x if n <= 4 else torch.cat([x, x[:, :1]], 1)), cond
 
     with datasets.temporary("odd", Odd):
-        assert refusal(request_of("run.dataset = @odd()"))
+        assert refusal(request_of("run.dataset = @odd()", text=FLAT))
 
 
 def test_the_error_names_each_cell_once_for_all_that_fail(request_of):
@@ -272,7 +277,7 @@ def test_what_is_rehearsed_may_read_a_relative_path_by_a_macro(request_of, tmp_p
     bindings = ("run.dataset = @of_file()", "of_file.file = %PLACE")
     with datasets.temporary("of_file", OfFile):
         axes = "Grid.axes = {'PLACE': ['here', 'there']}"
-        grid = request_of(*bindings, axes, text=TINY + "PLACE = 'here'\n")
+        grid = request_of(*bindings, axes, text=FLAT + "PLACE = 'here'\n")
         planned = plan(grid, grid.axes())
         assert [one.values for one in planned.cells] == [
             (("PLACE", "'here'"),), (("PLACE", "'there'"),),
@@ -312,14 +317,13 @@ def test_a_relative_folder_passes_and_a_run_of_it_goes_on(
         Image.fromarray(pixels).save(tmp_path / "mine" / f"{number}.png")
     where = "%PLACE\nPLACE = 'mine'" if macro else "'mine'"
     pictures = f"@image_folder()\nimage_folder.resolution = 8\nimage_folder.folder = {where}"
-    text = TINY.replace("@gaussian()", pictures).replace("@mlp", "@unet").replace("mlp.dim = 8", "")
+    text = FLAT.replace("@gaussian()", pictures).replace("@mlp", "@unet").replace("mlp.dim = 8", "")
     text = text.replace("mlp.depth = 1", "unet.channels = 8")
     caplog.set_level("INFO")
     compare(request_of(text=text), tmp_path / "out")
     (tmp_path / "out" / "flow_matching" / "result.json").unlink()
-    compare(
-        request_of("run.log_every = 2", "run.steps = 3", text=text), tmp_path / "out", resume=True
-    )
+    again = request_of("run.log_every = 2", "run.steps = 3", text=text)
+    compare(again, tmp_path / "out", resume=True, rehearsal=False)
     assert "goes on with run.log_every" in caplog.text
     assert "image_folder.folder," not in caplog.text
 
@@ -344,3 +348,44 @@ def test_the_run_that_goes_on_has_a_network_of_its_own(request_of, tmp_path, mon
     monkeypatch.setattr("benchmarks.runs.execute.fit_experiment", cut)
     planned = plan(request_of(), Declared())
     rehearse(planned.cells, tmp_path / "out", planned.launcher)
+
+
+HOLDS = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_killed_rehearsals_left_is_removed_and_a_live_one_stays(request_of, tmp_path):
+    out = tmp_path / "out"
+    dead, live, new, old = (out / f".rehearsal-{n}" for n in ("dead", "live", "new", "old"))
+    for folder in (dead, live, new, old):
+        folder.mkdir(parents=True)
+    for folder in (dead, live):
+        (folder / "live").touch()
+    os.utime(old, (0, 0))  # of an earlier version, without a lock
+    words = [sys.executable, "-S", "-c", HOLDS, str(live / "live")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        compare(request_of(), out)
+        assert [folder.exists() for folder in (dead, live, new, old)] == [False, True, True, False]
+        other.kill()
+    compare(request_of(), out, resume=True)
+    assert not live.exists()
+
+
+def test_a_rehearsal_holds_its_lock(tmp_path):
+    with of_cells._place(tmp_path) as folder:
+        assert [path.name for path in folder.iterdir()] == ["live"]
+
+
+def test_a_grid_over_data_of_several_shapes_has_a_picture_of_each(request_of, tmp_path):
+    two, three = (0.5, 0.5), (0.5, 0.5, 0.5)
+    axes = {"gaussian.mean": [two, three], "gaussian.std": [two, three]}
+    run_grid(
+        request_of(f"Grid.axes = {axes}", "Grid.mode = 'zip'"), tmp_path / "out", rehearsal=False
+    )
+    assert [path.name for path in tmp_path.glob("out/*.png")] == ["samples.png"]

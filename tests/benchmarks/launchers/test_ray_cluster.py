@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cell_scripts
 import pytest
-from cell_scripts import run_cell
+from cell_scripts import run_whole_cell
 
 from benchmarks.launchers.launcher import OUTPUT
 from benchmarks.launchers.ray_cluster import RayCluster
@@ -111,7 +111,7 @@ def test_cell_of_a_killed_worker_runs_again_and_fails_only_when_that_does_not_he
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5")
     started = jobs(DIES_ONCE, DIES, LOOKS_ABOUT, "ended = Ended(name, 'failed', 'out of luck')")
     before = signal.getsignal(signal.SIGTERM)
-    told = {ended.name: ended for ended in RayCluster(retries=1)(started, run_cell)}
+    told = {ended.name: ended for ended in RayCluster(retries=1)(started, run_whole_cell)}
     assert signal.getsignal(signal.SIGTERM) is before
     assert {name: ended.status for name, ended in told.items()} == {
         "a": "finished",
@@ -140,7 +140,7 @@ def test_signal_lets_running_cells_save_and_starts_no_more(jobs: Callable[..., l
     seen: list[Ended] = []
     whole = len(os.sched_getaffinity(0))
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(RayCluster(num_cpus=whole)(started, run_cell))
+        seen.extend(RayCluster(num_cpus=whole)(started, run_whole_cell))
     thread.join()
     assert seen == [Ended("a", "stopped", "by a signal")]
     assert (started[0].folder / "saved").exists()
@@ -152,11 +152,11 @@ def test_cluster_that_is_there_is_used_and_what_it_lacks_is_told_first(
     head: str, jobs: Callable[..., list[Job]], tmp_path: Path
 ) -> None:
     (job,) = jobs(LOOKS_ABOUT)
-    assert list(RayCluster(address=head)([job], run_cell)) == [Ended("a", "finished")]
+    assert list(RayCluster(address=head)([job], run_whole_cell)) == [Ended("a", "finished")]
     with pytest.raises(ValueError, match=f"does not see {tmp_path / 'nowhere'}"):
-        list(RayCluster(address=head)([Job("b", tmp_path / "nowhere")], run_cell))
+        list(RayCluster(address=head)([Job("b", tmp_path / "nowhere")], run_whole_cell))
     with pytest.raises(ValueError, match="no machine of the Ray cluster has 1 CPUs and 64 GPUs"):
-        list(RayCluster(address=head, num_gpus=64)([job], run_cell))
+        list(RayCluster(address=head, num_gpus=64)([job], run_whole_cell))
 
 
 @pytest.mark.parametrize(
@@ -171,4 +171,4 @@ def test_resources_are_checked_at_construction(settings: dict) -> None:
 def test_missing_ray_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"objective-zoo\[cluster\]"):
-        list(RayCluster()([Job("a", Path("a"))], run_cell))
+        list(RayCluster()([Job("a", Path("a"))], run_whole_cell))

@@ -356,6 +356,7 @@ def test_memory_is_read(text, count):
 # against processes
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_prediction_agrees_with_the_peak_of_two_processes():
     """MeanFlow at stage 2. Within 15 %: what kernels and gloo take is not counted."""

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -33,9 +34,10 @@ from benchmarks.records.recorders import Jsonl, Mlflow
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One sqlite store for all tests of this file: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('a store')}/mlflow.db"
+def uri(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    """One sqlite store for all tests of this file."""
+    file = shutil.copy(empty_store, tmp_path_factory.mktemp("a store") / "mlflow.db")
+    return f"sqlite:///{file}"
 
 
 def client_of(uri: str) -> Any:

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, zoo
 
+from benchmarks.grids.cell import build
+from benchmarks.grids.request import Request
 from benchmarks.records.jsonl import read_record
+from benchmarks.runs.teacher import after_teacher, as_teacher
 from registry import objectives
 from zoo.objectives.decm import DECM
 from zoo.teachers import Frozen
@@ -182,10 +185,14 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
 
 
 @pytest.mark.parametrize(("steps", "share"), [(3, 0.5), (5, 0.3), (4, 0.9)])
-def test_teacher_and_student_share_the_budget_to_the_step(tmp_path, steps, share):
-    done = decm(tmp_path / "out", f"run.steps = {steps}", f"frozen.pretrain = {share}")
-    assert done.status == 0, done.err
-    assert result(tmp_path / "out" / "decm")["steps"] == steps
+def test_teacher_and_student_share_the_budget_to_the_step(steps, share):
+    """What a run records of them is in the tests of the command line."""
+    bindings = (*FILE_ONLY, f"run.steps = {steps}", f"frozen.pretrain = {share}")
+    Request(file=Path(DIGITS), bindings=bindings, only=("decm",)).parse()
+    experiment = build("decm")
+    parts = as_teacher(experiment, experiment.distilled[1]), after_teacher(experiment)
+    assert [part.budget.unit for part in parts] == ["steps", "steps"]
+    assert sum(part.budget.amount for part in parts) == steps
 
 
 def test_frozen_teachers_share_is_a_share():

@@ -137,16 +137,8 @@ def plain() -> dict[str, dict[str, Any]]:
     return {name: found(*train(name, TorchEngine(max_grad_norm=1.0))) for name in names()}
 
 
-CASES = [
-    (stage, name)
-    for stage in STAGES
-    for name in names()
-    if stage >= 2 or not name.startswith(("dumo_", "decm_"))
-]
-
-
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("stage", "name"), CASES)
+@pytest.mark.parametrize(("stage", "name"), zero_work.PARITY)
 def test_two_processes_train_as_one(
     stage: int, name: str, trained: dict[Any, Any], plain: dict[str, dict[str, Any]]
 ) -> None:
@@ -222,7 +214,7 @@ def test_gradient_that_is_not_synchronised_is_noticed(
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", zero_work.DIFFERENT)
 def test_gradient_that_is_not_finite_in_one_process_stops_or_is_left_out_in_all(
     stage: int, trained: dict[Any, Any]
 ) -> None:
@@ -260,13 +252,25 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], P
 @pytest.mark.parametrize(("stage", "name"), [*zero_work.RESUMED, (2, "fp16"), (3, "fp16")])
 def test_resume_is_bit_equal_at_the_same_stage(stage: int, name: str, resumed: Any) -> None:
     """Losses, weights, averages and teachers."""
-    told = resumed[0][stage, name]
+    check_bit_equal(resumed[0][stage, name])
+
+
+def check_bit_equal(told: Any) -> None:
     assert told["same"]["losses"] == told["whole"]["losses"][SAVED:]
     assert told["same"]["norms"] == told["whole"]["norms"][SAVED:]
     assert told["same"]["scales"] == told["whole"]["scales"][SAVED:]
     assert told["whole"]["module"].keys() == told["same"]["module"].keys()
     for key, value in told["whole"]["module"].items():
         assert torch.equal(told["same"]["module"][key], value), key
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_resume_of_every_other_objective_is_bit_equal(tmp_path: Path) -> None:
+    told = zero_work.spawn(2, "resume_too", tmp_path)
+    assert list(told) == zero_work.RESUMED_TOO
+    for case in told.values():
+        check_bit_equal(case)
 
 
 @pytest.mark.deepspeed

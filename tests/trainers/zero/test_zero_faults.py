@@ -193,6 +193,7 @@ def _two(folder: Path, wait: float, *bindings: str) -> tuple[list[int], list[str
     return [first.returncode, second.returncode], told
 
 
+@pytest.mark.faults
 def test_processes_of_any_launcher_make_one_run_and_wait_for_a_late_one(tmp_path: Path) -> None:
     ended, told = _two(tmp_path, 10.0, "run.steps = 3", "run.steps = 3")
     assert ended == [0, 0], told

@@ -70,6 +70,7 @@ def is_one_run_of_two(folder: Path) -> None:
     assert "precision = 'bf16'" in (cell / "operative.gin").read_text()
 
 
+@pytest.mark.faults
 def test_torchrun_on_two_nodes_makes_one_run(tmp_path: Path) -> None:
     nodes = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
     meet = ["--rdzv_id", "7", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
