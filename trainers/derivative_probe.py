@@ -10,7 +10,7 @@ path), t and r are moved one at a time, so that no direction hides a cut in anot
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
 
 A parametrisation must not jump in time, where differences and derivatives have nothing in common;
-`backbones/smoothness.py` looks for a jump at all times.
+`backbones/parametrisations/smoothness.py` looks for a jump at all times.
 
 An objective that `splits_batch` needs rows that do not depend on one another. So half of the rows
 are moved alone, and the derivative of the others must be zero.
@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import registry
 from backbones.network import FlowNetwork
-from backbones.smoothness import check_smooth
+from backbones.parametrisations.smoothness import check_smooth
 from registry.protocols import Cond, Derivative, Objective, parts
 from trainers.rng import generator
 from zoo.derivatives.methods import FiniteDifference, no_gradient, replay_rng
