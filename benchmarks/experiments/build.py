@@ -17,7 +17,7 @@ import torch
 
 import registry
 from backbones.network import FlowNetwork, build_network
-from backbones.parametrisations import RawVelocity
+from backbones.parametrisations.equations import RawVelocity
 from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import (
     bound,
