@@ -32,13 +32,18 @@ class _Lines(logging.Handler):
 
 
 class _Concealing:
-    """A stream through which no secret passes, whoever writes to it."""
+    """A stream through which no secret passes, whoever writes to it.
+
+    What its encoding lacks is written as an escape: a name of a folder ends no run.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(concealed(text))
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        hidden = concealed(text).encode(encoding, "backslashreplace")
+        self._stream.write(hidden.decode(encoding))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

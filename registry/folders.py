@@ -1,8 +1,9 @@
-"""Files of a folder that may have come from somebody else: their names stay inside it."""
+"""Files of a folder that may have come from somebody else, and places that can be written."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 
@@ -23,6 +24,26 @@ def file_in(folder: Path, name: str) -> Path:
             "file, put a copy of it in the place of the link"
         )
     return path
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """ValueError, before any work is done, if no file (or `folder`) can be written at this path."""
+    whole = str(path.absolute())
+    if whole != whole.encode(errors="replace").decode():
+        raise ValueError(
+            f"{option} {whole!r}: this name is no UTF-8, and weights in such a folder cannot be "
+            "read. Choose another place"
+        )
+    if path.is_dir() and not folder:
+        raise ValueError(f"{option} {path} is a folder; give the name of a file")
+    there = [place for place in (path, *path.absolute().parents) if os.path.exists(place)]
+    nearest = there[0]
+    if (folder or nearest != path) and not nearest.is_dir():
+        raise ValueError(
+            f"{option} {path}: {nearest} is a file, and no folder. Choose another place"
+        )
+    if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
+        raise ValueError(f"{option} {path}: {nearest} cannot be written. Choose another place")
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ gin-config has no public functions for most of this, so we use private ones; its
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -50,13 +51,17 @@ from registry.configuration.gin_files import read_text as read_text
 from registry.configuration.gin_files import reader
 from registry.configuration.gin_files import resolve as resolve
 from registry.configuration.gin_secrets import withdraw_secrets
-from registry.configuration.gin_values import problems
+from registry.configuration.gin_values import Problem, problems
 from registry.configuration.local_paths import anchor_paths as anchor_paths
+from registry.configuration.local_paths import path_macros as path_macros
+from registry.configuration.local_paths import whole_binding as whole_binding
 from registry.core import did_you_mean
 from registry.plugins import load_plugins
 from registry.secrets import forget, kept
 
 _alone = threading.RLock()
+
+log = logging.getLogger(__name__)
 
 
 def parse(
@@ -65,12 +70,15 @@ def parse(
     troubles: list[str] | None = None,
     *,
     trusted: bool = True,
+    recorded: bool = False,
 ) -> tuple[Path, ...]:
     """Forget every binding, then read the files and the bindings; returns the files read, in order.
 
     A file may import the Python files next to it (`import my_loss`), unless it came with a folder
     and is not `trusted`: then it may import what is imported already. Where `troubles` is given, it
-    gets what is wrong with a binding, and reading goes on without that binding.
+    gets what is wrong with a binding, and reading goes on without that binding. Files that a run
+    has `recorded` keep the values that are refused today, with a warning; 500.0 is read as 500
+    where a whole number is wanted.
     """
     load_plugins()
     gin.clear_config()
@@ -91,7 +99,11 @@ def parse(
             raise
         troubles.append(str(error))
     else:
-        if (wrong := list(problems(values_bound()))) and troubles is None:
+        found = list(problems(values_bound()))
+        if recorded:
+            found = _kept_as_recorded(found, bindings)
+        wrong = [problem.text for problem in found]
+        if wrong and troubles is None:
             raise ValueError("\n".join(wrong))
         if troubles is not None:
             troubles += wrong
@@ -170,6 +182,25 @@ def build(key: str, scope: str = "") -> Any:
     with gin.config_scope(scope):
         # gin's own way to build the references inside a value.
         return copy.deepcopy(query(f"{scope}/{key}", outside) if scope else outside)
+
+
+def _kept_as_recorded(found: Sequence[Problem], bindings: Sequence[str]) -> list[Problem]:
+    """The problems of what is bound beside the files; a warning of each other one.
+
+    A macro beside the files may be read anywhere, so that all problems count then.
+    """
+    beside = {own_key(key) for key in bindings_of("\n".join(bindings))}
+    if any("." not in key for key in beside):
+        return [*found]
+    for problem in found:
+        if problem.key in beside:
+            continue
+        read_as = "as it was recorded"
+        if problem.meant is not None:
+            gin.bind_parameter(problem.key, problem.meant)
+            read_as = f"as {problem.meant}"
+        log.warning("a new run is refused: %s. This one is read %s", problem.text, read_as)
+    return [problem for problem in found if problem.key in beside]
 
 
 def _several(name: str) -> str:

@@ -61,4 +61,5 @@ class Budget:
         return min(1.0, self.spent(state) / self.amount)
 
     def done(self, state: Counters) -> bool:
-        return self.spent(state) >= self.amount
+        """Whether all is spent; the shortest budget has one step, which later figures divide by."""
+        return state.step > 0 and self.spent(state) >= self.amount

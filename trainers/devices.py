@@ -1,8 +1,17 @@
-"""Devices by name."""
+"""Devices by name, and how much memory there is."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+
+# Where a container finds the limit of its memory, in version 2 of control groups and in version 1.
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 
 def device_of(name: str, option: str) -> torch.device:
@@ -20,3 +29,25 @@ def device_of(name: str, option: str) -> torch.device:
             "CPU where there is none"
         )
     return device
+
+
+def check_rows(name: str, rows: int, shape: Sequence[int]) -> None:
+    """ValueError if so many float32 rows of this shape are larger than the memory; `name` asks."""
+    needed, memory = 4 * rows * math.prod(shape), machine_memory()
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"{name} = {rows}: rows of shape {tuple(shape)} take {needed / 2**30:,.0f} GiB, and "
+            f"this machine has {memory / 2**30:,.0f} GiB of memory. Set {name} to "
+            f"{memory // (8 * math.prod(shape))} or less"
+        )
+
+
+def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this machine, or its container, has; None where nothing says it."""
+    found = []
+    if hasattr(os, "sysconf"):  # Windows does not have it
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in _LIMITS:
+        with suppress(OSError, ValueError):  # there is no such limit, or it is "max"
+            found.append(int((groups / name).read_text()))
+    return min(found, default=None)

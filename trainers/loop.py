@@ -8,8 +8,6 @@ for the device.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -34,6 +32,7 @@ from registry.protocols import (
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints import checkpoint
+from trainers.devices import check_rows
 from trainers.engines import TorchEngine, TrainStep
 from trainers.finite import StopOnNonFinite
 from trainers.optim import AdamW, ConstantLr
@@ -102,7 +101,7 @@ def prepared(
 
     ValueError for a batch that the memory of this machine cannot hold.
     """
-    _check_memory(training.dataset.shape, training.batch_size)
+    check_rows("run.batch_size", training.batch_size, training.dataset.shape)
     train_step, device = training.train_step(), torch.device(training.device)
     if training.compile:
         train_step.compile_networks()
@@ -120,21 +119,6 @@ def prepared(
         callbacks=tuple(callbacks),
         emas=train_step.emas,
     )
-
-
-def _check_memory(shape: Sequence[int], batch_size: int) -> None:
-    """ValueError for a batch larger than the memory, which a data set would try to make for hours.
-
-    An engine shares a batch out only after it was read.
-    """
-    needed = 4 * batch_size * math.prod(shape)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise ValueError(
-            f"run.batch_size = {batch_size}: a batch of rows of shape {tuple(shape)} takes "
-            f"{needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory; "
-            "lower it"
-        )
 
 
 def updates(state: TrainState, training: Training) -> Iterator[LossOutput]:

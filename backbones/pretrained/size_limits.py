@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from backbones.counting import Made, counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,23 +47,12 @@ def no_larger_than(shapes: Shapes, config: Path) -> Iterator[None]:
     For networks on the meta device, where tensors take no memory.
     """
     tensors, elements = 2 * len(shapes) + _SPARE_TENSORS, 2 * _elements(shapes) + _SPARE_ELEMENTS
-    made = {"tensors": 0, "elements": 0, "tables": 0}
 
-    def count(_module: nn.Module, _name: str, parameter: Tensor | None) -> None:
-        if parameter is not None:
-            made["tensors"] += 1
-            made["elements"] += parameter.numel()
-        _check()
-
-    def count_table(_module: nn.Module, _name: str, table: Tensor | None) -> None:
-        made["tables"] += table.numel() if table is not None else 0
-        _check()
-
-    def _check() -> None:
+    def check(made: Made) -> None:
         if (
-            made["tensors"] > tensors
-            or made["elements"] > elements
-            or made["tables"] > max(_TABLES, 2 * elements)
+            made.tensors > tensors
+            or made.elements > elements
+            or made.tables > max(_TABLES, 2 * elements)
         ):
             raise ValueError(
                 f"{config} describes a larger network than the file of its weights holds, which "
@@ -75,15 +60,8 @@ def no_larger_than(shapes: Shapes, config: Path) -> Iterator[None]:
                 "not what was exported"
             )
 
-    hooks = (
-        register_module_parameter_registration_hook(count),
-        register_module_buffer_registration_hook(count_table),
-    )
-    try:
+    with counted(check):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _elements(shapes: Shapes) -> int:

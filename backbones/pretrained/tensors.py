@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+DIGEST = "tensors_sha256"  # in the metadata of a file that is checked whenever it is read
 
 
 class UnreadableTensors(ValueError):
@@ -15,11 +19,16 @@ class UnreadableTensors(ValueError):
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    digest: bool = False,
 ) -> None:
     """Write tensors as a safetensors file; OSError if it cannot be written.
 
     Every file of ours is written here, since the library gives its files to their owner alone.
+    With `digest` the file has the SHA-256 of its tensors, for one of which no other file says it.
     """
     unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -29,10 +38,11 @@ def save_tensors(
             value = value.clone()
         seen.add(value.data_ptr())
         unshared[name] = value
+    about = {**(metadata or {}), **({DIGEST: digest_of(unshared)} if digest else {})}
     path.touch()
     mode = path.stat().st_mode  # by the umask, as for every other file that is opened
     try:
-        save_file(unshared, path, metadata)
+        save_file(unshared, path, about or None)
         path.chmod(mode)
     except SafetensorError as problem:
         raise OSError(f"{path} cannot be written: {problem}") from problem
@@ -51,14 +61,30 @@ def fitting(path: Path, module: nn.Module) -> dict[str, Tensor]:
     _check_there(path)
     try:
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            recorded = (file.metadata() or {}).get(DIGEST)
     except SafetensorError as problem:
         raise UnreadableTensors(f"{path} is no safetensors file: {problem}") from problem
+    if recorded is not None and digest_of(tensors) != recorded:
+        raise ValueError(
+            f"{path} was changed after it was written: the SHA-256 of its tensors is not the one "
+            "that it says. Restore it, or make it again"
+        )
     check_fit(
         path,
         {name: tuple(value.shape) for name, value in tensors.items()},
         {name: tuple(value.shape) for name, value in module.state_dict().items()},
     )
     return tensors
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and values."""
+    content = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

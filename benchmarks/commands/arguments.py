@@ -57,20 +57,19 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def import_given(arguments: argparse.Namespace) -> None:
-    """Import the files of --import, after the parts that are installed."""
+def import_given(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Import the files of --import, after the parts that are installed; the modules' names."""
     from registry.plugins import import_file, load_plugins
 
     if arguments.imports:
         load_plugins()
-    for file in arguments.imports:
-        import_file(file)
+    return tuple(import_file(file).__name__ for file in arguments.imports)
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
     from benchmarks.grids.request import Request
 
-    import_given(arguments)
+    modules = import_given(arguments)
     bindings = list(arguments.bindings)
     if arguments.tracking_uri:
         bindings.append(f"mlflow.tracking_uri = {arguments.tracking_uri!r}")
@@ -79,4 +78,5 @@ def request_of(arguments: argparse.Namespace) -> Request:
         bindings=tuple(bindings),
         only=tuple(arguments.only),
         trust_code=arguments.trust_code,
+        modules=modules,
     )

@@ -46,7 +46,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     from benchmarks.speed.bench import run_bench
     from benchmarks.speed.cases import cases_of
     from benchmarks.speed.table import Speed, compare, speed_table
+    from registry.folders import check_output
 
+    if arguments.json:
+        check_output(arguments.json, "--json")
     stored = arguments.compare and Speed.load(arguments.compare)
     arguments.bindings += [f"run.batch_size = {arguments.batch}"] if arguments.batch else []
     arguments.bindings += ["run.compile = True"] if arguments.compile else []
@@ -63,6 +66,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     speed = run_bench(request, groups, out, turns=arguments.repeats, memory=not arguments.no_memory)
     print(speed_table(speed))
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(speed.json())
     if stored:
         lines, grown = compare(speed, stored)

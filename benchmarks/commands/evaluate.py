@@ -21,7 +21,9 @@ def add_to(commands: Commands) -> None:
 
     sample = commands.add_parser("sample", help="draw samples from a finished run")
     sample.add_argument("run", type=Path, help="the folder of a finished run")
-    sample.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations")
+    sample.add_argument(
+        "--nfe", type=int, nargs="+", default=[], help="network evaluations; default: 1 2 4"
+    )
     sample.add_argument("--num", type=int, default=64, help="samples per NFE")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--sampler", help="a registered sampler; default the run's own")
@@ -107,9 +109,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _sample(arguments: argparse.Namespace) -> None:
     from benchmarks.runs.finished import sample_run
+    from registry.folders import check_output
 
+    check_output(arguments.out, "--out")
     import_given(arguments)
-    where = sample_run(
+    where, nfe = sample_run(
         arguments.run,
         nfe=tuple(arguments.nfe),
         num=arguments.num,
@@ -120,4 +124,4 @@ def _sample(arguments: argparse.Namespace) -> None:
         bindings=tuple(arguments.bindings),
         trust_code=arguments.trust_code,
     )
-    print(f"{arguments.num} samples at NFE {', '.join(map(str, arguments.nfe))}: {where}")
+    print(f"{arguments.num} samples at NFE {', '.join(map(str, nfe))}: {where}")

@@ -46,7 +46,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     from benchmarks.planning.predict import Machine, predict, read_memory
     from benchmarks.planning.rehearsal import rehearse_here
     from benchmarks.planning.table import planner_table
+    from registry.folders import check_output
 
+    if arguments.json:
+        check_output(arguments.json, "--json")
     machine = Machine(
         gpus=arguments.gpus,
         memory=read_memory(arguments.memory),
@@ -61,4 +64,5 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(planner_table(found, machine))
     if arguments.json:
         text = json.dumps([prediction.json() for prediction in found], indent=1)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(text + "\n")

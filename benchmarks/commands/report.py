@@ -29,8 +29,10 @@ def add_to(commands: Commands) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from benchmarks.report import write_report
+    from registry.folders import check_output
 
     out = arguments.out
+    check_output(out, "--out", folder=True)
     write_report(
         arguments.runs,
         out,

@@ -48,7 +48,9 @@ def add_to(commands: Commands) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from benchmarks.runs.finished import export_file, export_run
+    from registry.folders import check_output
 
+    check_output(arguments.out, "--out", folder=True)
     import_given(arguments)
     if arguments.run.is_dir():
         bindings = tuple(arguments.bindings)
@@ -71,8 +73,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _ema(arguments: argparse.Namespace) -> None:
+    from registry.folders import check_output
     from trainers.ema.reconstruction import reconstruct
 
+    if arguments.out:
+        check_output(arguments.out, "--out")
     made = reconstruct(arguments.run, arguments.sigma_rel, arguments.step, arguments.out)
     print(
         f"{made.path}: sigma_rel {made.wanted.sigma_rel:g} at step {made.wanted.step}, from "
@@ -81,7 +86,9 @@ def _ema(arguments: argparse.Namespace) -> None:
 
 
 def _consolidate(arguments: argparse.Namespace) -> None:
+    from registry.folders import check_output
     from trainers.zero.checkpoint import consolidate
 
+    check_output(arguments.out, "--out")
     consolidate(arguments.checkpoint, arguments.out, arguments.ema)
     print(arguments.out)

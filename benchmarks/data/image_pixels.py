@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.data.picture_faults import Seen, Unusable, fault_of, judge_pictures
 from registry import progress
+from trainers.devices import machine_memory
 
 SQUARES = "largest centred square at whole pixels"  # the rule, for records of what was trained on
 BAR_FROM = 2000  # pictures from which on reading shows a progress bar
@@ -184,11 +185,8 @@ def check_memory(n: int, shape: tuple[int, int, int], instead: str) -> None:
 
     `instead` tells the user what to do.
     """
-    if not hasattr(os, "sysconf"):  # Windows does not say how much memory it has
-        return
-    needed = n * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory // 2:
+    needed, memory = n * math.prod(shape), machine_memory()
+    if memory is not None and needed > memory // 2:
         raise ValueError(
             f"{n} pictures of {shape} take {needed / 2**30:.1f} GiB, more than half of this "
             f"machine's {memory / 2**30:.1f} GiB. {instead}"

@@ -6,6 +6,7 @@ project rounds pictures to pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from registry.protocols import is_picture as is_picture
 
 SMALLEST_SIDE = 48  # pixels that the longer side of a picture in a grid has at least
 GAP = 2  # pixels between pictures
+COLUMNS = 12  # of panels with points, side by side
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -94,9 +96,11 @@ def save_scatter(
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"a scatter plot needs points [n 2], but got {tuple(points.shape)}")
     low, high = _square(torch.cat(list(clouds.values())) if backdrop is None else backdrop)
-    figure = Figure(figsize=(3 * len(clouds), 3.2), dpi=120, layout="constrained")
+    columns = min(len(clouds), COLUMNS)
+    lines = math.ceil(len(clouds) / columns)
+    figure = Figure(figsize=(3 * columns, 3.2 * lines), dpi=120, layout="constrained")
     for i, (title, points) in enumerate(clouds.items()):
-        axes = figure.add_subplot(1, len(clouds), i + 1)
+        axes = figure.add_subplot(lines, columns, i + 1)
         if backdrop is not None:
             axes.scatter(backdrop[:, 0].numpy(), backdrop[:, 1].numpy(), s=2, color="lightgrey")
         axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, color="tab:blue")

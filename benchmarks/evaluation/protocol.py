@@ -37,9 +37,9 @@ from benchmarks.metrics.distances import VectorMetric
 from benchmarks.metrics.features import best_available
 from benchmarks.records.afterwards import add_to_record
 from benchmarks.records.provenance import provenance
-from benchmarks.runs.finished import arm_of_run
+from benchmarks.runs.finished import check_used
 from benchmarks.runs.result import Result, finished_run
-from registry import gin_setup
+from registry.folders import check_output
 from registry.protocols import Extractor
 from trainers import ranks
 from trainers.checkpoints.whole_files import write_json, write_text
@@ -63,6 +63,9 @@ def evaluate_run(
     out = out or folder / (
         f"evaluation_{request.weights.stem}" if request.weights else "evaluation"
     )
+    check_output(out, "--out", folder=True)
+    if request.save_images:
+        check_output(request.save_images, "--save-images", folder=True)
     kept(out / EVALUATION)  # raises now, and not after the samples, if it cannot be read
     with _processes():
         samples = open_samples(folder, request, cache=out / "features")
@@ -131,9 +134,7 @@ def _metrics(request: EvaluationRequest) -> list[VectorMetric]:
 
 def _check(request: EvaluationRequest, samples: Samples) -> None:
     """ValueError for a binding that no built part uses; a warning for classes of unequal size."""
-    bound = set(gin_setup.bindings_of("\n".join(request.bindings)))
-    if unused := sorted(bound & {*gin_setup.inert_bindings(arm_of_run())}):
-        raise ValueError(f"nothing uses {', '.join(unused)} in this evaluation")
+    check_used(request.bindings, "this evaluation")
     num_classes, num = samples.dataset.num_classes, request.num
     if num_classes and request.labels == "balanced" and num % num_classes:
         log.warning("%d samples are not the same number of each of %d classes", num, num_classes)

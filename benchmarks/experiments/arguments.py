@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import registry
 from trainers.budget import Budget
 from trainers.ema.power_function import exponent
+
+RUN_PARTS = (
+    ("backbone", registry.backbones),
+    ("dataset", registry.datasets),
+    ("sampler", registry.samplers),
+    ("engine", registry.engines),
+    ("optimizer", registry.optimizers),
+    ("schedule", registry.schedules),
+    ("metric", registry.metrics),
+    ("recorder", registry.recorders),
+    ("pruner", registry.pruners),
+)
 
 
 def bound(name: str, part: Any, kind: registry.Registry) -> Any:
@@ -56,6 +68,21 @@ def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         for f in fields(value):
             if f.init:
                 yield from _settings(f"{owner}.{f.name}", getattr(value, f.name))
+
+
+def where_to_bind(keys: Iterable[str]) -> str:
+    """How to use the parts of these bindings, for the end of an error; '' where nothing is known.
+
+    It knows the parts that a run takes directly.
+    """
+    parts = dict.fromkeys(key.split("/")[-1].rpartition(".")[0].split(".")[-1] for key in keys)
+    found = [(part, *taken) for part in parts for taken in RUN_PARTS if part in taken[1]]
+    said = [
+        f"The {kind.kind} @{part}() is not in use: to use it, bind run.{argument} = @{part}"
+        f"{'' if argument == 'backbone' else '()'}"
+        for part, argument, kind in found
+    ]
+    return "".join(f". {one}" for one in said)
 
 
 def check_seed(seed: Any) -> None:

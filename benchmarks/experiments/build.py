@@ -8,7 +8,8 @@ not fit together is reported before any training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import gin
@@ -28,6 +29,8 @@ from benchmarks.experiments.arguments import (
 )
 from benchmarks.experiments.checks import checked
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.network_size import check_size
+from benchmarks.experiments.opening import for_new_runs, is_opened
 from benchmarks.metrics import evaluate
 from registry.protocols import (
     Dataset,
@@ -42,9 +45,11 @@ from registry.protocols import (
     Schedule,
     parts,
     required_heads,
+    runs_in_several_processes,
 )
 from registry.ranges import NotNegative, Range
 from trainers import ranks
+from trainers.budget import Budget
 from trainers.devices import device_of
 from trainers.engines import as_trained
 from zoo.samplers import check_sampler
@@ -106,16 +111,18 @@ def _resolve(
 ) -> dict[str, Any]:
     """The arguments of `run`, checked one by one, with a default for each part not bound."""
     counts = ("batch_size", "num_samples", "log_every", "evaluate_every")
-    check_counts(given["nfe"], **{name: given[name] for name in counts})
-    check_seed(given["seed"])
+    with for_new_runs():
+        check_counts(given["nfe"], **{name: given[name] for name in counts})
+        check_seed(given["seed"])
     check_built(given)
     objective = bound("objective", given["objective"], registry.objectives)
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)
     name = registry.objectives.name_of(objective)
     sampler = given["sampler"] or defaults.sampler(objective)
-    check_sampler(name, objective, sampler)
-    evaluate.samplers_for(sampler, given["nfe"])
+    with for_new_runs():
+        check_sampler(name, objective, sampler)
+        evaluate.samplers_for(sampler, given["nfe"])
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
         "objective": objective,
@@ -128,12 +135,19 @@ def _resolve(
         "schedule": given["schedule"] or defaults.schedule(),
         "metric": given["metric"] or defaults.metric(dataset),
         "recorder": given["recorder"] or defaults.recorder(),
-        "budget": one_budget(steps=steps, images=images, seconds=seconds),
+        "budget": _budget(steps=steps, images=images, seconds=seconds),
         "ema_decay": decays(given["ema_decay"]),
         "power_emas": power_widths(given["power_emas"], given["ema_snapshots"]),
         "nfe": tuple(given["nfe"]),
         "device": _device(given["device"]),
     }
+
+
+def _budget(**amounts: Any) -> Budget:
+    budget = Budget(steps=1)  # of a run that is opened, and trained no more
+    with for_new_runs():
+        budget = one_budget(**amounts)
+    return budget
 
 
 def _build(
@@ -143,10 +157,11 @@ def _build(
     dataset: Dataset = settings["dataset"]
 
     def network(keys: Sequence[str], chosen: Sequence[type] | None) -> FlowNetwork:
+        made = partial(build_network, backbone, dataset.shape, dataset.num_classes, keys, chosen)
+        check_size(made, _copies(settings), settings["device"])
         # Seeded for each network: what two of them share starts from the same weights.
         torch.manual_seed(settings["seed"])
-        made = build_network(backbone, dataset.shape, dataset.num_classes, keys, chosen)
-        return made.to(settings["device"])
+        return made().to(settings["device"])
 
     net = network(required_heads(objective), heads)
     teacher = _frozen_teacher(objective)
@@ -154,6 +169,16 @@ def _build(
         teacher.attach(network(("v",), None))
     objective = _as_trained(objective, settings["engine"], settings["compile"])
     return Experiment(objective=objective, net=net, teacher=teacher, **settings)
+
+
+def _copies(settings: Mapping[str, Any]) -> int:
+    """At least so many copies of the weights must fit: with gradients and averages, to train them.
+
+    Engines that share a run out to processes have no more than a part of each in one of them.
+    """
+    if is_opened() or runs_in_several_processes(settings["engine"]):
+        return 1
+    return 2 + len(settings["ema_decay"]) + len(settings["power_emas"])
 
 
 def _frozen_teacher(objective: Objective) -> Frozen | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 import registry
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.guidance_checks import check_guidance
-from benchmarks.experiments.recorded_data import RecordedData
+from benchmarks.experiments.opening import for_new_runs, is_opened
 from benchmarks.experiments.sampled_steps import check_steps, warn_of_unguided
 from registry.configuration.gin_errors import message_of
 from registry.protocols import (
@@ -30,6 +29,7 @@ from registry.protocols import (
     to_device,
 )
 from trainers.derivative_probe import probe_derivatives
+from trainers.devices import check_rows
 from trainers.engines import TrainStep
 from trainers.rng import generator
 
@@ -40,21 +40,25 @@ log = logging.getLogger(__name__)
 
 def checked(experiment: Experiment) -> Experiment:
     """The experiment with its derivative's error; ValueError if it could not be trained."""
-    check_guidance(
-        experiment.objective_name,
-        experiment.objective,
-        experiment.sampler,
-        experiment.net,
-        experiment.dataset.num_classes,
-    )
-    check_steps(experiment, experiment.nfe)
-    warn_of_unguided(experiment)
+    with for_new_runs():
+        check_guidance(
+            experiment.objective_name,
+            experiment.objective,
+            experiment.sampler,
+            experiment.net,
+            experiment.dataset.num_classes,
+        )
+    with for_new_runs():
+        check_steps(experiment, experiment.nfe)
+        warn_of_unguided(experiment)
+    if is_opened():  # its data may be gone, and nothing is trained
+        return experiment
     check_batch(experiment.engine, experiment.batch_size)
-    if isinstance(experiment.dataset, RecordedData):
-        return experiment  # a finished run, whose data may be gone: nothing is trained
     better_of(experiment.metric)
     _warn_of_coupling(experiment)
-    _check_memory(experiment)
+    shape = experiment.dataset.shape
+    check_rows("run.batch_size", experiment.batch_size, shape)
+    check_rows("run.num_samples", experiment.num_samples, shape)
     experiment = replace(experiment, derivative_error=_probe(experiment))
     if experiment.compile:
         _check_compile(experiment)
@@ -75,24 +79,6 @@ def _warn_of_coupling(experiment: Experiment) -> None:
                     *(experiment.objective_name, path, kind.name_of(part), batch_size),
                     *(batch_size / num_classes, num_classes),
                 )
-
-
-def _check_memory(experiment: Experiment) -> None:
-    """ValueError if one batch, or the samples, are larger than all memory of this machine."""
-    if not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    row = 4 * math.prod(experiment.dataset.shape)  # float32
-    for name, rows in (
-        ("batch_size", experiment.batch_size),
-        ("num_samples", experiment.num_samples),
-    ):
-        if rows * row > memory:
-            raise ValueError(
-                f"run.{name} = {rows} rows of {experiment.dataset.name} take "
-                f"{rows * row / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB. "
-                f"Set run.{name} to {memory // row // 2} or less"
-            )
 
 
 def _probe(experiment: Experiment) -> dict[str, float]:

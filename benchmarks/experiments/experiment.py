@@ -60,6 +60,7 @@ class Experiment:
     start_from: str = ""
     start_layout: str = ""
     derivative_error: Mapping[str, float] = field(default_factory=dict)  # by the start-up probe
+    as_recorded: bool = False  # a finished run, opened with the sampling that it recorded
 
     @property
     def training(self) -> Training:

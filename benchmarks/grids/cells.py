@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.arguments import where_to_bind
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared, Setting
@@ -118,6 +119,7 @@ def plan(
             f"nothing uses {', '.join(useless)}. A part takes its bindings only where it is bound "
             "by reference, such as mean_flow.weight = @adaptive(); what an arm binds for itself is "
             "changed under its name, such as mean_flow/run.objective = @dumo()"
+            f"{where_to_bind(useless)}"
         ] = [""]
     if troubles:
         raise ValueError("\n".join(map(_trouble_line, troubles.values(), troubles))) from cause
@@ -125,6 +127,7 @@ def plan(
     different = [draft for draft in drafts if kept[draft.arm, draft.id] is draft]
     verb = "grid" if declared else "run"
     opened = request.parse()
+    command = request.command(verb, request.only, macros=gin_setup.path_macros(PATHS))
     return Plan(
         name=request.name,
         cells=tuple(
@@ -134,7 +137,7 @@ def plan(
         axes=declared,
         whole=not request.only,
         notes=tuple(_notes(drafts, len(different))),
-        config=request.text(opened, verb, request.command(verb, request.only)),
+        config=request.text(opened, verb, command),
         launcher=gin_setup.build("Grid.launcher") or InProcess(),
         recorder=different[0].recorder,
     )
@@ -154,8 +157,8 @@ def _draft(
         raise ValueError("; ".join(new))
     experiment = build(arm)
     data = experiment.dataset.identity()
-    identity = _id(opened, data)
-    macros = gin_setup.read_macros()
+    identity = _id(gin_setup.imported_files(opened, request.modules), data)
+    macros, of_paths = gin_setup.read_macros(), gin_setup.path_macros(PATHS)
     gin_setup.anchor_paths(PATHS)  # what took effect has the paths of the text that the run keeps
     operative = gin_setup.operative_text()
     cost = cost_of(experiment)
@@ -166,7 +169,7 @@ def _draft(
     kept = tuple(pair for pair in setting if pair[0] not in dropped)
     values = tuple(pair for pair in kept if not _is_seed(arm, pair[0]))
     title = arm or experiment.objective_name
-    command = request.command("run", [arm] if arm else [], axes.bindings(arm, kept))
+    command = request.command("run", [arm] if arm else [], axes.bindings(arm, kept), of_paths)
     return _Draft(
         arm=arm,
         title=title,
@@ -221,8 +224,8 @@ def _planned(grid: str, declared: Declared, draft: _Draft, number: str) -> Plann
     )
 
 
-def _id(opened: Iterable[Path], data: str) -> str:
-    """The id of the cell that was built last.
+def _id(imported: Iterable[Path], data: str) -> str:
+    """The id of the cell that was built last, with these Python files of the user's own.
 
     For a renamed parameter its former name counts, so that a grid can be continued which an earlier
     build of this version began. The package's version is part of the id too: when it is raised,
@@ -236,7 +239,7 @@ def _id(opened: Iterable[Path], data: str) -> str:
         if (plain := key.split("/")[-1]) not in NO_PART_OF_ID
         and plain.split(".")[0] not in elsewhere
     }
-    code = [ast.dump(ast.parse(f.read_text())) for f in gin_setup.imported_files(opened)]
+    code = [ast.dump(ast.parse(f.read_text())) for f in imported]
     content = [values, version_of("objective-zoo"), data, code]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.data.pictures import picture
 from benchmarks.grids.axes import Declared
@@ -29,18 +30,20 @@ from benchmarks.grids.cell_status import State, finished_elsewhere, state_in
 from benchmarks.grids.cells import Plan, Planned, plan
 from benchmarks.grids.continuing import FORK, as_forked, check_same, fork, state_to_fork
 from benchmarks.grids.outcome import CellsFailed, ComparisonOutcome, Row
-from benchmarks.grids.rehearsal import PREFIX, rehearse
+from benchmarks.grids.rehearsal import PREFIX, rehearse, remove_leftovers
 from benchmarks.grids.request import Request
 from benchmarks.launchers.launcher import close_lost
 from benchmarks.launchers.subprocesses import Subprocesses
 from benchmarks.records.provenance import commit
 from benchmarks.runs.result import SAMPLES, has_result
 from registry import kinds
+from registry.folders import check_output
 from registry.protocols import Job, RunRecord, is_serial, store_of
 from trainers.checkpoints.locks import alone
 
 GRID, LOCK, TABLE, PICTURE = "grid.json", "grid.lock", "table.md", "samples.png"
 NUM_COLUMNS = 20  # samples per line of the picture
+NUM_ROWS = 20  # of the table, which the picture shows
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ def compare(
     the folder `fork`, or of the one run there, if it is given.
     """
     _check_folder(out, resume)
+    remove_leftovers(out)
     if fork is not None and fork.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--fork {fork} cannot be continued inside itself; choose another --out")
     arms, axes = request.arms(), request.declared()
@@ -102,6 +106,7 @@ def run_grid(
     a signal the same call goes on.
     """
     _check_folder(out, resume=True)
+    remove_leftovers(out)
     planned = plan(request, request.axes())
     if workers is not None:
         planned = replace(planned, launcher=Subprocesses(workers=workers))
@@ -236,17 +241,26 @@ def _rows(planned: Plan, states: Mapping[str, State]) -> dict[str, Row]:
 
 
 def _keep(comparison: ComparisonOutcome, parent: RunRecord) -> None:
-    """Write table.md, and a picture with the samples of the first run of each row."""
+    """Write table.md, and a picture with the samples of the first run of each row.
+
+    Samples of another shape, in a grid over data sets, have a picture of their own.
+    Of a large grid the picture has the first rows alone: all of them would fill the memory.
+    """
     if not comparison.rows:
         return
     parent.text(comparison.text(), TABLE)
-    rows = {
-        f"{name} {key.removeprefix('nfe')}": samples[:NUM_COLUMNS]
-        for name, row in comparison.rows.items()
-        for key, samples in sorted(load_file(row.folders[0] / SAMPLES).items(), key=_by_nfe)
-    }
-    if path := picture(rows, comparison.folder / PICTURE):
-        parent.artifact(path)
+    shown = [*comparison.rows.items()][:NUM_ROWS]
+    if len(shown) < len(comparison.rows):
+        log.info("%s shows the first %d rows of %d", PICTURE, NUM_ROWS, len(comparison.rows))
+    by_shape: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for name, row in shown:
+        for key, samples in sorted(load_file(row.folders[0] / SAMPLES).items(), key=_by_nfe):
+            alike = by_shape.setdefault(tuple(samples.shape[1:]), {})
+            alike[f"{name} {key.removeprefix('nfe')}"] = samples[:NUM_COLUMNS].clone()
+    for number, (shape, rows) in enumerate(by_shape.items()):
+        name = f"samples_{'x'.join(map(str, shape))}.png" if number else PICTURE
+        if path := picture(rows, comparison.folder / name):
+            parent.artifact(path)
 
 
 def _by_nfe(item: tuple[str, Any]) -> int:
@@ -290,6 +304,7 @@ def _fork(planned: Plan, source: Path, out: Path, states: Mapping[str, State]) -
 
 
 def _check_folder(out: Path, resume: bool) -> None:
+    check_output(out, "--out", folder=True)
     names = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
     there = {name for name in names if not name.startswith(PREFIX)}  # of one that was killed
     if there and not resume:

@@ -18,11 +18,12 @@ from benchmarks.experiments.experiment import Experiment
 from benchmarks.grids.cell_status import State
 from benchmarks.grids.cells import Plan, plan
 from benchmarks.grids.comparison import states_of
-from benchmarks.grids.rehearsal import rehearse
+from benchmarks.grids.rehearsal import rehearse, remove_leftovers
 from benchmarks.grids.request import Request
 from benchmarks.runs.measure import measure
 from benchmarks.runs.teacher import as_teacher
 from registry import launchers
+from registry.folders import check_output
 from registry.protocols import LossOutput, is_serial
 from trainers.budget import Budget
 from trainers.callbacks import Callback
@@ -132,6 +133,8 @@ def dry_run(
     ValueError if the rehearsal of a cell that is to run fails.
     """
     if rehearsal:
+        check_output(out, "--out", folder=True)
+        remove_leftovers(out)
         planned = plan(request, request.axes())
         states = states_of(planned, out)
         left = [one for one in planned.cells if states[one.cell.name].status != "finished"]

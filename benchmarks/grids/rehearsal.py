@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ from registry.protocols import (
     runs_in_several_processes,
 )
 from trainers import ranks
+from trainers.checkpoints.locks import alone
 
 PREFIX = ".rehearsal-"
+_TAKING, _LIVE = "lock", "live"
+_LONGEST = 24 * 3600  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +167,33 @@ def _place(out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=out))
     try:
-        yield folder
+        with alone(folder / _TAKING, "a rehearsal"):
+            (folder / _TAKING).rename(folder / _LIVE)  # under this name it is locked from the start
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for empty in made:
             with suppress(OSError):  # something else was put there meanwhile
                 empty.rmdir()
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete what killed rehearsals have left in `out`, and nothing of one that is going on."""
+    for left in out.glob(f"{PREFIX}*"):
+        if _is_dead(left):
+            log.info("removing %s, which a process that ended early has left", left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether no process rehearses there: each holds a lock in its folder.
+
+    Folders of an earlier version have none. They are dead when they are older than any rehearsal.
+    """
+    if not (folder / _LIVE).exists():
+        return time.time() - folder.stat().st_mtime > _LONGEST
+    try:
+        with alone(folder / _LIVE, "a rehearsal"):
+            return True
+    except ValueError:  # it is held, or the file system gives no locks
+        return False

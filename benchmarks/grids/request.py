@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import gin
 from benchmarks.grids import axes
 from benchmarks.grids.axes import Declared
 from registry import gin_setup
+from registry.configuration.own_code import file_of
 from registry.core import did_you_mean
 
 KEPT = ("record.jsonl", "result.json", "cell.json", "grid.json")  # beside a config.gin of ours
@@ -34,18 +35,31 @@ class Request:
     bindings: tuple[str, ...] = ()
     only: tuple[str, ...] = ()  # of the arms; () is all
     trust_code: bool = False  # also that of a run's folder, where the file may lie
+    modules: tuple[str, ...] = ()  # imported beside the file, by --import
 
     @property
     def name(self) -> str:
         """What folders and records of it are called."""
         return gin_setup.resolve(self.file).stem if self.file else "experiment"
 
+    @property
+    def of_a_run(self) -> bool:
+        """Whether the file lies in a folder that a run or a comparison has written."""
+        return self.file is not None and _is_kept(self.file)
+
     def parse(
-        self, more: Sequence[str] = (), troubles: list[str] | None = None
+        self,
+        more: Sequence[str] = (),
+        troubles: list[str] | None = None,
+        *,
+        recorded: bool = False,
     ) -> tuple[Path, ...]:
+        """Read the file and the bindings; as `gin_setup.parse`."""
         files = [self.file] if self.file else []
-        trusted = self.trust_code or self.file is None or not _is_kept(self.file)
-        return gin_setup.parse(files, [*self.bindings, *more], troubles, trusted=trusted)
+        trusted = self.trust_code or not self.of_a_run
+        imports = (f"import {name}" for name in self.modules)
+        bindings = [*imports, *self.bindings, *more]
+        return gin_setup.parse(files, bindings, troubles, trusted=trusted, recorded=recorded)
 
     def arms(self) -> tuple[str, ...]:
         """The arms to run; ('',) stands for one run outside every arm.
@@ -113,12 +127,27 @@ class Request:
             keys = {key for key in keys if key.split("/")[0] in self.only}
         return keys | set(bound)
 
-    def command(self, verb: str, only: Sequence[str] = (), more: Sequence[str] = ()) -> str:
-        """The command that asks for the same from any folder, without the place of its records."""
+    def command(
+        self,
+        verb: str,
+        only: Sequence[str] = (),
+        more: Sequence[str] = (),
+        macros: Container[str] = (),
+    ) -> str:
+        """The command that asks for the same from any folder, without the place of its records.
+
+        Paths in it are whole ones, and so are the `macros` that paths read.
+        """
         if self.file is None:
             return "objective_zoo.experiment(...)"
-        where = [b for b in self.bindings if not b.startswith("mlflow.")]
+        where = [
+            gin_setup.whole_binding(b, PATHS, macros)
+            for b in self.bindings
+            if not b.startswith("mlflow.")
+        ]
+        more = [gin_setup.whole_binding(b, PATHS, macros) for b in more]
         words = ["objective-zoo", verb, gin_setup.portable(self.file)]
+        words += [word for name in self.modules for word in ("--import", file_of(name))]
         words += [word for arm in only for word in ("--arm", arm)]
         return shlex.join([*words, *(w for b in (*where, *more) for w in ("--set", b))])
 
@@ -129,11 +158,12 @@ class Request:
         it does so from every folder.
         """
         gin_setup.anchor_paths(PATHS)
-        gin.bind_parameter("Grid.folders", gin_setup.import_folders(opened))
+        folders = gin_setup.import_folders(opened, self.modules)
+        gin.bind_parameter("Grid.folders", folders)
         if arm is not None:
             gin.bind_parameter("Grid.only", arm)
         made = command.replace("\n", "\n#   ")
-        trust = " --trust-code" if gin_setup.import_folders(opened) else ""
+        trust = " --trust-code" if folders else ""
         return (
             f"# Made by: {made}\n# The same again: objective-zoo {verb} THIS_FILE{trust}\n\n"
             f"{gin_setup.full_text()}\n"

@@ -158,16 +158,26 @@ class EfficientNetLite0:
 @extractors.register("pixels")
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """The values themselves, flattened: for 2-D data, latents and quick checks."""
+    """The values themselves, flattened: for 2-D data, latents and quick checks.
+
+    Pictures in uint8 are taken in [-1, 1], as all pictures are while a run is measured, so that
+    distances have one scale.
+    """
 
     label: ClassVar = "Pixels"
     canonical: ClassVar[dict[str, str]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float().cpu()
+        values = images.flatten(1).float().cpu()
+        return values / 127.5 - 1 if images.dtype == torch.uint8 else values
 
     def provenance(self) -> dict[str, str]:
-        return {"features": "Pixels, flattened", "resize": "none", "rounding": "none"}
+        return {
+            "features": "Pixels, flattened",
+            "resize": "none",
+            "rounding": "none",
+            "scale": "uint8 in [-1, 1]",
+        }
 
 
 def best_available(shape: tuple[int, ...]) -> Extractor:

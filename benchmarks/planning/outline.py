@@ -19,6 +19,7 @@ from backbones.network import build_network
 from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import bound
 from benchmarks.experiments.build import run
+from benchmarks.experiments.network_size import at_most_tensors
 from benchmarks.grids.request import Request
 from registry import gin_setup
 from registry.protocols import Engine, Objective, Optimizer, parts, required_heads
@@ -57,11 +58,13 @@ class Outline:
 def outline(
     request: Request, arm: str = "", shape: Sequence[int] = (), num_classes: int | None = None
 ) -> Outline:
-    """One arm's run; ValueError for what is not bound, or where nothing tells the data's shape."""
-    request.parse()
-    request.parse(
-        [f"{key} = ''" for key in gin_setup.required(arm)]
-    )  # the plan needs none of these paths
+    """One arm's run; ValueError for what is not bound, or where nothing tells the data's shape.
+
+    A file in the folder of a run may have values that are refused today; they are warned of.
+    """
+    request.parse(recorded=request.of_a_run)
+    if missing := [f"{key} = ''" for key in gin_setup.required(arm)]:  # paths, not needed here
+        request.parse(missing, recorded=request.of_a_run)
     with gin_setup.arm(arm):
         objective = bound("objective", _value("objective", arm), registry.objectives)
         data = _data(arm, tuple(shape), num_classes)
@@ -112,7 +115,7 @@ def _data(arm: str, shape: tuple[int, ...], num_classes: int | None) -> tuple[An
 def _train_step(objective: Objective, arm: str, shape: Any, num_classes: int) -> TrainStep:
     backbone = bound("backbone", _value("backbone", arm), registry.backbones)
     decays, widths = _value("ema_decay", arm), _value("power_emas", arm)
-    with torch.device("meta"):
+    with torch.device("meta"), at_most_tensors():
         for _, part in parts(objective):
             if isinstance(part, Frozen):
                 part.attach(build_network(backbone, shape, num_classes, ("v",)))

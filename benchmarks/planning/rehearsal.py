@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def rehearse_here(request: Request) -> None:
-    """ValueError lists what would end any of the arms; a note says why nothing was rehearsed."""
+    """ValueError lists what would end any of the arms; a note says why nothing was rehearsed.
+
+    What a run has trained with may be refused today: of a file in its folder that is a warning.
+    """
     arms = request.arms()
     only = arms if arms != ("",) else ()  # what the file binds for its other arms is not asked for
     here = replace(request, bindings=(*request.bindings, "run.device = 'auto'"), only=only)
@@ -37,6 +40,11 @@ def rehearse_here(request: Request) -> None:
         if why:
             log.info("%s is not rehearsed: %s", arm or request.name, why)
             return
-    planned = plan(here, Declared())
-    with tempfile.TemporaryDirectory() as folder:
-        rehearse(planned.cells, Path(folder), planned.launcher)
+    try:
+        planned = plan(here, Declared())
+        with tempfile.TemporaryDirectory() as folder:
+            rehearse(planned.cells, Path(folder), planned.launcher)
+    except ValueError as error:
+        if not request.of_a_run:
+            raise
+        log.warning("a new run of %s is refused today: %s", request.file, error)

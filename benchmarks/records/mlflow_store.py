@@ -52,7 +52,11 @@ class Store:
         `%25` for a per cent sign that two hexadecimal digits follow.
         """
         if not uri.startswith("sqlite:"):
-            if urlsplit(uri).scheme in ("", "file"):
+            try:
+                scheme = urlsplit(uri).scheme
+            except ValueError:  # an address that is no address, such as http://[host
+                scheme = ""
+            if scheme in ("", "file"):
                 raise ValueError(
                     f"tracking_uri {concealed(uri)!r} is not an MLflow store; "
                     "give 'sqlite:///FOLDER/mlflow.db' or a server such as 'http://localhost:5000'"
@@ -68,7 +72,15 @@ class Store:
 
     @classmethod
     def in_file(cls, path: Path, experiment: str) -> Store:
-        """The store in this sqlite file, whatever characters its path has."""
+        """The store in this sqlite file; ValueError for a path that is no UTF-8."""
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the MLflow store {str(path.absolute())!r} lies in a folder whose name is no "
+                "UTF-8. Rename the folder, give another store as --tracking-uri, or bind "
+                "run.recorder = @jsonl()"
+            ) from None
         return cls(_sqlite_uri(path.absolute()), experiment)
 
     @property

@@ -82,7 +82,7 @@ class OpenRun:
         tags: Mapping[str, str],
         copy: CopySettings | None = None,
     ):
-        self.name = name
+        self.name = _as_text(name)
         self.folder = folder
         self._copy = copy
         self._params: dict[str, str] = {}
@@ -252,7 +252,7 @@ class OpenRun:
 
     def _texts(self, kind: str, values: Mapping[str, object]) -> dict[str, str]:
         _check_names(kind, values)
-        return {name: concealed(str(value)) for name, value in values.items()}
+        return {name: _as_text(value) for name, value in values.items()}
 
     def _keep_whole(self, name: str, values: Mapping[str, str], limit: int) -> None:
         """Write all values to a file if one is too long for MLflow, which gets it shortened."""
@@ -265,6 +265,11 @@ def _check_names(kind: str, values: Mapping[str, object]) -> None:
     for name in values:
         if not isinstance(name, str):
             raise ValueError(f"{kind} name {name!r} is not allowed: a name must be a text")
+
+
+def _as_text(value: object) -> str:
+    """Without secrets, and with escapes for halves of characters, as in names of folders."""
+    return concealed(str(value)).encode(errors="backslashreplace").decode()
 
 
 def _number(name: str, value: Any) -> float:

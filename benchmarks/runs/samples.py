@@ -34,6 +34,7 @@ from benchmarks.metrics.sharpness import as_sharp_as
 from benchmarks.runs.result import REAL, SAMPLES
 from registry.protocols import Coded, Cond, Dataset, Sampler, to_device
 from trainers import ranks
+from trainers.devices import check_rows
 
 NUM_SAMPLES = 64  # kept per NFE at the end, of data that are not points
 NUM_KEPT = 16  # of them at each evaluation, and with their nearest pictures
@@ -55,6 +56,7 @@ def draw_samples(
 
     `labels` is the class of all, or one for each; None stands for the frequencies of the data.
     """
+    check_rows("num", num, experiment.dataset.shape)
     x1 = evaluate.noise(experiment.dataset.shape, num, seed).to(experiment.device)
     cond = to_device(_chosen(experiment.dataset, num, labels), experiment.device)
     return {
@@ -66,9 +68,12 @@ def draw_samples(
 def samplers_at(experiment: Experiment, nfe: Sequence[int]) -> dict[int, Sampler]:
     """The run's sampler at each NFE; ValueError for one that takes steps which are never trained.
 
-    It is raised for an NFE that the sampler cannot have, too.
+    It is raised for an NFE that the sampler cannot have, too. The NFEs that a finished run has
+    recorded are taken as they are: opening it has warned of them.
     """
-    check_steps(experiment, nfe)
+    recorded = experiment.nfe if experiment.as_recorded else ()
+    if new := [n for n in nfe if n not in recorded]:
+        check_steps(experiment, new)
     return evaluate.samplers_for(experiment.sampler, nfe)
 
 

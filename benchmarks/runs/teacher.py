@@ -17,7 +17,7 @@ from registry.protocols import RunRecord
 from trainers import ranks
 from trainers.budget import Budget
 from trainers.checkpoints.weights import load_module, save_module
-from trainers.checkpoints.whole_files import read_json, write_json
+from trainers.checkpoints.whole_files import file_sha256, read_json, write_json
 from zoo.objectives.flow_matching import FlowMatching
 
 SPENT = "spent.json"
@@ -32,6 +32,7 @@ class Spent:
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    weights_sha256: str = ""  # of the file MODEL; '' in a folder of an earlier version
 
 
 def prepare_teacher(experiment: Experiment, record: RunRecord, folder: Path, resume: bool) -> Spent:
@@ -41,7 +42,8 @@ def prepare_teacher(experiment: Experiment, record: RunRecord, folder: Path, res
     teacher, network = experiment.distilled
     if teacher.checkpoint:
         return Spent()
-    spent = _found(folder) if resume and (folder / MODEL).exists() else None
+    made = (folder / MODEL).exists() and (folder / SPENT).exists()
+    spent = _found(folder) if resume and made else None
     if spent is None:
         log.info(
             "  first its teacher: flow matching with %s of the budget", f"{teacher.pretrain:.0%}"
@@ -80,21 +82,30 @@ def after_teacher(experiment: Experiment) -> Experiment:
 
 
 def _found(folder: Path) -> Spent | None:
-    """What the teacher in `folder` took; None, and a warning, if the file cannot be read."""
+    """What the teacher in `folder` took; None, and a warning, if a file of it is damaged."""
     try:
-        return Spent(**read_json(folder / SPENT))
+        spent = Spent(**read_json(folder / SPENT))
     except (ValueError, TypeError):
         log.warning("%s cannot be read, so the teacher goes on from its checkpoint", folder / SPENT)
         return None
+    if spent.weights_sha256 not in ("", file_sha256(folder / MODEL)):
+        log.warning(
+            "%s was changed after it was written (SHA-256 differs), so the teacher goes on from "
+            "its checkpoint",
+            folder / MODEL,
+        )
+        return None
+    return spent
 
 
 def _train_teacher(teaching: Experiment, record: RunRecord, folder: Path, resume: bool) -> Spent:
     folder.mkdir(parents=True, exist_ok=True)
     state = fit_experiment(teaching, record, folder, resume, prefix="teacher/")
-    spent = Spent(state.step, state.images, state.seconds)
+    save_module(folder / MODEL, state.ema_net)
+    digest = file_sha256(folder / MODEL) if ranks.leads() else ""
+    spent = Spent(state.step, state.images, state.seconds, digest)
     if ranks.leads():
-        write_json(folder / SPENT, asdict(spent))
-    save_module(folder / MODEL, state.ema_net)  # last: a resumed run looks for it
+        write_json(folder / SPENT, asdict(spent))  # last: a resumed run looks for it
     ranks.gathered(None)
     return spent
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import gin
@@ -102,7 +103,7 @@ def bindings_of(text: str) -> dict[str, str]:
 
 
 def differing_keys(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """The keys that two results of `bindings_of` bind differently.
+    """The keys that two results of `bindings_of` bind differently; 500.0 and 500 are equal.
 
     A macro that one of them alone reads is left out: the other one binds its value directly, and
     the values are compared where they are used.
@@ -110,8 +111,18 @@ def differing_keys(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[s
     return [
         key
         for key in sorted({**ours, **theirs})
-        if ours.get(key) != theirs.get(key) and ("." in key or (key in ours and key in theirs))
+        if not _equal(ours.get(key), theirs.get(key))
+        and ("." in key or (key in ours and key in theirs))
     ]
+
+
+def _equal(one: str | None, other: str | None) -> bool:
+    if one == other or one is None or other is None:
+        return one == other
+    try:
+        return Decimal(one) == Decimal(other)
+    except InvalidOperation:  # no numbers
+        return False
 
 
 def read_macros() -> set[str]:

@@ -213,22 +213,25 @@ def code_hashes(opened: Iterable[Path]) -> dict[str, str]:
     return own_code.hashes(imported_files(opened), map(Path, import_folders(opened)))
 
 
-def imported_files(opened: Iterable[Path]) -> tuple[Path, ...]:
-    """The Python files, outside the installed packages, that these gin files import."""
+def imported_files(opened: Iterable[Path], modules: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The Python files, outside the installed packages, that these gin files import.
+
+    `modules` were imported beside them, by --import.
+    """
     found = []
-    for name, folder in _sources(opened):
+    for name, folder in _sources(opened, modules):
         found += [file for file in [folder / f"{name}.py"] if file.is_file()]
         if _holds(folder, name):
             found += sorted((folder / name).rglob("*.py"))
     return tuple(dict.fromkeys(file.resolve() for file in found))
 
 
-def import_folders(opened: Iterable[Path]) -> tuple[str, ...]:
-    """The folders, outside the installed packages, of what these gin files import."""
-    return tuple(dict.fromkeys(str(folder.resolve()) for _, folder in _sources(opened)))
+def import_folders(opened: Iterable[Path], modules: Iterable[str] = ()) -> tuple[str, ...]:
+    """The folders of the same files."""
+    return tuple(dict.fromkeys(str(folder.resolve()) for _, folder in _sources(opened, modules)))
 
 
-def _sources(opened: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+def _sources(opened: Iterable[Path], modules: Iterable[str]) -> Iterator[tuple[str, Path]]:
     """What these gin files import from folders: each name with the folder that it comes from.
 
     A module that is imported already may have come from elsewhere than the file says, by --import.
@@ -242,6 +245,9 @@ def _sources(opened: Iterable[Path]) -> Iterator[tuple[str, Path]]:
                 yield name, folder
             elif near:
                 yield name, near[0]
+    for name in dict.fromkeys(module.split(".")[0] for module in modules):
+        if folder := own_code.folder_of(name):
+            yield name, folder
 
 
 def _holds(folder: Path, name: str) -> bool:

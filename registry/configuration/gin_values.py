@@ -17,6 +17,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
@@ -38,15 +39,24 @@ _WORDS: Mapping[Any, str] = {
 }
 
 
-def problems(bound: Iterable[tuple[str, str, str, Any]]) -> Iterator[str]:
-    """What is wrong with the bindings, one sentence each.
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a binding; `meant` is the whole number that a float such as 500.0 is."""
+
+    key: str
+    text: str
+    meant: int | None = None
+
+
+def problems(bound: Iterable[tuple[str, str, str, Any]]) -> Iterator[Problem]:
+    """What is wrong with the bindings.
 
     A binding is its key, the selector and the parameter that the key names, and its value, with
     macros replaced by theirs.
     """
     for key, selector, parameter, value in bound:
         if problem := _unwritable(key, value):
-            yield problem
+            yield Problem(key, problem)
             continue
         owner = config._REGISTRY.get_match(selector)
         if owner is None:
@@ -56,7 +66,10 @@ def problems(bound: Iterable[tuple[str, str, str, Any]]) -> Iterator[str]:
             continue
         if expected := _expected(value, wanted):
             hint = _hint(key, value, wanted)
-            yield f"{key} = {_shown(value)} must be {expected}.{hint}{_kinds_of_parts(value)}"
+            text = f"{key} = {_shown(value)} must be {expected}.{hint}{_kinds_of_parts(value)}"
+            whole = int(value) if isinstance(value, float) and value.is_integer() else None
+            fits = whole is not None and not _expected(whole, wanted)
+            yield Problem(key, text, whole if fits else None)
 
 
 def _unwritable(key: str, value: Any) -> str:

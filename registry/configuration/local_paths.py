@@ -10,14 +10,23 @@ name on a hub, stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import ast
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gin
 from gin import config
 
-from registry.configuration.gin_bindings import MACRO, bound, declared, without_macros
+from registry.configuration.gin_bindings import (
+    MACRO,
+    bindings_of,
+    bound,
+    declared,
+    is_macro,
+    without_macros,
+)
 
 Entry = tuple[tuple[str, str], dict[str, Any]]  # scope and selector, and the values by parameter
 
@@ -39,12 +48,37 @@ def anchor_paths(more: Mapping[str, Sequence[str]]) -> None:
         _forget_unread_macros()
 
 
+def path_macros(more: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """The macros that paths read directly; for `whole_binding`, before `anchor_paths`."""
+    return frozenset(
+        values[name].config_key[0]
+        for key, values in bound()
+        for name in _path_parameters(key[1], more)
+        if is_macro(values.get(name))
+    )
+
+
+def whole_binding(binding: str, more: Mapping[str, Sequence[str]], macros: Container[str]) -> str:
+    """A line of gin text that binds a relative path, or one of these macros, with a whole path."""
+    for key, value in bindings_of(binding).items():
+        part, _, parameter = key.split("/")[-1].rpartition(".")
+        if key in macros or (part and parameter in _path_parameters(part, more)):
+            with suppress(ValueError, SyntaxError):  # a reference, such as %DATA
+                if whole := _whole(ast.literal_eval(value)):
+                    return f"{key} = {whole!r}"
+    return binding
+
+
+def _path_parameters(selector: str, more: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return (*declared(selector, "local_paths"), *more.get(selector.split(".")[-1], ()))
+
+
 def _whole_paths(
     entries: Iterable[Entry], more: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[tuple[str, str], str, str]]:
     """The key and the parameter of each relative path that is here, and the whole path."""
     for key, values in entries:
-        for name in (*declared(key[1], "local_paths"), *more.get(key[1].split(".")[-1], ())):
+        for name in _path_parameters(key[1], more):
             if name in values and (whole := _whole(without_macros(values[name]))):
                 yield key, name, whole
 

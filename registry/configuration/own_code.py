@@ -48,9 +48,10 @@ def check(path: Path, modules: Iterable[str], folders: Iterable[Path]) -> None:
         f"{path} imports code that came with it, and to import code is to execute it. Nothing was "
         "imported:\n  " + "\n  ".join(lines) + "\nIf you have read it and trust it, say "
         "--trust-code, or give your own copy with --import FILE (in Python: load(folder, "
-        "trust_code=True), or import the module before). Without the code: the weights are plain "
-        "data in model.safetensors; and where the code is trusted, `objective-zoo export` writes "
-        "the network as a folder that needs no code, unless its parts are of the code itself"
+        "trust_code=True), or import the module before). To look at the weights without the code, "
+        "open model.safetensors: it holds numbers and names alone. Who trusts the code can also "
+        "make a folder that you can open without it, by `objective-zoo export`. That does not "
+        "help where the backbone or the heads of the network are defined in this code"
     )
 
 
@@ -125,6 +126,11 @@ def _elsewhere(name: str) -> str:
         where = spec.origin if spec else getattr(sys.modules[top], "__file__", None)
         return f"a module of this Python ({where}) that no installed plug-in imports"
     return "there is no such file here"
+
+
+def file_of(module: str) -> str:
+    """The path of the file of an imported module; '' for one that is no file."""
+    return str(_file_of(module) or "")
 
 
 def _file_of(module: str) -> Path | None:

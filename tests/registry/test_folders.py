@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry.folders import file_in
+from registry.folders import check_output, file_in
 
 
 @pytest.mark.parametrize("name", ["a", "b/a", "not-there"])
@@ -50,3 +50,15 @@ def test_snapshot_of_the_hub_is_made_of_links_to_its_blobs(tmp_path):
     (snapshot / "config.json").symlink_to("../../secret")
     with pytest.raises(ValueError, match="lies outside"):
         file_in(snapshot, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("b\udce9", "is no UTF-8"), ("file/inner", "is a file, and no folder"), ("there", "")],
+)
+def test_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, said):
+    (tmp_path / "file").touch()
+    if not said:
+        return check_output(tmp_path / name, "--out", folder=True)
+    with pytest.raises(ValueError, match=said):
+        check_output(tmp_path / name, "--out", folder=True)

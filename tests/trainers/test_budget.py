@@ -35,6 +35,11 @@ def test_budget_ends_the_run_at_the_first_step_that_spends_it(budget: Budget, st
     assert budget.progress(state) == 1.0
 
 
+def test_budget_shorter_than_a_step_has_one() -> None:
+    state, losses = run(budget=Budget(seconds=1e-9))
+    assert (state.step, len(losses)) == (1, 1)
+
+
 def test_budget_progress_reaches_the_objective() -> None:
     seen = []
 

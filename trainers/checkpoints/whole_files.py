@@ -48,9 +48,12 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file whole, in UTF-8, and without the secrets in it."""
+    """Write a text file whole, in UTF-8, and without the secrets in it.
+
+    A half of a character, as in the name of a folder that is no UTF-8, is written as an escape.
+    """
     with whole_file(path) as partial:
-        partial.write_text(concealed(content), encoding="utf-8")
+        partial.write_bytes(concealed(content).encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -60,8 +60,9 @@ def reconstruct(
     name = f"ema_width_{sigma_rel:g}" + ("" if step is None else f"_step_{step}")
     out = out or run / f"{name}.safetensors"
     about = {"width": str(sigma_rel), "step": str(wanted.step), "error": str(found.error)}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as aside:
-        save_tensors(aside, tensors, about)
+        save_tensors(aside, tensors, about, digest=True)
     steps = {profile.step for profile in profiles}
     return Reconstruction(path=out, wanted=wanted, error=found.error, num_snapshots=len(steps))
 

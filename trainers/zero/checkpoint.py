@@ -164,8 +164,10 @@ def consolidate(folder: Path, out: Path, decay: str = "") -> None:
         for name, tensor in tensors.items():
             kind = "weight" if f"weight/{name}" in pieces else "buffer"
             pieces.fill(Piece(f"{kind}/{name}", 0, tensor.view(-1)))
+    whole = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
-        save_tensors(partial, {name.removeprefix(prefix): x for name, x in tensors.items()})
+        save_tensors(partial, whole, digest=True)
 
 
 class Pieces:

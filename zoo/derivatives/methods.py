@@ -21,9 +21,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from registry import derivatives
 from registry.protocols import Cond, Derivative, Network
@@ -61,6 +62,26 @@ def no_gradient() -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def kept_counts() -> Iterator[None]:
+    """Leave the batches that batch norms have counted: the pass of the value counts them."""
+    before: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the counter itself, and its value
+
+    def note(module: nn.Module, _inputs: object) -> None:
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor) and module not in before:
+            before[module] = counter, counter.clone()
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for counter, value in before.values():
+                counter.copy_(value)
 
 
 @derivatives.register("dual")
@@ -134,7 +155,7 @@ class FiniteDifference:
 
         device = primals[0].device.type
         exactly = torch.autocast(device, enabled=False)
-        with no_gradient(), eager(), exactly, Replaced(STATISTICS):
+        with no_gradient(), eager(), exactly, kept_counts(), Replaced(STATISTICS):
             return (at(self.step) - at(-self.step)) / (2 * self.step)
 
 
@@ -169,7 +190,7 @@ def with_derivatives(part: Any, choose: Callable[[Derivative], Derivative]) -> A
 
 @contextmanager
 def _forward_mode() -> Iterator[None]:
-    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager():
+    with no_gradient(), replay_rng(), sdpa_kernel(SDPBackend.MATH), eager(), kept_counts():
         try:
             yield
         except RuntimeError as error:  # and NotImplementedError, which is one

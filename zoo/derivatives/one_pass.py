@@ -33,11 +33,14 @@ from zoo.derivatives.dual_tensors import (
     primal_of,
     rule_of,
 )
+from zoo.derivatives.dual_tensors.refusals import BY_DIFFERENCES, refuse
+from zoo.derivatives.forward_rules import SET_DATA, STATISTICS, Replaced
 from zoo.derivatives.methods import (
     NO_TANGENT,
     Dual,
     derivative_of_u,
     eager,
+    kept_counts,
     no_gradient,
     replay_rng,
     with_derivatives,
@@ -67,7 +70,7 @@ class OnePass:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with no_gradient(), replay_rng():
+        with no_gradient(), replay_rng(), kept_counts(), _OwnPass(STATISTICS):
             return self.with_value(lambda *at: {"": fn(*at)}, primals, tangents, "")[1]
 
     def with_value(
@@ -125,6 +128,26 @@ class OnePass:
         if not isinstance(dual := out[key], DualTensor):
             raise RuntimeError(NO_TANGENT)
         return {name: primal_of(value) for name, value in out.items()}, dual
+
+
+class _OwnPass(Replaced):
+    """The mode of a pass of its own, such as that of the start-up probe.
+
+    It refuses `plain.data = y` of a plain tensor, which would end the process: torch gives the
+    plain tensor what a `DualTensor` does not have. A mode costs time, so passes of the training,
+    which follow the probe, do without it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func == SET_DATA and any(type(one) is DualTensor for one in args):
+            refuse("x.data = y, which exchanges the data of a tensor", BY_DIFFERENCES)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def apart(objective: Any) -> Any:

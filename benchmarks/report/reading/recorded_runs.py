@@ -156,8 +156,10 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
             f"grids, or MLflow run ids{listed}"
         )
     cells, notes = _without_doubles(_named(done))
-    torn = [
-        f"{r.folder / RECORD}: {r.unreadable} torn lines" for r, _ in own.values() if r.unreadable
+    unreadable = [
+        f"{r.folder / RECORD}: {r.unreadable} lines that could not be read"
+        for r, _ in own.values()
+        if r.unreadable
     ]
     pruned = {cell.group for cell in others if cell.state == "pruned"}
     chosen = [
@@ -166,7 +168,9 @@ def read_runs(runs: Sequence[str | Path], tracking_uri: str = "") -> Runs:
         if group in pruned
     ]
     return Runs(
-        cells=tuple(cells), unfinished=tuple(others), notes=(*found.notes, *notes, *chosen, *torn)
+        cells=tuple(cells),
+        unfinished=tuple(others),
+        notes=(*found.notes, *notes, *chosen, *unreadable),
     )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from backbones.pretrained.tensors import save_tensors
+from backbones.pretrained.tensors import fitting, save_tensors
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import whole_file
 
@@ -50,3 +52,21 @@ def test_one_place_writes_safetensors():
     writers = {f.name for f in files if "import save_file" in f.read_text() or
                "load_file, save_file" in f.read_text()}  # fmt: skip
     assert writers == {"tensors.py"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_file_with_a_digest_is_checked_when_it_is_read(tmp_path, dtype):
+    module = nn.Module()
+    for name, value in (("one", torch.tensor(3)), ("none", torch.zeros(0, 2))):
+        module.register_buffer(name, value.to(dtype))
+    module.register_buffer("rows", torch.arange(6).reshape(2, 3).to(dtype))
+    path = tmp_path / "weights.safetensors"
+    save_tensors(path, module.state_dict(), {"width": "0.1"}, digest=True)
+    assert fitting(path, module)["rows"].equal(module.rows)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.safetensors was changed after it was written"):
+        fitting(path, module)
+    save_file({name: value + 1 for name, value in module.state_dict().items()}, path)
+    assert not fitting(path, module)["rows"].equal(module.rows)  # written by others, without one

@@ -84,3 +84,10 @@ def test_save_scatter_draws_panels_and_survives_wild_points(tmp_path):
 def test_save_scatter_rejects_what_is_not_plane(tmp_path):
     with pytest.raises(ValueError, match=r"points \[n 2\], but got \(4, 3\)"):
         save_scatter({"a": torch.zeros(4, 3)}, tmp_path / "x.png")
+
+
+def test_save_scatter_has_panels_in_several_lines(tmp_path):
+    """One line of 183 panels is wider than what matplotlib draws."""
+    panels = {str(number): torch.zeros(1, 2) for number in range(25)}
+    with Image.open(save_scatter(panels, tmp_path / "many.png")) as picture:
+        assert picture.width < 2**13

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 from tiny_runs import DIGITS, FILE_ONLY, sets, zoo
 
 import benchmarks.builtin_parts  # noqa: F401  registers every part
+from benchmarks.experiments import network_size
 from benchmarks.experiments.build import run
 from registry import gin_setup
 
@@ -70,3 +74,40 @@ def test_batch_that_the_engine_cannot_cut_is_refused_before_another_cell_trains(
     assert done.status == 2
     assert "gradient_accumulation_steps = 3" in done.err
     assert not list(tmp_path.glob("out/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("binding", "what"),
+    [
+        ("dit.dim = 1000000", "parameters: 3 copies of them (to train them) take"),
+        ("dit.dim = 4611686018427387904", "more elements than any memory can hold"),
+        ("dit.depth = 1000000000", "more than 300 weight tensors"),
+    ],
+)
+def test_network_that_no_memory_holds_is_refused_before_it_is_made(binding, what, monkeypatch):
+    monkeypatch.setattr(network_size, "MOST_TENSORS", 300)  # as many as one second makes
+    found = refused(binding)
+    assert what in found
+    assert "Lower its" in found
+
+
+def test_network_is_compared_with_the_memory_of_this_machine(monkeypatch):
+    size = 4 * 1000 * 500
+
+    def check(copies: int, memory: int | None):
+        monkeypatch.setattr(network_size, "machine_memory", lambda: memory)
+        make = partial(torch.nn.Linear, 1000, 500, bias=False)
+        network_size.check_size(make, copies, torch.device("cpu"))
+
+    check(3, 3 * size)
+    check(3, None)
+    with pytest.raises(ValueError, match=r"500,000 parameters: 3 copies of them"):
+        check(3, 3 * size - 1)
+    check(1, 3 * size - 1)
+
+
+def test_network_that_cannot_be_made_without_memory_is_left_to_its_making():
+    def made():
+        return torch.nn.Linear(int(torch.ones(1).item()), 1)
+
+    network_size.check_size(made, 1, torch.device("cpu"))

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny_runs import DIGITS, FILE_ONLY
 
 from benchmarks.grids.cells import Plan, plan
 from benchmarks.grids.request import Request
@@ -209,6 +211,22 @@ def test_the_command_of_a_cell_asks_for_that_cell(planned, tmp_path):
         request = Request(file=Path(words[2]), bindings=tuple(bindings), only=(arm,))
         (alone,) = plan(request, type(found.axes)()).cells
         assert alone.cell.id == one.cell.id
+
+
+def test_the_command_of_a_cell_has_whole_paths(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for shade in range(4):
+            Image.new("L", (8, 8), 60 * shade).save(tmp_path / name / f"{shade}.png")
+    found = planned(
+        "Grid.arms = ('mean_flow',)\nGrid.axes = {'image_folder.folder': ['a', 'b']}\n",
+        *(*FILE_ONLY, "run.dataset = @image_folder()", "image_folder.resolution = 8"),
+        base=f"include '{DIGITS}'\n",
+    )
+    for one, name in zip(found.cells, ("a", "b"), strict=True):
+        words = shlex.split(one.cell.tags["cell.command"])
+        assert f"mean_flow/image_folder.folder = '{tmp_path / name}'" in words
 
 
 # What is refused

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +348,44 @@ def test_the_run_that_goes_on_has_a_network_of_its_own(request_of, tmp_path, mon
     monkeypatch.setattr("benchmarks.runs.execute.fit_experiment", cut)
     planned = plan(request_of(), Declared())
     rehearse(planned.cells, tmp_path / "out", planned.launcher)
+
+
+HOLDS = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_killed_rehearsals_left_is_removed_and_a_live_one_stays(request_of, tmp_path):
+    out = tmp_path / "out"
+    dead, live, new, old = (out / f".rehearsal-{n}" for n in ("dead", "live", "new", "old"))
+    for folder in (dead, live, new, old):
+        folder.mkdir(parents=True)
+    for folder in (dead, live):
+        (folder / "live").touch()
+    os.utime(old, (0, 0))  # of an earlier version, without a lock
+    words = [sys.executable, "-S", "-c", HOLDS, str(live / "live")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        compare(request_of(), out)
+        assert [folder.exists() for folder in (dead, live, new, old)] == [False, True, True, False]
+        other.kill()
+    compare(request_of(), out, resume=True)
+    assert not live.exists()
+
+
+def test_a_rehearsal_holds_its_lock(tmp_path):
+    with of_cells._place(tmp_path) as folder:
+        assert [path.name for path in folder.iterdir()] == ["live"]
+
+
+def test_a_grid_over_data_of_several_shapes_has_a_picture_of_each(request_of, tmp_path):
+    two, three = (0.5, 0.5), (0.5, 0.5, 0.5)
+    axes = {"gaussian.mean": [two, three], "gaussian.std": [two, three]}
+    run_grid(
+        request_of(f"Grid.axes = {axes}", "Grid.mode = 'zip'"), tmp_path / "out", rehearsal=False
+    )
+    assert [path.name for path in tmp_path.glob("out/*.png")] == ["samples.png"]

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.data.pictures import to_uint8
 from benchmarks.metrics import features
 from benchmarks.metrics.features import (
     INCEPTION_FILE,
@@ -195,6 +196,11 @@ def test_best_available_without_inception_says_so(
 def test_pixels_are_the_values() -> None:
     x = torch.arange(12.0).reshape(2, 2, 3)
     assert torch.equal(Pixels()(x), x.reshape(2, 6))
+
+
+def test_pixels_have_one_scale_before_and_after_rounding() -> None:
+    x = torch.tensor([[[[-1.0, -1 / 255], [1 / 255, 1.0]]]])
+    assert Pixels()(to_uint8(x)).allclose(Pixels()(x), atol=1e-6)
 
 
 def test_provenance_names_weights_resize_and_rounding(inception_folder: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_runs import DIGITS, FILE_ONLY, entries, losses, sets, zoo
 
 from benchmarks.grids.cell import Cell
 from benchmarks.grids.cell_status import state_in
 from benchmarks.runs.result import RESULT, Result, finished_run, has_result
 from benchmarks.runs.teacher import _found
+from registry.folders import file_sha256
 
 WORDS = ["run", DIGITS, "--arm", "mean_flow"]
 
@@ -83,3 +87,17 @@ def test_cell_and_teacher_that_cannot_be_read_are_named(
         Cell.load(tmp_path)
     (tmp_path / "spent.json").write_text(content or "{")
     assert (_found(tmp_path) is None) is (content != "{}")  # every part of it has a default
+
+
+def test_teacher_whose_weights_were_changed_goes_on_from_its_checkpoint(tmp_path, caplog):
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    digest = file_sha256(tmp_path / "model.safetensors")
+    spent = {"steps": 2, "images": 16, "seconds": 1.0}
+    for recorded in ({}, {"weights_sha256": digest}):
+        (tmp_path / "spent.json").write_text(json.dumps({**spent, **recorded}))
+        assert _found(tmp_path).steps == 2
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert _found(tmp_path) is None
+    assert f"{tmp_path / 'model.safetensors'} was changed after it was written" in caplog.text
+    (tmp_path / "spent.json").write_text(json.dumps(spent))  # of an earlier version
+    assert _found(tmp_path).steps == 2

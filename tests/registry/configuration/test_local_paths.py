@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -106,3 +107,25 @@ def test_a_default_that_was_used_becomes_whole(here):
     gin_setup.anchor_paths(RUN)
     found = gin_setup.bindings_of(gin_setup.full_text())
     assert found["cifar10.folder"] == repr(str(here / "data"))
+
+
+@pytest.mark.parametrize(
+    ("binding", "whole"),
+    [
+        ("image_folder.folder = 'pictures'", True),
+        ("arm/image_folder.folder = 'pictures'", True),
+        ("run.start_from = 'weights.pt'", True),
+        ("PLACE = 'pictures'", True),
+        ("WORD = 'pictures'", False),  # which no path reads
+        ("hf_images.split = 'pictures'", False),
+        ("image_folder.folder = %PLACE", False),
+        ("hf_images.path = 'ylecun/mnist'", False),
+        ("include 'mine.gin'", False),
+    ],
+)
+def test_a_line_of_text_gets_a_whole_path(here, binding, whole):
+    more = ["run.device = %WORD", "image_folder.folder = %PLACE", "PLACE = 'x'", "WORD = 'y'"]
+    gin_setup.parse([], more)
+    found = gin_setup.whole_binding(binding, RUN, gin_setup.path_macros(RUN))
+    key, _, value = binding.partition(" = ")
+    assert found == (f"{key} = {str(here / ast.literal_eval(value))!r}" if whole else binding)

@@ -301,6 +301,13 @@ def test_bindings_make_snapshots_and_the_command_a_file_that_others_take(tmp_pat
     exported = zoo("export", made, "--out", tmp_path / "exported", "--weights", file)
     assert exported.status == 0, exported.err
     assert same(load_file(tmp_path / "exported" / "model.safetensors"), load_file(file))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x40
+    file.write_bytes(content)
+    for words in (("sample", made), ("export", made), ("evaluate", made, *options)):
+        damaged = zoo(*words, "--weights", file, "--out", tmp_path / "damaged")
+        assert damaged.status == 2, words
+        assert f"{file} was changed after it was written" in damaged.err
     above = zoo("ema", out, "--sigma-rel", 0.12)
     assert above.status == 2
     assert "have some: flow_matching" in above.err

@@ -143,8 +143,8 @@ def test_running_statistics_follow_the_pass_of_the_value_alone(name, training):
         return all(
             a.equal(b)
             for a, b in zip(
-                (norm.running_mean, norm.running_var),
-                (theirs.running_mean, theirs.running_var),
+                (norm.running_mean, norm.running_var, norm.num_batches_tracked),
+                (theirs.running_mean, theirs.running_var, theirs.num_batches_tracked),
                 strict=True,
             )
         )
@@ -152,7 +152,8 @@ def test_running_statistics_follow_the_pass_of_the_value_alone(name, training):
     assert same()
     assert norm.running_mean.any() == training
     counts = name == "module" and training  # its batches, which torch.func refuses
-    for derivative in (Dual(), FiniteDifference(step=1e-2), *([] if counts else [Jvp()])):
+    others = (Dual(), OnePass(), FiniteDifference(step=1e-2), *([] if counts else [Jvp()]))
+    for derivative in others:
         found = derivative(lambda x: NORMS[name](norm, x), (POINT,), (ALONG,))
         torch.testing.assert_close(found, du, rtol=2e-2, atol=1e-2)
         assert same()
@@ -208,3 +209,9 @@ def test_the_probe_catches_each_and_its_remedy_passes(name, derivative):
     with pytest.raises(ValueError, match=r"(?s)(wrong on|cannot pass).*@finite_difference\(\)"):
         probe(derivative)
     assert probe(FiniteDifference())["derivative_error"] < 1e-2
+
+
+def test_one_pass_refuses_exchanged_data_of_a_constant_in_a_pass_of_its_own():
+    """The start-up probe is such a pass; without the refusal the process would end."""
+    with pytest.raises(NotImplementedError, match=r"exchanges the data.*@finite_difference\(\)"):
+        OnePass()(filled, (POINT,), (ALONG,))
