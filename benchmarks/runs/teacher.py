@@ -88,7 +88,7 @@ def _found(folder: Path) -> Spent | None:
     except (ValueError, TypeError):
         log.warning("%s cannot be read, so the teacher goes on from its checkpoint", folder / SPENT)
         return None
-    if spent.weights_sha256 not in ("", file_sha256(folder / MODEL)):
+    if spent.weights_sha256 and file_sha256(folder / MODEL) != spent.weights_sha256:
         log.warning(
             "%s was changed after it was written (SHA-256 differs), so the teacher goes on from "
             "its checkpoint",
