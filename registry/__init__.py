@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 
 from registry.core import Registry
+from registry.protocols.parts import check_differentiates
 from registry.sampling import check_needs, check_trains
 
 __all__ = [
@@ -53,6 +54,7 @@ def kind_of(part: object) -> Registry | None:
 def _check_objective(name: str, cls: type) -> None:
     _check_names(name, cls, "heads")
     check_trains(name, cls)
+    check_differentiates(name, cls)
     _check_call(name, cls, "loss", ("net", "batch", "rng"))
 
 

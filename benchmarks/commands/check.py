@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from benchmarks.commands.arguments import Commands
+from benchmarks.commands.arguments import Commands, add_bindings
 
 
 def add_to(commands: Commands) -> None:
@@ -22,6 +22,7 @@ def add_to(commands: Commands) -> None:
     check.add_argument("name", help="a registered part, such as mean_flow, trigflow or digits")
     check.add_argument("--kind", help="which part, where several have the name, such as path")
     check.add_argument("--import", dest="file", type=Path, help="a Python file of your own parts")
+    add_bindings(check, "dumo.omega = 0.5")
     check.add_argument(
         "--mutations", action="store_true", help="plant mistakes, list who finds them"
     )
@@ -43,10 +44,11 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.name,
         arguments.file,
         kind=arguments.kind,
+        bindings=arguments.bindings,
         mutations=arguments.mutations,
         tell=tell,
     )
     if arguments.json:
         print(report.json())
     if problems := report.problems():
-        raise SystemExit(f"{arguments.name} fails: {', '.join(problems)}")
+        raise SystemExit(f"{report.objective} fails: {', '.join(problems)}")

@@ -101,7 +101,8 @@ def few_rows(subject: Subject) -> ClaimResult:
 def labels(subject: Subject) -> ClaimResult:
     """The loss takes data with labels, without, and with all dropped; labels reach the network."""
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
-    for kind in ("none", "null", "given"):
+    kinds = ("null", "given") if subject.needs_labels else ("none", "null", "given")
+    for kind in kinds:
         out = evaluate(subject, batch := random_batch(n=16, labels=kind), f"labels: {kind}", cond)
         _check_per_sample(out, batch, f"labels: {kind}")
     toy = subject.on_toy()
@@ -109,39 +110,39 @@ def labels(subject: Subject) -> ClaimResult:
     seen = [call.labels for call in net.calls if call.with_gradient and call.labels is not None]
     if not any(bool(torch.any(labels != NULL_LABEL)) for labels in seen):
         raise Broken("no label reaches a call that is trained", cond)
-    return held("none, dropped, given")
+    return held(", ".join(kinds).replace("null", "dropped"))
 
 
 def finite(subject: Subject) -> ClaimResult:
     """Loss and gradient are finite, also on constant data and where networks start, at zero."""
     largest = 0.0
-    for scale, constant in ((0.0, True), (0.0, False), (1.0, True), (1.0, False)):
-        for step in STEPS:
-            batch = random_batch(n=256, step=step, dtype=torch.float32, labels="given")
-            if constant:
-                batch = replace(batch, x0=torch.zeros_like(batch.x0))
-            toy = subject.on_toy(scale=scale)
-            out = toy(batch, seed=step)
-            figures = [out.per_sample, *out.terms.values(), *out.diagnostics.values()]
-            figures += gradients(out.per_sample, list(toy.net.parameters()))
-            if not all(figure.isfinite().all() for figure in figures):
-                what = "a network of zeros" if scale == 0 else "a random network"
-                raise Broken(
-                    f"not finite on {what}, {'constant' if constant else 'normal'} data, "
-                    f"step {step}",
-                    "look for 0/0 where r = t and for the slope of sqrt or a norm at 0",
-                )
-            largest = max(largest, float(out.per_sample.detach().abs().max()))
+    cases = itertools.product(((0.0, True), (0.0, False), (1.0, True), (1.0, False)), STEPS)
+    for ((scale, constant), step), (form, exact) in itertools.product(cases, subject.variants()):
+        batch = random_batch(n=256, step=step, dtype=torch.float32, labels="given")
+        if constant:
+            batch = replace(batch, x0=torch.zeros_like(batch.x0))
+        toy = form.on_toy(exact=exact, scale=scale)
+        out = toy(batch, seed=step)
+        figures = [out.per_sample, *out.terms.values(), *out.diagnostics.values()]
+        figures += gradients(out.per_sample, list(toy.net.parameters()))
+        if not all(figure.isfinite().all() for figure in figures):
+            what = "a network of zeros" if scale == 0 else "a random network"
+            raise Broken(
+                f"not finite on {what}, {'constant' if constant else 'normal'} data, step {step}"
+                f"{form.with_changes() * exact}",
+                "look for 0/0 where r = t and for the slope of sqrt or a norm at 0",
+            )
+        largest = max(largest, float(out.per_sample.detach().abs().max()))
     return held(f"|loss| up to {largest:.3g}")
 
 
 def calls_within_times(subject: Subject) -> ClaimResult:
     """Every call has one t and one r for each row, and 0 <= r <= t <= 1."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
-    for seed, step in enumerate(STEPS):
-        batch, toy = random_batch(n=64, step=step, labels="given"), subject.on_toy()
+    for (form, exact), (seed, step) in itertools.product(subject.variants(), enumerate(STEPS)):
+        batch, toy = random_batch(n=64, step=step, labels="given"), form.on_toy(exact=exact)
         net = Tapped(toy.net, 64)  # the teacher too, so that its calls are recorded
-        subject.loss(subject.objective(teacher=net), net, batch, seed)
+        form.loss(form.objective(exact=exact, teacher=net), net, batch, seed)
         for call in net.calls:
             n = len(call.x)
             if call.t.shape != (n,) or call.r.shape != (n,):
@@ -164,10 +165,32 @@ def calls_within_times(subject: Subject) -> ClaimResult:
 
 def derivatives_agree(subject: Subject) -> ClaimResult:
     """Every backend gives the same loss and gradient: to rounding, finite differences to 1e-3."""
-    chosen = [name for name, part in parts(subject.objective(exact=True)) if is_derivative(part)]
-    if not chosen:
+    forms = {form: _derivatives_of(form.objective(exact=True)) for form in subject.forms()}
+    found = [
+        _disagreement(form, chosen, step)
+        for form, chosen in forms.items()
+        if chosen
+        for step in form.stages(exact=True)
+    ]
+    if not found:
         return declared("no derivative part")
-    batch, found = random_batch(n=32, labels="given"), {}
+    exact, loose = (max(errors) for errors in zip(*found, strict=True))
+    return compared(
+        f"finite difference {loose:.1g}; exact",
+        max(exact, loose * 1e-6),
+        1e-9,
+        f"derivative backends disagree by {exact:.2g}, finite_difference by {loose:.2g}",
+        "the function that is differentiated must be smooth and free of .detach()",
+    )
+
+
+def _derivatives_of(objective: Any) -> list[str]:
+    return [name for name, part in parts(objective) if is_derivative(part)]
+
+
+def _disagreement(subject: Subject, chosen: list[str], step: int) -> tuple[float, float]:
+    """How far the exact backends, and finite differences, are from `jvp`."""
+    batch, found = random_batch(n=32, labels="given", step=step), {}
     for backend in derivatives.names():
         toy = subject.on_toy(exact=True)
         for name in chosen:
@@ -178,13 +201,7 @@ def derivatives_agree(subject: Subject) -> ClaimResult:
     size = found["jvp"].norm()
     errors = {name: float((value - found["jvp"]).norm() / size) for name, value in found.items()}
     loose = errors.pop("finite_difference")
-    return compared(
-        f"finite difference {loose:.1g}; exact",
-        max(*errors.values(), loose * 1e-6),
-        1e-9,
-        f"derivative backends disagree: {errors}, finite_difference {loose:.2g}",
-        "the function that is differentiated must be smooth and free of .detach()",
-    )
+    return max(errors.values()), loose
 
 
 def not_reached(subject: Subject) -> ClaimResult:
@@ -192,7 +209,8 @@ def not_reached(subject: Subject) -> ClaimResult:
 
     A field is reached if the claims took losses with two values of it, or with two kinds of part.
     A line of the objective's own methods is reached if it ran while its loss was taken, with its
-    defaults and with `exact_with`, for every kind of labels and at every one of STEPS.
+    defaults and with each mapping of `exact_with`, for every kind of labels and at every one of
+    STEPS.
     """
     codes = _own_code(subject.make())
     ran: set[tuple[CodeType, int]] = set()
@@ -205,8 +223,8 @@ def not_reached(subject: Subject) -> ClaimResult:
     before = sys.gettrace()
     sys.settrace(lambda frame, event, arg: in_own_code if frame.f_code in codes else None)
     try:
-        for exact in (False, True):
-            toy = subject.on_toy(exact=exact)
+        for form, exact in subject.variants():
+            toy = form.on_toy(exact=exact)
             for kind, step in itertools.product(("none", "null", "given"), STEPS):
                 toy(random_batch(n=16, labels=kind, step=step))
     finally:

@@ -1,29 +1,35 @@
 """Where the gradient of an objective goes: to every head, and not through targets.
 
 A loss ||p - sg T||^2 is differentiated through its prediction p alone. `Tapped` adds zero leaves to
-every evaluation of the network. No gradient may reach a leaf that only derivatives see, and no
-second derivative may join the leaves of two evaluations, or of two rows of one evaluation.
+every evaluation of the network. No gradient may reach a leaf that only derivatives see, unless
+`differentiates` names the derivative, or run through the input of an evaluation that comes from
+another one, unless it names the input. No second derivative may join the leaves of two evaluations,
+or of two rows of one evaluation.
+
+Two evaluations may be joined by a declared input: an error in the first then moves the second, as
+in a map of two steps, and both errors add up. Where they cancel, the second is a target that is
+compared with the first, and it must be without gradient.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from backbones.mlp import MLP
 from backbones.network import build_network
-from benchmarks.conformance.networks import NUM_CLASSES, Tapped, Toy
-from benchmarks.conformance.results import Broken, ClaimResult, declared, held
+from benchmarks.conformance.networks import NUM_CLASSES, Call, Tapped, Toy
+from benchmarks.conformance.results import Broken, ClaimResult, held, note
 from benchmarks.conformance.subject import STEPS, OnToy, Subject, random_batch
 from registry.protocols import Network
 
-NO_GRADIENT = (
-    "evaluate targets through a teacher or under torch.no_grad(), and .detach() them; "
-    "declare full_gradient = True if it is meant"
-)
+NO_GRADIENT = "evaluate targets through a teacher or under torch.no_grad(), and .detach() them"
+IF_MEANT = '; declare differentiates = ("{}",) if it is meant'
 
 
 def reaches_every_head(subject: Subject) -> ClaimResult:
@@ -50,70 +56,133 @@ def reaches_every_head(subject: Subject) -> ClaimResult:
 
 def not_through_targets(subject: Subject) -> ClaimResult:
     """No gradient runs through a target (see the module), or into the network of a teacher."""
-    if subject.full_gradient:
-        return declared("full_gradient")
-    evaluations = 0
-    for step in STEPS[:2]:
+    evaluations, used = 0, set[str]()
+    for form, exact in subject.variants():
+        for step in form.stages(exact=exact):
+            seen = [_Seen.of(form, step, exact=exact, itself=itself) for itself in (False, True)]
+            # A teacher's own weights may be frozen. Those of the network in its place are not.
+            for one in seen[:1] if "input" in subject.differentiates else seen:
+                one.check()
+                evaluations, used = max(evaluations, len(one.net.calls)), used | one.used()
+    if idle := set(subject.differentiates) - used:
+        return note(f"it differentiates no {', '.join(sorted(idle))}, and declares that it does")
+    through = f", through {', '.join(sorted(used))}" if used else ""
+    return held(f"{evaluations} evaluations{through}")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A loss, the evaluations of the network and those of a teacher that is another network."""
+
+    per_sample: Tensor
+    net: Tapped
+    teacher: Tapped
+    subject: Subject
+
+    @classmethod
+    def of(cls, subject: Subject, step: int, *, exact: bool, itself: bool) -> _Seen:
+        """With the network in training as its own teacher, or with another one."""
+        keys = subject.exact_keys if exact else subject.keys
+        net, other = Tapped(Toy((2,), keys), 12), Tapped(Toy((2,), keys, seed=1), 12)
+        objective = subject.objective(exact=exact, teacher=net if itself else other)
+        net.requires_grad_()
         batch = random_batch(n=12, step=step, labels="given")
-        own, teacher = Toy((2,), subject.keys), Toy((2,), subject.keys, seed=1)
-        for itself in (True, False):
-            net = Tapped(own, 12)
-            objective = subject.objective(teacher=net if itself else teacher)
-            per_sample = subject.loss(objective, net, batch).per_sample
-            evaluations = max(evaluations, len(net.calls))
-            _check_derivatives(per_sample, net)
-            _check_evaluations(per_sample, net, subject.couples_rows)
-            if any(_reached(per_sample, teacher.parameters())):
-                raise Broken("the teacher's network gets a gradient", NO_GRADIENT)
-    return held(f"{evaluations} evaluations")
+        return cls(subject.loss(objective, net, batch).per_sample, net, other, subject)
 
-
-def _check_derivatives(per_sample: Tensor, net: Tapped) -> None:
-    slopes = [leaf for call in net.calls for leaf in call.slope.values()]
-    if any(_reached(per_sample, slopes)):
-        raise Broken("the gradient runs through a derivative of the network", NO_GRADIENT)
-
-
-def _check_evaluations(per_sample: Tensor, net: Tapped, couples_rows: bool) -> None:
-    """The loss's gradient in one half of one evaluation must not depend on anything else."""
-    values = [list(call.value.values()) for call in net.calls]
-    leaves = [leaf for call in values for leaf in call]
-    rng = torch.Generator().manual_seed(0)
-    for i, call in enumerate(values):
-        if not call:
-            continue
-        slopes = torch.autograd.grad(
-            per_sample.sum(), call, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        half = torch.rand(len(call[0]), generator=rng) < 0.5
-        marked = torch.stack([(slope * half).sum() for slope in slopes]).sum()
-        if not marked.requires_grad:
-            continue
-        curvature = torch.autograd.grad(
-            marked, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        own = [any(leaf is other for other in call) for leaf in leaves]
-        if any((c != 0).any() for c, is_own in zip(curvature, own, strict=True) if not is_own):
+    def check(self) -> None:
+        allowed = self.subject.differentiates
+        if self._through_derivatives() and "derivative" not in allowed:
             raise Broken(
-                f"the gradient runs through two evaluations of the network (call {i + 1} of "
-                f"{len(values)} and another) that are compared with each other",
-                NO_GRADIENT,
+                "the gradient runs through a derivative of the network",
+                NO_GRADIENT + IF_MEANT.format("derivative"),
             )
-        same = [c for c, is_own in zip(curvature, own, strict=True) if is_own]
-        if not couples_rows and any((c[~half] != 0).any() for c in same):
+        if self._through_inputs() and "input" not in allowed:
             raise Broken(
-                f"the gradient runs through two rows of call {i + 1} that are compared with "
-                "each other",
-                NO_GRADIENT,
+                "the gradient runs through the input of an evaluation, which comes from another",
+                NO_GRADIENT + IF_MEANT.format("input"),
             )
+        self._check_evaluations()
+        if any(self._reached(self.teacher.parameters())):
+            raise Broken("the teacher's network gets a gradient", NO_GRADIENT)
+
+    def used(self) -> set[str]:
+        """What the gradient runs through, of that which can be declared."""
+        found = {"derivative": self._through_derivatives(), "input": self._through_inputs()}
+        return {way for way, is_used in found.items() if is_used}
+
+    def _through_derivatives(self) -> bool:
+        calls = [*self.net.calls, *self.teacher.calls]
+        return any(self._reached(leaf for call in calls for leaf in call.slope.values()))
+
+    def _through_inputs(self) -> bool:
+        """Whether it runs through an input that depends on another evaluation."""
+        return any(
+            call.entry is not None and any(self._reached([call.entry])) and self._comes_from(call)
+            for call in [*self.net.calls, *self.teacher.calls]
+        )
+
+    def _comes_from(self, call: Call, values: Iterable[Tensor] = ()) -> bool:
+        """Whether the input of a call depends on these values of others; on any by default."""
+        if is_functorch_wrapped_tensor(call.given) or not call.given.requires_grad:
+            return False
+        values = values or [leaf for one in self.net.calls for leaf in one.value.values()]
+        return any((g != 0).any() for g in _gradients(call.given.sum(), values))
+
+    def _check_evaluations(self) -> None:
+        """The loss's gradient in one half of one evaluation must not depend on anything else."""
+        calls = self.net.calls
+        rng = torch.Generator().manual_seed(0)
+        for i, call in enumerate(calls):
+            own = list(call.value.values())
+            if not own:
+                continue
+            half = torch.rand(len(own[0]), generator=rng) < 0.5
+            slopes = torch.autograd.grad(
+                *(self.per_sample.sum(), own),
+                create_graph=True, allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            marked = torch.stack([(slope * half).sum() for slope in slopes]).sum()
+            if not marked.requires_grad:
+                continue
+            for j, other in enumerate(calls):
+                curvature = _gradients(marked, list(other.value.values()))
+                joined = any((c != 0).any() for c in curvature)
+                if i != j and joined and not self._adds_up(call, other, curvature, half):
+                    raise Broken(
+                        f"the gradient runs through two evaluations of the network (call {i + 1} "
+                        f"and call {j + 1} of {len(calls)}) that are compared with each other",
+                        NO_GRADIENT,
+                    )
+                coupled = not self.subject.couples_rows and i == j
+                if coupled and any((c[~half] != 0).any() for c in curvature):
+                    raise Broken(
+                        f"the gradient runs through two rows of call {i + 1} that are compared "
+                        "with each other",
+                        NO_GRADIENT,
+                    )
+
+    def _adds_up(self, one: Call, other: Call, curvature: list[Tensor], half: Tensor) -> bool:
+        """Whether one is the input of the other, by declaration, and errors of both add up."""
+        if "input" not in self.subject.differentiates:
+            return False
+        is_input = self._comes_from(one, list(other.value.values())) or self._comes_from(
+            other, list(one.value.values())
+        )
+        return is_input and float(sum(c[half].sum() for c in curvature)) > 0
+
+    def _reached(self, leaves: Iterable[Tensor]) -> list[bool]:
+        return [bool((g != 0).any()) for g in _gradients(self.per_sample.sum(), leaves)]
 
 
-def _reached(per_sample: Tensor, inputs: Iterable[Tensor]) -> list[bool]:
-    leaves = [leaf for leaf in inputs if leaf.requires_grad]
-    if not leaves:
+def _gradients(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    if not (leaves and value.requires_grad):
         return []
-    found = torch.autograd.grad(per_sample.sum(), leaves, retain_graph=True, allow_unused=True)
-    return [g is not None and bool((g != 0).any()) for g in found]
+    return list(
+        torch.autograd.grad(
+            value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def _backward(toy: OnToy, net: Network, dtype: torch.dtype) -> None:

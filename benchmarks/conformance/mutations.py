@@ -230,8 +230,8 @@ def _with_parts(
 
     None where no part is chosen.
     """
-    forms = (subject.objective(), subject.objective(exact=True))
-    if not any(chosen(part) for form in forms for _, part in parts(form)):
+    made = [form.objective(exact=exact) for form, exact in subject.variants()]
+    if not any(chosen(part) for objective in made for _, part in parts(objective)):
         return None
 
     def edit(objective: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,17 +61,23 @@ class Toy(nn.Module):
 
 
 class ExactNetwork(nn.Module):
-    """An oracle that makes just these outputs; those that it does not know are zero rows [b]."""
+    """An oracle that makes just these outputs; those that it does not know are zero rows [b].
 
-    def __init__(self, oracle: nn.Module, keys: Sequence[str]):
+    `outputs` says which of its velocities an output is, such as {"twin": "v"}.
+    """
+
+    def __init__(
+        self, oracle: nn.Module, keys: Sequence[str], outputs: Mapping[str, str] | None = None
+    ):
         super().__init__()
         self.oracle, self.keys = oracle, tuple(keys)
+        self.outputs = outputs or {key: key for key in VELOCITIES}
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
-        out = self.oracle(x, t, r, cond)
-        return {key: out[key] if key in VELOCITIES else x.new_zeros(len(x)) for key in self.keys}
+        out, known = self.oracle(x, t, r, cond), self.outputs
+        return {key: out[known[key]] if key in known else x.new_zeros(len(x)) for key in self.keys}
 
 
 class WithMoments(nn.Module):
@@ -152,6 +158,19 @@ def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return torch.stack([w * f(centre + k * step) for k, w in weights.items()]).sum(0) / step
 
 
+class Unlabelled(nn.Module):
+    """The solution for labels that say nothing of the data: it ignores them."""
+
+    def __init__(self, field: nn.Module):
+        super().__init__()
+        self.field = field
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+    ) -> dict[str, Tensor]:
+        return self.field(x, t, r, None)
+
+
 @dataclass(frozen=True)
 class Call:
     """One evaluation of the network by an objective."""
@@ -161,72 +180,101 @@ class Call:
     r: Tensor
     labels: Tensor | None
     with_gradient: bool
-    value: dict[str, Tensor] = field(default_factory=dict)  # zero leaves, added to the outputs
+    given: Tensor  # x with its graph
+    entry: Tensor | None  # a zero leaf, added to x
+    value: dict[str, Tensor] = field(default_factory=dict)  # zero weights, added to the outputs
     slope: dict[str, Tensor] = field(default_factory=dict)  # zero leaves, of derivatives alone
 
 
 class Tapped(nn.Module):
-    """Records every call and adds zero leaves to it.
+    """Records every call and adds zeros to it, through which gradients are seen.
 
-    `slope` multiplies x - sg x, t - sg t and r - sg r, whose values are zero and whose derivatives
-    are not: a gradient that reaches it runs through a derivative of the network.
+    `value` is a weight, as those of the network are: where an evaluation freezes the weights, no
+    gradient reaches it. `slope` multiplies x - sg x, t - sg t and r - sg r, whose values are zero
+    and whose derivatives are not: a gradient that reaches it runs through a derivative of the
+    network. One that reaches `entry` runs through the input.
     """
 
     def __init__(self, net: Network, rows: int):
         super().__init__()
         self.net, self.calls = net, list[Call]()
-        self.leaves = [self._leaf(rows) for _ in range(64)]  # made here: none can be inside a jvp
+        # All are made here: none can be inside a jvp.
+        self.weights = nn.ParameterList(self._leaf(rows) for _ in range(64))
+        self.values = list(self.weights)
+        self.slopes, self.entries = ([self._leaf(rows) for _ in range(64)] for _ in range(2))
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
-        out = dict(self.net(x, t, r, cond))
         labels = None if cond is None else cond.get("label")
-        call = Call(_detach(x), _detach(t), _detach(r), labels, torch.is_grad_enabled())
-        self.calls.append(call)
+        entry = self.entries.pop() if self.entries else None
+        entered = x if entry is None else x + self._rows(entry, x)
+        out = dict(self.net(entered, t, r, cond))
+        known = _detach(x), _detach(t), _detach(r), labels, torch.is_grad_enabled()
+        self.calls.append(call := Call(*known, given=x, entry=entry))
         steps = (x - _detach(x), like(t - _detach(t), x), like(r - _detach(r), x))
-        for key in [key for key in out if out[key].shape == x.shape and self.leaves]:
-            leaf = self.leaves.pop()
-            call.value[key], call.slope[key] = leaf, self.leaves.pop()
-            value = leaf[: len(x)].reshape(-1, *[1] * (x.ndim - 1))
-            slope = call.slope[key][: len(x)].reshape(-1, *[1] * (x.ndim - 1))
+        for key in [key for key in out if out[key].shape == x.shape and self.slopes]:
+            # The weight is looked up by its number: it may be replaced while weights are frozen.
+            weight = self.weights[len(self.slopes) - 1]
+            call.value[key], call.slope[key] = self.values.pop(), self.slopes.pop()
+            value, slope = self._rows(weight, x), self._rows(call.slope[key], x)
             out[key] = out[key] + value + sum(slope * step for step in steps)
         return out
 
     @staticmethod
     def _leaf(rows: int) -> Tensor:
-        return torch.zeros(8 * rows, dtype=torch.float64, requires_grad=True)
+        return nn.Parameter(torch.zeros(8 * rows, dtype=torch.float64))
+
+    @staticmethod
+    def _rows(leaf: Tensor, x: Tensor) -> Tensor:
+        return leaf[: len(x)].reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
-@dataclass
-class Shifted:
+class Shifted(nn.Module):
     """Adds `eps` + a trainable `bias` to one output of one call, on or off the diagonal r = t.
 
     With `call` None it adds them in every call that has a gradient. Targets are other calls, so
-    they stay at the truth, unless the error is `everywhere`: then eps is added in all calls, and
-    the bias still in one.
+    they stay at the truth, unless the error is `everywhere`: then eps is added in all calls. It is
+    also added `at` the points of a call, whichever call asks for them: the output is a function.
     """
 
-    net: Network
-    key: str
-    call: int | None = None
-    diagonal: bool | None = None
-    eps: float = 0.0
-    everywhere: bool = False
-    num_calls: int = 0
-    bias: Tensor = field(
-        default_factory=lambda: torch.zeros((), dtype=torch.float64, requires_grad=True)
-    )
+    def __init__(
+        self,
+        net: Network,
+        key: str,
+        eps: float,
+        call: int | None = None,
+        diagonal: bool | None = None,
+        *,
+        everywhere: bool = False,
+        at: Call | None = None,
+    ):
+        super().__init__()
+        self.net, self.key, self.eps, self.call = net, key, eps, call
+        self.diagonal, self.everywhere, self.at, self.num_calls = diagonal, everywhere, at, 0
+        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
-    def __call__(
+    def forward(
         self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
     ) -> dict[str, Tensor]:
         out, index = self.net(x, t, r, cond), self.num_calls
         self.num_calls += 1
         chosen = torch.is_grad_enabled() if self.call is None else index == self.call
-        error = self.eps * (chosen or self.everywhere) + self.bias * chosen
+        erring = torch.full_like(t, chosen or self.everywhere)
+        if self.at is not None and not chosen:
+            erring = _among(self.at, x, t, r).to(t.dtype)
         rows = torch.ones_like(t) if self.diagonal is None else ((t == r) == self.diagonal)
-        return {**out, self.key: out[self.key] + like(rows.to(x.dtype), x) * error}
+        error = like((rows * erring).to(x.dtype), x) * self.eps
+        return {
+            **out, self.key: out[self.key] + error + like(rows.to(x.dtype), x) * self.bias * chosen
+        }  # fmt: skip
+
+
+def _among(call: Call, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """Which rows [b] are points of the call."""
+    known = torch.cat([call.x.flatten(1), torch.stack([call.t, call.r], 1)], 1)
+    asked = torch.cat([_detach(x).flatten(1), _detach(torch.stack([t, r], 1))], 1)
+    return (asked[:, None] == known).all(2).any(1)
 
 
 @functools.cache

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,13 @@ import registry
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
 from benchmarks.conformance.limits import SPECIAL
+from benchmarks.conformance.networks import VELOCITIES
 from benchmarks.conformance.parts import kinds as part_kinds
 from benchmarks.conformance.results import Claim, ClaimResult, run_claim
 from benchmarks.conformance.sampling import samplers_reach_the_data
-from benchmarks.conformance.subject import Subject
+from benchmarks.conformance.subject import Subject, random_batch
 from benchmarks.conformance.verdicts import Verdict, verdicts
+from registry import gin_setup
 from registry.core import Registry
 from registry.plugins import import_file, load_plugins
 
@@ -88,23 +91,26 @@ def check(
     file: Path | None = None,
     *,
     kind: str | None = None,
+    bindings: Sequence[str] = (),
     mutations: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConformanceReport:
     """Check every claim on the part of this name, or plant every mistake in an objective.
 
-    `tell` gets the lines of the report. `file` is a Python file that is imported first. `kind`
-    says which part is meant where the name is that of several.
+    `bindings` in gin's syntax, such as "dumo.omega = 0.5", make it a variant, which the report
+    names. `tell` gets the lines of the report. `file` is a Python file that is imported first.
+    `kind` says which part is meant where the name is that of several.
     """
     load_plugins()
     if file is not None:
         import_file(file)
     found_kind = part_kinds.kind_of(name, kind)
     if found_kind is not registry.objectives:
-        return _check_part(found_kind, name, mutations, tell)
-    subject, claims = subject_of(name), claims_for(name)
-    with warnings.catch_warnings(), _one_thread():
+        return _check_part(found_kind, name, bindings, mutations, tell)
+    shown = f"{name} with {', '.join(bindings)}" if bindings else name
+    with variant(name, bindings) as subject, warnings.catch_warnings(), _one_thread():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        claims = claims_for(name)
         if mutations:
             quick = {name: claim for name, claim in claims.items() if name not in SLOW}
             found = []
@@ -112,29 +118,71 @@ def check(
                 tell(_verdict_line(verdict))
                 found.append(verdict)
             if not found:
-                tell(f"{name} has no part that a mistake could be planted in")
-            return _closed(ConformanceReport(name, verdicts=tuple(found)), tell)
+                tell(f"{shown} has no part that a mistake could be planted in")
+            return _closed(ConformanceReport(shown, verdicts=tuple(found)), tell)
         results = []
         for result in run(subject, claims):
             tell(_result_lines(result))
             results.append(result)
-        return _closed(ConformanceReport(name, results=tuple(results)), tell)
+        return _closed(ConformanceReport(shown, results=tuple(results)), tell)
+
+
+@contextmanager
+def variant(name: str, bindings: Sequence[str]) -> Iterator[Subject]:
+    """The objective of this name under bindings, in force inside the `with` block.
+
+    ValueError for bindings that are wrong, or that change nothing of the objective.
+    """
+    if not bindings:
+        yield subject_of(name)
+        return
+    with _bound(bindings):
+        subject = subject_of(name, lambda: registry.objectives.build(name))
+        _check_inert(registry.objectives, name, bindings)
+        yield subject
+
+
+@contextmanager
+def _bound(bindings: Sequence[str]) -> Iterator[None]:
+    """Bindings in force inside the `with` block."""
+    for binding in bindings:
+        if "=" not in binding:
+            raise ValueError(f"{binding!r} is no binding; write one such as NAME.field = 0.5")
+    with gin_setup.isolated() if bindings else nullcontext():
+        if bindings:
+            gin_setup.parse([], bindings)
+        yield
+
+
+def _check_inert(kind: Registry, name: str, bindings: Sequence[str]) -> None:
+    """ValueError for bindings that change nothing of the part, which was made under them."""
+    if bindings and (idle := gin_setup.inert_bindings()):
+        raise ValueError(
+            f"{', '.join(idle)} changes nothing of the {kind.kind} {name!r}. Bind a field of it, "
+            f"such as {name}.field = VALUE, or of a part that is bound to a field"
+        )
 
 
 def _check_part(
-    kind: Registry, name: str, mutations: bool, tell: Callable[[str], None]
+    kind: Registry,
+    name: str,
+    bindings: Sequence[str],
+    mutations: bool,
+    tell: Callable[[str], None],
 ) -> ConformanceReport:
     if mutations:
         raise ValueError(
             f"mistakes are planted in objectives, and {name!r} is a {kind.kind}; leave out "
             "--mutations"
         )
-    results = []
-    with _one_thread():
-        for result in part_kinds.results_of(kind, part_kinds.subject_of(kind, name)):
+    shown, results = f"{name} with {', '.join(bindings)}" if bindings else name, []
+    with _bound(bindings), _one_thread():
+        subject = part_kinds.subject_of(kind, name)
+        _check_inert(kind, name, bindings)
+        for result in part_kinds.results_of(kind, subject):
             tell(_result_lines(result))
             results.append(result)
-    return _closed(ConformanceReport(name, tuple(results), kind=kind.kind), tell)
+    return _closed(ConformanceReport(shown, tuple(results), kind=kind.kind), tell)
 
 
 @contextmanager
@@ -153,30 +201,61 @@ def claims_for(name: str) -> dict[str, Claim]:
     return CLAIMS | SPECIAL.get(name, {}) | LAST
 
 
-def subject_of(name: str) -> Subject:
-    """The registered objective with its defaults; ValueError if it declares something unknown."""
+def subject_of(name: str, make: Callable[[], Any] | None = None) -> Subject:
+    """The registered objective, by default with its defaults.
+
+    ValueError if it declares something unknown.
+    """
     cls = registry.objectives.get(name)
     try:
-        objective = cls()
+        objective = (make or cls)()
     except TypeError as error:
         raise ValueError(
             f"objective {name!r} cannot be made without arguments ({error}); "
             "give every field a default, which gin may then override"
         ) from error
-    subject = Subject(name, cls)
+    subject = Subject(name, make or cls)
+    _check_declarations(name, objective, subject)
+    return replace(subject, needs_labels=make is not None and _refuses_no_labels(subject))
+
+
+def _check_declarations(name: str, objective: Any, subject: Subject) -> None:
     if subject.fixed_point not in FIXED_POINTS:
         raise ValueError(
             f"objective {name!r} declares fixed_point = {subject.fixed_point!r}; "
             f"allowed: {', '.join(FIXED_POINTS)}"
         )
+    declared: Any = getattr(objective, "exact_with", {})
+    several = declared if isinstance(declared, tuple | list) else (declared,)
+    if not several or not all(isinstance(changes, Mapping) for changes in several):
+        raise ValueError(
+            f"objective {name!r} declares exact_with = {declared!r}; it needs a mapping such as "
+            '{"clip": math.inf}, or a tuple of several, each of which makes it exact'
+        )
     known = [f.name for f in fields(objective)] if is_dataclass(objective) else []
-    unknown = set(subject.exact_with()) - set(known)
+    unknown = {field for form in subject.forms() for field in form.exact_with()} - set(known)
     if unknown:
         raise ValueError(
             f"objective {name!r} names {', '.join(sorted(unknown))} in exact_with; "
             f"its fields are {', '.join(known) or 'none'}"
         )
-    return subject
+    for key, value in getattr(objective, "exact_outputs", {}).items():
+        if value not in VELOCITIES or key not in objective.heads or key in VELOCITIES:
+            others = [head for head in objective.heads if head not in VELOCITIES]
+            raise ValueError(
+                f"objective {name!r} declares exact_outputs = {{{key!r}: {value!r}}}; it says of "
+                f"its outputs beside u and v ({', '.join(others) or 'there are none'}) whether "
+                'their exact value is "u" or "v"'
+            )
+
+
+def _refuses_no_labels(subject: Subject) -> bool:
+    """Whether it takes labelled data alone, as with guidance on; a variant may be so."""
+    try:
+        subject.on_toy()(random_batch(labels="none"))
+    except ValueError as refusal:
+        return "label" in str(refusal)
+    return False
 
 
 def run(subject: Subject, claims: dict[str, Claim]) -> Iterator[ClaimResult]:

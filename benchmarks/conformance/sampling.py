@@ -31,7 +31,9 @@ def samplers_reach_the_data(subject: Subject) -> ClaimResult:
             "no sampler is valid for it",
             "declare in `trains` what it trains; `objective-zoo list` says what samplers need",
         )
-    network = ExactNetwork(subject.exact_field(GAUSSIAN), subject.make().heads)
+    network = ExactNetwork(
+        subject.exact_field(GAUSSIAN), subject.make().heads, subject.exact_outputs
+    )
     worst = 0.0
     for name in names:
         few = [_build(subject, name, nfe) for nfe in (1, 2, 3, 4)]

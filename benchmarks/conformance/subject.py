@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from benchmarks.conformance.networks import (
     OnPath,
     Shape,
     Toy,
+    Unlabelled,
 )
 from registry import weights
 from registry.protocols import (
@@ -26,6 +27,7 @@ from registry.protocols import (
     Network,
     Teacher,
     couples_rows,
+    differentiated_by,
     parts,
     required_heads,
 )
@@ -45,10 +47,6 @@ MIXTURE = MixtureOracle(
     labels=[0, 0, 1],
     rtol=1e-6,
 )
-ALL = "all rows"
-# Steps below it are as good as none at all: Shortcut's anchor has t - r = 2^-14 where it is exact.
-SHORT = 0.05
-FEWEST = 8  # rows of a kind, below which it is not weighed
 STEPS = (0, 1, 9_000, 30_001)  # schedules: first steps, in between, and long after
 
 
@@ -66,18 +64,31 @@ class Subject:
     wrap: Callable[[Network], Network] = _same
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     edit_sampler: Callable[[Any], Any] = _same
+    form: int = 0  # which of the changes of `exact_with` make it exact
+    needs_labels: bool = False  # then data without labels get some that say nothing of them
     # The values of each field with which losses were taken; of a part, its kind.
     tried: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
-    def objective(self, *, exact: bool = False, teacher: nn.Module | None = None) -> Any:
-        """A new objective; `exact` applies what its fixed point needs, `teacher` is attached."""
+    def objective(
+        self,
+        *,
+        exact: bool = False,
+        teacher: nn.Module | None = None,
+        average: nn.Module | None = None,
+    ) -> Any:
+        """A new objective; `exact` applies what its fixed point needs, `teacher` is attached.
+
+        `average` is attached instead of it to teachers that follow the network in training.
+        """
         objective = self.make()
         if exact and (changes := self.exact_with()):
             objective = replace(objective, **changes)
         objective = self.edit(objective)
         for part in {id(part): part for _, part in parts(objective)}.values():
-            if teacher is not None and holds_weights(part):
-                part.attach(teacher)
+            if holds_weights(part):
+                follows = average is not None and not getattr(part, "distils", False)
+                if (network := average if follows else teacher) is not None:
+                    part.attach(network)
         return objective
 
     def on_toy(self, shape: Shape = (2,), *, exact: bool = False, scale: float = 1.0) -> OnToy:
@@ -95,8 +106,15 @@ class Subject:
             kind = repr(value) if plain else type(value).__name__
             self.tried.setdefault(f.name, set()).add(kind)
         rng = torch.Generator().manual_seed(seed)
+        if self.needs_labels and batch.cond is None:
+            batch = replace(batch, cond={"label": torch.arange(len(batch)) % NUM_CLASSES})
         with self.around():
             return objective.loss(self.wrap(net), batch, rng)
+
+    def batch_of(self, law: Oracle, n: int, seed: int, step: int) -> Batch:
+        """Rows of a law; where labels say nothing, they are those that `loss` gives."""
+        batch = law_batch(law, n, seed, step)
+        return replace(batch, cond=None) if self.needs_labels else batch
 
     def exact_with(self) -> dict[str, Any]:
         """The fields under which the exact solution is a fixed point of every row's loss."""
@@ -108,15 +126,50 @@ class Subject:
             if f.init and isinstance(part := getattr(objective, f.name), known)
             if not isinstance(part, Unweighted)
         }
-        return weighted | dict(getattr(objective, "exact_with", {}))
+        return weighted | dict(self._declared_exact()[self.form])
+
+    def forms(self) -> tuple[Subject, ...]:
+        """The subject with each of the changes of `exact_with`."""
+        return tuple(replace(self, form=form) for form in range(len(self._declared_exact())))
+
+    def variants(self) -> Iterator[tuple[Subject, bool]]:
+        """The objective with its defaults and, where that is another one, each exact form."""
+        yield self, False
+        yield from ((form, True) for form in self.forms() if form.exact_with())
+
+    def with_changes(self) -> str:
+        """Such as " with other clip, weight", of the form that is tested; "" without any."""
+        return f" with other {', '.join(changes)}" if (changes := self.exact_with()) else ""
+
+    def stages(self, *, exact: bool) -> tuple[int, ...]:
+        """Those of STEPS at which the objective differs: its schedules decide which these are."""
+        kept: dict[int, Tensor] = {}
+        for step in STEPS:
+            toy = self.on_toy(exact=exact)
+            per_sample = toy(random_batch(n=32, step=step, labels="given")).per_sample
+            gradient = gradients(per_sample, list(toy.net.parameters()))
+            seen = torch.cat([per_sample.detach(), *(g.flatten() for g in gradient)])
+            if not any(torch.equal(seen, other) for other in kept.values()):
+                kept[step] = seen
+        return tuple(kept)
+
+    def _declared_exact(self) -> tuple[Mapping[str, Any], ...]:
+        declared = getattr(self.make(), "exact_with", {})
+        return (declared,) if isinstance(declared, Mapping) else tuple(declared)
 
     @property
     def fixed_point(self) -> str:
         return getattr(self.make(), "fixed_point", "pointwise")
 
     @property
-    def full_gradient(self) -> bool:
-        return getattr(self.make(), "full_gradient", False)
+    def differentiates(self) -> tuple[str, ...]:
+        return differentiated_by(self.make())
+
+    @property
+    def exact_outputs(self) -> dict[str, str]:
+        """For each output whose exact value is known: which of the velocities it is."""
+        known = {key: key for key in VELOCITIES} | dict(getattr(self.make(), "exact_outputs", {}))
+        return {key: known[key] for key in self.make().heads if key in known}
 
     @property
     def couples_rows(self) -> bool:
@@ -133,7 +186,8 @@ class Subject:
 
     def exact_network(self, law: Oracle, *, exact: bool = True) -> nn.Module:
         """The law's solution on the objective's own path, with the outputs that it may read."""
-        return ExactNetwork(self.exact_field(law), self.exact_keys if exact else self.keys)
+        keys = self.exact_keys if exact else self.keys
+        return ExactNetwork(self.exact_field(law), keys, self.exact_outputs)
 
     @property
     def exact_keys(self) -> tuple[str, ...]:
@@ -141,11 +195,8 @@ class Subject:
 
     def exact_field(self, law: Oracle) -> nn.Module:
         path = getattr(self.make(), "path", None)
-        return law if path is None or type(path) is Linear else OnPath(law, path)
-
-    @property
-    def velocity_keys(self) -> tuple[str, ...]:
-        return tuple(key for key in self.make().heads if key in VELOCITIES)
+        solution = law if path is None or type(path) is Linear else OnPath(law, path)
+        return Unlabelled(solution) if self.needs_labels else solution
 
 
 @dataclass(frozen=True)
@@ -195,10 +246,10 @@ def random_batch(
     return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
 
 
-def law_batch(law: Oracle, n: int, seed: int) -> Batch:
-    """Rows of a law; the seed also chooses the step of the run."""
+def law_batch(law: Oracle, n: int, seed: int, step: int | None = None) -> Batch:
+    """Rows of a law; the seed also chooses the step of the run, unless one is given."""
     x0, cond = law.sample(n, torch.Generator().manual_seed(10_000 + seed))
-    step = STEPS[seed % len(STEPS)]
+    step = STEPS[seed % len(STEPS)] if step is None else step
     return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
 
 
@@ -215,34 +266,3 @@ def gradients(loss: Tensor, inputs: list[Tensor], *, again: bool = False) -> lis
             loss.mean(), inputs, retain_graph=again, allow_unused=True, materialize_grads=True
         )
     )
-
-
-def rows_by_kind(out: LossOutput) -> dict[str, Tensor]:
-    """For each kind of rows, a mask [n] of its rows; ALL comes first.
-
-    An objective may treat few of its rows in another way than most: one row in eight of Shortcut is
-    made of two half steps, and a quarter of MeanFlow's rows have r < t. In a mean over all rows a
-    mistake in the few is small beside the noise of the many. A kind is told by the length t - r of
-    its step, as `LossOutput.t` and `LossOutput.r` give it. Without them all rows are of one kind.
-    """
-    n = len(out.per_sample)
-    found = {ALL: torch.ones(n, dtype=torch.bool)}
-    if out.t is None or out.r is None or len(out.t) != n:
-        return found
-    gap = out.t - out.r
-    kinds = {
-        "rows with r = t": gap == 0,
-        f"rows with 0 < t - r < {SHORT}": (gap > 0) & (gap < SHORT),
-        f"rows with t - r >= {SHORT}": gap >= SHORT,
-    }
-    present = {name: rows for name, rows in kinds.items() if rows.any()}
-    return found | present if len(present) > 1 else found
-
-
-def losses_by_kind(out: LossOutput) -> Iterator[tuple[str, Tensor]]:
-    """The mean loss of each kind that has enough rows."""
-    for name, rows in rows_by_kind(out).items():
-        if name == ALL:
-            yield name, out.per_sample.mean()
-        elif int(rows.sum()) >= FEWEST:
-            yield name, out.per_sample[rows].mean()

@@ -53,10 +53,10 @@ def verdict(mutation: Mutation, subject: Subject, claims: dict[str, Claim]) -> V
 
 def _has_effect(subject: Subject, planted: Subject) -> bool:
     """Whether the mistake changes any loss or gradient."""
-    for exact in (False, True):
+    for (one, exact), (other, _) in zip(subject.variants(), planted.variants(), strict=True):
         for step in STEPS:
-            one, other = (_loss_and_gradient(s, exact, step) for s in (subject, planted))
-            if not torch.equal(one, other):
+            before, after = (_loss_and_gradient(s, exact, step) for s in (one, other))
+            if not torch.equal(before, after):
                 return True
     return False
 

@@ -51,7 +51,13 @@ from registry.protocols.methods import (
     Weight,
 )
 from registry.protocols.networks import Head, Network, Trunk
-from registry.protocols.parts import Reference, couples_rows, parts, required_heads
+from registry.protocols.parts import (
+    Reference,
+    couples_rows,
+    differentiated_by,
+    parts,
+    required_heads,
+)
 from registry.protocols.rows import check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
@@ -116,6 +122,7 @@ __all__ = [
     "check_batch",
     "check_reference",
     "couples_rows",
+    "differentiated_by",
     "has_whole_weights",
     "is_picture",
     "is_serial",

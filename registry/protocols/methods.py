@@ -30,13 +30,21 @@ class Objective(Protocol):
                       True. A sampler that takes such a step is refused
     `reference`       a Reference, the paper that it comes from
     `couples_rows`    True if a row's loss depends on other rows
-    `full_gradient`   True if targets are differentiated too
+    `differentiates`  what its gradient runs through beside its predictions; the default is (), and
+                      every target is then without gradient. "derivative": a derivative of the
+                      network, as in the full gradient of Lagrangian self-distillation. "input": the
+                      input of another evaluation, as in a map of two steps. The weights of a
+                      teacher and the output of a target stay without gradient
     `splits_batch`    True if rows that take a derivative pass the network apart from the others
     `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
-                      default), for the "distribution" alone, or "none"
-    `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights
+                      default) if it is the only one, in every row; "distribution" if every map with
+                      the same law is one too, in the mean over batches; or "none"
+    `exact_with`      the fields {name: value} that make it one, besides `unweighted` weights; or
+                      several such mappings, one for each branch that the fields choose
+    `exact_outputs`   for outputs beside u and v, which of the two their exact value is:
+                      {"twin": "v"}
 
-    The last two are for `objective-zoo check`.
+    The last three are for `objective-zoo check`.
     """
 
     heads: ClassVar[tuple[str, ...]]

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from benchmarks.conformance import fixed_point
+from benchmarks.conformance.expected import moments
+from benchmarks.conformance.expected.kinds import ALL, losses_by_kind
 from benchmarks.conformance.mutations import MUTATIONS
 from benchmarks.conformance.results import run_claim
-from benchmarks.conformance.subject import ALL, Subject, losses_by_kind
+from benchmarks.conformance.subject import Subject
 from registry.protocols import LossOutput
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
@@ -100,7 +102,7 @@ def test_all_rows_together_would_have_let_it_pass(monkeypatch):
     def together(out):
         yield ALL, out.per_sample.mean()
 
-    monkeypatch.setattr(fixed_point, "losses_by_kind", together)
+    monkeypatch.setattr(moments, "losses_by_kind", together)
     later = planted("later steps of a teacher at its first t", Shortcut)
     assert at_gaussian(later).status == "ok"
     assert pulled(Away).status == "ok"

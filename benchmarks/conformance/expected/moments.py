@@ -1,0 +1,174 @@
+"""The mean gradient at the exact solution, in units of the velocity.
+
+The network is an oracle with trainable additions that are zero (`WithMoments`). Their mean gradient
+is the moment of the loss's slope with smooth functions of (x, t, r) and the label, and it is zero
+at a fixed point. Means over blocks of rows are compared with the spread of the blocks; "z" is
+Student's t, turned into the normal deviate of equal probability.
+
+The gradient divided by its own slope is the shift of the optimum. The slope is that which an error
+gives which is in every call of the network, in targets and in averages of the weights too. A method
+that compares two points at a small distance pulls an error of both back by a small force, and a
+mistake in it is as small; so one is measured by the other. Each kind of rows (kinds.py) is
+weighed alone at each stage of a schedule, so that an error in few rows or at one stage does not
+pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from benchmarks.conformance.expected.kinds import ALL, losses_by_kind
+from benchmarks.conformance.networks import Shifted, WithMoments
+from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, gradients
+from registry.protocols import LossOutput
+from zoo.oracles import Oracle
+
+ROWS_AND_BLOCKS = {GAUSSIAN: (1536, 24), MIXTURE: (256, 24)}
+# Where each row is compared with each, small batches show best what a row does to itself.
+PAIRED = {GAUSSIAN: (128, 96), MIXTURE: (128, 48)}
+FEWEST = 8  # blocks of one stage
+SLOPE_ROWS = {GAUSSIAN: 512, MIXTURE: 256}
+# Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
+FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 1e-4}
+EPS = 0.1
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The mean gradient in one moment of one output, of one kind of rows at one stage."""
+
+    z: float  # in standard errors
+    shift: float  # of the optimum, in units of velocity
+    error: float  # its standard error
+    output: str
+    number: int  # of the moment
+    kind: str = ALL
+    step: int = 0
+
+    @property
+    def name(self) -> tuple[int, str, int]:
+        """The same for the same moment of another draw."""
+        return self.step, self.kind, self.number
+
+
+def measure(subject: Subject, law: Oracle, *, exact: bool = True) -> Bias:
+    """The largest of the mean gradients, in standard errors."""
+    return largest(moments(subject, law, exact=exact))
+
+
+def moments(
+    subject: Subject, law: Oracle, *, exact: bool = True, times: float = 1, seed: int = 0
+) -> list[Bias]:
+    """The mean gradients of all moments, kinds of rows and stages, from `times` the usual blocks.
+
+    A kind of rows that fewer than half of the blocks have is left out. The mixture's flow map is
+    expensive, so that the stages share its blocks, down to FEWEST.
+    """
+    num_rows, num_blocks = (PAIRED if subject.couples_rows else ROWS_AND_BLOCKS)[law]
+    stages = subject.stages(exact=exact)
+    share = 1 if law is GAUSSIAN else len(stages)
+    seeds = range(seed, seed + max(int(times * num_blocks) // share, FEWEST))
+    return [bias for step in stages for bias in _at(step, subject, law, exact, num_rows, seeds)]
+
+
+def largest(biases: Collection[Bias]) -> Bias:
+    """The largest in standard errors. A nan is within no limit, so it is the largest."""
+    return max(biases, key=lambda bias: math.inf if math.isnan(bias.z) else bias.z)
+
+
+def normal_deviate(log_tail: float) -> float:
+    """The z with P(N(0, 1) > z) = exp(log_tail), but at most 37."""
+    return float(stats.norm.isf(math.exp(max(log_tail, -700.0))))
+
+
+def slopes_in(out: LossOutput, bias: Tensor) -> dict[str, float]:
+    """For each kind of rows, the gradient of its mean loss in one parameter."""
+    return {
+        kind: float(gradients(loss, [bias], again=True)[0]) for kind, loss in losses_by_kind(out)
+    }
+
+
+def _at(
+    step: int, subject: Subject, law: Oracle, exact: bool, num_rows: int, seeds: range
+) -> list[Bias]:
+    network = subject.exact_network(law, exact=exact)
+    outputs = tuple(subject.exact_outputs)
+    probe = WithMoments(network, law.shape[0], outputs)
+    parameters: list[Tensor] = list(probe.parameters())
+    names = [name.split(".")[1] for name, p in probe.named_parameters() for _ in range(p.numel())]
+    objective = subject.objective(exact=exact, teacher=network)
+    found: dict[str, list[Tensor]] = {}
+    for seed in seeds:
+        batch = subject.batch_of(law, num_rows, seed, step)
+        out = subject.loss(objective, probe, batch, seed)
+        for kind, loss in losses_by_kind(out):
+            gradient = torch.cat([g.flatten() for g in gradients(loss, parameters, again=True)])
+            found.setdefault(kind, []).append(gradient)
+    slopes = {key: _slopes(subject, law, network, key, step, exact) for key in outputs}
+    biases = []
+    for kind, rows in found.items():
+        if 2 * len(rows) >= len(seeds) and all(kind in slopes[key] for key in outputs):
+            scale = torch.tensor([slopes[name][kind] for name in names], dtype=torch.float64)
+            biases += _biases(torch.stack(rows) / scale, names, FLOOR[law], kind, step)
+    return biases
+
+
+def _biases(
+    gradient: Tensor, names: list[str], floor: float, kind: str = ALL, step: int = 0
+) -> list[Bias]:
+    """Of gradients [blocks parameters] in units of a shift."""
+    shift, freedom = gradient.mean(0).abs(), len(gradient) - 1
+    error = gradient.std(0) / len(gradient) ** 0.5
+    t = (shift - floor).clamp_min(0) / error.clamp_min(torch.finfo(error.dtype).tiny)
+    tails = stats.t.logsf(t.numpy(), freedom)
+    return [
+        Bias(normal_deviate(tail), float(s), float(e), name, number, kind, step)
+        for number, (tail, s, e, name) in enumerate(zip(tails, shift, error, names, strict=True))
+    ]
+
+
+def _slopes(
+    subject: Subject, law: Oracle, network: nn.Module, key: str, step: int, exact: bool
+) -> dict[str, float]:
+    """How the gradient of each kind of rows grows with an error of one output in every call.
+
+    Where such an error is not pulled back, the targets of these rows are other rows, as those of
+    Shortcut's longer steps are its shorter ones; then it is the slope for exact targets, which is 2
+    for an unweighted squared error.
+    """
+    everywhere = _rise(subject, law, network, key, step, exact, everywhere=True)
+    if all(slope > 0 for slope in everywhere.values()):
+        return everywhere
+    held = _rise(subject, law, network, key, step, exact, everywhere=False)
+    chosen = {kind: s if s > 0 else abs(held.get(kind, 0)) for kind, s in everywhere.items()}
+    return {kind: slope or 1.0 for kind, slope in chosen.items()}
+
+
+def _rise(
+    subject: Subject,
+    law: Oracle,
+    network: nn.Module,
+    key: str,
+    step: int,
+    exact: bool,
+    *,
+    everywhere: bool,
+) -> dict[str, float]:
+    batch, ends = subject.batch_of(law, SLOPE_ROWS[law], 0, step), []
+    for eps in (EPS, -EPS):
+        net, average = (Shifted(network, key, eps, everywhere=everywhere) for _ in range(2))
+        objective = subject.objective(
+            exact=exact, teacher=network, average=average if everywhere else None
+        )
+        ends.append(slopes_in(subject.loss(objective, net, batch), net.bias))
+    return {
+        kind: (slope - ends[1][kind]) / (2 * EPS)
+        for kind, slope in ends[0].items()
+        if kind in ends[1]
+    }
