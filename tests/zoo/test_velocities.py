@@ -284,7 +284,7 @@ VARIANTS = {
 def bias(name):
     make = VARIANTS[name]
     subject = Subject(name.rsplit("_", 1)[0].removesuffix("_plug"), make)
-    return fixed_point.measure(subject, GAUSSIAN, blocks=12)
+    return fixed_point.measure(subject, GAUSSIAN)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("plug_in")])
