@@ -237,7 +237,7 @@ class GlobalNoise(Restart):
     def __call__(self, net, x1, cond, rng):
         x = jump(net, x1, 1.0, 0.0, cond)
         for t in self.times()[1:]:
-            noisy = self.path.sample(x, torch.randn_like(x), full(x, t)).x_t
+            noisy = Linear().sample(x, torch.randn_like(x), full(x, t)).x_t
             x = jump(net, noisy, t, 0.0, cond)
         return x
 
