@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import registry
 from backbones.heads import AverageVelocity, DualHead, LogVariance, Readouts, Velocity
-from backbones.parametrisations import RawVelocity
+from backbones.parametrisations.equations import RawVelocity
 from backbones.trunk import TrunkModule
 from registry.protocols import Call, Cond, Parametrisation, Preconditioning
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.network import FlowNetwork
-from backbones.parametrisations import per_row
+from backbones.parametrisations.equations import per_row
 from registry import parametrisations
 from registry.protocols import Call, Reference
 

@@ -9,6 +9,7 @@ MODULES = (
     "trainers.optim",
     "trainers.zero.engine",
     "benchmarks.data.cifar10",
+    "benchmarks.data.derived.scaled",
     "benchmarks.data.digits",
     "benchmarks.data.edm_augment",
     "benchmarks.data.fashion_mnist",

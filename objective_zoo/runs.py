@@ -91,7 +91,7 @@ class Run:
 
     def show(
         self,
-        nfe: Sequence[int] = (1, 2, 4),
+        nfe: Sequence[int] = (),
         num: int = 16,
         *,
         labels: int | Sequence[int] | None = None,
@@ -99,15 +99,16 @@ class Run:
     ) -> Image.Image:
         """Samples as a picture, one line for each nfe, from the same noise; a notebook displays it.
 
+        Without `nfe` they are 1, 2 and 4, or the run's own where its sampler cannot have these.
         ValueError for data that are neither pictures nor points.
         """
         from PIL import Image
 
         from benchmarks.data.pictures import picture
+        from benchmarks.runs.finished import usual_nfe
 
-        rows = {
-            f"NFE {n}": x for n, x in self._drawn(listed("nfe", nfe), num, labels, seed).items()
-        }
+        shown = listed("nfe", nfe) or usual_nfe(self._opened[0])
+        rows = {f"NFE {n}": x for n, x in self._drawn(shown, num, labels, seed).items()}
         with tempfile.TemporaryDirectory() as folder:
             path = picture(rows, Path(folder) / "samples.png")
             if path is None:

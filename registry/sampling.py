@@ -5,12 +5,22 @@
     map_to_data      u(x, t, 0) at every t
     map_from_noise   u(x, 1, r) at every r
     even_steps       u(x, t, r) on even grids from t = 1 to r = 0, the single step among them
+    law              u(x, 1, 0) alone, and only so far that samples have the law of the data
 
 An objective declares what it trains in `trains`, the best way to sample it first; a sampler what it
 needs in `needs`, all of it. Both may also name outputs of the network, such as "v" for a sampler
 that reads that output and cannot do with u at r = t. What is trained at every t and r is trained on
-all lines and grids in it, so that `map` includes the other maps. It does not include the velocity,
-which is at r = t.
+all lines and grids in it, so that `map` includes the other maps, and each map includes `law`. None
+includes the velocity, which is at r = t.
+
+The map of the equation dx/dt = v is one of many that carry noise to the data. An objective that
+names `law` says that any of them is right for it: alone for a one-step generator (Drifting), beside
+a map for a method that compares laws at every t and r (IMM). It has no error against the exact map,
+and neither has one whose `fixed_point` is the "distribution".
+
+Whatever follows from these words is decided here: which samplers are valid (`missing_for`), which
+is the default (zoo/samplers/validity.py, by the first word), and where an error against the exact
+flow is defined (`map_is_exact_at`, `has_velocity`).
 """
 
 from __future__ import annotations
@@ -22,7 +32,8 @@ from registry.core import did_you_mean
 
 VELOCITY, MAP = "velocity", "map"
 TO_DATA, FROM_NOISE, EVEN_STEPS = "map_to_data", "map_from_noise", "even_steps"
-MAPS = (MAP, TO_DATA, FROM_NOISE, EVEN_STEPS)
+LAW = "law"
+MAPS = (MAP, TO_DATA, FROM_NOISE, EVEN_STEPS, LAW)  # what is read from the output u
 WORDS = (VELOCITY, *MAPS)
 
 _AT = {
@@ -31,7 +42,9 @@ _AT = {
     TO_DATA: "the map from every t to the data alone",
     FROM_NOISE: "the map from the noise to every r",
     EVEN_STEPS: "the map on even grids",
+    LAW: "one step from the noise to the data's law",
 }
+_SAME = 1e-6  # times may be rounded to float32
 
 
 def trained_by(objective: Any) -> tuple[str, ...]:
@@ -62,10 +75,40 @@ def needed_by(sampler: Any) -> tuple[str, ...]:
 
 def missing_for(sampler: Any, objective: Any) -> tuple[str, ...]:
     """What the sampler needs and the objective does not train."""
-    trained = {*trained_by(objective), *objective.heads}
-    if MAP in trained:
-        trained.update(MAPS)
+    trained = {*with_included(trained_by(objective)), *objective.heads}
     return tuple(need for need in needed_by(sampler) if need not in trained)
+
+
+def with_included(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words, and after them those that they include."""
+    included = MAPS if MAP in words else (LAW,) if {*words} & {*MAPS} else ()
+    return tuple(dict.fromkeys((*words, *included)))
+
+
+def map_is_exact_at(objective: Any, t: float, r: float) -> bool:
+    """Whether u(x, t, r) is trained as the map itself, so that it has an error against it.
+
+    `trains_step` of the objective, where it declares it, may take steps out.
+    """
+    words = trained_by(objective)
+    laws_alone = LAW in words or getattr(objective, "fixed_point", "") == "distribution"
+    if laws_alone or r >= t:
+        return False
+    size = 1 / (t - r)
+    inside = {
+        MAP: True,
+        TO_DATA: r <= _SAME,
+        FROM_NOISE: t >= 1 - _SAME,
+        EVEN_STEPS: all(abs(x - round(x)) < _SAME for x in (size, size * t)),
+    }
+    trains_step = getattr(objective, "trains_step", None)
+    reached = trains_step is None or trains_step(t, r)
+    return reached and any(inside.get(word, False) for word in words)
+
+
+def has_velocity(objective: Any) -> bool:
+    """Whether the velocity is trained, so that it has an error against the exact one."""
+    return VELOCITY in trained_by(objective)
 
 
 def in_words(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ path), t and r are moved one at a time, so that no direction hides a cut in anot
     error = rms(found - reference) / max(rms(reference), rms(output) / 100),  the largest of three
 
 A parametrisation must not jump in time, where differences and derivatives have nothing in common;
-`backbones/smoothness.py` looks for a jump at all times.
+`backbones/parametrisations/smoothness.py` looks for a jump at all times.
 
 Where the objective trains its derivative, the gradient of that derivative is compared too: three
 numbers, one for each input that moves, along a few directions of all weights (probes/gradients.py).
@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import registry
 from backbones.network import FlowNetwork
-from backbones.smoothness import check_smooth
+from backbones.parametrisations.smoothness import check_smooth
 from registry.protocols import Cond, Derivative, Objective, parts, trains_derivative
 from trainers.probes.gradients import gradient_error
 from trainers.probes.point import (

@@ -5,7 +5,8 @@ hooks that an engine may put on that module. An engine shares the global batch o
 to micro-batches of gradient accumulation. An objective draws for the whole batch and computes the
 loss of a share of its rows, and the mean over equal shares of their mean losses is the mean over
 the batch. So neither the noise, times, labels, couplings and quotas nor the gradient depend on how
-a batch is shared out. Only dropout draws for each share.
+a batch is shared out. Only dropout draws for each share. An engine numbers the shares alone: that
+the groups of an objective stay whole is the business of `TrainStep`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from registry.protocols import (
     Share,
     Teacher,
     couples_rows,
+    group_of,
     has_whole_weights,
     parts,
     trains_derivative,
@@ -76,6 +78,7 @@ class TrainStep(nn.Module):
         self.objective = objective
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.needs_whole = True
+        self.group = group_of(objective)
         self._couples_rows = couples_rows(objective)
         self.teachers = nn.ModuleDict()
         self._owners: list[Teacher] = []
@@ -94,6 +97,7 @@ class TrainStep(nn.Module):
         self.averages = nn.ModuleDict({_key(ema.name): ema.net for ema in self._emas})
 
     def forward(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        batch = replace(batch, share=replace(batch.share, group=self.group))
         with self.autocast(), shared_dropout() if self._shares_dropout else nullcontext():
             out = self.objective.loss(self.net, batch, rng)
         rows, shape = batch.share.size(len(batch)), tuple(out.per_sample.shape)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from registry.protocols import LossOutput
+from registry.protocols import LossOutput, Share
 from trainers import ranks
 from trainers.state import Callback, TrainState
 
@@ -95,23 +95,23 @@ class StopOnNonFinite(Callback):
 
 def problem_of(state: TrainState, step: int, out: LossOutput, norm: Tensor | None) -> str:
     """What is not finite and where, in the same words in every process; '' if all is well."""
-    bad = ~out.per_sample.isfinite()
-    problem = "\n".join(_describe_rows(out, bad)) if bad.any() else ""
+    bad, share = ~out.per_sample.isfinite(), Share(ranks.number(), ranks.count(), state.group)
+    problem = "\n".join(_describe_rows(out, bad, share)) if bad.any() else ""
     problems = [found for found in ranks.gathered(problem) if found]
     if not problems and norm is not None and not norm.isfinite():
-        problems = ranks.gathered("\n".join(_describe_gradient(state, out)))
+        problems = ranks.gathered("\n".join(_describe_gradient(state, out, share)))
     return f"step {step}: " + "\n".join(dict.fromkeys(problems)) if problems else ""
 
 
-def _describe_rows(out: LossOutput, bad: Tensor) -> Iterator[str]:
+def _describe_rows(out: LossOutput, bad: Tensor, share: Share) -> Iterator[str]:
     yield f"the loss is not finite in {int(bad.sum())} of {len(bad)} rows"
     wrong = {name: int((~v.isfinite()).sum()) for name, v in out.terms.items()}
     named = [f"{name} ({count} rows)" for name, count in wrong.items() if count]
     yield f"terms that are not finite: {', '.join(named) or 'none, so it is the weighting'}"
-    yield from _times(out, bad.nonzero().flatten()[:_SHOWN])
+    yield from _times(out, bad.nonzero().flatten()[:_SHOWN], share)
 
 
-def _describe_gradient(state: TrainState, out: LossOutput) -> Iterator[str]:
+def _describe_gradient(state: TrainState, out: LossOutput, share: Share) -> Iterator[str]:
     yield "the loss is finite, but its gradient is not"
     names = [
         name
@@ -121,11 +121,12 @@ def _describe_gradient(state: TrainState, out: LossOutput) -> Iterator[str]:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         yield f"parameters concerned: {', '.join(names[:_SHOWN])}{more}"
-    yield from _times(out, out.per_sample.topk(min(_SHOWN, len(out.per_sample))).indices)
+    largest = out.per_sample.topk(min(_SHOWN, len(out.per_sample))).indices
+    yield from _times(out, largest, share)
 
 
-def _times(out: LossOutput, rows: Tensor) -> Iterator[str]:
-    """A line for each of these rows, with its times and loss."""
+def _times(out: LossOutput, rows: Tensor, share: Share) -> Iterator[str]:
+    """A line for each of these rows of the share, with its place in the batch, times and loss."""
     for row in rows.tolist():
         times = [
             f"{name}={value[row].item():.6g}"
@@ -134,4 +135,4 @@ def _times(out: LossOutput, rows: Tensor) -> Iterator[str]:
         ]
         loss = out.per_sample[row].item()
         size = f"loss {loss:.4g}" if math.isfinite(loss) else f"loss {loss}"
-        yield f"  row {row * ranks.count() + ranks.number()}: {' '.join([*times, size])}"
+        yield f"  row {share.place(row)}: {' '.join([*times, size])}"

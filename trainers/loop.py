@@ -26,6 +26,9 @@ from registry.protocols import (
     Optimizer,
     Schedule,
     Share,
+    check_batch,
+    check_groups,
+    group_of,
     read_share,
     to_device,
 )
@@ -99,9 +102,13 @@ def prepared(
 ) -> TrainState:
     """The state of a run before its first step; the engine is prepared with its network.
 
-    ValueError for a batch that the memory of this machine cannot hold.
+    ValueError for a batch that the memory of this machine cannot hold, that is not made of whole
+    groups, or that the data set cannot give in groups of one label.
     """
     check_rows("run.batch_size", training.batch_size, training.dataset.shape)
+    if (group := group_of(training.objective)) > 1:
+        check_batch(training.engine, training.batch_size, group)
+        check_groups(training.dataset, group)
     train_step, device = training.train_step(), torch.device(training.device)
     if training.compile:
         train_step.compile_networks()
@@ -118,6 +125,7 @@ def prepared(
         device=device,
         folder=folder,
         callbacks=tuple(callbacks),
+        group=group,
         emas=train_step.emas,
         features=features,
     )
@@ -162,19 +170,19 @@ def _update(state: TrainState, dataset: Dataset, lr: float, schedule: Schedule) 
     engine.update_averages(step)
     state.step += 1
     state.images += len(batch)
-    return outs[0] if len(outs) == 1 else _joined(outs)
+    return outs[0] if len(outs) == 1 else _joined(outs, state.group)
 
 
 def _read(state: TrainState, dataset: Dataset, progress: float) -> Batch:
     """The global batch on the device; the rows that other processes read are NaN here."""
     step, n, seed = state.step, state.batch_size, state.seed
-    mine = Share(ranks.number(), ranks.count())
+    mine = Share(ranks.number(), ranks.count(), state.group)
     if mine.count == 1 or state.engine.module.needs_whole:
-        whole = read_share(dataset, step, n, seed, Share())
+        whole = read_share(dataset, step, n, seed, Share(group=state.group))
         return _on(state.device, Batch(*whole, step, progress))
     batch = _on(state.device, Batch(*read_share(dataset, step, n, seed, mine), step, progress))
     x0 = batch.x0.new_full((n, *batch.x0.shape[1:]), torch.nan)
-    x0[mine.number :: mine.count] = batch.x0
+    mine.write(batch.x0, x0)
     return replace(batch, x0=x0)
 
 
@@ -183,12 +191,15 @@ def _on(device: torch.device, batch: Batch) -> Batch:
     return replace(batch, x0=batch.x0.to(device, non_blocking=True), cond=cond)
 
 
-def _joined(outs: Sequence[LossOutput]) -> LossOutput:
+def _joined(outs: Sequence[LossOutput], group: int) -> LossOutput:
     """The outputs of all shares as one, rows in the order of the batch."""
+
+    def ordered(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.unflatten(0, (-1, group)) for value in values], 1).flatten()
 
     def rows(values: Sequence[Tensor | None]) -> Tensor | None:
         given = [value for value in values if value is not None]
-        return torch.stack(given, 1).flatten() if len(given) == len(values) else None
+        return ordered(given) if len(given) == len(values) else None
 
     def named(maps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for values in maps for name in values)
@@ -198,7 +209,7 @@ def _joined(outs: Sequence[LossOutput]) -> LossOutput:
         }
 
     return LossOutput(
-        per_sample=torch.stack([out.per_sample for out in outs], 1).flatten(),
+        per_sample=ordered([out.per_sample for out in outs]),
         terms=named([out.terms for out in outs]),
         diagnostics=named([out.diagnostics for out in outs]),
         t=rows([out.t for out in outs]),

@@ -74,6 +74,7 @@ class TrainState:
     device: torch.device
     folder: Path | None = None
     callbacks: tuple[Callback, ...] = ()
+    group: int = 1  # rows that are not shared out, but stay together
 
     step: int = 0  # updates done
     images: int = 0

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from registry import paths
-from registry.protocols import PathSample, Reference
+from registry.protocols import Path, PathSample, Reference
 from zoo.ops import like
+
+
+def path_of(objective: Any) -> Path:
+    """The path that the objective trains on; the linear one where it has no field `path`."""
+    path: Path | None = getattr(objective, "path", None)
+    return Linear() if path is None else path
 
 
 class AffinePath:

@@ -23,7 +23,7 @@ import torch
 import registry
 from backbones.network import FlowNetwork
 from backbones.noise import VpNoise
-from backbones.parametrisations import RawVelocity
+from backbones.parametrisations.equations import RawVelocity
 from backbones.pretrained.size_limits import check_numbers, no_larger_than
 from backbones.pretrained.tensors import check_fit, load_into, save_tensors, tensor_shapes
 from backbones.trunk import TrunkModule

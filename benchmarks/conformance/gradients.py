@@ -123,7 +123,9 @@ class _Seen:
 
     def _comes_from(self, call: Evaluation, values: Iterable[Tensor] = ()) -> bool:
         """Whether the input of a call depends on these values of others; on any by default."""
-        if is_functorch_wrapped_tensor(call.given) or not call.given.requires_grad:
+        if call.given is None or is_functorch_wrapped_tensor(call.given):
+            return False
+        if not call.given.requires_grad:
             return False
         values = values or [leaf for one in self.net.calls for leaf in one.value.values()]
         return any((g != 0).any() for g in _gradients(call.given.sum(), values))

@@ -15,7 +15,7 @@ from benchmarks.conformance.claims import evaluate
 from benchmarks.conformance.networks import Tapped
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held, note
 from benchmarks.conformance.subject import STEPS, Subject, random_batch
-from registry.protocols import Share
+from registry.protocols import Share, group_of
 
 SHARE = (
     "draw noise, times and labels for the whole batch, then keep the rows of the share: "
@@ -96,15 +96,17 @@ def drawn_from(run: Callable[[], object]) -> list[str]:
 
 
 def rows_are_independent(subject: Subject) -> ClaimResult:
-    """A row's loss does not change with the data of the other rows."""
+    """A row's loss does not change with the data of the other rows, or of those of other groups."""
     if subject.couples_rows:
         return declared("couples_rows")
-    change = 0.0
+    change, group = 0.0, group_of(subject.make())
+    n = _rows_for(group)
     for step in STEPS[:2]:
-        for kept in (0, 5, 11):
-            batch = random_batch(n=12, step=step)
-            x0 = random_batch(n=12, seed=1).x0
-            x0[kept] = batch.x0[kept]
+        for kept in (0, 5, n - 1):
+            batch = random_batch(n=n, step=step)
+            x0 = random_batch(n=n, seed=1).x0
+            first = kept - kept % group
+            x0[first : first + group] = batch.x0[first : first + group]
             one, two = (
                 subject.on_toy()(replace(batch, x0=data), seed=3).per_sample[kept].detach()
                 for data in (batch.x0, x0)
@@ -115,7 +117,8 @@ def rows_are_independent(subject: Subject) -> ClaimResult:
         change,
         1e-9,
         "a row's loss depends on the data of other rows",
-        "reduce over elements alone (mean_flat); declare couples_rows = True if it is meant",
+        "reduce over elements alone (mean_flat); declare couples_rows = True if it is meant, or "
+        "group = k if each k rows in turn are compared with each other alone",
     )
 
 
@@ -124,22 +127,28 @@ def share_of_a_batch(subject: Subject) -> ClaimResult:
 
     An objective that ignores the share and computes the whole batch is right, and noted.
     """
-    error, wasteful = 0.0, False
+    error, wasteful, group = 0.0, False, group_of(subject.make())
     for step in STEPS[:2]:
-        batch = random_batch(n=12, step=step, labels="given")
+        batch = random_batch(n=_rows_for(group), step=step, labels="given")
         whole = subject.on_toy()(batch, seed=step).per_sample.detach()
-        for share in (Share(0, 2), Share(1, 2), Share(2, 3)):
+        for number, count in ((0, 2), (1, 2), (2, 3)):
+            share = Share(number, count, group)
             part = subject.on_toy()(replace(batch, share=share), seed=step).per_sample.detach()
             wasteful = part.shape == whole.shape
             wanted = whole if wasteful else share.rows(whole)[0]
             if part.shape != wanted.shape:
-                raise Broken(f"{len(part)} losses for {len(wanted)} of 12 rows", SHARE)
+                raise Broken(f"{len(part)} losses for {len(wanted)} of {len(batch)} rows", SHARE)
             error = max(error, float(((part - wanted).abs() / (wanted.abs() + 1e-3)).max()))
     if not error < 1e-4:  # float32 times, in other sums
         raise Broken(f"rows have other losses in a share of the batch, by {error:.2g}", SHARE)
     if wasteful:
         return note("computes the whole batch in every share: right, and slow")
     return held(f"change {error:.2g} < 0.0001", error, 1e-4)
+
+
+def _rows_for(group: int) -> int:
+    """12 rows or more, in three groups at least."""
+    return max(3, -(-12 // group)) * group
 
 
 def _check_noise(subject: Subject) -> None:

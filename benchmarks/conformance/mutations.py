@@ -19,6 +19,7 @@ from registry.protocols import Cond, Network, Teacher, parts
 from zoo.derivatives.methods import Dual
 from zoo.derivatives.one_pass import DerivativeOfU
 from zoo.ops import like
+from zoo.paths import Linear
 from zoo.residuals import Rcgm
 from zoo.samplers import Restart, jump, valid_samplers
 
@@ -104,9 +105,9 @@ class Recombined(Restart):
     """A sampler that goes back to the noise that it started from, instead of fresh noise."""
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        x = jump(net, x1, 1.0, 0.0, cond)
+        x, path = jump(net, x1, 1.0, 0.0, cond), self.path or Linear()
         for t in self.times()[1:]:
-            noisy = self.path.sample(x, x1, torch.full((len(x),), t, dtype=x.dtype)).x_t
+            noisy = path.sample(x, x1, torch.full((len(x),), t, dtype=x.dtype)).x_t
             x = jump(net, noisy, t, 0.0, cond)
         return x
 

@@ -14,7 +14,6 @@ from benchmarks.conformance.networks import (
     NUM_CLASSES,
     VELOCITIES,
     ExactNetwork,
-    OnPath,
     Shape,
     Toy,
     Unlabelled,
@@ -31,8 +30,8 @@ from registry.protocols import (
     parts,
     required_heads,
 )
-from zoo.oracles import GaussianOracle, MixtureOracle, Oracle
-from zoo.paths import Linear
+from zoo.oracles import GaussianOracle, MixtureOracle, Oracle, exact_on
+from zoo.paths import path_of
 from zoo.weighting import Unweighted
 
 F64 = torch.float64
@@ -194,8 +193,7 @@ class Subject:
         return required_heads(self.objective(exact=True))
 
     def exact_field(self, law: Oracle) -> nn.Module:
-        path = getattr(self.make(), "path", None)
-        solution = law if path is None or type(path) is Linear else OnPath(law, path)
+        solution = exact_on(law, path_of(self.make()))
         return Unlabelled(solution) if self.needs_labels else solution
 
 

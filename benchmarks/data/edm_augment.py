@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.data.streams import DRAWN_AT_ONCE, cut, seeded
 from registry import datasets
-from registry.protocols import Cond, Dataset, Share, read_share
+from registry.protocols import Cond, Dataset, Share, groups_by_label, read_share, scaled_by
 
 
 @datasets.register("edm_augment")
@@ -66,11 +66,25 @@ class EdmAugment:
     def identity(self) -> str:
         return self.data.identity()
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        return self.batch_share(step, n, seed, Share())
+    @property
+    def groups_by_label(self) -> bool:
+        return groups_by_label(self.data)
+
+    @property
+    def scaled_by(self) -> float:
+        return scaled_by(self.data)
+
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Cond | None]:
+        return self.batch_share(step, n, seed, Share(group=same_label))
 
     def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
-        x0, cond = read_share(self.data, step, n, seed, share)
+        if self.labelled or share.group == 1:
+            x0, cond = read_share(self.data, step, n, seed, share)
+        else:  # groups of any label, which the other data set would give one
+            whole, cond = read_share(self.data, step, n, seed, Share())
+            (x0,) = share.rows(whole)
         draws = cut(DRAWN_AT_ONCE, step * n, n, lambda block: _draws(self.probability, seed, block))
         cond = {**(self._kept(cond) or {}), "augment": labels(draws)}
         return augmented(x0, *share.rows(draws)), cond

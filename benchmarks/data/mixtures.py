@@ -7,7 +7,7 @@ Their exact velocity, and for one Gaussian the exact flow map, are known in clos
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from benchmarks.data.streams import EndlessSet, content_hash
 from registry import datasets
 
 Row = tuple[float, ...]
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A data set that is a Gaussian mixture: `means` and `stds` [k d], `weights` [k]."""
+
+    def components(self) -> dict[str, Tensor]: ...
 
 
 class ComponentSet(EndlessSet):

@@ -6,7 +6,8 @@ size of n, step k takes the places k n .. (k + 1) n - 1 of the sequence, across 
 
 So a batch is a function of (step, n, seed) and of nothing else. A run that is resumed needs no
 state of a loader, and every sample comes once in each epoch. All processes of a run agree on the
-batch, of which each reads and computes its share.
+batch, of which each reads and computes its share. Batches of groups that have one label each take
+places of another sequence (benchmarks/data/order/label_groups.py), in the same manner.
 
 Batches are float32 [n ...], pictures in [-1, 1]; labels are cond["label"], int64 [n].
 """
@@ -25,6 +26,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.image_pixels import PictureFiles
+from benchmarks.data.order.label_groups import LabelGroups
+from benchmarks.data.order.places import apportion as apportion
+from benchmarks.data.order.places import cut as cut
+from benchmarks.data.order.places import flipped as flipped
+from benchmarks.data.order.places import interleave as interleave
+from benchmarks.data.order.places import places as places
+from benchmarks.data.order.places import seeded as seeded
+from benchmarks.data.order.places import subset as subset
 from registry.protocols import Cond, Share
 from zoo.ops import like
 
@@ -50,6 +59,7 @@ class StoredSet:
     name: ClassVar[str]
     rule: ClassVar[str] = ""  # by which pictures were cut, for sets that cut them
     top: ClassVar[int] = 255
+    groups_by_label: ClassVar[bool] = True
     stored: Pictures
     flip: bool = False  # mirror half of the training samples left to right
 
@@ -85,8 +95,10 @@ class StoredSet:
             return f"{about}, sha256 of names and sizes {pixels.listing()}"
         return f"{about}, sha256 {content_hash(pixels, *([] if labels is None else [labels]))}"
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        return self.batch_share(step, n, seed, Share())
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Cond | None]:
+        return self.batch_share(step, n, seed, Share(group=same_label))
 
     def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
         if isinstance(self.stored.pixels, PictureFiles):
@@ -94,12 +106,22 @@ class StoredSet:
         return self._read(step, n, seed, share)
 
     def _read(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
-        rows = places(self.size, step, n, seed)
+        rows = self._places(step, n, seed, share.group)
         x0 = self.rows(*share.rows(rows))
         if self.flip:
             (mirrored,) = share.rows(flipped(self.size, step, n, seed))
             x0 = torch.where(like(mirrored, x0), x0.flip(-1), x0)
         return x0, self._cond(rows)
+
+    def _places(self, step: int, n: int, seed: int, group: int) -> Tensor:
+        if group == 1 or self.stored.labels is None:
+            return places(self.size, step, n, seed)
+        return self._label_groups.places(step, n, seed, group)
+
+    @cached_property
+    def _label_groups(self) -> LabelGroups:
+        assert self.stored.labels is not None
+        return LabelGroups(self.stored.labels)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         """A random subset of n different samples, or all samples if there are no more than n."""
@@ -142,29 +164,6 @@ def _check_labels(name: str, stored: Pictures) -> None:
         )
 
 
-def subset(size: int, n: int, seed: int) -> Tensor:
-    """n different indices below `size` in random order; all of them if n is larger.
-
-    A smaller n gives the first of them, so that a small reference is part of a large one.
-    """
-    return torch.randperm(size, generator=seeded("reference", size, seed))[:n]
-
-
-def flipped(size: int, step: int, n: int, seed: int) -> Tensor:
-    """Which samples of a step are mirrored, bool [n]: each with probability 1/2 in each epoch."""
-    return cut(size, step * n, n, lambda epoch: _mirrored(size, seed, epoch))
-
-
-@lru_cache(maxsize=4)
-def _mirrored(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.rand(size, generator=seeded("flip", size, seed, epoch)) < 0.5
-
-
-def places(size: int, step: int, n: int, seed: int) -> Tensor:
-    """The indices int64 [n] that a step takes from a set of this size."""
-    return cut(size, step * n, n, lambda epoch: _permutation(size, seed, epoch))
-
-
 class EndlessSet:
     """A probability law that is drawn from without end; there are no labels.
 
@@ -203,26 +202,6 @@ def read_ahead(make: Callable[..., T], step: int, *how: Hashable) -> T:
     return found
 
 
-def cut(length: int, start: int, n: int, block: Callable[[int], Tensor]) -> Tensor:
-    """Rows start .. start + n - 1 of the sequence block(0), block(1), ..., each `length` rows."""
-    pieces = []
-    for i in range(start // length, (start + n - 1) // length + 1):
-        first = i * length
-        pieces.append(block(i)[max(start - first, 0) : start + n - first])
-    return torch.cat(pieces)  # copies a single piece too, since blocks are kept
-
-
-def seeded(purpose: str, *key: int) -> torch.Generator:
-    """A generator for one purpose alone, so that data and noise never share random numbers."""
-    digest = hashlib.sha256(f"objective-zoo data {purpose} {key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=seeded("epoch", size, seed, epoch))
-
-
 @lru_cache(maxsize=4)
 def _drawn(dataset: EndlessSet, seed: int, block: int) -> Tensor:
     return dataset.draw(DRAWN_AT_ONCE, seeded("block", seed, block))
@@ -235,25 +214,3 @@ def content_hash(*tensors: Tensor) -> str:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def apportion(n: int, counts: Tensor) -> Tensor:
-    """Whole numbers [k] of sum n in proportion to `counts` [k], by the largest remainder.
-
-    Of equal remainders the one with the lower index is the first.
-    """
-    total = int(counts.sum())
-    shares = n * counts // total
-    by_remainder = torch.argsort(n * counts % total, descending=True, stable=True)
-    shares[by_remainder[: n - int(shares.sum())]] += 1
-    return shares
-
-
-def interleave(counts: Tensor) -> Tensor:
-    """counts[i] copies of each i, spread evenly: (2, 2, 1) becomes 0, 1, 2, 0, 1.
-
-    Every i comes once before any i comes twice.
-    """
-    labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    nth = torch.arange(len(labels)) - (torch.cumsum(counts, 0) - counts)[labels]
-    return labels[torch.argsort(nth.double() / counts[labels], stable=True)]

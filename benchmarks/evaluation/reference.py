@@ -28,9 +28,11 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from benchmarks.data.derived.scaled import Scaled
 from benchmarks.data.image_files import find_pictures
 from benchmarks.data.image_pixels import check_pictures, read_pictures
 from benchmarks.data.streams import StoredSet
+from benchmarks.metrics import evaluate
 from benchmarks.metrics.features import WEIGHTS_VARIABLE
 from registry.protocols import Coded, Dataset
 from trainers.checkpoints.whole_files import file_sha256, remembered_sha256
@@ -90,6 +92,8 @@ def find_real(
 
 
 def _of_dataset(dataset: Dataset, num: int) -> Real:
+    if isinstance(dataset, Scaled):
+        return _of_dataset(dataset.dataset, num)  # samples are given in its scale
     if isinstance(dataset, Coded):
         raise ValueError(
             f"{dataset.name} holds codes, and the pictures that they decode to are no reference. "
@@ -103,7 +107,7 @@ def _of_dataset(dataset: Dataset, num: int) -> Real:
             num=dataset.size,
             images=lambda first, count: dataset.rows(torch.arange(first, first + count)),
         )
-    drawn = dataset.reference(dataset.size or num, 0)[0]
+    drawn = evaluate.decoded(dataset, dataset.reference(dataset.size or num, 0)[0])
     about += "" if dataset.size else f", {num} drawn with seed 0"
     return Real(
         about=about, num=len(drawn), images=lambda first, count: drawn[first : first + count]

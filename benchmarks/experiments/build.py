@@ -17,7 +17,7 @@ import torch
 
 import registry
 from backbones.network import FlowNetwork, build_network
-from backbones.parametrisations import RawVelocity
+from backbones.parametrisations.equations import RawVelocity
 from benchmarks.experiments import defaults
 from benchmarks.experiments.arguments import (
     bound,
@@ -33,7 +33,7 @@ from benchmarks.experiments.checks import checked
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.network_size import check_size
 from benchmarks.experiments.opening import for_new_runs, is_opened
-from benchmarks.metrics import evaluate
+from benchmarks.experiments.sampled_steps import possible_nfe
 from registry.protocols import (
     Dataset,
     Engine,
@@ -56,7 +56,7 @@ from trainers import ranks
 from trainers.budget import Budget
 from trainers.devices import device_of
 from trainers.engines import as_trained
-from zoo.samplers import check_sampler
+from zoo.samplers import check_sampler, on_path_of
 from zoo.teachers import Frozen
 
 # A default that gin has no text for, and so leaves out of what it records: the texts and the ids
@@ -107,14 +107,15 @@ def run(
 
     The budget is one of `steps`, `images` and `seconds` of training. Samples are drawn with the
     average of the weights at `ema_decay`, or at the first of several, at each of `nfe` network
-    calls. `parametrisation` says what the readouts of the network mean; a network that is trained
-    first has the same one. The network starts as `start_from`: an exported folder, or a public
-    checkpoint of the layout `start_layout`; or as flow matching leaves it that first takes
-    `pretrain`, a share of the budget; or, unless `warm_start` is False, as its trained teacher.
-    What is trained first, the network or its teacher, takes `teacher_optimizer`, by default the
-    run's own. Averages of the relative widths `power_emas` are stored `ema_snapshots` times over
-    the budget; `objective-zoo ema` makes an average of any width from them. `compile` trains the
-    network, and evaluates its teachers, by torch.compile.
+    calls; those that the sampler cannot have are left out with a warning. `parametrisation` says
+    what the readouts of the network mean; a network that is trained first has the same one. The
+    network starts as `start_from`: an exported folder, or a public checkpoint of the layout
+    `start_layout`; or as flow matching leaves it that first takes `pretrain`, a share of the
+    budget; or, unless `warm_start` is False, as its trained teacher. What is trained first, the
+    network or its teacher, takes `teacher_optimizer`, by default the run's own. Averages of the
+    relative widths `power_emas` are stored `ema_snapshots` times over the budget; `objective-zoo
+    ema` makes an average of any width from them. `compile` trains the network, and evaluates its
+    teachers, by torch.compile.
     """
     # locals() has the arguments by name, so that they are listed in one place only.
     return checked(_build(**_resolve(**locals())))
@@ -133,11 +134,13 @@ def _resolve(
     backbone = bound("backbone", given["backbone"], registry.backbones)
     dataset = bound("dataset", given["dataset"], registry.datasets)
     name = registry.objectives.name_of(objective)
-    sampler = given["sampler"] or defaults.sampler(objective)
+    sampler = on_path_of(objective, given["sampler"] or defaults.sampler(objective))
     with for_new_runs():
         check_sampler(name, objective, sampler)
-        evaluate.samplers_for(sampler, given["nfe"])
         check_start(objective, given["pretrain"], given["warm_start"], given["start_from"])
+    nfe = tuple(given["nfe"])
+    with for_new_runs():
+        nfe = possible_nfe(sampler, nfe)
     optimizer = given["optimizer"] or defaults.optimizer()
     return given | {
         "objective": objective,
@@ -153,7 +156,7 @@ def _resolve(
         "budget": _budget(steps=steps, images=images, seconds=seconds),
         "ema_decay": decays(given["ema_decay"]),
         "power_emas": power_widths(given["power_emas"], given["ema_snapshots"]),
-        "nfe": tuple(given["nfe"]),
+        "nfe": nfe,
         "device": _device(given["device"]),
     }
 

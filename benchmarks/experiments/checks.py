@@ -22,12 +22,16 @@ from registry.protocols import (
     Cond,
     Derivative,
     LossOutput,
+    Share,
     TimeLaw,
     better_of,
     check_batch,
+    check_groups,
     check_reference,
+    group_of,
     has_whole_weights,
     parts,
+    read_share,
     to_device,
 )
 from trainers.derivative_probe import probe_derivatives
@@ -58,8 +62,10 @@ def checked(experiment: Experiment) -> Experiment:
         warn_of_unguided(experiment)
     if is_opened():  # its data may be gone, and nothing is trained
         return experiment
-    check_batch(experiment.engine, experiment.batch_size)
+    group = group_of(experiment.objective)
+    check_batch(experiment.engine, experiment.batch_size, group)
     _check_path(experiment)
+    check_groups(experiment.dataset, group)
     better_of(experiment.metric)
     _warn_of_coupling(experiment)
     shape = experiment.dataset.shape
@@ -118,7 +124,10 @@ def _probe(experiment: Experiment) -> dict[str, float]:
     x0, cond = check_reference(dataset, PROBE_ROWS, seed)
     objective, laws = _with_watched_laws(experiment.objective)
     step = TrainStep(experiment.net, objective)
-    where = f"objective {experiment.objective_name!r} on {PROBE_ROWS} rows of {dataset.name}"
+    if step.group > 1:
+        rows = max(1, PROBE_ROWS // step.group) * step.group
+        x0, cond = read_share(dataset, 0, rows, seed, Share(group=step.group))
+    where = f"objective {experiment.objective_name!r} on {len(x0)} rows of {dataset.name}"
     try:
         derivative_error = _derivative_error(experiment, x0, cond)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from registry.protocols import (
     Sampler,
     Schedule,
 )
-from zoo.samplers import valid_samplers
+from zoo.samplers import default_sampler
 
 
 def engine() -> Engine:
@@ -35,12 +35,9 @@ def recorder() -> Recorder:
 
 
 def sampler(objective: Objective) -> Sampler:
-    """The first that is valid for the objective; ValueError if there is none."""
-    valid = valid_samplers(objective)
-    if not valid:
-        name = registry.objectives.name_of(objective)
-        raise ValueError(f"no registered sampler reads the outputs of objective {name!r}")
-    return registry.samplers.build(valid[0])
+    """The one that what it trains decides; ValueError if nothing does."""
+    name = registry.objectives.name_of(objective)
+    return registry.samplers.build(default_sampler(name, objective))
 
 
 def metric(dataset: Dataset) -> Metric:

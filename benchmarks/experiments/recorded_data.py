@@ -1,7 +1,7 @@
 """The data set of a finished run as the run recorded it, so that samples need no data.
 
-    data.json   name, shape, number of classes, size and identity; how often each label occurs; of
-                codes, what decodes them
+    data.json   name, shape, number of classes, size and identity; by what they were scaled; how
+                often each label occurs; of codes, what decodes them
 
 The data set itself is built when rows of it are asked for, and not before.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.data.streams import apportion, interleave
 from benchmarks.latents.codes import Codes, KnowsCodes
-from registry.protocols import Coded, Cond, Dataset
+from registry.protocols import Coded, Cond, Dataset, scaled_by
 from trainers.checkpoints.whole_files import write_json
 
 DATA = "data.json"
@@ -38,6 +38,7 @@ def record_data(dataset: Dataset, folder: Path) -> None:
         "num_classes": dataset.num_classes,
         "size": dataset.size,
         "identity": dataset.identity(),
+        "scaled_by": scaled_by(dataset),
         "label_counts": _label_counts(dataset),
         "coded": isinstance(dataset, Coded),
         "codes": dataset.codes.to_json() if isinstance(dataset, KnowsCodes) else None,
@@ -62,6 +63,7 @@ def recorded_data(folder: Path, build: Callable[[], Dataset]) -> RecordedData | 
             num_classes=int(facts["num_classes"]),
             size=int(facts["size"]),
             recorded_identity=str(facts["identity"]),
+            scaled_by=float(facts.get("scaled_by", 1.0)),  # earlier versions had no scale
             label_counts=facts["label_counts"] and tuple(map(int, facts["label_counts"])),
             codes=facts["codes"],
             build=build,
@@ -83,6 +85,7 @@ class RecordedData:
     num_classes: int
     size: int
     recorded_identity: str
+    scaled_by: float
     label_counts: tuple[int, ...] | None  # None: the original must be asked
     codes: Mapping[str, Any] | None
     build: Callable[[], Dataset]

@@ -1,4 +1,4 @@
-"""Which steps (t, r) the samples take, and whether training reaches and guides them.
+"""At which NFEs a run is sampled, by which steps (t, r), and whether these are trained and guided.
 
 A sampler is run on a network that answers 0 and notes what it is asked. So this holds for every
 sampler, whatever its grid of times.
@@ -31,6 +31,24 @@ class _Untrained(Exception):
 
     def __init__(self, t: float, r: float):
         self.t, self.r = t, r
+
+
+def possible_nfe(sampler: Sampler, nfe: Sequence[int]) -> tuple[int, ...]:
+    """Those NFEs of a run that its sampler can have; a warning says why the others are left out.
+
+    A comparison measures its arms at the same NFEs, and an arm may have a sampler that cannot have
+    them all: one of a one-step generator has one. ValueError if it can have none of them.
+    """
+    _, refused = evaluate.possible_samplers(sampler, nfe)
+    left = tuple(n for n in nfe if n not in refused)
+    evaluate.samplers_for(sampler, left or nfe)
+    if refused:
+        log.warning(
+            "run.nfe: @%s() is not measured at %s, which it cannot have (%s). It is measured at %s",
+            *(registry.samplers.name_of(sampler), _named(refused), next(iter(refused.values()))),
+            _named(left),
+        )
+    return left
 
 
 def check_steps(experiment: Experiment, nfe: Sequence[int]) -> None:

@@ -31,6 +31,7 @@ from registry.protocols import (
     Launcher,
     Recorder,
     RunRecord,
+    group_of,
     runs_in_several_processes,
 )
 from trainers import ranks
@@ -112,7 +113,8 @@ class _Rehearsal:
     def __call__(self, cell: Cell, folder: Path, record: RunRecord) -> None:
         experiment = built(cell, folder, record)
         _check_text(self.operative, gin_setup.operative_text())
-        _check_ranks(experiment.engine, experiment.batch_size, self.ranks)
+        parts = experiment.batch_size // group_of(experiment.objective)  # which are not cut
+        _check_ranks(experiment.engine, experiment.batch_size, parts, self.ranks)
         if not self.attempt:
             rehearsal.check_ends(experiment)
         sizes = rehearsal.sizes(experiment)
@@ -133,8 +135,8 @@ def _check_text(planned: str, again: str) -> None:
         raise ValueError(f"gin cannot write what is bound: {shown}. Give values of another form")
 
 
-def _check_ranks(engine: Engine, batch_size: int, processes: int) -> None:
-    """ValueError if the processes of the launcher cannot share the batch."""
+def _check_ranks(engine: Engine, batch_size: int, whole: int, processes: int) -> None:
+    """ValueError if the processes of the launcher cannot share the batch, of `whole` groups."""
     if processes == 1:
         return
     if not runs_in_several_processes(engine):
@@ -144,10 +146,10 @@ def _check_ranks(engine: Engine, batch_size: int, processes: int) -> None:
             "@zero_engine()"
         )
     parts = processes * getattr(engine, "gradient_accumulation_steps", 1)
-    if batch_size % parts:
+    if whole % parts:
         raise ValueError(
             f"run.batch_size = {batch_size} cannot be shared out equally to {processes} processes "
-            f"with this accumulation; it must be a multiple of {parts}"
+            f"with this accumulation; it must be a multiple of {parts * (batch_size // whole)}"
         )
 
 

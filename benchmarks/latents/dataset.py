@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.data.order.label_groups import LabelGroups
 from benchmarks.data.streams import (
     apportion,
     flipped,
@@ -46,6 +47,7 @@ class Latents:
     """A folder of latents; they are decoded to pixels for people and for metrics."""
 
     name: ClassVar = "latents"
+    groups_by_label: ClassVar = True
     local_paths: ClassVar = ("folder",)
 
     folder: str
@@ -110,23 +112,35 @@ class Latents:
         how = "posterior samples" if self.sample else "posterior means"
         return f"latents: {self.size} x {self.shape}, {how}, sha256 {self.manifest.identity()}"
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Cond | None]:
-        return self.batch_share(step, n, seed, Share())
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Cond | None]:
+        return self.batch_share(step, n, seed, Share(group=same_label))
 
     def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
         return read_ahead(self._read, step, n, seed, share)
 
     def _read(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
-        rows = places(self.size, step, n, seed)
+        rows = self._places(step, n, seed, share.group)
         mirrored = flipped(self.size, step, n, seed) if self.flip else torch.zeros(n).bool()
         mean, logvar = self._posterior(*share.rows(rows, mirrored))
         if self.sample and logvar is not None:
             noise = torch.empty_like(mean)
-            (drawn,) = share.rows(range(step * n, (step + 1) * n))
-            for i, place in enumerate(drawn):
+            (drawn,) = share.rows(torch.arange(step * n, (step + 1) * n))
+            for i, place in enumerate(drawn.tolist()):
                 noise[i].normal_(generator=seeded("posterior", seed, place))
             mean.addcmul_(logvar.clamp_(*LOGVAR_RANGE).mul_(0.5).exp_(), noise)
         return mean.sub_(self._shift).mul_(self._scale), self._cond(rows)
+
+    def _places(self, step: int, n: int, seed: int, group: int) -> Tensor:
+        if group == 1 or self._labels is None:
+            return places(self.size, step, n, seed)
+        return self._label_groups.places(step, n, seed, group)
+
+    @cached_property
+    def _label_groups(self) -> LabelGroups:
+        assert self._labels is not None
+        return LabelGroups(self._labels)
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Cond | None]:
         """The posteriors' means for a random subset of n different pictures, none mirrored."""

@@ -7,6 +7,7 @@ and what it draws comes from a generator of that block's own: how many rows the 
 time, or how blocks are shared out over processes, changes no draw.
 
 Where the data are codes, such as a VAE's latents, a metric sees what they decode to, as uint8.
+Where they are scaled (`@scaled()`), it sees them in their original scale.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from torch import Tensor, nn
 
 import registry
 from benchmarks.data.pictures import to_uint8
-from registry.protocols import Coded, Cond, Dataset, Metric, Network, Sampler, rows_of
+from registry.protocols import (
+    Coded,
+    Cond,
+    Dataset,
+    Metric,
+    Network,
+    Sampler,
+    rows_of,
+    scaled_by,
+)
 
 BLOCK = 256  # rows whose noise is from one generator; part of what a seed means
 DECODED = 64  # codes whose pixels are held in float32 at a time
@@ -119,17 +129,26 @@ def samplers_for(sampler: Sampler, nfe_list: Sequence[int]) -> dict[int, Sampler
         )
     if not dataclasses.is_dataclass(type(sampler)):
         raise ValueError(f"{type(sampler).__name__} is no dataclass, so its nfe cannot be replaced")
+    runs, refused = possible_samplers(sampler, nfe_list)
+    if refused:
+        lines = "\n  ".join(f"nfe {nfe}: {reason}" for nfe, reason in refused.items())
+        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
+    return runs
+
+
+def possible_samplers(
+    sampler: Sampler, nfe_list: Sequence[int]
+) -> tuple[dict[int, Sampler], dict[int, str]]:
+    """The sampler at each NFE that it can have, and why it cannot have the others."""
     replace: Any = dataclasses.replace  # a Protocol cannot say "a dataclass"
-    runs, refused = {}, []
+    runs: dict[int, Sampler] = {}
+    refused: dict[int, str] = {}
     for nfe in nfe_list:
         try:
             runs[nfe] = replace(sampler, nfe=nfe)
         except ValueError as error:
-            refused.append(f"nfe {nfe}: {error}")
-    if refused:
-        lines = "\n  ".join(refused)
-        raise ValueError(f"{type(sampler).__name__} cannot run at these NFEs:\n  {lines}")
-    return runs
+            refused[nfe] = str(error)
+    return runs, refused
 
 
 def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | None]:
@@ -142,7 +161,7 @@ def reference_of(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, Cond | 
             f"{bad} of {len(rows)} reference rows of {dataset.name} are not finite, and no sample "
             "can be compared with them; remove these rows from the data set"
         )
-    return rows, cond
+    return decoded(dataset, rows), cond
 
 
 @lru_cache(maxsize=1)  # every evaluation of a run asks for it, and decoding is slow
@@ -152,9 +171,10 @@ def _decoded_reference(dataset: Dataset, num: int, seed: int) -> tuple[Tensor, C
 
 
 def decoded(dataset: Dataset, samples: Tensor) -> Tensor:
-    """Samples [n *d] as people and metrics see them: codes are decoded to uint8, others stay."""
+    """Samples [n *d] as people and metrics see them: decoded to uint8, or in their own scale."""
     if not isinstance(dataset, Coded):
-        return samples
+        factor = scaled_by(dataset)
+        return samples if factor == 1 else samples / factor
     return torch.cat([to_uint8(dataset.decode(part)) for part in samples.split(DECODED)])
 
 

@@ -134,14 +134,20 @@ class _Case:
     def __init__(self, request: Request, arm: str, machine: Machine, data: Mapping[str, Any]):
         self._request, self._arm, self._data = request, arm, data
         self._machine, self._outline = machine, outline(request, arm, **data)
-        if self._outline.batch_size % machine.gpus:
+        if self._outline.batch_size % (machine.gpus * self._group):
+            of = f" in groups of {self._group} rows" if self._group > 1 else ""
             raise ValueError(
                 f"a batch of {self._outline.batch_size} cannot be shared out equally to "
-                f"{machine.gpus} GPUs; bind run.batch_size to a multiple of {machine.gpus}"
+                f"{machine.gpus} GPUs{of}; bind run.batch_size to a multiple of "
+                f"{machine.gpus * self._group}"
             )
         self._rows = self._outline.batch_size // machine.gpus
         self._simulation = Simulation(self._outline)
         self._sizes = Sizes.of(self._outline.step, self._simulation.update())
+
+    @property
+    def _group(self) -> int:
+        return self._outline.step.group
 
     @cached_property
     def _sharded(self) -> Simulation:
@@ -197,8 +203,8 @@ class _Case:
         )
 
     def _best(self, stage: int | None, **changes: Any) -> StageFit:
-        """The stage with the largest micro-batch that fits, else with one row."""
-        micros = [m for m in range(self._rows, 0, -1) if self._rows % m == 0]
+        """The stage with the largest micro-batch that fits, else with one row, or one group."""
+        micros = [m for m in range(self._rows, 0, -self._group) if self._rows % m == 0]
         for micro in micros:
             memory = self._memory(stage, micro, changes)
             if fits := memory.total <= self._machine.memory:

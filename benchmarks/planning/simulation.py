@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.planning.outline import Outline
-from benchmarks.runs.passes import COUNTED_ROWS, COUNTED_STEPS, LATE, count_passes
+from benchmarks.runs.passes import COUNTED_STEPS, LATE, count_passes, counted_rows
 from registry.protocols import Batch, Cond, Objective, Share, parts, required_heads
 from trainers.engines import TrainStep
 from trainers.rng import generator
@@ -91,7 +91,8 @@ class Simulation:
             _remake(outline.step, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
     def activity(self, rows: int, most: int) -> Activity:
-        """The activity of a share of `rows` rows, from 1 to `most`: exact at both, linear between.
+        """The activity of a share of `rows` rows, up to `most`: exact there and at the fewest rows
+        that there can be, linear between.
 
         A peak is the largest of sums that are linear in the rows, but quotas are whole rows.
         """
@@ -116,10 +117,11 @@ class Simulation:
         return Update(state=state, workspace=live.moment[0] - before - state)
 
     def _ends(self, most: int) -> tuple[int, int]:
+        group = self._outline.step.group
         if self._fake is not None:
             try:
                 self._at(most)
-                return 1, most
+                return group, most
             except RuntimeError as error:  # an error of another reason comes again on real rows
                 log.warning(
                     "the loss of %s looks at values, and is measured on few real rows: %s",
@@ -127,7 +129,7 @@ class Simulation:
                     str(error).splitlines()[0],
                 )
                 self._materialise()
-        return 1, min(2, most)
+        return group, min(2 * group, most)
 
     def _at(self, rows: int) -> Activity:
         if rows not in self._found:
@@ -261,8 +263,9 @@ def mean_over_steps(objective: Objective, shape: Sequence[int], labelled: bool) 
         if isinstance(part, Frozen):
             part.attach(_OneWeight(("v",)))
     step = TrainStep(alone, objective).train()
-    rows = torch.zeros(COUNTED_ROWS, *shape)
-    cond = {"label": torch.zeros(COUNTED_ROWS, dtype=torch.int64)} if labelled else None
+    count = counted_rows(step.group)
+    rows = torch.zeros(count, *shape)
+    cond = {"label": torch.zeros(count, dtype=torch.int64)} if labelled else None
     batches = [Batch(rows, cond, LATE + i, 1.0) for i in range(COUNTED_STEPS)]
     first = count_passes(step, batches[:1], 0).total
     return count_passes(step, batches, 0).total / first

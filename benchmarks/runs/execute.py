@@ -145,8 +145,10 @@ def _keep_samples(
         return
     keep_all(experiment, samples, images_seen, folder)
     rows = {f"NFE {n}": x if points else x[:20] for n, x in samples.items()}
-    num = experiment.num_samples
-    reference = experiment.dataset.reference(num, experiment.seed)[0] if points else None
+    reference = None
+    if points:
+        drawn, _ = experiment.dataset.reference(experiment.num_samples, experiment.seed)
+        reference = evaluate.decoded(experiment.dataset, drawn)
     if path := picture(rows, folder / "samples.png", reference):
         record.artifact(path)
 

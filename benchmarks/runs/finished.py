@@ -184,7 +184,7 @@ def sample_run(
         raise ValueError(f"the number of samples is {num}; give 1 or more")
     experiment, net = open_run(folder, bindings, sampler, weights, trust_code)
     check_used(bindings, "these samples")
-    nfe = nfe or _usual_nfe(experiment)
+    nfe = nfe or usual_nfe(experiment)
     rows = {f"NFE {n}": x for n, x in draw_samples(experiment, net, nfe, num, seed).items()}
     path = picture(rows, out)
     if path is None:
@@ -199,7 +199,8 @@ def check_used(bindings: Sequence[str], where: str) -> None:
         raise ValueError(f"nothing uses {', '.join(unused)} in {where}{where_to_bind(unused)}")
 
 
-def _usual_nfe(experiment: Experiment) -> tuple[int, ...]:
+def usual_nfe(experiment: Experiment) -> tuple[int, ...]:
+    """The NFEs of samples for which none are asked for."""
     try:
         samplers_at(experiment, USUAL_NFE)
     except ValueError as problem:

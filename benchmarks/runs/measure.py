@@ -36,5 +36,9 @@ def measure(experiment: Experiment, net: Callable[..., Any]) -> Mapping[str, flo
         )
     )
     if isinstance(experiment.dataset, ClosedForm):
-        values |= dict(map_error(net, experiment.dataset, device=experiment.device))
+        values |= dict(
+            map_error(
+                net, experiment.dataset, device=experiment.device, objective=experiment.objective
+            )
+        )
     return values

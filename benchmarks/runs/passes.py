@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks.experiments.experiment import Experiment
-from registry.protocols import Batch, to_device
+from registry.protocols import Batch, Share, read_share, to_device
 from trainers.engines import TrainStep
 from trainers.rng import generator
 from zoo.derivatives.dual_tensors import DualTensor, primal_of
@@ -48,14 +48,20 @@ def passes_per_step(experiment: Experiment) -> Passes:
     """The mean over `COUNTED_STEPS` steps late in the run."""
     dataset, device = experiment.dataset, experiment.device
     step = TrainStep(experiment.net, experiment.objective).to(device).train()
-    rows = min(experiment.batch_size, COUNTED_ROWS)
+    whole = Share(group=step.group)
+    rows = min(experiment.batch_size, counted_rows(step.group))
 
     def batch(number: int) -> Batch:
-        x0, cond = dataset.batch(number, rows, experiment.seed)
+        x0, cond = read_share(dataset, number, rows, experiment.seed, whole)
         return Batch(x0.to(device), to_device(cond, device), LATE + number, 1.0)
 
     with experiment.engine.autocast(device):
         return count_passes(step, map(batch, range(COUNTED_STEPS)), experiment.seed)
+
+
+def counted_rows(group: int) -> int:
+    """How many rows are counted on: `COUNTED_ROWS` or fewer in whole groups, one group at least."""
+    return max(COUNTED_ROWS // group, 1) * group
 
 
 def count_passes(step: TrainStep, batches: Iterable[Batch], seed: int) -> Passes:

@@ -106,7 +106,8 @@ def _found(folder: Path) -> Spent | None:
     except (ValueError, TypeError):
         log.warning("%s cannot be read, %s", folder / SPENT, goes_on)
         return None
-    if spent.weights_sha256 not in ("", file_sha256(folder / MODEL)):
+    recorded = spent.weights_sha256
+    if recorded and file_sha256(folder / MODEL) != recorded:
         log.warning(
             "%s was changed after it was written (SHA-256 differs), %s", folder / MODEL, goes_on
         )

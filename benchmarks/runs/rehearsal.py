@@ -37,7 +37,7 @@ from benchmarks.runs.result import Result
 from benchmarks.runs.training import fit_experiment
 from registry import progress
 from registry.configuration.gin_errors import message_of
-from registry.protocols import IntermediateValue, Pruner, RunRecord, check_batch
+from registry.protocols import IntermediateValue, Pruner, RunRecord, check_batch, group_of
 from trainers.budget import Budget
 
 ROWS, SAMPLES, STEPS = 16, 16, 2
@@ -115,7 +115,7 @@ def _few_rows(experiment: Experiment) -> int:
 
 def _can_cut(experiment: Experiment, rows: int) -> bool:
     try:
-        check_batch(experiment.engine, rows)
+        check_batch(experiment.engine, rows, group_of(experiment.objective))
     except ValueError:
         return False
     return True

@@ -112,7 +112,8 @@ def keep_all(
     save_tensors(folder / SAMPLES, {f"nfe{n}": x for n, x in samples.items()})
     dataset, real = experiment.dataset, {}
     if is_points(dataset.shape):
-        real["real"] = dataset.reference(_num(experiment), experiment.seed)[0][:NUM_POINTS]
+        points = dataset.reference(_num(experiment), experiment.seed)[0][:NUM_POINTS]
+        real["real"] = evaluate.decoded(dataset, points)
     elif is_picture(dataset.shape) and dataset.size and not isinstance(dataset, Coded):
         num = min(dataset.size, images_seen, MAX_SEARCHED)
         real = _nearest_pictures(dataset, samples, num, experiment.seed)
@@ -139,7 +140,7 @@ def _nearest_pictures(
 ) -> dict[str, Tensor]:
     """The nearest training pictures of the first samples, and of some training pictures."""
     shown = {n: x[:NUM_KEPT] for n, x in samples.items()}
-    itself, _ = dataset.batch(0, min(num, _CHUNK), seed)
+    itself = evaluate.decoded(dataset, dataset.batch(0, min(num, _CHUNK), seed)[0])
     found, distance = _nearest(torch.cat(list(shown.values())), dataset, num, seed)
     counts = [len(x) for x in shown.values()]
     kept: dict[str, Tensor] = {}
@@ -164,6 +165,7 @@ def _nearest(
     found = queries.clone()
     for start in range(0, num, _CHUNK):
         rows = dataset.batch(start // _CHUNK, _CHUNK, seed)[0][: num - start]
+        rows = evaluate.decoded(dataset, rows)
         distance = torch.cdist(
             queries.flatten(1), rows.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
         )

@@ -28,11 +28,13 @@ from registry.protocols.batches import (
 from registry.protocols.capabilities import (
     better_of,
     check_batch,
+    groups_by_label,
     has_whole_weights,
     is_serial,
     keeps_records,
     provider_files,
     runs_in_several_processes,
+    scaled_by,
     store_of,
 )
 from registry.protocols.data import Coded, Dataset, Shareable, Vae
@@ -67,11 +69,12 @@ from registry.protocols.parts import (
     Reference,
     couples_rows,
     differentiated_by,
+    group_of,
     parts,
     required_heads,
     trains_derivative,
 )
-from registry.protocols.rows import check_reference, is_picture, read_share
+from registry.protocols.rows import check_groups, check_reference, is_picture, read_share
 from registry.protocols.runs import (
     Ended,
     Engine,
@@ -141,9 +144,12 @@ __all__ = [
     "Weight",
     "better_of",
     "check_batch",
+    "check_groups",
     "check_reference",
     "couples_rows",
     "differentiated_by",
+    "group_of",
+    "groups_by_label",
     "has_whole_weights",
     "is_picture",
     "is_serial",
@@ -154,6 +160,7 @@ __all__ = [
     "required_heads",
     "rows_of",
     "runs_in_several_processes",
+    "scaled_by",
     "store_of",
     "to_device",
     "trains_derivative",

@@ -40,10 +40,15 @@ def rows_of(cond: Cond | None, rows: slice | Tensor) -> Cond | None:
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th row of a batch, from row `number` on. The order of the rows is kept."""
+    """Every `count`-th row of a batch, from row `number` on. The order of the rows is kept.
+
+    With `group` above 1 a batch is cut into groups of so many rows, one after the other, and the
+    share has every `count`-th group, whole.
+    """
 
     number: int = 0
     count: int = 1
+    group: int = 1
 
     def rows(self, *values: Any) -> tuple[Any, ...]:
         """The share's rows of each value: a tensor, conditions by name, or None, which stays."""
@@ -51,13 +56,28 @@ class Share:
 
     def size(self, n: int) -> int:
         """How many of the batch's first n rows belong to this share."""
-        return len(range(self.number, n, self.count))
+        whole, rest = divmod(n, self.group)
+        mine = len(range(self.number, whole, self.count)) * self.group
+        return mine + rest * (whole % self.count == self.number)
+
+    def place(self, row: int) -> int:
+        """Which row of the batch the share's row is."""
+        group, within = divmod(row, self.group)
+        return (group * self.count + self.number) * self.group + within
+
+    def write(self, rows: Tensor, batch: Tensor) -> None:
+        """Put the share's rows into the place that they have in the batch."""
+        by_group = (-1, self.group)
+        batch.unflatten(0, by_group)[self.number :: self.count] = rows.unflatten(0, by_group)
 
     def _cut(self, value: Any) -> Any:
-        every = slice(self.number, None, self.count)
-        if value is None or isinstance(value, Mapping):
-            return rows_of(value, every)
-        return value[every]
+        if isinstance(value, Mapping):
+            return {name: self._cut(rows) for name, rows in value.items()}
+        if value is None:
+            return None
+        if self.group == 1:
+            return value[self.number :: self.count]
+        return value.unflatten(0, (-1, self.group))[self.number :: self.count].flatten(0, 1)
 
 
 @dataclass(frozen=True)

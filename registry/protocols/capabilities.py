@@ -1,4 +1,4 @@
-"""What an engine, a recorder, a launcher or a metric may declare beside its contract.
+"""What an engine, a data set, a recorder, a launcher or a metric may declare beside its contract.
 
 A declaration is a class attribute, a property or a method of the name that is given here. It must
 be no field of a configured part: fields are settings, and a cell's id is made from them. Each
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from registry.protocols.data import Dataset
 from registry.protocols.runs import Engine, Launcher, Metric, Recorder, RecordStore
 
 
@@ -35,10 +36,44 @@ def provider_files(engine: Engine, batch_size: int) -> Mapping[str, str]:
     return {} if declared is None else declared(batch_size)
 
 
-def check_batch(engine: Engine, batch_size: int) -> None:
-    """`engine.check_batch(batch_size)`, else nothing: ValueError for a batch that it cannot cut."""
-    if (declared := getattr(engine, "check_batch", None)) is not None:
+def check_batch(engine: Engine, batch_size: int, group: int = 1) -> None:
+    """`engine.check_batch(batch_size)`, else nothing: ValueError for a batch that it cannot cut.
+
+    A batch of groups of rows must consist of whole groups, and the engine must be able to cut it
+    between them: as it would cut a batch that has so many rows as there are groups.
+    """
+    declared = getattr(engine, "check_batch", None)
+    if declared is not None:
         declared(batch_size)
+    if group == 1:
+        return
+    if batch_size % group:
+        raise ValueError(
+            f"the objective takes groups of {group} rows, and a batch of {batch_size} is not made "
+            f"of whole groups; choose a multiple of {group} as the batch size"
+        )
+    try:
+        if declared is not None:
+            declared(batch_size // group)
+    except ValueError as error:
+        raise ValueError(
+            f"the objective takes groups of {group} rows, which are not cut, so that a batch of "
+            f"{batch_size} has {batch_size // group} parts to share out: {error}"
+        ) from error
+
+
+def groups_by_label(dataset: Dataset) -> bool:
+    """`dataset.groups_by_label`, else False: whether `batch` can give groups of one label.
+
+    It then takes `batch(step, n, seed, same_label=k)`: rows 0 to k - 1 have one label, rows k to
+    2 k - 1 one, and so on. Data without labels need no declaration.
+    """
+    return getattr(dataset, "groups_by_label", False)
+
+
+def scaled_by(dataset: Dataset) -> float:
+    """`dataset.scaled_by`, else 1: its rows are those that people and metrics see, times this."""
+    return getattr(dataset, "scaled_by", 1.0)
 
 
 def keeps_records(recorder: Recorder) -> bool:

@@ -20,6 +20,11 @@ class Dataset(Protocol):
     name, count and a hash of the content. `batch` gives the n rows of a step. `reference` gives n
     rows that are the same at every step. `sample_labels` gives the conditions for n generated
     samples, with the frequencies of the data.
+
+    Two things it may declare beside that (capabilities.py). With `groups_by_label = True`, `batch`
+    takes `same_label=k` too, and each k rows in turn have one label: objectives that declare a
+    `group` need it of data with labels. With `scaled_by`, its rows are those that people and
+    metrics see, times this number.
     """
 
     @property
@@ -41,7 +46,10 @@ class Shareable(Protocol):
     """A data set that can read one share of a batch, so that each process reads its rows alone."""
 
     def batch_share(self, step: int, n: int, seed: int, share: Share) -> tuple[Tensor, Cond | None]:
-        """As `batch`, with x0 of the share's rows alone. The conditions are those of all rows."""
+        """As `batch`, with x0 of the share's rows alone. The conditions are those of all rows.
+
+        The rows of each `share.group` have one label, as those of `same_label`.
+        """
         ...
 
 

@@ -23,13 +23,20 @@ class Objective(Protocol):
     `heads` names the outputs that it trains. Everything else is optional:
 
     `trains`          at which times it trains them, in the words of registry/sampling.py, the best
-                      way to sample it first: every sampler that needs no more is valid for it. It
-                      may be a property, where fields decide it. The default is ("map", "velocity")
-                      for u, ("velocity",) for v alone
+                      way to sample it first: every sampler that needs no more is valid for it, and
+                      an error against the exact flow is worked out where it trains the map or the
+                      velocity. It may be a property, where fields decide it. The default is ("map",
+                      "velocity") for u, ("velocity",) for v alone
     `trains_step(t, r)`  False for a step from t to r that its loss never reaches; the default is
                       True. A sampler that takes such a step is refused
+    `path`            the Path that it trains on; samplers and errors follow it. The default is the
+                      linear one
     `reference`       a Reference, the paper that it comes from
-    `couples_rows`    True if a row's loss depends on other rows
+    `couples_rows`    True if a row's loss depends on any other row of the batch
+    `group`           how many rows, one after the other, belong together: a row's loss may depend
+                      on the others of its group, and where the data have labels they share one. A
+                      batch is shared out by whole groups. It may be a property, where fields decide
+                      it, and a part may declare it too; the default is 1
     `differentiates`  what its gradient runs through beside its predictions; the default is (), and
                       every target is then without gradient. "derivative": a derivative of the
                       network, as in the full gradient of Lagrangian self-distillation. "input": the

@@ -55,6 +55,30 @@ def trains_derivative(objective: Any) -> bool:
     return "derivative" in getattr(objective, "differentiates", ())
 
 
+def group_of(objective: Any) -> int:
+    """How many rows a group has, by the objective or by a part of it; 1 where none declares it.
+
+    ValueError for a size that is no whole number of 1 or more, and for parts that differ.
+    """
+    inside = (("", objective), *parts(objective))
+    declared = {path: part.group for path, part in inside if hasattr(part, "group")}
+    owner = type(objective).__name__
+    for path, group in declared.items():
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+            raise ValueError(
+                f"{'.'.join(filter(None, (owner, path)))} declares group = {group!r}; it must be "
+                "a whole number of rows, 1 or more"
+            )
+    sizes = {group for group in declared.values() if group > 1}
+    if len(sizes) > 1:
+        given = ", ".join(f"{path or 'itself'}: {group}" for path, group in declared.items())
+        raise ValueError(
+            f"{owner} has parts that declare groups of different sizes ({given}); a batch is cut "
+            "into groups of one size"
+        )
+    return sizes.pop() if sizes else 1
+
+
 def required_heads(objective: Any) -> tuple[str, ...]:
     """The outputs that the objective trains, and then those that its weights read."""
     names = list(objective.heads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from registry.protocols.batches import NULL_LABEL, Cond, Share
+from registry.protocols.capabilities import groups_by_label, scaled_by
 from registry.protocols.data import Coded, Dataset, Shareable
 
 TOLERANCE = 1e-3  # of the range of pictures, for what arithmetic rounds
@@ -35,15 +36,33 @@ def read_share(
 ) -> tuple[Tensor, Cond | None]:
     """The share's rows of a step's batch, with the conditions of all n rows, checked.
 
-    A data set that is not Shareable reads the whole batch for it. ValueError for rows that are not
-    what a data set must give.
+    A data set that is not Shareable reads the whole batch for it. Where the share is cut by groups,
+    the rows of each have one label. ValueError for rows that are not what a data set must give.
     """
-    what = f"batch({step}, {n}, {seed})"
+    check_groups(dataset, share.group)
+    labelled = share.group > 1 and dataset.num_classes > 0
+    how = {"same_label": share.group} if labelled else {}
+    what = f"batch({step}, {n}, {seed}{f', same_label={share.group}' if how else ''})"
     whole = share.count == 1 or not isinstance(dataset, Shareable)
-    given = dataset.batch(step, n, seed) if whole else dataset.batch_share(step, n, seed, share)
+    given = (
+        dataset.batch(step, n, seed, **how) if whole else dataset.batch_share(step, n, seed, share)
+    )
     x0, cond = _pair(dataset, given, what)
     check_rows(dataset, x0, cond, n, what, _WHOLE if whole else share, first=step == 0)
+    if labelled:
+        _check_same_label(dataset, (cond or {})["label"], share.group, what)
     return (share.rows(x0)[0] if whole else x0), cond
+
+
+def check_groups(dataset: Dataset, group: int) -> None:
+    """ValueError for labelled data that cannot give groups of so many rows of one label."""
+    if group > 1 and dataset.num_classes and not groups_by_label(dataset):
+        raise ValueError(
+            f"the objective takes groups of {group} rows of one label, and the data set "
+            f"{dataset.name!r} cannot give them. Choose another data set, or one without labels; a "
+            "data set of your own declares groups_by_label = True and takes "
+            "batch(step, n, seed, same_label=k)"
+        )
 
 
 def check_reference(dataset: Dataset, n: int, seed: int) -> tuple[Tensor, Cond | None]:
@@ -90,7 +109,7 @@ def check_rows(
 
 
 def _check_values(dataset: Dataset, x0: Tensor, where: str, first: bool) -> None:
-    low, high = map(float, x0.aminmax())
+    low, high = (float(value) / scaled_by(dataset) for value in x0.aminmax())
     if not (abs(low) < torch.inf and abs(high) < torch.inf):  # aminmax gives NaN if one is NaN
         row = int((~x0.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"{where}: x0 has values that are not finite, the first in row {row}")
@@ -148,6 +167,19 @@ def _check_labels(dataset: Dataset, labels: Tensor | None, where: str) -> None:
         raise ValueError(
             f"{where}: the labels are from {low} to {high}, and num_classes is {num_classes}: they "
             f"must be from 0 to {num_classes - 1}, or {NULL_LABEL} for a row without a label"
+        )
+
+
+def _check_same_label(dataset: Dataset, labels: Tensor, group: int, what: str) -> None:
+    if labels.device.type != "cpu":
+        return
+    groups = labels.view(-1, group)
+    if len(mixed := (groups != groups[:, :1]).any(1).nonzero()):
+        first = int(mixed[0])
+        raise ValueError(
+            f"the data set {dataset.name!r}, {what}: the rows {first * group} to "
+            f"{(first + 1) * group - 1} have the labels {groups[first].tolist()}; they are a "
+            "group, and must have one"
         )
 
 

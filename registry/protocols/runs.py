@@ -25,7 +25,8 @@ class Engine(Protocol):
     `module`      what it was prepared with
     `prepare`     takes the module over, moves it to the device and builds the optimizer
     `shares`      yields the batch once for each of this process's equal shares of it. In process k
-                  of n they hold together every n-th row, from row k on
+                  of n they hold together every n-th row, from row k on; where an objective
+                  declares a group, TrainStep takes groups in the place of rows
     call          runs the module on one share, through the engine's hooks; `backward` of the mean
                   loss of the share follows
     `autocast`    the precision of that call, for checks that come before `prepare`

@@ -15,7 +15,7 @@ import registry
 from backbones import warm_start
 from backbones.noise import VpNoise, vp_step
 from backbones.parametrisations import EDM, Data, RawVelocity, ScaledByGuidance, Trig
-from backbones.smoothness import check_smooth
+from backbones.parametrisations.smoothness import check_smooth
 from benchmarks.conformance.networks import OnPath
 from registry.protocols import Call
 from trainers.derivative_probe import probe_derivatives

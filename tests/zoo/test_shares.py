@@ -30,6 +30,33 @@ def test_shares_cover_the_batch_once_and_keep_first_rows_first(n, count, quota):
         assert (mine < quota).tolist() == [i < share.size(quota) for i in range(len(mine))]
 
 
+@given(
+    groups=st.integers(0, 12), group=st.integers(1, 5), count=st.integers(1, 5), quota=st.integers()
+)
+def test_shares_have_whole_groups_once_and_know_their_places(groups, group, count, quota):
+    n = groups * group
+    rows, quota = torch.arange(n), quota % (n + 1)
+    whole = torch.full((n,), -1)
+    for number in range(count):
+        share = Share(number, count, group=group)
+        (mine,) = share.rows(rows)
+        assert len(mine) == share.size(n)
+        assert [share.place(i) for i in range(len(mine))] == mine.tolist()
+        assert (mine < quota).tolist() == [i < share.size(quota) for i in range(len(mine))]
+        assert all(len(set(g)) == 1 for g in (mine // group).view(-1, group).tolist())
+        share.write(mine, whole)
+    assert torch.equal(whole, rows)
+
+
+def test_share_of_groups_of_one_row_is_the_plain_share():
+    rows = torch.arange(24).view(12, 2)
+    for number in (0, 1, 2):
+        assert torch.equal(Share(number, 3, group=1).rows(rows)[0], rows[number::3])
+    t, cond, nothing = Share(1, 2, group=2).rows(torch.arange(8), {"label": torch.arange(8)}, None)
+    assert t.tolist() == cond["label"].tolist() == [2, 3, 6, 7]
+    assert nothing is None
+
+
 def test_share_cuts_conditions_and_passes_none_on():
     t, cond, nothing = Share(1, 2).rows(torch.arange(4), {"label": torch.arange(4)}, None)
     assert t.tolist() == cond["label"].tolist() == [1, 3]

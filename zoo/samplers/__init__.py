@@ -9,13 +9,19 @@ from zoo.samplers.methods import (
     FlowMap,
     Heun,
     Mix,
+    OneStep,
     Restart,
     euler_step,
     even_times,
     jump,
     shifted,
 )
-from zoo.samplers.validity import check_sampler, valid_samplers
+from zoo.samplers.validity import (
+    check_sampler,
+    default_sampler,
+    on_path_of,
+    valid_samplers,
+)
 
 __all__ = [
     "ClassifierFree",
@@ -24,12 +30,15 @@ __all__ = [
     "Heun",
     "InputGuidance",
     "Mix",
+    "OneStep",
     "Restart",
     "check_sampler",
+    "default_sampler",
     "euler_step",
     "even_times",
     "guided_network",
     "jump",
+    "on_path_of",
     "shifted",
     "valid_samplers",
 ]

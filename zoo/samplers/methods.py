@@ -5,15 +5,19 @@
     heun       the trapezoidal rule on v, two evaluations a step; second order
     restart    jump to t=0, renoise to the next time with fresh noise, jump again
     mix        flow map from noise to the first time, Euler on v, then one jump to t=0
+    one_step   x1 - u(x1, 1, 0), and nothing else
 
 Each says in `needs` what an objective must have trained (registry/sampling.py). `restart` keeps the
 data's law if the jump is exact. To combine its jump with the noise that the jump started from,
 `(1 - t') x0hat + t' x1hat`, would give the wrong variance.
+
+u and v belong to the path that they were trained on, and a step along them is right on any path.
+Only `restart` makes points of the path itself: it does so on the path of the objective.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -116,7 +120,7 @@ class Restart:
 
     nfe: int = 1
     t_min: float | None = None  # the last time that noise is added; None spaces all times evenly
-    path: Path = field(default_factory=Linear)
+    path: Path | None = None  # None is the objective's; linear for a sampler that is used alone
 
     def __post_init__(self) -> None:
         check_nfe("restart", self.nfe)
@@ -128,9 +132,9 @@ class Restart:
         return _between(1.0, low, self.nfe)
 
     def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
-        x = jump(net, x1, 1.0, 0.0, cond)
+        x, path = jump(net, x1, 1.0, 0.0, cond), self.path or Linear()
         for t in self.times()[1:]:
-            noisy = self.path.sample(x, normal_like(x, rng), _full(x, t)).x_t
+            noisy = path.sample(x, normal_like(x, rng), _full(x, t)).x_t
             x = jump(net, noisy, t, 0.0, cond)
         return x
 
@@ -168,6 +172,27 @@ class Mix:
         for t, r in pairwise(times[1:]):
             x = euler_step(net, x, t, r, cond)
         return jump(net, x, times[-1], 0.0, cond)
+
+
+@samplers.register("one_step")
+@dataclass(frozen=True, kw_only=True)
+class OneStep:
+    """The single step of a one-step generator, x1 - u(x1, 1, 0); it has no more evaluations."""
+
+    needs: ClassVar[tuple[str, ...]] = ("law",)
+
+    nfe: int = 1
+
+    def __post_init__(self) -> None:
+        check_nfe("one_step", self.nfe)
+        if self.nfe != 1:
+            raise ValueError(
+                f"one_step.nfe = {self.nfe!r} must be 1: it takes one step from the noise to the "
+                "data, and nothing in between is trained"
+            )
+
+    def __call__(self, net: Network, x1: Tensor, cond: Cond | None, rng: torch.Generator) -> Tensor:
+        return jump(net, x1, 1.0, 0.0, cond)
 
 
 def jump(net: Network, x: Tensor, t: float, r: float, cond: Cond | None) -> Tensor:

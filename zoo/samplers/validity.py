@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from registry import objectives, paths, samplers
 from registry.sampling import (
     EVEN_STEPS,
+    LAW,
     MAP,
     TO_DATA,
     VELOCITY,
@@ -18,10 +20,17 @@ from registry.sampling import (
     missing_for,
     needed_by,
     trained_by,
+    with_included,
 )
 
 # The default, by what an objective trains: no sampler that somebody registers may change it.
-DEFAULTS = {MAP: "flow_map", EVEN_STEPS: "flow_map", TO_DATA: "restart", VELOCITY: "euler"}
+DEFAULTS = {
+    MAP: "flow_map",
+    EVEN_STEPS: "flow_map",
+    TO_DATA: "restart",
+    VELOCITY: "euler",
+    LAW: "one_step",
+}
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +43,7 @@ def valid_samplers(objective: Any) -> tuple[str, ...]:
     """
     if (listed := _listed(objective)) is not None:
         return listed
-    trained = trained_by(objective)
-    defaults = (DEFAULTS[word] for word in trained if word in DEFAULTS)
-    first = next(defaults, "")
+    trained, first = trained_by(objective), _first(objective)
 
     def place(name: str) -> tuple[bool, int, str]:
         need = needed_by(samplers.get(name))[0]
@@ -45,6 +52,34 @@ def valid_samplers(objective: Any) -> tuple[str, ...]:
 
     fit = [name for name in samplers.names() if needed_by(samplers.get(name))]
     return tuple(sorted((n for n in fit if not _missing(samplers.get(n), objective)), key=place))
+
+
+def default_sampler(name: str, objective: Any) -> str:
+    """The sampler of the objective `name` where none is bound; ValueError if nothing decides it.
+
+    The first word of `trains` decides, or the first of the samplers that the objective lists. For
+    an objective of other outputs than u and v it is the only one that fits.
+    """
+    fit = valid_samplers(objective)
+    if not fit:
+        raise ValueError(f"no registered sampler reads the outputs of objective {name!r}")
+    if _listed(objective) is None and not _first(objective) and len(fit) > 1:
+        raise ValueError(
+            f"several samplers fit objective {name!r}, {', '.join(fit)}, and none of the words of "
+            f"its `trains` says which comes first. Bind run.sampler = @{fit[0]}(), or another one"
+        )
+    return fit[0]
+
+
+def on_path_of(objective: Any, sampler: Any) -> Any:
+    """The sampler, or the one inside it, on the objective's path where it names no path."""
+    changes: dict[str, Any] = {}
+    path, inner = getattr(objective, "path", None), getattr(sampler, "sampler", None)
+    if path is not None and getattr(sampler, "path", path) is None:
+        changes["path"] = path
+    if inner is not None and (followed := on_path_of(objective, inner)) is not inner:
+        changes["sampler"] = followed
+    return dataclasses.replace(sampler, **changes) if changes else sampler
 
 
 def check_sampler(name: str, objective: Any, sampler: Any) -> None:
@@ -69,12 +104,18 @@ def check_sampler(name: str, objective: Any, sampler: Any) -> None:
             f"objective {name!r} cannot use sampler {chosen!r}: {why}. Registered samplers that "
             f"fit: {', '.join(fit) or 'none'}. {remedy}"
         )
-    path = getattr(objective, "path", None)
-    if path is not None and getattr(sampler, "path", path) != path:
+    path, own = getattr(objective, "path", None), getattr(sampler, "path", None)
+    if path is not None and own is not None and own != path:
         raise ValueError(
-            f"sampler {chosen!r} adds noise along {sampler.path}, but objective {name!r} trains on "
-            f"{path}. Bind {chosen}.path = @{paths.name_of(path)}()"
+            f"sampler {chosen!r} adds noise along {own}, but objective {name!r} trains on {path}. "
+            f"Leave {chosen}.path unbound, or bind {chosen}.path = @{paths.name_of(path)}()"
         )
+
+
+def _first(objective: Any) -> str:
+    """The default sampler by what the objective trains; "" where none of the words names one."""
+    words = with_included(trained_by(objective))
+    return next((DEFAULTS[word] for word in words if word in DEFAULTS), "")
 
 
 def _missing(sampler: Any, objective: Any) -> tuple[str, ...]:

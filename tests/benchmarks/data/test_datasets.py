@@ -25,6 +25,7 @@ from benchmarks.latents.autoencoders import find_vae
 from benchmarks.latents.encode import encode
 from benchmarks.latents.shard_encoder import Encoder
 from registry import datasets
+from registry.protocols import Share, groups_by_label, read_share
 
 STORED = [name for name in datasets.names() if issubclass(datasets.get(name), StoredSet)]
 
@@ -56,7 +57,7 @@ def picture_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(params=sorted({*datasets.names()} - {"edm_augment"}))  # that one wraps another
+@pytest.fixture(params=sorted({*datasets.names()} - {"edm_augment", "scaled"}))  # made of others
 def dataset(request, fashion_folder, picture_folder, tmp_path):
     name = request.param
     if name == "hf_images":
@@ -90,6 +91,20 @@ def test_dataset_keeps_the_contract(dataset):
             assert cond is None
     assert dataset.identity().startswith(f"{dataset.name}: ")
     assert (dataset.sample_labels(4) is None) == (dataset.num_classes == 0)
+
+
+def test_labelled_dataset_gives_groups_of_one_label(dataset):
+    if not dataset.num_classes:
+        return
+    assert groups_by_label(dataset)
+    x0, cond = read_share(dataset, 0, 12, 0, Share(group=3))
+    labels = cond["label"].view(-1, 3)
+    assert (labels == labels[:, :1]).all()
+    for share in (Share(0, 2, group=3), Share(1, 2, group=3)):
+        rows, whole = read_share(dataset, 0, 12, 0, share)
+        assert torch.equal(rows, x0.unflatten(0, (-1, 3))[share.number :: 2].flatten(0, 1))
+        assert torch.equal(whole["label"], cond["label"])
+    assert torch.equal(dataset.batch(1, 5, 0, same_label=1)[0], dataset.batch(1, 5, 0)[0])
 
 
 def test_dataset_survives_pickling(dataset):

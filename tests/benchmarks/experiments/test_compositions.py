@@ -132,6 +132,8 @@ def test_every_valid_sampler_draws_at_every_nfe(objective):
     x1 = evaluate.noise((1, 8, 8), 3, 0)
     for name in valid:
         for nfe in (1, 2, 3):
+            if name == "one_step" and nfe > 1:
+                continue
             sampler = registry.samplers.get(name)(nfe=nfe)
             drawn = evaluate.draw(net, sampler, x1, {"label": torch.tensor([0, 1, 2])})
             assert drawn.shape == x1.shape

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks.data.mixtures import Gaussian, Mixture
 from benchmarks.metrics.flow_map_error import map_error
-from zoo.oracles import MixtureOracle
+from zoo.objectives import DECM, DuMo, FlowMatching, MeanFlow, Shortcut
+from zoo.oracles import MixtureOracle, OnPath
+from zoo.paths import Linear, TrigFlow
 
 
 @pytest.mark.parametrize("dataset", [Gaussian(), Mixture()])
@@ -48,3 +52,73 @@ def test_data_without_a_closed_form_are_refused() -> None:
 
     with pytest.raises(ValueError, match="'drawn' has no closed form"):
         list(map_error(lambda *a: {}, Drawn()))
+
+
+# What the objective trains decides which errors there are
+
+
+def own(trains: tuple[str, ...], path: object = None) -> Any:
+    return type("Own", (), {"heads": ("u", "v"), "trains": trains, "path": path})()
+
+
+ALL = ["map_error_1_0", "map_error_1_0.5", "map_error_0.5_0", "velocity_error"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [
+        (MeanFlow(), ALL),
+        (DuMo(), ALL),
+        (FlowMatching(), ALL[3:]),
+        (Shortcut(), ALL[:3]),
+        (DECM(), ALL),
+        (DECM(n2n_every=0), [ALL[0], *ALL[2:]]),
+        (own(("map_to_data",)), [ALL[0], ALL[2]]),
+        (own(("map_to_data", "velocity")), [ALL[0], *ALL[2:]]),
+        (own(("velocity",)), ALL[3:]),
+        (own(("law",)), []),
+        (own(("map", "law")), []),
+        (own(("law", "velocity")), ALL[3:]),
+    ],
+)
+def test_errors_are_those_of_what_is_trained(objective, names) -> None:
+    """The network has both outputs, and answers wherever it is asked."""
+    dataset = Gaussian()
+    exact = MixtureOracle(**dataset.components())
+    assert list(dict(map_error(exact, dataset, num=10, objective=objective))) == names
+
+
+def test_network_is_asked_for_nothing_that_is_not_trained() -> None:
+    exact, asked = MixtureOracle(**Gaussian().components()), []
+
+    def net(x, t, r, cond):
+        asked.append((float(t[0]), float(r[0])))
+        return exact(x, t, r)
+
+    list(map_error(net, Gaussian(), num=10, objective=own(("map_to_data",))))
+    assert asked == [(1.0, 0.0), (0.5, 0.0)]
+
+
+@pytest.mark.parametrize("dataset", [Gaussian(), Mixture()])
+def test_errors_are_those_on_the_path_of_the_objective(dataset) -> None:
+    linear = MixtureOracle(**dataset.components())
+    circle = OnPath(linear, TrigFlow())
+    for net, path in ((linear, Linear()), (circle, TrigFlow())):
+        found = dict(map_error(net, dataset, num=50, objective=MeanFlow(path=path)))
+        assert list(found) == ALL
+        assert max(found.values()) < 1e-5
+    for net, path in ((linear, TrigFlow()), (circle, Linear())):
+        found = dict(map_error(net, dataset, num=50, objective=MeanFlow(path=path)))
+        # From the noise to the data, the map is the same on every path.
+        assert found.pop("map_error_1_0") < 1e-5
+        assert min(found.values()) > 0.05
+
+
+def test_path_that_states_wrong_derivatives_is_measured_by_its_own() -> None:
+    class WrongSlope(TrigFlow):
+        def d_alpha(self, t):
+            return 0.9 * super().d_alpha(t)
+
+    circle = OnPath(MixtureOracle(**Gaussian().components()), TrigFlow())
+    found = dict(map_error(circle, Gaussian(), num=50, objective=MeanFlow(path=WrongSlope())))
+    assert max(found.values()) < 1e-5

@@ -17,8 +17,9 @@ from tiny_runs import DIGITS, FILE_ONLY, METRIC, SIZES, entries, losses, sets, z
 from benchmarks.grids.cell import build
 from benchmarks.grids.request import Request
 from benchmarks.records.jsonl import read_record
-from benchmarks.runs.teacher import after_teacher, as_teacher
+from benchmarks.runs.pretraining import after_first, first_of
 from registry import objectives
+from registry.folders import file_sha256
 from zoo.objectives.decm import DECM
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.teachers import Frozen
@@ -183,6 +184,8 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
     assert losses(run, "teacher/loss") == losses(whole, "teacher/loss")
     assert result(run)["values"] == result(whole)["values"]
     assert result(run)["steps"] == 4
+    spent = json.loads((run / "teacher" / "spent.json").read_text())
+    assert spent["weights_sha256"] == file_sha256(run / "teacher" / "model.safetensors")
 
 
 @pytest.mark.parametrize(("steps", "share"), [(3, 0.5), (5, 0.3), (4, 0.9)])
@@ -191,7 +194,7 @@ def test_teacher_and_student_share_the_budget_to_the_step(steps, share):
     bindings = (*FILE_ONLY, f"run.steps = {steps}", f"frozen.pretrain = {share}")
     Request(file=Path(DIGITS), bindings=bindings, only=("decm",)).parse()
     experiment = build("decm")
-    parts = as_teacher(experiment, experiment.distilled[1]), after_teacher(experiment)
+    parts = first_of(experiment, experiment.distilled[1]), after_first(experiment)
     assert [part.budget.unit for part in parts] == ["steps", "steps"]
     assert sum(part.budget.amount for part in parts) == steps
 

@@ -126,6 +126,7 @@ def test_reconstruction_far_from_the_snapshots_warns_and_says_how_far(
     assert "0.05, 0.1 at 12 steps" in caplog.text
     with safe_open(made.path, framework="pt") as file:
         about = file.metadata()
+    assert len(about.pop("tensors_sha256")) == 64
     assert about == {"width": "0.01", "step": "60", "error": str(made.error)}
     reconstruct(trained.folder, 0.1, 41, tmp_path / "x.safetensors")
     assert "the nearest of these is 40" in caplog.text
@@ -338,6 +339,7 @@ def test_bindings_that_cannot_be_are_refused_before_training(
 
 
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_two_processes_store_what_one_does(tmp_path: Path) -> None:
     """Stage 2 with accumulation; stage 3 without a whole average anywhere, resumed, disk full."""
     told = zero_work.spawn(2, "sharded", tmp_path, file=post_hoc_work.__file__)

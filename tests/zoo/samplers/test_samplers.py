@@ -13,12 +13,13 @@ from benchmarks.conformance.mutations import Recombined
 from benchmarks.conformance.networks import OnPath, Tapped, Toy
 from registry import samplers
 from zoo.oracles import GaussianOracle, MixtureOracle
-from zoo.paths import TrigFlow
+from zoo.paths import Linear, TrigFlow
 from zoo.samplers import (
     Euler,
     FlowMap,
     Heun,
     Mix,
+    OneStep,
     Restart,
     even_times,
     shifted,
@@ -28,6 +29,7 @@ F64 = torch.float64
 GAUSSIAN = GaussianOracle([0.7, -1.0], [0.4, 1.5])
 MIXTURE = MixtureOracle([[1.0, 0.0], [-1.0, 0.5]], [[0.4, 0.5], [0.5, 0.3]], [0.3, 0.7])
 each = pytest.mark.parametrize("name", samplers.names())
+in_several = pytest.mark.parametrize("name", [n for n in samplers.names() if n != "one_step"])
 
 
 def noise(n=16, seed=0, dtype=F64):
@@ -51,7 +53,7 @@ def exact(law, x1):
     return law.flow_map(x1, one, 0 * one)
 
 
-@each
+@in_several
 @settings(max_examples=15, deadline=None)
 @given(nfe=st.integers(1, 12))
 def test_declared_evaluations_are_the_counted_ones(name, nfe):
@@ -62,7 +64,7 @@ def test_declared_evaluations_are_the_counted_ones(name, nfe):
     assert (calls[0].t == 1).all()
 
 
-@each
+@in_several
 def test_sampler_is_determined_by_its_arguments(name):
     sampler, net = samplers.get(name)(nfe=4), Toy((2,), ("u", "v"))
     before = torch.get_rng_state()
@@ -72,7 +74,7 @@ def test_sampler_is_determined_by_its_arguments(name):
     assert torch.equal(one, other) == (name != "restart")
 
 
-@each
+@in_several
 def test_sampler_keeps_the_dtype_and_leaves_the_noise_alone(name):
     for dtype in (torch.float32, F64):
         x1 = noise(dtype=dtype)
@@ -81,7 +83,7 @@ def test_sampler_keeps_the_dtype_and_leaves_the_noise_alone(name):
         assert torch.equal(x1, before)
 
 
-@each
+@in_several
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_condition_reaches_every_call(name, nfe):
     label = torch.arange(16) % 2
@@ -90,7 +92,7 @@ def test_condition_reaches_every_call(name, nfe):
     assert all(torch.equal(call.labels, label) for call in calls)
 
 
-@each
+@in_several
 def test_sampler_stays_on_the_device_of_the_noise(name):
     net, x1, rng = Toy((2,), ("u", "v")), noise(), torch.Generator()
     with torch.device("meta"):  # what a tensor gets that is told no device
@@ -206,6 +208,21 @@ def test_restart_adds_noise_along_its_path():
     network, x1 = OnPath(GAUSSIAN, TrigFlow()), noise(20_000)
     assert moments_agree(run(Restart(nfe=3, path=TrigFlow()), network, x1), GAUSSIAN)
     assert not moments_agree(run(Restart(nfe=3), network, x1), GAUSSIAN)
+
+
+def test_restart_that_names_no_path_adds_noise_along_the_linear_one():
+    x1 = noise()
+    assert torch.equal(
+        run(Restart(nfe=3), GAUSSIAN, x1), run(Restart(nfe=3, path=Linear()), GAUSSIAN, x1)
+    )
+
+
+def test_one_step_is_one_jump_from_the_noise_and_has_no_more():
+    x1 = noise()
+    assert torch.equal(run(OneStep(), GAUSSIAN, x1), run(FlowMap(nfe=1), GAUSSIAN, x1))
+    assert [(float(c.t[0]), float(c.r[0])) for c in watch(OneStep())] == [(1, 0)]
+    with pytest.raises(ValueError, match=r"^one_step\.nfe = 2 must be 1"):
+        OneStep(nfe=2)
 
 
 def test_mix_jumps_integrates_and_jumps():

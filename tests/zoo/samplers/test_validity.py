@@ -13,13 +13,23 @@ import torch
 from benchmarks.conformance.networks import Tapped, Toy
 from benchmarks.experiments import defaults
 from registry import objectives, samplers
-from registry.sampling import EVEN_STEPS, FROM_NOISE, MAP, TO_DATA, VELOCITY, WORDS, needed_by
+from registry.sampling import (
+    EVEN_STEPS,
+    FROM_NOISE,
+    LAW,
+    MAP,
+    TO_DATA,
+    VELOCITY,
+    WORDS,
+    map_is_exact_at,
+    needed_by,
+)
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
-from zoo.paths import TrigFlow
+from zoo.paths import Linear, TrigFlow
 from zoo.samplers import (
     ClassifierFree,
     Euler,
@@ -27,9 +37,12 @@ from zoo.samplers import (
     Mix,
     Restart,
     check_sampler,
+    default_sampler,
     euler_step,
+    on_path_of,
     valid_samplers,
 )
+from zoo.times import UniformPair
 
 DIRECT = [name for name in samplers.names() if needed_by(samplers.get(name))]
 INSIDE = {  # whether a call (t, r) of a sampler with this many calls is one that the word allows
@@ -38,6 +51,7 @@ INSIDE = {  # whether a call (t, r) of a sampler with this many calls is one tha
     TO_DATA: lambda t, r, n: r == 0 < t,
     FROM_NOISE: lambda t, r, n: t == 1 and r < 1,
     EVEN_STEPS: lambda t, r, n: abs(t - r - 1 / n) < 1e-6 and abs(t * n - round(t * n)) < 1e-5,
+    LAW: lambda t, r, n: (t, r) == (1, 0),
 }
 
 
@@ -75,8 +89,9 @@ def sampler(**members: Any) -> type:
     )
 
 
-@pytest.mark.parametrize("name", DIRECT)
-@pytest.mark.parametrize("nfe", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "nfe"), [(n, k) for n in DIRECT for k in (1, 2, 3, 4, 6) if n != "one_step" or k == 1]
+)
 def test_shipped_sampler_calls_where_it_says_that_it_needs_to(name, nfe):
     net = Tapped(Toy((2,), ("u", "v")), 16)
     x1 = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -94,16 +109,16 @@ def test_call_that_is_not_declared_would_be_noticed():
 
 
 def test_samplers_of_the_shipped_objectives_and_their_order():
-    everywhere = ("flow_map", "mix", "restart", "euler", "heun")
+    everywhere = ("flow_map", "mix", "one_step", "restart", "euler", "heun")
     assert valid_samplers(FlowMatching()) == ("euler", "heun")
     assert valid_samplers(MeanFlow()) == valid_samplers(DuMo()) == everywhere
-    assert valid_samplers(Shortcut()) == ("flow_map",)
-    assert valid_samplers(DECM()) == ("restart", "mix", "euler", "heun")
+    assert valid_samplers(Shortcut()) == ("flow_map", "one_step")
+    assert valid_samplers(DECM()) == ("restart", "one_step", "mix", "euler", "heun")
 
 
 @pytest.mark.parametrize("without", [{"n2n_every": 0}, {"n2n_weight": 0.0}])
 def test_decm_without_its_map_from_noise_cannot_be_sampled_by_mix(without):
-    assert valid_samplers(DECM(**without)) == ("restart", "euler", "heun")
+    assert valid_samplers(DECM(**without)) == ("restart", "one_step", "euler", "heun")
     with pytest.raises(ValueError, match="needs the map from the noise to every r, and"):
         check_sampler("decm", DECM(**without), Mix())
 
@@ -123,13 +138,44 @@ def test_sampler_of_ones_own_meets_every_objective_that_trains_what_it_needs(nam
                 check_sampler(name, made, ClassifierFree(sampler=Squared()))
 
 
-def test_sampler_of_ones_own_is_needed_for_a_map_that_no_shipped_one_takes():
-    own = objective(trains=("map_from_noise",))
+def test_sampler_of_ones_own_is_needed_for_an_output_that_no_shipped_one_reads():
+    own = objective(heads=("energy",))
     assert valid_samplers(own) == ()
     with pytest.raises(ValueError, match=r"fit: none\. Register a sampler that fits"):
         check_sampler("own", own, FlowMap())
-    with samplers.temporary("one_jump", sampler(needs=("map_from_noise",))):
-        assert valid_samplers(own) == ("one_jump",)
+    with pytest.raises(ValueError, match="no registered sampler reads the outputs of"):
+        default_sampler("own", own)
+
+
+def test_map_from_the_noise_has_one_step_to_the_data():
+    own = objective(trains=("map_from_noise",))
+    with samplers.temporary("a_jump", sampler(needs=("map_from_noise",))):
+        assert valid_samplers(own) == ("one_step", "a_jump")
+
+
+def test_law_is_sampled_in_one_step_alone():
+    own = objective(trains=("law",))
+    assert valid_samplers(own) == ("one_step",)
+    for longer in (FlowMap(), Restart(), Euler(), Mix()):
+        with pytest.raises(ValueError, match=r"trains one step .*run\.sampler = @one_step\(\)"):
+            check_sampler("own", own, longer)
+    everywhere = objective(trains=("map", "law"))  # IMM: laws, at every t and r
+    assert valid_samplers(everywhere)[0] == "flow_map"
+    assert valid_samplers(objective(trains=("velocity",))) == ("euler", "heun")
+
+
+def test_name_of_a_sampler_never_decides_the_default():
+    """Two that fit and no word that names one: whoever comes first by the alphabet is not taken."""
+    own, needs = objective(heads=("energy",)), ("energy",)
+    with samplers.temporary("a_descent", sampler(needs=needs)):
+        assert default_sampler("own", own) == "a_descent"
+        with (
+            samplers.temporary("b_descent", sampler(needs=needs)),
+            pytest.raises(ValueError, match="several samplers fit objective 'own', a_descent, b_d"),
+        ):
+            default_sampler("own", own)
+    with samplers.temporary("a_squared", Squared):
+        assert default_sampler("own", objective(trains=("map", "velocity"))) == "flow_map"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +186,10 @@ def test_sampler_of_ones_own_is_needed_for_a_map_that_no_shipped_one_takes():
         (("map_to_data",), "restart"),
         (("even_steps",), "flow_map"),
         (("map_from_noise", "map_to_data"), "restart"),
+        (("map_from_noise",), "one_step"),
+        (("law",), "one_step"),
+        (("law", "velocity"), "one_step"),
+        (("map", "law"), "flow_map"),
     ],
 )
 def test_what_is_trained_first_gives_the_default(trains, default):
@@ -174,8 +224,8 @@ def test_error_names_both_what_is_missing_and_what_fits():
         check_sampler("shortcut", Shortcut(), Euler())
     assert str(error.value) == (
         "objective 'shortcut' cannot use sampler 'euler': it needs the velocity at every t, and "
-        "the objective trains the map on even grids. Registered samplers that fit: flow_map. Bind "
-        "run.sampler = @flow_map()"
+        "the objective trains the map on even grids. Registered samplers that fit: flow_map, "
+        "one_step. Bind run.sampler = @flow_map()"
     )
 
 
@@ -198,7 +248,7 @@ def test_list_of_a_subclass_takes_the_place_of_what_its_base_declares():
     listing = type("Listing", (MeanFlow,), {"samplers": ("euler",)})
     assert valid_samplers(listing()) == ("euler",)
     declaring = type("Declaring", (listing,), {"trains": ("map_to_data",)})
-    assert valid_samplers(declaring()) == ("restart",)
+    assert valid_samplers(declaring()) == ("restart", "one_step")
     assert valid_samplers(objective(samplers=None)) == valid_samplers(MeanFlow())
 
 
@@ -261,7 +311,7 @@ def test_declaration_by_fields_is_checked_when_it_is_used():
 def test_error_says_every_need_in_words(word):
     needy = sampler(needs=(word,))
     with samplers.temporary("needy", needy):
-        with pytest.raises(ValueError, match="needs the (velocity|map).* trains the output 'e'"):
+        with pytest.raises(ValueError, match="needs (the|one) .* trains the output 'e'"):
             check_sampler("own", objective(heads=("e",)), needy())
 
 
@@ -275,6 +325,48 @@ def test_objective_without_a_path_takes_every_path():
 def test_sampler_on_another_path_is_refused():
     made = MeanFlow(path=TrigFlow())
     check_sampler("mean_flow", made, FlowMap())
+    check_sampler("mean_flow", made, Restart())
     check_sampler("mean_flow", made, Restart(path=TrigFlow()))
-    with pytest.raises(ValueError, match=r"restart.path = @trigflow\(\)"):
-        check_sampler("mean_flow", made, Restart())
+    with pytest.raises(ValueError, match=r"restart.path unbound, or bind .* = @trigflow\(\)"):
+        check_sampler("mean_flow", made, Restart(path=Linear()))
+
+
+def test_sampler_follows_the_path_of_the_objective_where_it_names_none():
+    made = MeanFlow(path=TrigFlow())
+    assert on_path_of(made, Restart(nfe=3)) == Restart(nfe=3, path=TrigFlow())
+    assert on_path_of(made, Restart(path=Linear())).path == Linear()
+    guided = on_path_of(made, ClassifierFree(sampler=Restart(t_min=0.2), scale=2.0))
+    assert guided == ClassifierFree(sampler=Restart(t_min=0.2, path=TrigFlow()), scale=2.0)
+    for same in (FlowMap(), ClassifierFree(sampler=Euler())):
+        assert on_path_of(made, same) is same
+    assert on_path_of(objective(), Restart()) == Restart()
+
+
+# Where there is an error against the exact map
+
+
+TRIANGLE = ((1.0, 0.0), (1.0, 0.5), (0.5, 0.0), (0.75, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("made", "exact"),
+    [
+        (MeanFlow(), TRIANGLE),
+        (MeanFlow(times=UniformPair(off_diagonal_fraction=0.0)), ()),
+        (FlowMatching(), ()),
+        (Shortcut(), TRIANGLE[:3]),
+        (Shortcut(num_steps=2), TRIANGLE[:3]),
+        (DECM(), TRIANGLE[:3]),
+        (DECM(n2n_every=0), ((1.0, 0.0), (0.5, 0.0))),
+        (objective(trains=("map_to_data",)), ((1.0, 0.0), (0.5, 0.0))),
+        (objective(trains=("map_from_noise",)), ((1.0, 0.0), (1.0, 0.5))),
+        (objective(trains=("even_steps", "velocity")), TRIANGLE[:3]),
+        (objective(trains=("law",)), ()),
+        (objective(trains=("map", "law")), ()),
+        (objective(trains=("map",), fixed_point="distribution"), ()),
+        (objective(trains=("map",), fixed_point="none"), TRIANGLE),
+    ],
+)
+def test_map_has_an_error_where_it_is_trained(made, exact):
+    assert tuple(step for step in TRIANGLE if map_is_exact_at(made, *step)) == exact
+    assert not map_is_exact_at(made, 0.5, 0.5)

@@ -1,0 +1,1 @@
+"""In which order the samples of a data set come, as functions of the seed and the place."""
