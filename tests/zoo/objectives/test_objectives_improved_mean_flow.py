@@ -44,7 +44,8 @@ def test_loss_is_the_published_one():
 def test_a_conditional_tangent_is_another_loss():
     """The negative control: MeanFlow's tangent, along which the loss is no plain regression."""
     seen = watch(ImprovedMeanFlow(times=HALF), n=24)
-    assert not torch.allclose(seen.out.per_sample, second_opinion(seen, "conditional"), rtol=1e-2)
+    ours, theirs = seen.gradient(), seen.gradient(second_opinion(seen, "conditional"))
+    assert float((ours - theirs).norm() / ours.norm()) > 0.02
 
 
 def test_defaults_are_those_of_the_released_code():
