@@ -292,6 +292,14 @@ class TwoLogitNormals:
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
 
+    def cdf(self, t: Tensor) -> Tensor:
+        later = logit_normal_cdf(t, self.t_mean, self.t_std)
+        if self.pairing == "sorted":
+            later = later * logit_normal_cdf(t, self.r_mean, self.r_std)
+        share = self.off_diagonal_fraction
+        diagonal = logit_normal_cdf(t, self.diagonal_mean, self.diagonal_std)
+        return share * later + (1 - share) * diagonal
+
 
 @time_laws.register("progressive")
 @dataclass(frozen=True, kw_only=True)

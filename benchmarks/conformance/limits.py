@@ -139,6 +139,10 @@ def every_end_of_decm(subject: Subject) -> ClaimResult:
     )
 
 
+OF_RCGM: dict[str, Claim] = {
+    "rcgm tends to the derivative": rcgm_tends_to_the_derivative,
+    "order changes nothing at the truth": rcgm_order_at_the_truth,
+}
 SPECIAL: dict[str, dict[str, Claim]] = {
     "flow_matching": {"loss floor": flow_matching_floor},
     "mean_flow": {
@@ -146,10 +150,8 @@ SPECIAL: dict[str, dict[str, Claim]] = {
         "flow matching at r = t": mean_flow_on_the_diagonal,
     },
     "shortcut": {"flow matching at small steps": shortcut_at_small_steps},
-    "dumo": {
-        "rcgm tends to the derivative": rcgm_tends_to_the_derivative,
-        "order changes nothing at the truth": rcgm_order_at_the_truth,
-    },
+    "dumo": OF_RCGM,
+    "recursive_consistency": OF_RCGM,
     "decm": {"residuals vanish for every lam, gamma": every_end_of_decm},
 }
 

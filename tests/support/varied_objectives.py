@@ -9,8 +9,11 @@ from zoo.couplings import MinibatchOT
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
+from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
+from zoo.objectives.so_flow import SoFlow
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -23,6 +26,9 @@ OBJECTIVES: Mapping[str, Any] = {
     "plug_in": FlowMatching(velocity=PlugIn(fraction=0.5)),
     "mean_flow_plug_in": MeanFlow(velocity=PlugIn(fraction=0.5), omega=0.5, label_dropout=0.4),
     "one_row_of_quota": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.05)),
+    "improved_mean_flow": ImprovedMeanFlow(),
+    "recursive_consistency": RecursiveConsistency(omega=0.4),
+    "so_flow": SoFlow(guidance_scale=2.0),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
