@@ -19,6 +19,7 @@ and masks short steps; no row on the diagonal; labels dropped in 10 % of the row
 
 v_g is the conditional velocity. So the true map is stationary up to O(delta), and the clip moves it
 towards a median. DuMo (zoo/objectives/dumo.py) has the same target with a velocity head beside it.
+The name `rcgm` is that of the residual, and names are unique over all kinds of parts.
 """
 
 from __future__ import annotations
