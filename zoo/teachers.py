@@ -85,9 +85,8 @@ def _mode(net: Network, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _fixed_weights(net: Network) -> Iterator[None]:
-    """Weights take no gradient in the `with` block; autocast's cache has copies that take one."""
+    """Weights take no gradient in the `with` block; autocast caches no copies of such weights."""
     moving = [p for p in net.parameters() if p.requires_grad] if isinstance(net, nn.Module) else []
-    torch.clear_autocast_cache()
     for p in moving:
         p.requires_grad_(False)
     try:

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,7 @@ def check(
         import_file(file)
     found_kind = part_kinds.kind_of(name, kind)
     if found_kind is not registry.objectives:
-        if bindings:
-            raise ValueError(
-                f"bindings change objectives, and {name!r} is a {found_kind.kind}; leave out "
-                f"{', '.join(bindings)}, or register a class with other defaults"
-            )
-        return _check_part(found_kind, name, mutations, tell)
+        return _check_part(found_kind, name, bindings, mutations, tell)
     shown = f"{name} with {', '.join(bindings)}" if bindings else name
     with variant(name, bindings) as subject, warnings.catch_warnings(), _one_thread():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
@@ -140,35 +135,53 @@ def variant(name: str, bindings: Sequence[str]) -> Iterator[Subject]:
     if not bindings:
         yield subject_of(name)
         return
-    for binding in bindings:
-        if "=" not in binding:
-            raise ValueError(f"{binding!r} is no binding; write one such as {name}.field = 0.5")
-    with gin_setup.isolated():
-        gin_setup.parse([], bindings)
-        registry.objectives.get(name)  # its error names the nearest
+    with _bound(bindings):
         subject = subject_of(name, lambda: registry.objectives.build(name))
-        if idle := gin_setup.inert_bindings():
-            raise ValueError(
-                f"{', '.join(idle)} changes nothing of the objective {name!r}. Bind a field of it, "
-                f"such as {name}.weight = @unweighted(), or of a part that is bound to a field"
-            )
+        _check_inert(registry.objectives, name, bindings)
         yield subject
 
 
+@contextmanager
+def _bound(bindings: Sequence[str]) -> Iterator[None]:
+    """Bindings in force inside the `with` block."""
+    for binding in bindings:
+        if "=" not in binding:
+            raise ValueError(f"{binding!r} is no binding; write one such as NAME.field = 0.5")
+    with gin_setup.isolated() if bindings else nullcontext():
+        if bindings:
+            gin_setup.parse([], bindings)
+        yield
+
+
+def _check_inert(kind: Registry, name: str, bindings: Sequence[str]) -> None:
+    """ValueError for bindings that change nothing of the part, which was made under them."""
+    if bindings and (idle := gin_setup.inert_bindings()):
+        raise ValueError(
+            f"{', '.join(idle)} changes nothing of the {kind.kind} {name!r}. Bind a field of it, "
+            f"such as {name}.field = VALUE, or of a part that is bound to a field"
+        )
+
+
 def _check_part(
-    kind: Registry, name: str, mutations: bool, tell: Callable[[str], None]
+    kind: Registry,
+    name: str,
+    bindings: Sequence[str],
+    mutations: bool,
+    tell: Callable[[str], None],
 ) -> ConformanceReport:
     if mutations:
         raise ValueError(
             f"mistakes are planted in objectives, and {name!r} is a {kind.kind}; leave out "
             "--mutations"
         )
-    results = []
-    with _one_thread():
-        for result in part_kinds.results_of(kind, part_kinds.subject_of(kind, name)):
+    shown, results = f"{name} with {', '.join(bindings)}" if bindings else name, []
+    with _bound(bindings), _one_thread():
+        subject = part_kinds.subject_of(kind, name)
+        _check_inert(kind, name, bindings)
+        for result in part_kinds.results_of(kind, subject):
             tell(_result_lines(result))
             results.append(result)
-    return _closed(ConformanceReport(name, tuple(results)), tell)
+    return _closed(ConformanceReport(shown, tuple(results)), tell)
 
 
 @contextmanager

@@ -35,7 +35,13 @@ NO_PART_OF_ID = {
     *(f"zero_engine.{name}" for name in WITHOUT_EFFECT),
 }
 # Parameters that came later: a grid may be continued that an earlier build of this version began.
-LATER = {"run.pretrain": "0.0", "run.warm_start": "True", "decm.velocity": "None"}
+LATER = {
+    "run.pretrain": "0.0",
+    "run.warm_start": "True",
+    "decm.velocity": "None",
+    "restart.path": "None",
+    **dict.fromkeys(("online.dropout", "ema.dropout", "frozen.dropout"), "'off'"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from threading import Event
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from trainers import ranks
 
@@ -44,6 +46,22 @@ def test_process_that_meets_nobody_ends_within_the_bound(
 
 
 def test_processes_that_meet_go_on(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.monitored_barrier", lambda group, timeout: None)
+    bounds: list[timedelta] = []
+    monkeypatch.setattr(dist, "monitored_barrier", lambda group, timeout: bounds.append(timeout))
     ranks.fail_together("an error", seconds=10.0)
     assert ended == []
+    assert bounds == [timedelta(seconds=10)]
+
+
+def test_wait_is_bounded_in_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[timedelta, Any]] = []
+    monkeypatch.setattr(dist, "set_timeout", lambda *given: found.append(given), raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ranks.join()
+    try:
+        groups = {dist.group.WORLD, dist.new_group(backend="gloo")}
+        ranks.wait_at_most(0.5)
+    finally:
+        ranks.leave()
+    assert {group for _, group in found} == groups
+    assert {bound for bound, _ in found} == {timedelta(seconds=30)}

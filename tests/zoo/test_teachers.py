@@ -177,6 +177,15 @@ def test_ema_is_the_recursion(decay, steps):
     assert teacher.network.count == steps  # buffers are copied
 
 
+def test_ema_follows_the_network_that_it_is_given():
+    """Also where a second network is trained beside the same average."""
+    teacher = EmaTeacher(decay=0.0)
+    teacher.attach(Small())
+    for net in (Small(seed=1), Small(seed=2)):
+        teacher.update(net, 0)
+        assert torch.equal(teacher.network.linear.weight, net.linear.weight)
+
+
 def test_warm_up_starts_at_a_tenth_and_ends_at_the_decay():
     assert warmed_up(0.999, 0) == 0.1
     assert warmed_up(0.999, 10**6) == 0.999

@@ -237,6 +237,36 @@ def test_own_and_teacher_are_exact_row_by_row(law):
     assert torch.equal(Own().target(d, no_network, rng()), d.velocity)  # what it is learned from
 
 
+def errors_at_the_truth(objective) -> dict[str, Tensor]:
+    """The raw errors of each row, by term, where the network is exact."""
+    if isinstance(objective.teacher, Frozen):
+        objective.teacher.attach(GAUSSIAN)
+    out = objective.loss(GAUSSIAN, law_batch(GAUSSIAN, 64, 0), rng())
+    return {name: rows.sqrt() for name, rows in out.terms.items()}
+
+
+def test_map_s_rows_have_no_error_at_the_truth_with_a_velocity_that_is_exact():
+    """With the conditional velocity they have, and the rows that it anchors still do."""
+    k = MeanFlow().times.num_off_diagonal(64)
+    close = 1e-4  # float32 times
+    own = errors_at_the_truth(MeanFlow(velocity=Own()))["u"]
+    assert own[:k].max() < close
+    assert own[k:].median() > 0.1
+    taught = MeanFlow(velocity=FromTeacher(), teacher=Frozen())
+    assert errors_at_the_truth(taught)["u"].max() < close
+    assert errors_at_the_truth(MeanFlow())["u"][:k].median() > 0.1
+    fields = {"residual": Exact(), "direction": "guided"}
+    taught = errors_at_the_truth(DuMo(velocity=FromTeacher(), teacher=Frozen(), **fields))
+    assert max(rows.max() for rows in taught.values()) < close
+    own = errors_at_the_truth(DuMo(velocity=Own(), teacher=Online(), **fields))
+    assert own["u"].max() < close < 0.1 < own["v"].median()
+    given = errors_at_the_truth(DuMo(teacher=Online(), **fields))
+    assert given["u"].median() > 0.1
+    for objective, exact in ((DECM(), True), (DECM(velocity=Conditional()), False)):
+        assert (errors_at_the_truth(objective)["consistency"].median() < close) == exact
+    assert errors_at_the_truth(DECM(teacher=Frozen()))["v"].max() < close
+
+
 VARIANTS = {
     "mean_flow_own": partial(MeanFlow, velocity=Own()),
     "mean_flow_teacher": lambda: MeanFlow(velocity=FromTeacher(), teacher=Frozen()),
@@ -254,7 +284,7 @@ VARIANTS = {
 def bias(name):
     make = VARIANTS[name]
     subject = Subject(name.rsplit("_", 1)[0].removesuffix("_plug"), make)
-    return fixed_point.measure(subject, GAUSSIAN, blocks=12)
+    return fixed_point.measure(subject, GAUSSIAN)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("plug_in")])

@@ -116,8 +116,8 @@ class DECM:
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout)
-        x, t, cond = d.x_t, d.t, d.cond
-        velocity, teacher, w = self._estimator, self.teacher(net), self.guidance_scale
+        x, t, cond, w = d.x_t, d.t, d.cond, self.guidance_scale
+        velocity, teacher = self._estimator, self.teacher(net)
         u = net(x, t, t, cond)["u"]
         share = w - 1 if self.teacher.distils else 1 - 1 / w
         anchor = guided_by(velocity, d, teacher, rng, share, limit=self.guidance_limit)

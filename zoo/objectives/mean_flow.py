@@ -91,8 +91,8 @@ class MeanFlow:
             )
         if not 0 <= self.kappa < 1:
             raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
-        anchors = self.splits_batch
-        check_velocity("mean_flow", self.velocity, teacher=self.teacher, anchors=anchors)
+        both = self.splits_batch
+        check_velocity("mean_flow", self.velocity, teacher=self.teacher, anchors=both)
 
     @property
     def guidance_scale(self) -> float:

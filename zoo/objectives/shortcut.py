@@ -88,15 +88,10 @@ class Shortcut:
             )
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
-        first = quota(len(batch), self.bootstrap_fraction)
-        d = draw(
-            batch, rng, self.path, lambda n, g: self.draw_times(n, first, g), self.label_dropout
-        )
-        v, teacher, k = (
-            self.velocity.target(d, net, rng),
-            self.teacher(net),
-            batch.share.size(first),
-        )
+        n = quota(len(batch), self.bootstrap_fraction)
+        times = lambda m, g: self.draw_times(m, n, g)  # noqa: E731
+        d = draw(batch, rng, self.path, times, self.label_dropout)
+        v, k, teacher = self.velocity.target(d, net, rng), batch.share.size(n), self.teacher(net)
         rows = d.x_t[:k], d.t[:k], d.r[:k], first_rows(d.cond, k), d.labelled[:k]
         target = torch.cat([self._two_halves(teacher, *rows), v[k:]]).detach()
 

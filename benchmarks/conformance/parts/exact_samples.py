@@ -10,10 +10,16 @@ from torch import Tensor
 
 from benchmarks.conformance.networks import ExactNetwork, OnPath
 from benchmarks.conformance.parts.part import F64, Part, generator, normal
-from benchmarks.conformance.parts.recorded import outputs_for, sampler_of, takes_maps_alone
+from benchmarks.conformance.parts.recorded import (
+    Recorded,
+    outputs_for,
+    sampler_of,
+    takes_maps_alone,
+)
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held
 from benchmarks.conformance.subject import GAUSSIAN
 from registry.protocols import Cond, Network
+from zoo.ops import like
 from zoo.paths import Linear, TrigFlow
 
 NUM = 20_000
@@ -26,7 +32,10 @@ CONSTANT = torch.tensor([0.7, -1.3], dtype=F64)
 
 
 def straight_lines(part: Part) -> ClaimResult:
-    """Where the velocity is constant, any number of steps from t = 1 to t = 0 is exact."""
+    """Where the velocity is constant, any number of steps from t = 1 to t = 0 is exact.
+
+    Every call then has the state that the line has at the call's time.
+    """
     taken = [s for nfe in (*FEW, 8, 16) if (s := sampler_of(part, nfe)) is not None]
     taken = taken or [part.make()]
     if not all(map(_without_noise, taken)):
@@ -34,7 +43,19 @@ def straight_lines(part: Part) -> ClaimResult:
     x1, worst = normal(16, 2), 0.0
     for sampler in taken:
         for keys in outputs_for(sampler):
-            x0 = _draw(sampler, _constant(keys), x1)
+            network = Recorded(_constant(keys))
+            x0 = _draw(sampler, network, x1)
+            for x, t, *_ in network.calls:
+                away = float((x - (x1 - like(1 - t, x1) * CONSTANT)).abs().max())
+                if not away < OFF:
+                    place = 1 - float(((x1 - x) / CONSTANT).mean())
+                    raise Broken(
+                        f"with nfe = {sampler.nfe} it asks at t = {float(t[0]):.3g} about the "
+                        f"state that a constant velocity reaches at t = {place:.3g}",
+                        "the state and the time of a call belong together: the first ones are the "
+                        "noise and t = 1",
+                    )
+                worst = max(worst, away)
             error = float((x0 - (x1 - CONSTANT)).abs().max())
             if not error < OFF:
                 way = float(((x1 - x0) / CONSTANT).mean())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backbones.pretrained.tensors import fitting, save_tensors
+from backbones.pretrained.tensors import digest_of, fitting, save_tensors
 from trainers.checkpoints.weights import save_module
 from trainers.checkpoints.whole_files import whole_file
 
@@ -70,3 +70,10 @@ def test_file_with_a_digest_is_checked_when_it_is_read(tmp_path, dtype):
         fitting(path, module)
     save_file({name: value + 1 for name, value in module.state_dict().items()}, path)
     assert not fitting(path, module)["rows"].equal(module.rows)  # written by others, without one
+
+
+def test_digest_is_of_names_types_shapes_and_values():
+    rows = torch.zeros(2, 3)
+    same_bytes = [{"b": rows}, {"a": rows.T}, {"a": rows.int()}, {"a": rows[:1], "b": rows[1:]}]
+    files = [{"a": rows}, {"a": rows + 1}, *same_bytes]
+    assert len({digest_of(tensors) for tensors in files}) == len(files)

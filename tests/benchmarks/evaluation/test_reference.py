@@ -179,7 +179,7 @@ def test_too_few_samples_are_refused_before_sampling(run_folder, tmp_path, monke
 
 
 def test_statistics_in_single_precision_of_few_images_are_read(run_folder, tmp_path) -> None:
-    """Their covariance has negative eigenvalues of about 1e-7, from rounding."""
+    """Their covariance has eigenvalues of about 1e-7 by rounding, of which the root is 3e-4."""
     pixels = np.random.default_rng(0).normal(size=(20, 64))
     sigma = np.cov(pixels.T).astype(np.float32)
     assert np.linalg.eigvalsh(sigma.astype(np.float64)).min() < -1e-9
@@ -187,7 +187,7 @@ def test_statistics_in_single_precision_of_few_images_are_read(run_folder, tmp_p
     how = {"num": 100, "nfe": (1,), "reference": str(tmp_path / "single.npz")}
     values = evaluate_run(run_folder, request(tmp_path, **how), tmp_path / "out")
     (features,) = blocks(tmp_path / "out").values()
-    assert values["nfe1/fd_pixels"] == pytest.approx(fd(features, pixels), rel=1e-6)
+    assert values["nfe1/fd_pixels"] == pytest.approx(fd(features, pixels), rel=1e-3)
 
 
 def test_statistics_of_another_resize_are_warned_of(caplog) -> None:

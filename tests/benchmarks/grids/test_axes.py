@@ -169,6 +169,8 @@ def test_settings_are_counted_without_making_them(mode, varied):
 
 def test_a_grid_of_too_many_cells_is_refused_at_once_with_the_number():
     many = [str(i) for i in range(1000)]
+    with pytest.raises(ValueError, match=r"1,000 cells .* Grid.max_cells = 999\."):
+        Declared(axes={"mlp.dim": many}, max_cells=999).cells([""])
     huge = Declared(axes={"adamw.lr": many, "mlp.dim": many}, repeat={"run.seed": many})
     with pytest.raises(
         ValueError, match=r"2,000,000,000 cells .* Grid.max_cells = 10,000.*2000000000"

@@ -19,6 +19,7 @@ from benchmarks.grids.request import Request
 from benchmarks.records.jsonl import read_record
 from benchmarks.runs.pretraining import after_first, first_of
 from registry import objectives
+from registry.folders import file_sha256
 from zoo.objectives.decm import DECM
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.teachers import Frozen
@@ -183,6 +184,8 @@ def test_distillation_is_resumed_in_either_half(tmp_path, monkeypatch, when):
     assert losses(run, "teacher/loss") == losses(whole, "teacher/loss")
     assert result(run)["values"] == result(whole)["values"]
     assert result(run)["steps"] == 4
+    spent = json.loads((run / "teacher" / "spent.json").read_text())
+    assert spent["weights_sha256"] == file_sha256(run / "teacher" / "model.safetensors")
 
 
 @pytest.mark.parametrize(("steps", "share"), [(3, 0.5), (5, 0.3), (4, 0.9)])

@@ -7,6 +7,7 @@ import pytest
 import benchmarks.experiments.build  # noqa: F401  so that gin knows run
 from registry import gin_setup, metrics
 from registry.configuration.gin_text import bindings_of_values
+from registry.configuration.gin_values import problems
 
 REFUSED = {
     "run.steps = '10'": "Write run.steps = 10",
@@ -108,3 +109,18 @@ def test_a_parameter_whose_default_is_none_takes_none():
 def test_the_python_door_refuses_what_gin_cannot_write(value):
     with pytest.raises(ValueError, match=r"adamw\.lr"):
         bindings_of_values({"adamw.lr": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "that is not finite"),
+        ((0.9, float("nan")), "that is not finite"),
+        ({1, 2}, "cannot be written"),
+        ([object()], "cannot be written"),
+    ],
+)
+def test_a_value_that_imported_code_binds_is_one_that_gin_can_write(value, said):
+    (problem,) = problems([("adamw.lr", "adamw", "lr", value)])
+    assert problem.text.startswith("adamw.lr = ")
+    assert said in problem.text

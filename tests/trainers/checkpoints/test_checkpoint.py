@@ -329,6 +329,22 @@ def test_full_disk_is_a_warning_and_leaves_older_checkpoints(
     assert torch.equal(torch.stack(losses), torch.stack(run(budget=Budget(steps=9))[1]))
 
 
+def test_checkpoint_that_cannot_be_begun_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin(aside: Path) -> None:
+        if "00000006" in aside.name:
+            raise OSError(28, "No space left on device")
+        aside.mkdir(parents=True)
+
+    monkeypatch.setattr("trainers.checkpoints.checkpoint.begin", begin)
+    saving = CheckpointCallback(every=3, keep=10)
+    run(folder=tmp_path, callbacks=[saving], budget=Budget(steps=9))
+    found = [p.name for p in checkpoints(tmp_path / "checkpoints")]
+    assert found == ["step_00000003", "step_00000009"]
+    assert "NO CHECKPOINT at step 6: [Errno 28]" in caplog.text
+
+
 def test_a_save_that_is_interrupted_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

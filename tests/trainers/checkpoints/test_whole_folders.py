@@ -33,6 +33,14 @@ def change(folder, **entries):
     (folder / MANIFEST).write_text(json.dumps(manifest | entries))
 
 
+def test_folder_is_begun_without_what_an_earlier_attempt_left(tmp_path):
+    aside = aside_of(tmp_path / "run" / "step_00000001")
+    for _ in range(2):
+        begin(aside)
+        assert not list(aside.iterdir())
+        (aside / "net.safetensors").write_text("half of it")
+
+
 def test_folder_as_it_was_written_is_whole(folder):
     (folder / ".hidden").write_text("of the file system")
     verify(folder)

@@ -126,6 +126,7 @@ def test_reconstruction_far_from_the_snapshots_warns_and_says_how_far(
     assert "0.05, 0.1 at 12 steps" in caplog.text
     with safe_open(made.path, framework="pt") as file:
         about = file.metadata()
+    assert len(about.pop("tensors_sha256")) == 64
     assert about == {"width": "0.01", "step": "60", "error": str(made.error)}
     reconstruct(trained.folder, 0.1, 41, tmp_path / "x.safetensors")
     assert "the nearest of these is 40" in caplog.text

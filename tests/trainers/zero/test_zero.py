@@ -15,10 +15,12 @@ import torch
 import zero_work
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zero_work import OPTIONS, SAVED, STAGES, found, names, train
 
+from backbones.pretrained.tensors import DIGEST
 from trainers import Budget, TorchEngine
 from trainers.checkpoints.checkpoint import latest
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
@@ -308,6 +310,8 @@ def test_consolidated_weights_are_those_of_the_checkpoint(resumed: Any, tmp_path
             torch.testing.assert_close(net[name], value)
             torch.testing.assert_close(ema[name], loaded[0][1][name])
     assert any(not torch.equal(net[name], ema[name]) for name in net)
+    with safe_open(tmp_path / "net.safetensors", "pt") as file:
+        assert DIGEST in file.metadata()  # so that damage is noticed when it is read
     with pytest.raises(ValueError, match=r"no average at decay 0.7; it has 0.5, 0.9"):
         consolidate(checkpoint, tmp_path / "x.safetensors", decay="0.7")
 

@@ -118,3 +118,19 @@ def test_what_cannot_be_checked_is_said_before_anything_runs(words, told, capsys
 
 def test_kind_may_be_said_in_python():
     assert check("linear", kind="path").problems() == ()
+
+
+def test_part_is_checked_as_it_is_bound(capsys):
+    assert command("beta_pair", "--set", "beta_pair.a = 2.4", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["objective"], report["kind"]) == ("beta_pair with beta_pair.a = 2.4", "time law")
+    assert command("edm_augment", "--set", "edm_augment.data = @digits()") == 0
+    assert command("beta_pair", "--set", "uniform_pair.off_diagonal_fraction = 0.5") == 2
+    told = "uniform_pair.off_diagonal_fraction changes nothing of the time law 'beta_pair'"
+    assert told in capsys.readouterr().err
+
+
+def test_objective_on_a_wrong_path_is_rejected_by_the_command(written, capsys):
+    file, path = written("off_path", "0.9"), "flow_matching.path = @off_path()"
+    assert command("flow_matching", "--import", file, "--set", path) == 1
+    assert "fails: fixed point at a Gaussian" in capsys.readouterr().err

@@ -237,7 +237,7 @@ class GlobalNoise(Restart):
     def __call__(self, net, x1, cond, rng):
         x = jump(net, x1, 1.0, 0.0, cond)
         for t in self.times()[1:]:
-            noisy = self.path.sample(x, torch.randn_like(x), full(x, t)).x_t
+            noisy = Linear().sample(x, torch.randn_like(x), full(x, t)).x_t
             x = jump(net, noisy, t, 0.0, cond)
         return x
 
@@ -286,6 +286,26 @@ class FirstState(Euler):
         return x
 
 
+class EndTimes(Euler):
+    """Each step asks for the velocity at the time where it ends."""
+
+    def __call__(self, net, x1, cond, rng):
+        x = x1
+        for t, r in pairwise(even_times(self.nfe)):
+            x = x - (t - r) * velocity_at(net, x, full(x, r), cond)
+        return x
+
+
+class Clipped(Euler):
+    """No velocity is larger than 1.5."""
+
+    def __call__(self, net, x1, cond, rng):
+        x = x1
+        for t, r in pairwise(even_times(self.nfe)):
+            x = x - (t - r) * velocity_at(net, x, full(x, t), cond).clamp(-1.5, 1.5)
+        return x
+
+
 class StraightNoise(Restart):
     """Noise is added along the straight path, whatever the path is."""
 
@@ -315,6 +335,7 @@ EVALUATIONS = "takes the evaluations that it can have"
 SHAPES = "shapes and dtypes"
 CALLS = "makes as many calls as nfe"
 TIMES = "calls what it needs, in 0 <= r <= t <= 1"
+LINES = "straight lines are exact"
 LAW = "keeps the law of the data"
 WRONG = [
     (Unmarked, EVALUATIONS, "it takes nfe = 0", "ValueError"),
@@ -333,9 +354,11 @@ WRONG = [
     (GlobalNoise, "determined by noise and rng", "noise and rng differ", "generator=rng"),
     (InPlace, "determined by noise and rng", "changes the noise x1 in place", "x = x * a"),
     (Whitening, "rows are independent", "noise of the others", "no mean"),
-    (Stopping, "straight lines are exact", "goes 0.5 of the way", "add up to 1"),
-    (FalseTimes, LAW, "are off by 0.141 with nfe = 256", "where it starts"),
-    (FirstState, LAW, "are off by 1.2 with nfe = 256", "where it starts"),
+    (Stopping, LINES, "goes 0.5 of the way", "add up to 1"),
+    (FalseTimes, LINES, "at t = 0 about the state", "belong together"),
+    (FirstState, LINES, "reaches at t = 1", "belong together"),
+    (EndTimes, LINES, "with nfe = 1 it asks at t = 0", "the noise and t = 1"),
+    (Clipped, LAW, "with nfe = 256", "where it starts"),
     (Recombined, LAW, "do not have the data's law", "fresh noise"),
     (StraightNoise, LAW, "do not have the data's law", "along the path"),
     (Loud, LAW, "do not have the data's law", "fresh noise"),
