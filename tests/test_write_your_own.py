@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 import sys
 from pathlib import Path
@@ -115,6 +117,18 @@ def test_every_part_is_bound_in_gin_and_checked_by_a_command():
     assert {*NAMES} - named == {*WITHOUT_CHECK}
     kinds = [kind.kind for kind in (NAMES[name] for name in PARTS)]
     assert sorted(kinds) == sorted(checked.kind.kind for checked in CHECKED)
+
+
+def test_every_example_works_with_the_first_imports_alone():
+    first, *examples = blocks("python")
+    for example in examples:
+        nodes = list(ast.walk(ast.parse(first + example)))
+        known = {*vars(builtins), *(node.arg for node in nodes if isinstance(node, ast.arg))}
+        known |= {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        known |= {node.name for node in nodes if isinstance(node, ast.alias)}
+        used = {node for node in nodes if isinstance(node, ast.Name)}
+        known |= {node.id for node in used if isinstance(node.ctx, ast.Store)}
+        assert {node.id for node in used} <= known, example
 
 
 @pytest.mark.parametrize(
