@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from registry.core import Registry
-from registry.protocols.parts import check_differentiates
+from registry.differentiation import check_differentiates
 from registry.sampling import check_needs, check_trains
 
 __all__ = [

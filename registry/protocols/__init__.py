@@ -16,6 +16,7 @@ People import from here; the modules of this folder import each other directly.
 
 from __future__ import annotations
 
+from registry.differentiation import differentiated_by, trains_derivative
 from registry.protocols.batches import (
     NULL_LABEL,
     Batch,
@@ -68,11 +69,9 @@ from registry.protocols.networks import (
 from registry.protocols.parts import (
     Reference,
     couples_rows,
-    differentiated_by,
     group_of,
     parts,
     required_heads,
-    trains_derivative,
 )
 from registry.protocols.rows import check_groups, check_reference, is_picture, read_share
 from registry.protocols.runs import (

@@ -1,15 +1,10 @@
-"""Where a part comes from, which parts are inside it, and what an objective differentiates."""
+"""Where a part comes from and which parts are inside it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
-
-DIFFERENTIATES = ("derivative", "input")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,6 @@ def couples_rows(objective: Any) -> bool:
     return any(getattr(part, "couples_rows", False) for part in inside)
 
 
-def trains_derivative(objective: Any) -> bool:
-    """Whether the loss sends a gradient through a derivative: `differentiates` says so."""
-    return "derivative" in getattr(objective, "differentiates", ())
-
-
 def group_of(objective: Any) -> int:
     """How many rows a group has, by the objective or by a part of it; 1 where none declares it.
 
@@ -86,41 +76,3 @@ def required_heads(objective: Any) -> tuple[str, ...]:
         if callable(part) and isinstance(getattr(type(part), "heads", None), tuple):
             names += type(part).heads
     return tuple(dict.fromkeys(names))
-
-
-def differentiated_by(objective: Any) -> tuple[str, ...]:
-    """`objective.differentiates`, else (): what its gradient runs through beside predictions.
-
-    `full_gradient = True` of earlier versions stands for all of it. `objective` is an object or its
-    class.
-    """
-    if _says_full_gradient(objective):
-        return DIFFERENTIATES
-    return tuple(getattr(objective, "differentiates", ()))
-
-
-def check_differentiates(name: str, cls: type) -> None:
-    """ValueError where the class of the objective `name` declares `differentiates` in error.
-
-    A warning where it declares the former `full_gradient`.
-    """
-    found: Any = getattr(cls, "differentiates", ())
-    if _says_full_gradient(cls):
-        log.warning(
-            "objective %r declares full_gradient, which goes on working in this release alone, as "
-            "differentiates = %s. Let it declare what its gradient runs through, such as "
-            'differentiates: ClassVar = ("derivative",)',
-            *(name, DIFFERENTIATES),
-        )
-    elif not isinstance(found, property) and not (
-        isinstance(found, tuple) and {*found} <= {*DIFFERENTIATES}
-    ):
-        raise ValueError(
-            f"objective {name!r} declares differentiates = {found!r}; it needs a tuple of "
-            f"{' and '.join(map(repr, DIFFERENTIATES))}, such as differentiates: ClassVar = "
-            '("derivative",)'
-        )
-
-
-def _says_full_gradient(objective: Any) -> bool:
-    return not hasattr(objective, "differentiates") and getattr(objective, "full_gradient", False)

@@ -358,6 +358,7 @@ def test_package_of_our_name_that_is_loaded_already_is_named(foreign):
     assert str(foreign / "benchmarks") in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_of_a_grid_work_beside_foreign_packages(foreign, grid_file):
     small = sets(*FILE_ONLY, "run.steps = 2", "Grid.repeat = {}", "Grid.axes = {}")
     words = ["grid", grid_file, "--workers", "1", "--out", foreign / "g", *small]

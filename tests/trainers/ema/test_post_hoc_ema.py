@@ -339,6 +339,7 @@ def test_bindings_that_cannot_be_are_refused_before_training(
 
 
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_two_processes_store_what_one_does(tmp_path: Path) -> None:
     """Stage 2 with accumulation; stage 3 without a whole average anywhere, resumed, disk full."""
     told = zero_work.spawn(2, "sharded", tmp_path, file=post_hoc_work.__file__)

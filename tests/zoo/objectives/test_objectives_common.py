@@ -160,7 +160,13 @@ def test_times_of_the_rows_are_reported(name):
     assert any(seen.out.t.equal(t) and seen.out.r.equal(r) for t, r in clusters)
 
 
-@pytest.mark.parametrize("name", objectives.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "decm" else name  # half a minute
+        for name in objectives.names()
+    ],
+)
 def test_every_planted_mistake_is_rejected_by_its_claim(name):
     subject, planted = SUBJECTS[name], set()
     for mutation in mutations.MUTATIONS:

@@ -236,7 +236,7 @@ def clipped_bias(law, clip_by, clip=1.0):
     return fixed_point.measure(Subject("dumo", lambda: objective), law, exact=False)
 
 
-@pytest.mark.parametrize("clip_by", ["element", "rms"])
+@pytest.mark.parametrize("clip_by", ["element", pytest.param("rms", marks=pytest.mark.slow)])
 def test_clip_with_a_conditional_velocity_moves_the_optimum_at_a_skewed_mixture(clip_by):
     biased = clipped_bias(MIXTURE, clip_by)
     assert biased.z > 4
