@@ -27,11 +27,10 @@ from benchmarks.conformance.subject import (
     Subject,
     gradients,
     is_derivative,
-    random_batch,
     replaced,
 )
 from registry import derivatives
-from registry.protocols import NULL_LABEL, Batch, LossOutput, parts
+from registry.protocols import NULL_LABEL, Batch, LossOutput, parts, trains_derivative
 
 SHAPES = ((2,), (1,), (3, 4), (1, 8, 8))
 LIKE = "multiply [b] with [b *d] by zoo.ops.like(t, x); reduce with zoo.ops.mean_flat"
@@ -50,7 +49,7 @@ def evaluate(subject: Subject, batch: Batch, case: str, hint: str, seed: int = 0
 
 def one_loss_per_row(subject: Subject) -> ClaimResult:
     """The loss is one number for each row; all other claims need this one."""
-    batch = random_batch()
+    batch = subject.batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols"
     out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
     if not isinstance(out, LossOutput):
@@ -73,7 +72,7 @@ def shapes_and_dtypes(subject: Subject) -> ClaimResult:
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
             case = f"{str(dtype).removeprefix('torch.')} data of shape {list(shape)}"
-            batch = random_batch(shape, dtype=dtype)
+            batch = subject.batch(shape, dtype=dtype)
             out = evaluate(subject, batch, case, LIKE)
             _check_per_sample(out, batch, case)
             for name, rows in {**out.terms, **out.diagnostics}.items():
@@ -83,12 +82,12 @@ def shapes_and_dtypes(subject: Subject) -> ClaimResult:
 
 
 def few_rows(subject: Subject) -> ClaimResult:
-    """The loss of very few rows is finite, at every step of a schedule."""
+    """The loss of very few rows, or groups, is finite, at every step of a schedule."""
     cases = 0
-    for n in (1, 2, 3, 5):
+    for n in (subject.group * k for k in (1, 2, 3, 5)):
         for step in STEPS:
             case = f"{n} row{'s' * (n > 1)} at step {step}"
-            batch = random_batch(n=n, step=step)
+            batch = subject.batch(n=n, step=step)
             hint = "a share of n rows may have no row, and the spread over one row is nan"
             out = evaluate(subject, batch, case, hint)
             _check_per_sample(out, batch, case)
@@ -103,10 +102,10 @@ def labels(subject: Subject) -> ClaimResult:
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
     kinds = ("null", "given") if subject.needs_labels else ("none", "null", "given")
     for kind in kinds:
-        out = evaluate(subject, batch := random_batch(n=16, labels=kind), f"labels: {kind}", cond)
+        out = evaluate(subject, batch := subject.batch(n=16, labels=kind), f"labels: {kind}", cond)
         _check_per_sample(out, batch, f"labels: {kind}")
     toy = subject.on_toy()
-    toy(batch, net=(net := Tapped(toy.net, 16)))
+    toy(batch, net=(net := Tapped(toy.net, len(batch))))
     seen = [call.labels for call in net.calls if call.with_gradient and call.labels is not None]
     if not any(bool(torch.any(labels != NULL_LABEL)) for labels in seen):
         raise Broken("no label reaches a call that is trained", cond)
@@ -118,7 +117,7 @@ def finite(subject: Subject) -> ClaimResult:
     largest = 0.0
     cases = itertools.product(((0.0, True), (0.0, False), (1.0, True), (1.0, False)), STEPS)
     for ((scale, constant), step), (form, exact) in itertools.product(cases, subject.variants()):
-        batch = random_batch(n=256, step=step, dtype=torch.float32, labels="given")
+        batch = subject.batch(n=256, step=step, dtype=torch.float32, labels="given")
         if constant:
             batch = replace(batch, x0=torch.zeros_like(batch.x0))
         toy = form.on_toy(exact=exact, scale=scale)
@@ -140,8 +139,8 @@ def calls_within_times(subject: Subject) -> ClaimResult:
     """Every call has one t and one r for each row, and 0 <= r <= t <= 1."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for (form, exact), (seed, step) in itertools.product(subject.variants(), enumerate(STEPS)):
-        batch, toy = random_batch(n=64, step=step, labels="given"), form.on_toy(exact=exact)
-        net = Tapped(toy.net, 64)  # the teacher too, so that its calls are recorded
+        batch, toy = subject.batch(n=64, step=step, labels="given"), form.on_toy(exact=exact)
+        net = Tapped(toy.net, len(batch))  # the teacher too, so that its calls are recorded
         form.loss(form.objective(exact=exact, teacher=net), net, batch, seed)
         for call in net.calls:
             n = len(call.x)
@@ -164,7 +163,10 @@ def calls_within_times(subject: Subject) -> ClaimResult:
 
 
 def derivatives_agree(subject: Subject) -> ClaimResult:
-    """Every backend gives the same loss and gradient: to rounding, finite differences to 1e-3."""
+    """Every backend gives the same loss and gradient: to rounding, differences to 1e-3.
+
+    One that needs no forward-mode rule is by differences. A loss may ask for trained ones alone.
+    """
     forms = {form: _derivatives_of(form.objective(exact=True)) for form in subject.forms()}
     found = [
         _disagreement(form, chosen, step)
@@ -176,10 +178,10 @@ def derivatives_agree(subject: Subject) -> ClaimResult:
         return declared("no derivative part")
     exact, loose = (max(errors) for errors in zip(*found, strict=True))
     return compared(
-        f"finite difference {loose:.1g}; exact",
+        f"differences {loose:.1g}; exact",
         max(exact, loose * 1e-6),
         1e-9,
-        f"derivative backends disagree by {exact:.2g}, finite_difference by {loose:.2g}",
+        f"derivative backends disagree by {exact:.2g}, those by differences by {loose:.2g}",
         "the function that is differentiated must be smooth and free of .detach()",
     )
 
@@ -189,19 +191,22 @@ def _derivatives_of(objective: Any) -> list[str]:
 
 
 def _disagreement(subject: Subject, chosen: list[str], step: int) -> tuple[float, float]:
-    """How far the exact backends, and finite differences, are from `jvp`."""
-    batch, found = random_batch(n=32, labels="given", step=step), {}
-    for backend in derivatives.names():
+    """How far the exact backends, and those by differences, are from `jvp`."""
+    batch, found = subject.batch(n=32, labels="given", step=step), {}
+    known = {name: derivatives.get(name) for name in derivatives.names()}
+    if trains_derivative(subject.make()):
+        known = {name: cls for name, cls in known.items() if getattr(cls, "differentiable", False)}
+    for backend, cls in known.items():
         toy = subject.on_toy(exact=True)
         for name in chosen:
-            toy = replace(toy, objective=replaced(toy.objective, name, derivatives.get(backend)()))
+            toy = replace(toy, objective=replaced(toy.objective, name, cls()))
         per_sample = toy(batch).per_sample
         gradient = gradients(per_sample, list(toy.net.parameters()))
         found[backend] = torch.cat([per_sample, *(g.flatten() for g in gradient)]).detach()
     size = found["jvp"].norm()
     errors = {name: float((value - found["jvp"]).norm() / size) for name, value in found.items()}
-    loose = errors.pop("finite_difference")
-    return max(errors.values()), loose
+    by_differences = [errors.pop(name) for name, cls in known.items() if not cls.needs_forward_ad]
+    return max(errors.values()), max(by_differences)
 
 
 def not_reached(subject: Subject) -> ClaimResult:
@@ -226,7 +231,7 @@ def not_reached(subject: Subject) -> ClaimResult:
         for form, exact in subject.variants():
             toy = form.on_toy(exact=exact)
             for kind, step in itertools.product(("none", "null", "given"), STEPS):
-                toy(random_batch(n=16, labels=kind, step=step))
+                toy(subject.batch(n=16, labels=kind, step=step))
     finally:
         sys.settrace(before)
     idle = [

@@ -4,7 +4,7 @@ A loss ||p - sg T||^2 is differentiated through its prediction p alone. `Tapped`
 every evaluation of the network. No gradient may reach a leaf that only derivatives see, unless
 `differentiates` names the derivative, or run through the input of an evaluation that comes from
 another one, unless it names the input. No second derivative may join the leaves of two evaluations,
-or of two rows of one evaluation.
+or of two rows of one evaluation that are in different groups.
 
 Two evaluations may be joined by a declared input: an error in the first then moves the second, as
 in a map of two steps, and both errors add up. Where they cancel, the second is a target that is
@@ -25,7 +25,7 @@ from backbones.mlp import MLP
 from backbones.network import build_network
 from benchmarks.conformance.networks import NUM_CLASSES, Evaluation, Tapped, Toy
 from benchmarks.conformance.results import Broken, ClaimResult, held, note
-from benchmarks.conformance.subject import STEPS, OnToy, Subject, random_batch
+from benchmarks.conformance.subject import STEPS, OnToy, Subject
 from registry.protocols import Network
 
 NO_GRADIENT = "evaluate targets through a teacher or under torch.no_grad(), and .detach() them"
@@ -83,10 +83,10 @@ class _Seen:
     def of(cls, subject: Subject, step: int, *, exact: bool, itself: bool) -> _Seen:
         """With the network in training as its own teacher, or with another one."""
         keys = subject.exact_keys if exact else subject.keys
-        net, other = Tapped(Toy((2,), keys), 12), Tapped(Toy((2,), keys, seed=1), 12)
+        batch = subject.batch(n=12, step=step, labels="given")
+        net, other = (Tapped(Toy((2,), keys, seed=seed), len(batch)) for seed in (0, 1))
         objective = subject.objective(exact=exact, teacher=net if itself else other)
         net.requires_grad_()
-        batch = random_batch(n=12, step=step, labels="given")
         return cls(subject.loss(objective, net, batch).per_sample, net, other, subject)
 
     def check(self) -> None:
@@ -138,7 +138,9 @@ class _Seen:
             own = list(call.value.values())
             if not own:
                 continue
-            half = torch.rand(len(own[0]), generator=rng) < 0.5
+            group = self.subject.group if len(own[0]) % self.subject.group == 0 else 1
+            half = torch.rand(len(own[0]) // group, generator=rng) < 0.5
+            half = half.repeat_interleave(group)
             slopes = torch.autograd.grad(
                 *(self.per_sample.sum(), own),
                 create_graph=True, allow_unused=True, materialize_grads=True,
@@ -191,7 +193,7 @@ def _gradients(value: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
 
 def _backward(toy: OnToy, net: Network, dtype: torch.dtype) -> None:
     for step in STEPS:
-        batch = random_batch(n=16, step=step, labels="given", dtype=dtype)
+        batch = toy.subject.batch(n=16, step=step, labels="given", dtype=dtype)
         toy(batch, seed=step, net=net).per_sample.mean().backward()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.conformance.claims import evaluate
 from benchmarks.conformance.networks import Tapped
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held, note
-from benchmarks.conformance.subject import STEPS, Subject, random_batch
+from benchmarks.conformance.subject import STEPS, Subject
 from registry.protocols import Share, group_of
 
 SHARE = (
@@ -25,7 +25,7 @@ SHARE = (
 
 def batch_left_alone(subject: Subject) -> ClaimResult:
     """The loss changes no tensor of the batch, which the trainer may use again."""
-    batch = random_batch(labels="given")
+    batch = subject.batch(labels="given")
     assert batch.cond is not None
     before = batch.x0.clone(), batch.cond["label"].clone()
     evaluate(subject, batch, "8 rows", "the claims before this one say more")
@@ -47,7 +47,7 @@ def batch_left_alone(subject: Subject) -> ClaimResult:
 
 def deterministic(subject: Subject) -> ClaimResult:
     """The same rng gives the same loss, also on the same instance; another rng gives another."""
-    batch, toy = random_batch(n=16), subject.on_toy()
+    batch, toy = subject.batch(n=16), subject.on_toy()
 
     def loss(seed: int, global_seed: int) -> Tensor:
         torch.manual_seed(global_seed)
@@ -74,7 +74,7 @@ def deterministic(subject: Subject) -> ClaimResult:
 
 def global_generators_untouched(subject: Subject) -> ClaimResult:
     """The loss draws from its rng alone, or other objectives would see other data and noise."""
-    batch, toy = random_batch(n=16, labels="given"), subject.on_toy()
+    batch, toy = subject.batch(n=16, labels="given"), subject.on_toy()
     if moved := drawn_from(lambda: toy(batch)):
         raise Broken(
             f"it draws from the global generator of {', '.join(moved)}",
@@ -103,8 +103,8 @@ def rows_are_independent(subject: Subject) -> ClaimResult:
     n = _rows_for(group)
     for step in STEPS[:2]:
         for kept in (0, 5, n - 1):
-            batch = random_batch(n=n, step=step)
-            x0 = random_batch(n=n, seed=1).x0
+            batch = subject.batch(n=n, step=step)
+            x0 = subject.batch(n=n, seed=1).x0
             first = kept - kept % group
             x0[first : first + group] = batch.x0[first : first + group]
             one, two = (
@@ -129,7 +129,7 @@ def share_of_a_batch(subject: Subject) -> ClaimResult:
     """
     error, wasteful, group = 0.0, False, group_of(subject.make())
     for step in STEPS[:2]:
-        batch = random_batch(n=_rows_for(group), step=step, labels="given")
+        batch = subject.batch(n=_rows_for(group), step=step, labels="given")
         whole = subject.on_toy()(batch, seed=step).per_sample.detach()
         for number, count in ((0, 2), (1, 2), (2, 3)):
             share = Share(number, count, group)
@@ -153,7 +153,7 @@ def _rows_for(group: int) -> int:
 
 def _check_noise(subject: Subject) -> None:
     """On data that are zero, the states of two steps must not point along the same noise."""
-    batch = random_batch(n=16)
+    batch = subject.batch(n=16)
     batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
     for seed in (0, 1):
         toy = subject.on_toy()

@@ -21,7 +21,7 @@ from benchmarks.conformance.networks import VELOCITIES
 from benchmarks.conformance.parts import kinds as part_kinds
 from benchmarks.conformance.results import Claim, ClaimResult, run_claim
 from benchmarks.conformance.sampling import samplers_reach_the_data
-from benchmarks.conformance.subject import Subject, random_batch
+from benchmarks.conformance.subject import Subject
 from benchmarks.conformance.verdicts import Verdict, verdicts
 from registry import gin_setup
 from registry.core import Registry
@@ -251,7 +251,7 @@ def _check_declarations(name: str, objective: Any, subject: Subject) -> None:
 def _refuses_no_labels(subject: Subject) -> bool:
     """Whether it takes labelled data alone, as with guidance on; a variant may be so."""
     try:
-        subject.on_toy()(random_batch(labels="none"))
+        subject.on_toy()(subject.batch(labels="none"))
     except ValueError as refusal:
         return "label" in str(refusal)
     return False

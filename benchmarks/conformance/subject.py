@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -22,13 +23,16 @@ from registry import weights
 from registry.protocols import (
     NULL_LABEL,
     Batch,
+    Cond,
     LossOutput,
     Network,
     Teacher,
     couples_rows,
     differentiated_by,
+    group_of,
     parts,
     required_heads,
+    rows_of,
 )
 from zoo.oracles import GaussianOracle, MixtureOracle, Oracle, exact_on
 from zoo.paths import path_of
@@ -106,13 +110,18 @@ class Subject:
             self.tried.setdefault(f.name, set()).add(kind)
         rng = torch.Generator().manual_seed(seed)
         if self.needs_labels and batch.cond is None:
-            batch = replace(batch, cond={"label": torch.arange(len(batch)) % NUM_CLASSES})
+            label = torch.arange(len(batch)) // self.group % NUM_CLASSES
+            batch = replace(batch, cond={"label": label})
         with self.around():
             return objective.loss(self.wrap(net), batch, rng)
 
+    def batch(self, shape: Shape = (2,), n: int = 8, **how: Any) -> Batch:
+        """Normal data as those of `random_batch`, in whole groups: n rows or a few more."""
+        return random_batch(shape, n, group=self.group, **how)
+
     def batch_of(self, law: Oracle, n: int, seed: int, step: int) -> Batch:
         """Rows of a law; where labels say nothing, they are those that `loss` gives."""
-        batch = law_batch(law, n, seed, step)
+        batch = law_batch(law, n, seed, step, self.group)
         return replace(batch, cond=None) if self.needs_labels else batch
 
     def exact_with(self) -> dict[str, Any]:
@@ -145,7 +154,7 @@ class Subject:
         kept: dict[int, Tensor] = {}
         for step in STEPS:
             toy = self.on_toy(exact=exact)
-            per_sample = toy(random_batch(n=32, step=step, labels="given")).per_sample
+            per_sample = toy(self.batch(n=32, step=step, labels="given")).per_sample
             gradient = gradients(per_sample, list(toy.net.parameters()))
             seen = torch.cat([per_sample.detach(), *(g.flatten() for g in gradient)])
             if not any(torch.equal(seen, other) for other in kept.values()):
@@ -173,6 +182,10 @@ class Subject:
     @property
     def couples_rows(self) -> bool:
         return couples_rows(self.make())
+
+    @property
+    def group(self) -> int:
+        return group_of(self.make())
 
     @property
     def changes_coupling(self) -> bool:
@@ -233,22 +246,41 @@ def random_batch(
     dtype: torch.dtype = F64,
     step: int = 0,
     seed: int = 0,
+    group: int = 1,
 ) -> Batch:
-    """Normal data with no labels, "given" ones, or only "null" ones."""
-    rng = torch.Generator().manual_seed(1000 + seed)
+    """Normal data with no labels, "given" ones, or only "null" ones.
+
+    The rows of a group have one label, and the last group is made whole.
+    """
+    rng, groups = torch.Generator().manual_seed(1000 + seed), math.ceil(n / group)
+    n = groups * group
     x0 = torch.randn(n, *shape, generator=rng, dtype=F64).to(dtype)
-    label = torch.randint(NUM_CLASSES, (n,), generator=rng)
+    label = torch.randint(NUM_CLASSES, (groups,), generator=rng).repeat_interleave(group)
     if labels == "null":
         label = torch.full_like(label, NULL_LABEL)
     cond = None if labels == "none" else {"label": label}
     return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
 
 
-def law_batch(law: Oracle, n: int, seed: int, step: int | None = None) -> Batch:
-    """Rows of a law; the seed also chooses the step of the run, unless one is given."""
-    x0, cond = law.sample(n, torch.Generator().manual_seed(10_000 + seed))
+def law_batch(law: Oracle, n: int, seed: int, step: int | None = None, group: int = 1) -> Batch:
+    """Rows of a law; the seed also chooses the step of the run, unless one is given.
+
+    Rows are in whole groups of one label each, where the law has labels.
+    """
+    n, rng = math.ceil(n / group) * group, torch.Generator().manual_seed(10_000 + seed)
+    x0, cond = law.sample(n, rng) if group == 1 else _in_groups(law, n, group, rng)
     step = STEPS[seed % len(STEPS)] if step is None else step
     return Batch(x0=x0, cond=cond, step=step, progress=progress(step))
+
+
+def _in_groups(law: Oracle, n: int, group: int, rng: torch.Generator) -> tuple[Tensor, Cond | None]:
+    """n rows, of which each `group` in turn have one label; labels come about as often as ever."""
+    x0, cond = law.sample(2 * n + 4 * group * NUM_CLASSES, rng)
+    labels = torch.zeros(len(x0)) if cond is None else cond["label"]
+    of_label = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    groups = torch.cat([rows[: len(rows) // group * group].view(-1, group) for rows in of_label])
+    chosen = groups[torch.randperm(len(groups), generator=rng)[: n // group]].flatten()
+    return x0[chosen], rows_of(cond, chosen)
 
 
 def progress(step: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.conformance.mutations import MUTATIONS, RECOMBINED, Mutation
 from benchmarks.conformance.networks import Toy
 from benchmarks.conformance.results import Claim, run_claim
-from benchmarks.conformance.subject import STEPS, Subject, gradients, random_batch
+from benchmarks.conformance.subject import STEPS, Subject, gradients
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _loss_and_gradient(subject: Subject, exact: bool, step: int) -> Tensor:
     keys = subject.exact_keys if exact else subject.keys
     net, teacher = Toy((2,), keys, seed=0), Toy((2,), keys, seed=1)
     objective = subject.objective(exact=exact, teacher=teacher)
-    batch = random_batch(n=32, step=step, labels="given")
+    batch = subject.batch(n=32, step=step, labels="given")
     per_sample = subject.loss(objective, net, batch, step).per_sample
     gradient = gradients(per_sample, list(net.parameters()))
     return torch.cat([per_sample.detach(), *(g.flatten() for g in gradient)])

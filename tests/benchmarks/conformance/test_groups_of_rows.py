@@ -8,8 +8,12 @@ from typing import ClassVar
 import pytest
 import torch
 
+from benchmarks.conformance.claims import few_rows
+from benchmarks.conformance.fixed_point import at_gaussian, at_mixture
+from benchmarks.conformance.gradients import not_through_targets
 from benchmarks.conformance.isolation import rows_are_independent, share_of_a_batch
-from benchmarks.conformance.subject import Subject
+from benchmarks.conformance.results import Broken
+from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import Batch, LossOutput, Network
 from zoo.ops import mean_flat, normal_like
 
@@ -27,6 +31,29 @@ class ComparesFour:
         error = net(x1, t, 0 * t, cond)["u"] - x0
         mean = torch.cat([rows.mean(0).expand_as(rows) for rows in error.split(4)])
         return LossOutput(per_sample=mean_flat((error + mean) ** 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparesLaws:
+    """Energy distance between samples of one step and data, in groups of eight rows."""
+
+    heads: ClassVar = ("u",)
+    trains: ClassVar = ("law",)
+    fixed_point: ClassVar = "distribution"
+    group: ClassVar = 8
+    others: ClassVar = 7
+
+    def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
+        x1, one = normal_like(batch.x0, rng), torch.ones(len(batch))
+        x0, x1, one, cond = batch.share.rows(batch.x0, x1, one, batch.cond)
+        x = x1 - net(x1, one, 0 * one, cond)["u"].reshape(x1.shape)
+        fake, real = (rows.flatten(1).unflatten(0, (-1, 8)) for rows in (x, x0))
+        apart = torch.cdist(fake, fake).sum(2) / self.others / 2
+        return LossOutput(per_sample=(torch.cdist(fake, real).mean(2) - apart).flatten())
+
+
+class CountsItself(ComparesLaws):
+    others: ClassVar = 8
 
 
 class SaysTwo(ComparesFour):
@@ -55,3 +82,35 @@ def test_rows_that_depend_on_those_of_another_group_are_rejected(cls) -> None:
     assert found.status == "FAIL"
     assert "declare couples_rows = True" in found.hint
     assert "group = k" in found.hint
+
+
+def test_rows_of_a_group_have_one_label_and_groups_are_whole() -> None:
+    for batch in (random_batch(n=12, labels="given", group=8), law_batch(MIXTURE, 12, 0, group=8)):
+        assert len(batch) == 16
+        labels = batch.cond["label"].view(2, 8)
+        assert labels.eq(labels[:, :1]).all()
+    assert len(law_batch(GAUSSIAN, 12, 0, group=8)) == 16
+    shares = law_batch(MIXTURE, 8000, 0, group=8).cond["label"].double().mean()
+    assert abs(float(shares) - 0.2) < 0.02  # as often as in the law
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [few_rows, not_through_targets, at_gaussian, pytest.param(at_mixture, marks=pytest.mark.slow)],
+)
+def test_laws_that_are_compared_in_groups_pass(claim) -> None:
+    """With labels at the mixture; the gradient through two rows of a group is meant."""
+    found = claim(Subject("own", ComparesLaws))
+    assert found.status == "ok", found.reason
+
+
+def test_a_row_that_is_compared_with_itself_is_rejected() -> None:
+    found = at_gaussian(Subject("own", CountsItself))
+    assert found.status == "FAIL"
+    assert "leave out the pairs of a row with itself" in found.hint
+
+
+def test_a_gradient_through_rows_of_another_group_is_rejected() -> None:
+    assert not_through_targets(Subject("own", ComparesFour)).status == "ok"
+    with pytest.raises(Broken, match="runs through two rows of call 1"):
+        not_through_targets(Subject("own", SaysTwo))
