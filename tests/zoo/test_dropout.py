@@ -164,8 +164,8 @@ def test_training_with_shared_dropout_resumes_bit_equal(tmp_path):
     saving = [CheckpointCallback(every=3, keep=9), StopAt(5)]
     run(objective=objective(), budget=Budget(steps=8), folder=tmp_path, callbacks=saving)
     _, rest = run(objective=objective(), budget=Budget(steps=8), folder=tmp_path, resume=True)
-    assert len(rest) < len(whole)
-    assert all(a.equal(b) for a, b in zip(rest[::-1], whole[::-1], strict=False))
+    assert 0 < len(rest) < len(whole)
+    assert all(a.equal(b) for a, b in zip(rest, whole[-len(rest) :], strict=True))
     assert not whole[-1].equal(off[-1])
 
 

@@ -61,7 +61,11 @@ def _combine(weights: Tensor, stages: list[Tensor]) -> Tensor:
 
 
 def _error(stages: list[Tensor], estimates: list[Tensor], size: Tensor) -> float:
-    """The largest error of a row per unit step, relative to 1 + size; nan counts as infinite."""
+    """The largest error of a row per unit step, relative to 1 + size.
+
+    nan counts as infinite, so that `integrate` refuses the step and takes a shorter one, and raises
+    where no step is short enough.
+    """
     detached = [stage.detach() for stage in stages]
     third, fifth = ((_combine(e, detached) / (1 + size)).norm(dim=1) for e in estimates)
     blend = fifth**2 / (fifth**2 + 0.01 * third**2).sqrt().clamp_min(1e-300)

@@ -183,7 +183,7 @@ def conversions(part: Part) -> ClaimResult:
             found = getattr(path, name)(sample.x_t, sample.velocity, t)[moving]
             errors = (found - end[moving]).abs().amax(1).double() * size / ROUNDING[dtype]
             if not errors.max() < 1:
-                at = float(GRID[moving][int(errors.nan_to_num(nan=float("inf")).argmax())])
+                at = float(GRID[moving][int(errors.argmax())])
                 raise Broken(
                     f"{name} does not give back the {'data' if name == 'to_x0' else 'noise'} at "
                     f"t = {at:.2g} in {dtype}: it is off by "
