@@ -46,6 +46,7 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
+from zoo.dropout import shares_dropout
 from zoo.guidance import unlabelled
 from zoo.ops import first_rows, like, mean_flat
 from zoo.paths import Linear
@@ -87,6 +88,13 @@ class SoFlow:
                 raise ValueError(f"so_flow.{name} = {getattr(self, name)!r} must lie in (0, 1]")
         if self.guidance_scale < 1:
             raise ValueError(f"so_flow.guidance_scale = {self.guidance_scale!r} must be >= 1")
+        n = 64  # like any number of rows
+        if shares_dropout(self.teacher) and self.times.num_off_diagonal(n) < n:
+            raise ValueError(
+                "so_flow.teacher has dropout = 'shared', and so_flow.times draws r < t for some of "
+                "the rows alone: targets of these rows would not have the masks of the prediction. "
+                "Set dropout = 'off', or draw r < t in every row (off_diagonal_fraction = 1.0)"
+            )
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout)

@@ -9,6 +9,7 @@ from objective_cases import noise_of, watch
 from registry.protocols import NULL_LABEL
 from zoo.objectives.so_flow import SHORTEST, SoFlow
 from zoo.ops import like
+from zoo.teachers import Online
 from zoo.times import TwoLogitNormals
 
 HALF = TwoLogitNormals(off_diagonal_fraction=0.5)
@@ -75,6 +76,16 @@ def test_share_falls_exponentially_over_the_run():
     objective = SoFlow(first_share=0.1, last_share=0.001)
     shares = [objective.share(progress) for progress in (0.0, 0.5, 1.0)]
     assert shares == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_masks_are_shared_where_every_row_has_a_target():
+    """As for CIFAR-10; masks of fewer rows would be others, and nothing would say so."""
+    shared = Online(dropout="shared")
+    with pytest.raises(ValueError, match="for some of the rows alone"):
+        SoFlow(teacher=shared)
+    assert (
+        SoFlow(teacher=shared, times=TwoLogitNormals(off_diagonal_fraction=1.0)).teacher == shared
+    )
 
 
 @pytest.mark.parametrize(
