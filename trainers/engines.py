@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from backbones.pretrained.tensors import save_tensors
+from backbones.pretrained.tensors import digest_of, save_tensors
 from registry import derivatives, engines
 from registry.protocols import (
     Batch,
@@ -49,7 +49,6 @@ from trainers.checkpoints.weights import (
     read_module,
     read_state,
     save_state,
-    weights_sha256,
 )
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.ema.averages import Ema, PowerEma, frozen_copy
@@ -357,7 +356,7 @@ def _distinct(objective: Objective, contract: Any) -> Iterator[tuple[str, Any]]:
 
 def feature_sha256(objective: Objective) -> dict[str, str]:
     """What identifies the weights of each of the objective's features, by its field."""
-    return {path: weights_sha256(net) for path, net in _feature_nets(objective)}
+    return {path: digest_of(net.state_dict()) for path, net in _feature_nets(objective)}
 
 
 def _feature_nets(objective: Objective) -> Iterator[tuple[str, nn.Module]]:

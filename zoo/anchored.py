@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from registry.protocols import Reference
 from zoo.ops import like, mean_flat
-
-FACM = Reference(
-    title="Flow-Anchored Consistency Models", authors="Peng et al.", year=2025, arxiv="2507.03738"
-)
 
 
 def relaxed_consistency(u: Tensor, g: Tensor, t: Tensor, clip: float) -> Tensor:

@@ -191,9 +191,8 @@ def _build(
     teacher = _frozen_teacher(objective)
     if teacher is not None:
         teacher.attach(network(("v",), None).to(settings["device"]))
-    if (
-        settings["pretrain"] and not is_opened()
-    ):  # it stays in the memory of the machine, and a copy is trained
+    if settings["pretrain"] and not is_opened():
+        # It stays in the memory of the machine, and a copy of it is trained.
         settings["pretrained"] = network(("v",), None)
     objective = _as_trained(objective, settings["engine"], settings["compile"])
     return Experiment(objective=objective, net=net, teacher=teacher, **settings)

@@ -13,13 +13,13 @@ from zero_work import Pictures
 
 import registry
 from backbones.network import build_network
+from backbones.pretrained.tensors import digest_of
 from backbones.unet import UNet
 from benchmarks.data.digits import Digits
 from benchmarks.experiments import build
 from benchmarks.records.recorders import Jsonl, Null
 from benchmarks.runs.execute import Texts, execute
 from trainers import AdamW, Budget, CheckpointCallback, fit
-from trainers.checkpoints.weights import weights_sha256
 from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.engines import TrainStep, feature_sha256
 from zoo.features import RandomConvolutions, RawValues
@@ -44,10 +44,10 @@ def train(folder=None, *callbacks, features=None, steps=8, **more):
 
 def test_loss_falls_and_features_stay():
     features = RandomConvolutions(channels=1, widths=(8, 8))
-    before = weights_sha256(features.feature_net)
+    before = digest_of(features.feature_net.state_dict())
     state, rows = train(features=features, steps=40)
     assert float(rows[-1].mean()) < 0.7 * float(rows[0].mean())
-    assert weights_sha256(features.feature_net) == before
+    assert digest_of(features.feature_net.state_dict()) == before
     assert state.features == {"features": before}
 
 
@@ -73,7 +73,7 @@ def test_resume_is_bit_equal_and_no_checkpoint_has_the_weights(tmp_path):
     state, rest = train(tmp_path, resume=True)
     assert state.resumed is not None
     assert 0 < len(rest) < len(whole)
-    assert all(a.equal(b) for a, b in zip(rest[::-1], whole[::-1], strict=False))
+    assert all(a.equal(b) for a, b in zip(rest, whole[-len(rest) :], strict=True))
     files = {file.name for file in state.resumed.iterdir()}
     assert files == {"net.safetensors", "optimizer.pt", "state.json", "manifest.json"}
     assert json.loads((state.resumed / "state.json").read_text())["features"] == state.features
@@ -90,15 +90,15 @@ def test_resume_with_other_features_is_refused_by_name(tmp_path, other):
 
 def test_hash_sees_every_value_and_name():
     one = RandomConvolutions(channels=1, widths=(8,)).feature_net
-    before = weights_sha256(one)
+    before = digest_of(one.state_dict())
     with torch.no_grad():
         one.layers[0].bias[3] += 1e-6
-    assert weights_sha256(one) != before
+    assert digest_of(one.state_dict()) != before
     with torch.no_grad():
         one.layers[0].bias[3] -= 1e-6
-    assert weights_sha256(one) == before
+    assert digest_of(one.state_dict()) == before
     half = torch.nn.BatchNorm1d(3).bfloat16()  # a buffer of no dimension, a dtype without numpy
-    assert len(weights_sha256(half)) == 64
+    assert len(digest_of(half.state_dict())) == 64
 
 
 def test_a_real_run_trains_through_features_and_records_their_hash(tmp_path):
@@ -121,5 +121,5 @@ def test_a_real_run_trains_through_features_and_records_their_hash(tmp_path):
                 experiment, Texts(config="", operative="", params={}), record, tmp_path
             )
     assert result.steps == 3
-    sha = weights_sha256(experiment.objective.features.feature_net)
+    sha = digest_of(experiment.objective.features.feature_net.state_dict())
     assert sha in (tmp_path / "record.jsonl").read_text()

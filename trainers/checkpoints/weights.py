@@ -5,7 +5,6 @@ Loading executes nothing: weights are safetensors, the optimizer is read with `w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,16 +51,6 @@ def read_module(path: Path, module: nn.Module) -> dict[str, Tensor]:
         raise BrokenCheckpoint(f"{path} cannot be read: {problem.strerror}") from problem
     except ValueError as problem:
         raise BrokenCheckpoint(str(problem)) from problem
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """The SHA-256 of a module's weights and buffers with their names, whole on this process."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        whole = value.detach().cpu().contiguous()
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

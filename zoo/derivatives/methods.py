@@ -96,6 +96,13 @@ def kept_counts() -> Iterator[None]:
                 counter.copy_(value)
 
 
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """A pass beside that of the value: without gradient, under its masks, and counted nowhere."""
+    with no_gradient(), replay_rng(), kept_counts():
+        yield
+
+
 @derivatives.register("dual")
 @dataclass(frozen=True, kw_only=True)
 class Dual:
@@ -122,14 +129,7 @@ class Dual:
     ) -> Tensor:
         flash = {F.scaled_dot_product_attention: flash_attention}
         rules = {**DUAL, **(flash if self.attention == "jvp_flash" else {})}
-        with (
-            no_gradient(),
-            replay_rng(),
-            kept_counts(),
-            _forward_mode(),
-            forward_ad.dual_level(),
-            ForwardRules(rules),
-        ):
+        with own_pass(), _forward_mode(), forward_ad.dual_level(), ForwardRules(rules):
             duals = [
                 forward_ad.make_dual(p.detach(), d.detach())
                 for p, d in zip(primals, tangents, strict=True)
@@ -173,13 +173,7 @@ class Jvp:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with (
-            no_gradient(),
-            replay_rng(),
-            kept_counts(),
-            _forward_mode(),
-            ForwardRules(STATISTICS),
-        ):
+        with own_pass(), _forward_mode(), ForwardRules(STATISTICS):
             detached = [tuple(p.detach() for p in given) for given in (primals, tangents)]
             return torch.func.jvp(fn, *detached)[1]
 

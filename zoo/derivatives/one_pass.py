@@ -40,9 +40,7 @@ from zoo.derivatives.methods import (
     Dual,
     derivative_of_u,
     eager,
-    kept_counts,
-    no_gradient,
-    replay_rng,
+    own_pass,
     with_derivatives,
 )
 from zoo.derivatives.rows import WatchedRecord, has_values
@@ -71,7 +69,7 @@ class OnePass:
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        with no_gradient(), replay_rng(), kept_counts(), _OwnPass(STATISTICS):
+        with own_pass(), _OwnPass(STATISTICS):
             return self.with_value(lambda *at: {"": fn(*at)}, primals, tangents, "")[1]
 
     def with_value(

@@ -89,7 +89,10 @@ class Shortcut:
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         n = quota(len(batch), self.bootstrap_fraction)
-        times = lambda m, g: self.draw_times(m, n, g)  # noqa: E731
+
+        def times(rows: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+            return self.draw_times(rows, n, rng)
+
         d = draw(batch, rng, self.path, times, self.label_dropout)
         v, k, teacher = self.velocity.target(d, net, rng), batch.share.size(n), self.teacher(net)
         rows = d.x_t[:k], d.t[:k], d.r[:k], first_rows(d.cond, k), d.labelled[:k]
