@@ -1,4 +1,4 @@
-"""The noise of DiT's process as what a readout means, so that its network gives velocities.
+"""The readout of DiT's network is the noise of its process; here velocities are made of it.
 
     x_k = alpha_k x0 + sigma_k noise,   sigma_k / alpha_k = t / (1 - t) fixes the step k of a time t
     u = noise - x0 = noise - (x_k - sigma_k noise) / alpha_k

@@ -26,7 +26,7 @@ def relaxed_consistency(u: Tensor, g: Tensor, t: Tensor, clip: float) -> Tensor:
 
 
 def anchor(u: Tensor, v: Tensor, cosine_weight: float) -> Tensor:
-    """The mean squared error [b], and `cosine_weight` times the mean of 1 - cos(u, v).
+    """The mean squared error [b] plus `cosine_weight` times the mean of 1 - cos(u, v).
 
     Each cosine is over the channels (axis 1) of one position.
     """

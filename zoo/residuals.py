@@ -92,12 +92,14 @@ def two_step_residual(
     direction: Tensor,
     order: int = 1,
 ) -> Tensor:
-    """How far one step of u [b *d] from (x, t) to r is from two: along `direction`, then the map's.
+    """The difference between one step of the map and two, divided by the length of the first.
 
-    With m = t - step and z = x - step d, it is ((t - r) u - D) / step - d. D is the displacement
-    of `order` teacher steps from (z, m) to r. For one of them this is
+    The one step goes from (x, t) to r with the average velocity u [b *d]. Of the two, the first is
+    short and goes along `direction`, and the second is the teacher's from there to r. With m = t -
+    step and z = x - step d, the difference is ((t - r) u - D) / step - d, where D is the
+    displacement of `order` teacher steps from (z, m) to r. With one of them it is
     [u - a d - (1 - a) u(z, m, r)] / a, a = step / (t - r). `step` [b] lies in [0, t - r]; where it
-    is 0, which it may be at t = r alone, the residual is u - d.
+    is 0, which it may be at t = r alone, the difference is u - d.
     """
     x, t, r = point
     m = t - step
