@@ -76,6 +76,7 @@ def execute(
     net = state.ema_net
     unsaved = _Unsaved()
     unsaved.attempt(partial(save_module, folder / MODEL, net))
+    saved = unsaved.problem is None
     values = dict(measure(experiment, net))
     record.metrics(values, state.step)
     unsaved.attempt(partial(_keep_samples, experiment, net, state.images, record, folder))
@@ -91,7 +92,7 @@ def execute(
         images=state.images + first.images,
         seconds=state.seconds + first.seconds,
         **first.as_result,
-        weights_sha256=file_sha256(folder / MODEL) if ranks.leads() else "",
+        weights_sha256=file_sha256(folder / MODEL) if saved and ranks.leads() else "",
         better=better_of(experiment.metric),
     )
     totals = {"steps": result.steps, "images": result.images, "seconds": result.seconds}

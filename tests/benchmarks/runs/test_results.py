@@ -14,8 +14,9 @@ from tiny_runs import DIGITS, FILE_ONLY, entries, losses, sets, zoo
 
 from benchmarks.grids.cell import Cell
 from benchmarks.grids.cell_status import state_in
+from benchmarks.runs import execute
 from benchmarks.runs.pretraining import _found
-from benchmarks.runs.result import RESULT, Result, finished_run, has_result
+from benchmarks.runs.result import MODEL, RESULT, Result, finished_run, has_result
 from registry.folders import file_sha256
 
 WORDS = ["run", DIGITS, "--arm", "mean_flow"]
@@ -56,14 +57,20 @@ def test_run_whose_result_is_empty_is_resumed_to_a_whole_one(finished: Path) -> 
     assert state_in(folder).status == "finished"
 
 
+@pytest.mark.parametrize("refused", [RESULT, MODEL])
 def test_disk_that_is_full_at_the_end_fails_the_run_and_says_its_figures(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Result, folder: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / RESULT))
+    """A run whose weights were not saved has no result either, or it would count as finished."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), refused)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Result, "save", full)
+        if refused == RESULT:
+            patch.setattr(Result, "save", full)
+        else:
+            patch.setattr(execute, "save_module", full)
         done = zoo(*WORDS, "--out", tmp_path / "out", *sets(*FILE_ONLY))
     folder = tmp_path / "out" / "mean_flow"
     assert done.status == 1
