@@ -136,8 +136,8 @@ def test_teacher_that_does_not_fit_is_refused_before_training(flow_matching, tmp
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoppedStudent(DECM):
-    """DE-CM that signals its own process at step 1, once."""
+class StopsOnce:
+    """An objective that signals its own process at step 1, once."""
 
     mark: str = ""
 
@@ -146,6 +146,11 @@ class StoppedStudent(DECM):
             Path(self.mark).touch()
             os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(net, batch, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedStudent(StopsOnce, DECM):
+    """DE-CM that is stopped once."""
 
 
 @pytest.mark.parametrize("when", ["teacher", "student"])
@@ -240,16 +245,8 @@ def test_network_starts_from_flow_matching_in_one_recorded_budget(tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoppedMeanFlow(MeanFlow):
-    """MeanFlow that signals its own process at step 1, once."""
-
-    mark: str = ""
-
-    def loss(self, net, batch, rng):
-        if batch.step == 1 and not Path(self.mark).exists():
-            Path(self.mark).touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().loss(net, batch, rng)
+class StoppedMeanFlow(StopsOnce, MeanFlow):
+    """MeanFlow that is stopped once."""
 
 
 @pytest.mark.parametrize("when", ["pretrain", "objective"])
