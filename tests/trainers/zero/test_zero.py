@@ -25,6 +25,8 @@ from trainers.checkpoints.whole_folders import BrokenCheckpoint
 from trainers.zero.checkpoint import consolidate
 from zoo.derivatives.methods import FiniteDifference
 
+pytestmark = pytest.mark.timeout(1600)  # the two processes do all cases before the first test
+
 # --- against one process
 
 
@@ -32,7 +34,7 @@ from zoo.derivatives.methods import FiniteDifference
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What two processes came to, for every case; to start them costs more than most of these."""
     folder = tmp_path_factory.mktemp("zero")
-    return zero_work.spawn(2, "everything", folder, file=zero_pair.__file__), folder
+    return zero_work.spawn(2, "everything", folder, timeout=1500.0, file=zero_pair.__file__), folder
 
 
 @pytest.fixture(scope="module")
