@@ -119,7 +119,7 @@ KILLERS = {
 # What a claim costs is paid for every objective and every variant of one. By default what is a mean
 # over many batches is taken at one stage of each schedule, and of a variant in few blocks; a
 # mixture, whose map takes a solver, and what variants share with their objective have witnesses
-# alone. The slow tests leave nothing out.
+# alone. The slow tests leave out the mixture of variants and nothing else.
 MEANS = ("fixed point at a Gaussian", "errors are pulled back")
 OF_OBJECTIVES = ("errors are pulled back", "samplers reach the data", "not reached by these")
 WITNESSES = {
