@@ -11,13 +11,12 @@ from zoo import (
     paths,
     residuals,
     samplers,
-    step_laws,
     teachers,
     times,
     weighting,
 )
 from zoo.derivatives import methods, one_pass
-from zoo.points import velocities
+from zoo.points import steps, velocities
 
 __all__ = [
     "couplings",
@@ -29,7 +28,7 @@ __all__ = [
     "paths",
     "residuals",
     "samplers",
-    "step_laws",
+    "steps",
     "teachers",
     "times",
     "velocities",

@@ -10,8 +10,8 @@ Rows with t - r <= delta become flow matching, g = u - d. The public code comes 
 mask over these rows, and divides zero by zero where t = r. It also limits g to +-1 by element,
 which is left to the objective here.
 
-`end_of_step` gives the velocity at which the end of a step moves with r, which is trained: it must
-be the velocity of the flow there.
+`end_of_step` and `start_of_step` are of the map X = x - (t - r) u, and are trained: its end must
+move with the flow as r changes, and stay where it is as (x, t) moves with the flow.
 """
 
 from __future__ import annotations
@@ -99,6 +99,19 @@ def end_of_step(
     along, gap = (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(r)), like(t - r, x)
     out, du_dr = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
     return out, x - gap * out["u"], out["u"] - gap * du_dr
+
+
+def start_of_step(
+    derivative: DifferentiableDerivative, net: Network, rows: Rows, cond: Cond | None, v: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The network's outputs, and -(dX/dt + grad X v) = u + (t - r) Du - v [b *d], with graph.
+
+    Du is the derivative of u along (v, 1, 0).
+    """
+    x, t, r = rows
+    along = v, torch.ones_like(t), torch.zeros_like(r)
+    out, du = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
+    return out, out["u"] + like(t - r, x) * du - v
 
 
 def two_step_residual(

@@ -15,10 +15,10 @@ velocity = @own(). With gradient = "full" nothing is held fixed: the loss is the
 
 From the paper (Boffi, Albergo and Vanden-Eijnden, arXiv 2505.18825) and its code, read in a public
 copy: the three losses with both gradients, a quarter of the rows off the diagonal, uniform times, a
-learned log-variance of (t, r) for images and none in two dimensions, and a = 1/2 or uniform. Its
-third gradient of esd, which holds grad X v fixed too, is not here. SplitMeanFlow (Guo et al., arXiv
-2507.16884) is psd with the uniform split, unweighted. Our reading: means over elements in place of
-sums, which the learned log-variance takes up; labels dropped in 10 % of the rows.
+learned log-variance of (t, r) for images and none in two dimensions, a = 1/2 or uniform. Its third
+gradient of esd, which holds grad X v too, is not here. SplitMeanFlow (Guo et al., arXiv 2507.16884)
+is psd with the uniform split, unweighted. Our reading: means over elements in place of sums, and
+labels dropped in 10 % of the rows.
 
 With velocity = @teacher() and teacher = @frozen() lsd and esd distil a trained velocity.
 """
@@ -52,7 +52,7 @@ from zoo.ops import first_rows, like, mean_flat, rows_from
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity
-from zoo.residuals import Rows, end_of_step, two_step_residual
+from zoo.residuals import Rows, end_of_step, start_of_step, two_step_residual
 from zoo.teachers import Online
 from zoo.times import UniformPair, reaches, uniform_draws
 from zoo.weighting import LearnedLogvar
@@ -83,7 +83,7 @@ class SelfDistillation:
     times: TimeLaw = field(default_factory=lambda: UniformPair(diagonal="uniform"))
     velocity: VelocityEstimator = field(default_factory=Conditional)
     teacher: Teacher = field(default_factory=Online)
-    derivative: DifferentiableDerivative | None = None  # of lsd and esd: @dual() unless given
+    derivative: DifferentiableDerivative | None = field(default_factory=Dual)  # psd has none
     weight: Weight = field(default_factory=LearnedLogvar)
     label_dropout: Probability = 0.1
 
@@ -98,10 +98,13 @@ class SelfDistillation:
                 f"{me}.gradient = 'full' sends a gradient into the targets, which the network in "
                 f"training then gives; bind {me}.teacher = @online() or {me}.gradient = 'semi'"
             )
-        if maps and self.derivative is not None:
-            raise ValueError(f"{me}.kind = 'psd' has no derivative; bind {me}.derivative = None")
-        if not maps and self.derivative is None:
-            object.__setattr__(self, "derivative", Dual())
+        if self.derivative not in (None, Dual()) if maps else self.derivative is None:
+            raise ValueError(
+                f"{me}.derivative = {self.derivative!r} does not go with {me}.kind = "
+                f"{self.kind!r}: psd takes none, lsd and esd need one such as @dual()"
+            )
+        if maps:
+            object.__setattr__(self, "derivative", None)
 
     @property
     def differentiates(self) -> tuple[str, ...]:
@@ -134,10 +137,10 @@ class SelfDistillation:
 
         out = {name: torch.cat([part[name] for part, _ in found]) for name in found[0][0]}
         error = mean_flat(torch.cat([residual for _, residual in found]) ** 2)
-        raw = {"map": error[:k].detach(), "v": error[k:].detach()}
+        raw = {"map": error[:k], "v": error[k:]}
         return LossOutput(
             per_sample=self.weight(error, out),
-            terms={name: part for name, part in raw.items() if len(part)},
+            terms={name: part.detach() for name, part in raw.items() if len(part)},
             t=d.t,
             r=d.r,
         )
@@ -150,15 +153,11 @@ class SelfDistillation:
         if self.derivative is None:
             out, step = dict(net(*rows, cond)), a * (t - r)
             first = teacher(x, t, t - step, cond)["u"]
-            # g is the difference of one step and two, over the length of the first.
             g = two_step_residual(teacher, rows, step, cond, out["u"], first)
-            return out, like(a, x) * g
-
+            return out, like(a, x) * g  # g is one step less two, over the length of the first
         if self.kind == "esd":
             v = velocity_at(teacher, x, t, cond)
-            along = v, torch.ones_like(t), torch.zeros_like(t)
-            out, du = self.derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
-            return out, out["u"] + like(t - r, x) * du - v
+            return start_of_step(self.derivative, net, rows, cond, v)
         out, end, dx_dr = end_of_step(self.derivative, net, rows, cond)
         end = end if self.gradient == "full" else end.detach()
         return out, dx_dr - velocity_at(teacher, end, r, cond)
