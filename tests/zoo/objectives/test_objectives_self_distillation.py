@@ -128,11 +128,14 @@ def test_defaults_are_those_of_the_published_code():
 def test_what_is_differentiated_is_declared(kind):
     semi, full = (SelfDistillation(kind=kind, gradient=g).differentiates for g in ("semi", "full"))
     assert semi == (() if kind == "psd" else ("derivative",))
-    assert full == {
-        "lsd": ("derivative", "input", "target"),
-        "esd": ("derivative", "target"),
-        "psd": ("input", "target"),
-    }[kind]
+    assert (
+        full
+        == {
+            "lsd": ("derivative", "input", "target"),
+            "esd": ("derivative", "target"),
+            "psd": ("input", "target"),
+        }[kind]
+    )
 
 
 def test_psd_holds_no_derivative():
