@@ -15,10 +15,11 @@ velocity = @own(). With gradient = "full" nothing is held fixed: the loss is the
 
 From the paper (Boffi, Albergo and Vanden-Eijnden, arXiv 2505.18825) and its code, read in a public
 copy: the three losses with both gradients, a quarter of the rows off the diagonal, uniform times, a
-learned log-variance of (t, r) for images and none in two dimensions, a = 1/2 or uniform. Its third
-gradient of esd, which holds grad X v too, is not here. SplitMeanFlow (Guo et al., arXiv 2507.16884)
-is psd with the uniform split, unweighted. Our reading: means over elements in place of sums, and
-labels dropped in 10 % of the rows.
+learned log-variance of (t, r) for images and none in two dimensions, a = 1/2 or uniform. Loss and
+gradient are those of the copy to 2e-15, in 40 cases on the same draws. Its third gradient of esd,
+which holds grad X v too, is not here. SplitMeanFlow (Guo et al., arXiv 2507.16884) is psd with the
+uniform split, unweighted. Our reading: means over elements in place of sums, and labels dropped in
+10 % of the rows.
 
 With velocity = @teacher() and teacher = @frozen() lsd and esd distil a trained velocity.
 """
