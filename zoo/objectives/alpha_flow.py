@@ -73,7 +73,7 @@ class AlphaFlow:
     exact_with: ClassVar = (
         {"first_share": 0.0, "last_share": 0.0},
         {"first_share": 1e-3, "last_share": 1e-3, "snap": 0.0},  # the bias is O(a)
-        {"first_share": 0.5, "last_share": 0.5, "own_first_step": True},
+        {"first_share": 0.3, "last_share": 0.3, "own_first_step": True},
     )
 
     path: Path = field(default_factory=Linear)
