@@ -51,7 +51,6 @@ VARIANTS = {
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
     "facm_distilled": lambda: FACM(velocity=FromTeacher(), teacher=Frozen()),
     "facm_own": lambda: FACM(velocity=Own()),
-    "alpha_flow_distilled": lambda: AlphaFlow(velocity=FromTeacher(), teacher=Frozen()),
     "decm_ema": lambda: DECM(teacher=EmaTeacher(), n2n_every=1, start_decay_steps=0),
 }
 SUBJECTS = {name: subject_of(name) for name in objectives.names()}
