@@ -18,7 +18,6 @@ from benchmarks.conformance.subject import STEPS, Subject
 from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
-from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
