@@ -12,6 +12,9 @@ t ~ Beta(a, b), r ~ U[0, t].
 rows with r < t have r = 0 instead: all of them at first, none from `steps` on. From ESC (arXiv
 2512.11831) and its released code: the share and 10,000 steps. The code draws which rows these are,
 here they are the first.
+
+`arctan_normal` is FACM's law (Peng et al., arXiv 2507.03738, its released code): t is the angle of
+a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circle.
 """
 
 from __future__ import annotations
@@ -38,6 +41,12 @@ SOFLOW = Reference(
     authors="Luo et al.",
     year=2025,
     arxiv="2512.15657",
+)
+FLOW_ANCHORED = Reference(
+    title="Flow-Anchored Consistency Models",
+    authors="Peng et al.",
+    year=2025,
+    arxiv="2507.03738",
 )
 
 _MANY, _SAME = 10**6, 1e-6  # rows; a difference of times that is rounding
@@ -127,6 +136,28 @@ class LogitNormal(_Diagonal):
 
     def cdf(self, t: Tensor) -> Tensor:
         return logit_normal_cdf(t, self.mean, self.std)
+
+
+@time_laws.register("arctan_normal")
+@dataclass(frozen=True, kw_only=True)
+class ArctanNormal(_Diagonal):
+    """t = (2 / pi) arctan(exp(N(mean, std^2))), r = t."""
+
+    reference: ClassVar = FLOW_ANCHORED
+
+    mean: float = -0.8
+    std: float = 1.6
+
+    def __post_init__(self) -> None:
+        check_positive("arctan_normal.std", self.std)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        levels = (self.mean + self.std * torch.randn(n, generator=rng, device=rng.device)).exp()
+        t = 2 / math.pi * torch.arctan(levels)
+        return t, t
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((torch.tan(math.pi / 2 * t).log() - self.mean) / self.std)
 
 
 @time_laws.register("stratified")

@@ -7,8 +7,10 @@ from typing import Any
 
 from zoo.couplings import MinibatchOT
 from zoo.guidance import UniformGuidance
+from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
@@ -35,10 +37,14 @@ OBJECTIVES: Mapping[str, Any] = {
     "self_distillation": SelfDistillation(),
     "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
     "self_distillation_psd": SelfDistillation(kind="psd"),
+    "alpha_flow": AlphaFlow(kappa=0.3, first_share=0.3),
+    "alpha_flow_own": AlphaFlow(velocity=Own(), first_share=0.5, own_first_step=True),
+    "alpha_flow_derivative": AlphaFlow(first_share=0.0),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),
+    "facm": FACM(guidance_scale=1.5),
     "decm_plug_in": DECM(velocity=PlugIn(fraction=0.5), guidance_scale=1.5),
 }

@@ -115,7 +115,7 @@ def test_times_are_drawn_on_the_device_of_the_generator(law):
     assert t.device.type == r.device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["uniform", "logit_normal", "stratified"])
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "arctan_normal", "stratified"])
 def test_laws_of_t_alone_stay_on_the_diagonal(name):
     law = time_laws.get(name)()
     t, r = draw(law, 100)

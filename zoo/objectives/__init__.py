@@ -1,7 +1,9 @@
 """The objectives, one file for each method; importing this package registers them."""
 
+from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
@@ -13,6 +15,8 @@ from zoo.objectives.terminal_velocity import TerminalVelocity
 
 __all__ = [
     "DECM",
+    "FACM",
+    "AlphaFlow",
     "DuMo",
     "FlowMatching",
     "ImprovedMeanFlow",

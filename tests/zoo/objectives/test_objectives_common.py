@@ -20,6 +20,7 @@ from registry import objectives
 from zoo.couplings import MinibatchOT
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.self_distillation import SelfDistillation
@@ -48,6 +49,8 @@ VARIANTS = {
         velocity=FromTeacher(), teacher=Frozen(), direction="guided", residual=Exact()
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
+    "facm_distilled": lambda: FACM(velocity=FromTeacher(), teacher=Frozen()),
+    "facm_own": lambda: FACM(velocity=Own()),
     "decm_ema": lambda: DECM(teacher=EmaTeacher(), n2n_every=1, start_decay_steps=0),
     "self_distillation_esd": lambda: SelfDistillation(kind="esd"),
     "self_distillation_psd": lambda: SelfDistillation(kind="psd"),
@@ -57,7 +60,7 @@ VARIANTS = {
         kind="psd", gradient="full", split="midpoint"
     ),
 }
-SLOW_VARIANTS = {name for name in VARIANTS if name.startswith("self_distillation")}
+SLOW_VARIANTS = {name for name in VARIANTS if name.startswith(("self_distillation", "facm"))}
 SUBJECTS = {name: subject_of(name) for name in objectives.names()}
 SUBJECTS |= {name: Subject(objectives.name_of(make()), make) for name, make in VARIANTS.items()}
 # What a claim is excused from, so that nothing can stop being tested unnoticed.
@@ -107,6 +110,8 @@ PLANTED = {
     "shortcut": {GAP, LEAK, TEACHER, LATER},
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "terminal_velocity": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "alpha_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "decm": {
@@ -123,7 +128,9 @@ PLANTED = {
 # Of the tangents (0, 0, 1) one mistake leaves what they are.
 ALONG_R = {TEACHER, LATER, "tangents (0, 1, 0)"}
 NO_EFFECT = {
+    "alpha_flow": {TEACHER, LATER},
     "decm": {TEACHER},
+    "facm": {TEACHER, LATER},
     "mean_flow": {TEACHER, LATER},
     "self_distillation": ALONG_R,
     "so_flow": {LATER},

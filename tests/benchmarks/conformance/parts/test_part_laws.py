@@ -182,7 +182,15 @@ WRONG = [
 ]  # fmt: skip
 
 
-STATED = ("uniform", "logit_normal", "stratified", "uniform_pair", "logit_normal_pair", "beta_pair")
+STATED = (
+    "uniform",
+    "logit_normal",
+    "arctan_normal",
+    "stratified",
+    "uniform_pair",
+    "logit_normal_pair",
+    "beta_pair",
+)
 
 
 @pytest.mark.parametrize("name", time_laws.names())
