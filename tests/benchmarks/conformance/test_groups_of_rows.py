@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from benchmarks.conformance.claims import few_rows
+from benchmarks.conformance.expected import moments
 from benchmarks.conformance.fixed_point import at_gaussian, at_mixture
 from benchmarks.conformance.gradients import not_through_targets
 from benchmarks.conformance.isolation import rows_are_independent, share_of_a_batch
+from benchmarks.conformance.networks import WithMoments
 from benchmarks.conformance.results import Broken
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import Batch, LossOutput, Network
@@ -114,3 +116,24 @@ def test_a_gradient_through_rows_of_another_group_is_rejected() -> None:
     assert not_through_targets(Subject("own", ComparesFour)).status == "ok"
     with pytest.raises(Broken, match="runs through two rows of call 1"):
         not_through_targets(Subject("own", SaysTwo))
+
+
+@pytest.mark.parametrize(("group", "couples"), [(1, False), (3, False), (64, False), (1, True)])
+def test_blocks_of_the_mixture_are_whole_groups_of_one_batch(group, couples) -> None:
+    """Unless a row's loss depends on rows of other groups: then each is a batch of its own."""
+    given = []
+
+    class Counts(ComparesFour):
+        def loss(self, net, batch, rng):
+            given.append(len(batch))
+            return LossOutput(per_sample=torch.arange(len(batch)) // group)
+
+    Counts.group, Counts.couples_rows = group, couples
+    subject = Subject("own", Counts)
+    probe = WithMoments(subject.exact_network(MIXTURE), 2, ("u",))
+    blocks = [*moments._blocks(0, subject, MIXTURE, True, probe, 128, range(5, 9))]
+    size = -(-128 // group) * group
+    assert given == ([128] * 4 if couples else [4 * size])
+    assert [len(out.per_sample) for out in blocks] == [size] * 4
+    for out in blocks:
+        assert out.per_sample.unique(return_counts=True)[1].eq(group).all()
