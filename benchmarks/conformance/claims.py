@@ -51,13 +51,14 @@ def one_loss_per_row(subject: Subject) -> ClaimResult:
     """The loss is one number for each row; all other claims need this one."""
     batch = subject.batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols"
-    out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
+    case = f"{len(batch)} rows of shape (2,)"
+    out = evaluate(subject, batch, f"{case}, without labels", contract)
     if not isinstance(out, LossOutput):
         raise Broken(
             f"loss returns a {type(out).__name__}, not a LossOutput",
             "return LossOutput(per_sample=..., terms={...}) of registry.protocols",
         )
-    _check_per_sample(out, batch, "8 rows of shape (2,)")
+    _check_per_sample(out, batch, case)
     if not out.per_sample.requires_grad:
         raise Broken(
             "per_sample has no gradient",
