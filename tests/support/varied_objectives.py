@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.couplings import MinibatchOT
+from zoo.guidance import UniformGuidance
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -29,7 +32,11 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "self_distillation": SelfDistillation(),
+    "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
+    "self_distillation_psd": SelfDistillation(kind="psd"),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
+    "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),
