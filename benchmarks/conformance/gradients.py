@@ -83,7 +83,8 @@ class _Seen:
     def of(cls, subject: Subject, step: int, *, exact: bool, itself: bool) -> _Seen:
         """With the network in training as its own teacher, or with another one."""
         keys = subject.exact_keys if exact else subject.keys
-        batch = subject.batch(n=12, step=step, labels="given")
+        n = max(12, 4 * subject.group)  # several groups, of which none may reach another
+        batch = subject.batch(n=n, step=step, labels="given")
         net, other = (Tapped(Toy((2,), keys, seed=seed), len(batch)) for seed in (0, 1))
         objective = subject.objective(exact=exact, teacher=net if itself else other)
         net.requires_grad_()

@@ -26,6 +26,7 @@ from benchmarks.records.jsonl import read_record
 from registry import gin_setup
 from trainers.optim import AdamW
 from zoo.objectives import FlowMatching
+from zoo.times import BetaPair
 from zoo.weighting import Adaptive
 
 TINY: dict[str, Any] = {
@@ -311,6 +312,20 @@ def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
     assert runner.failures == 0
     untold = [name for name in oz.__all__ if f"oz.{name}" not in page]
     assert untold == []
+
+
+def test_check_of_a_variant_is_that_of_the_command_line():
+    found = oz.check(
+        "progressive", set={"progressive.times": BetaPair(a=2.0), "progressive.steps": 9}
+    )
+    bound = "progressive.times = @beta_pair()", "beta_pair.a = 2.0", "progressive.steps = 9"
+    assert all(binding in found.objective for binding in bound)
+    assert not found.problems()
+    assert oz.check("beta_pair").objective == "beta_pair"  # nothing is left bound
+    with pytest.raises(ValueError, match="changes nothing"):
+        oz.check("beta_pair", set={"dumo.omega": 0.5})
+    with pytest.raises(ValueError, match="not the name of a binding"):
+        oz.check("beta_pair", set={"beta_pair.a = 2": 1})
 
 
 def test_every_name_is_documented_with_an_example():

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -44,6 +44,8 @@ from trainers.zero import loss_scale
 from trainers.zero.engine import ZeroEngine
 from zoo.derivatives.methods import FiniteDifference, with_derivatives
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.ops import normal_like
+from zoo.points.velocities import PlugIn
 from zoo.residuals import Exact
 from zoo.teachers import Frozen
 from zoo.times import LogitNormalPair
@@ -63,10 +65,31 @@ class Pictures:
     num_classes: int = 3
     name: str = "pictures"
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    groups_by_label: ClassVar = True
+
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * seed + step)
-        label = torch.randint(3, (n,), generator=rng)
+        label = torch.randint(3, (n // same_label,), generator=rng).repeat_interleave(same_label)
         return torch.randn(n, *self.shape, generator=rng).tanh(), {"label": label}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFours:
+    """Energy distance between samples of one step and data, in groups of four rows."""
+
+    heads: ClassVar = ("u",)
+    group: ClassVar = 4
+
+    def loss(self, net: nn.Module, batch: Batch, rng: torch.Generator) -> LossOutput:
+        x1, one = normal_like(batch.x0, rng), torch.ones(len(batch))
+        x0, x1, one, cond = batch.share.rows(batch.x0, x1, one, batch.cond)
+        x = x1 - net(x1, one, 0 * one, cond)["u"]
+        fake, real = (rows.flatten(1).unflatten(0, (-1, 4)) for rows in (x, x0))
+        others = torch.cdist(fake, fake.detach()).sum(2) / 3
+        loss = (torch.cdist(fake, real).mean(2) - others).flatten()
+        return LossOutput(per_sample=loss, t=one, r=0 * one)
 
 
 @dataclass(frozen=True)
@@ -114,6 +137,10 @@ def objective(name: str) -> Any:
     """
     if name == "dumo_exact":
         return registry.objectives.get("dumo")(residual=Exact())
+    if name == "in_fours":
+        return InFours()
+    if name == "plug_in":
+        return MeanFlow(velocity=PlugIn(fraction=0.5), omega=0.5)
     if name == "one_row":
         return MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.1))
     if name == "decm_distilled":
@@ -129,6 +156,10 @@ def objective(name: str) -> Any:
 
 def names() -> list[str]:
     return [*registry.objectives.names(), "dumo_exact", "decm_distilled"]
+
+
+# What depends on other rows of the batch: of the whole one, or of a group.
+WHOLE_BATCH = ("plug_in", "in_fours")
 
 
 def train(name: str, engine: Any, **changes: Any) -> tuple[TrainState, Watch]:
@@ -189,7 +220,7 @@ def parity_too(folder: Path) -> dict[Any, Any]:
 # which differ in where teachers lie. By default it gets each kind of derivative and of teacher.
 PARITY = [
     *((stage, "mean_flow") for stage in (0, 1)),
-    *((2, name) for name in names()),
+    *((2, name) for name in (*names(), *WHOLE_BATCH)),
     *((3, name) for name in ("mean_flow", "dumo", "dumo_exact", "decm_distilled", "shortcut")),
 ]
 PARITY_TOO = [(3, name) for name in names() if (3, name) not in PARITY]

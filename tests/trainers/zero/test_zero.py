@@ -44,7 +44,8 @@ def trained(everything: Any) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, dict[str, Any]]:
-    return {name: found(*train(name, TorchEngine(max_grad_norm=1.0))) for name in names()}
+    known = (*names(), *zero_work.WHOLE_BATCH)
+    return {name: found(*train(name, TorchEngine(max_grad_norm=1.0))) for name in known}
 
 
 @pytest.mark.deepspeed
