@@ -26,6 +26,7 @@ from torch import Tensor
 from registry import time_laws
 from registry.protocols import Reference, TimeLaw
 from registry.ranges import Count
+from zoo.paths import TrigFlow
 
 MEAN_FLOW = Reference(
     title="Mean Flows for One-step Generative Modeling",
@@ -127,6 +128,29 @@ class LogitNormal(_Diagonal):
 
     def cdf(self, t: Tensor) -> Tensor:
         return logit_normal_cdf(t, self.mean, self.std)
+
+
+@time_laws.register("trig_log_normal")
+@dataclass(frozen=True, kw_only=True)
+class TrigLogNormal(_Diagonal):
+    """tan(pi t / 2) = exp(N(mean, std^2)), the noise level on the path `trigflow`; r = t."""
+
+    reference: ClassVar = TrigFlow.reference
+
+    mean: float = -1.0
+    std: float = 1.4
+
+    def __post_init__(self) -> None:
+        check_positive("trig_log_normal.std", self.std)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        level = self.mean + self.std * torch.randn(n, generator=rng, device=rng.device)
+        t = 2 / math.pi * torch.atan(level.exp())
+        return t, t
+
+    def cdf(self, t: Tensor) -> Tensor:
+        level = torch.tan(math.pi / 2 * t).clamp_min(0).log()  # at t = 1 rounding may change signs
+        return torch.where(t < 1, torch.special.ndtr((level - self.mean) / self.std), 1)
 
 
 @time_laws.register("stratified")

@@ -1,5 +1,6 @@
 """The objectives, one file for each method; importing this package registers them."""
 
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
@@ -8,9 +9,11 @@ from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.trig_consistency import TrigConsistency
 
 __all__ = [
     "DECM",
+    "Consistency",
     "DuMo",
     "FlowMatching",
     "ImprovedMeanFlow",
@@ -18,4 +21,5 @@ __all__ = [
     "RecursiveConsistency",
     "Shortcut",
     "SoFlow",
+    "TrigConsistency",
 ]
