@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.couplings import MinibatchOT
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
@@ -14,6 +15,7 @@ from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.trig_consistency import TrigConsistency
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -29,6 +31,9 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "consistency": Consistency(label_dropout=0.3),
+    "consistency_karras": Consistency(steps="karras", velocity=PlugIn(fraction=0.5)),
+    "trig_consistency": TrigConsistency(label_dropout=0.3),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),

@@ -18,12 +18,14 @@ from benchmarks.conformance.subject import Subject
 from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.shortcut import Shortcut
-from zoo.paths import TrigFlow
+from zoo.objectives.trig_consistency import TrigConsistency
+from zoo.paths import Linear, TrigFlow
 from zoo.points.velocities import FromTeacher, Own, PlugIn
 from zoo.residuals import Exact
 from zoo.teachers import EmaTeacher, Frozen
@@ -45,6 +47,12 @@ VARIANTS = {
     "dumo_zero": lambda: DuMo(times=BetaPair(r_law="zero"), weight_v=LearnedLogvar()),
     "dumo_distilled": lambda: DuMo(
         velocity=FromTeacher(), teacher=Frozen(), direction="guided", residual=Exact()
+    ),
+    "consistency_distilled": lambda: Consistency(
+        velocity=FromTeacher(), teacher=Frozen(), target=EmaTeacher(), heun=True
+    ),
+    "trig_consistency_distilled": lambda: TrigConsistency(
+        velocity=FromTeacher(), teacher=Frozen(), path=Linear(), times=LogitNormal(mean=-1, std=1.4)
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
     "decm_ema": lambda: DECM(teacher=EmaTeacher(), n2n_every=1, start_decay_steps=0),
@@ -76,6 +84,8 @@ EXCUSED = {
     "dumo_exact": {"rcgm tends to the derivative", "order changes nothing at the truth"},
     "shortcut": NO_DERIVATIVE,
     "so_flow": NO_DERIVATIVE,
+    "consistency": NO_DERIVATIVE,
+    "consistency_distilled": NO_DERIVATIVE,
     "shortcut_adaptive": NO_DERIVATIVE,
 }
 TANGENTS = {
@@ -94,6 +104,8 @@ PLANTED = {
     "improved_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED},
     "shortcut": {GAP, LEAK, TEACHER, LATER},
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "consistency": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "trig_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "decm": {
@@ -107,7 +119,13 @@ PLANTED = {
     },
 }
 # Asked for velocities alone, at r = t; by default MeanFlow asks its teacher for nothing.
-NO_EFFECT = {"decm": {TEACHER}, "mean_flow": {TEACHER, LATER}, "so_flow": {LATER}}
+NO_EFFECT = {
+    "decm": {TEACHER},
+    "mean_flow": {TEACHER, LATER},
+    "so_flow": {LATER},
+    "consistency": {LATER},
+    "trig_consistency": {TEACHER, LATER},
+}
 KILLERS = {
     LEAK: "no gradient through targets",
     TEACHER: "calls within 0 <= r <= t <= 1",
