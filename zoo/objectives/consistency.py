@@ -2,12 +2,12 @@
 
     d( D(x_t, t), sg D(x_m, m) ) / (sigma_t - sigma_m),   x_m = x_t - (t - m) v,   m < t
 
-D(x, t) = x - t u(x, t, 0) is the map to the data, and D(x, 0) = x. sigma = t / (1 - t) is the noise
-level, in which the papers write times. `velocity` says what v is:
+D(x, t) = x - t u(x, t, 0) is the map to the data, with D(x, 0) = x, and sigma = t / (1 - t) the
+noise level, in which papers write times. `velocity` says what v is:
 
     training (CT)       the conditional velocity: x_m has the data and the noise of x_t
-    distillation (CD)   a trained teacher's: one step of its ODE. Euler's step in t is the one in
-                        sigma. Heun's is taken in sigma, v + (1 - m) / (1 - t) (v(x_m, m) - v) / 2
+    distillation (CD)   a trained teacher's: one step of its ODE, by Euler or, with `heun`, along
+                        v + (1 - m) / (1 - t) (v(x_m, m) - v) / 2, which is Heun's step in sigma
 
 The run has `stages` s = 0, 1, ... of equal length, in which the steps get shorter:
 
@@ -15,10 +15,9 @@ The run has `stages` s = 0, 1, ... of equal length, in which the steps get short
     karras (iCT)    t and m are the ends of one of N q^s intervals of noise levels, which are of
                     equal length in sigma^(1/rho); N q^s = 10, 20, ..., 1280
 
-d is `weight` of the squared distance, summed over the elements: the distance itself (ECT), the
-pseudo-Huber distance (iCT) or the square. Only the square has the true map as its fixed point: the
-distance moves the optimum from a mean to a geometric median. With the conditional velocity the
-square has a bias too, O(step^2) at each step, since D is not linear.
+d is `weight` of the squared distance, summed over elements: the distance itself (ECT), the
+pseudo-Huber distance (iCT) or the square. Only the square has the true map as its fixed point, up
+to a bias of O(step^2) at each step; the distance moves it from a mean to a geometric median.
 
 The defaults are ECT as published and as in its released code (Geng et al., arXiv 2406.14548): log
 sigma ~ N(-1.1, 2^2), which is logit-normal in our t; targets by the network in training under the
@@ -72,8 +71,7 @@ class Consistency:
     reference: ClassVar = Reference(
         title="Consistency Models Made Easy", authors="Geng et al.", year=2024, arxiv="2406.14548"
     )
-    # The squared distance, which `check` takes by itself, and short steps from the beginning.
-    exact_with: ClassVar = (
+    exact_with: ClassVar = (  # short steps from the beginning
         {"steps": "sigmoid", "stages": 1, "factor": 1024.0},
         {"steps": "karras", "stages": 1, "num_intervals": 10_000},
     )
@@ -103,7 +101,7 @@ class Consistency:
         if not self.factor > 1:
             raise ValueError(f"consistency.factor = {self.factor!r} must be above 1")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
-            raise ValueError(f"consistency.sigma_range = {self.sigma_range!r} must rise from 0")
+            raise ValueError(f"consistency.sigma_range = {self.sigma_range!r} must rise, above 0")
         check_velocity("consistency", self.velocity, teacher=self.teacher, anchors=False)
         check_teachers_scale("consistency", self.guidance_scale, self.teacher)
         if self.heun and not self.teacher.distils:
