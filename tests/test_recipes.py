@@ -269,8 +269,9 @@ def data(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-# At toy size they are those of another size: mean_flow_b2, mean_flow_xl2, shortcut_b2.
-ALIKE = ("mean_flow_b4", "mean_flow_l2", "mean_flow_m2", "shortcut_xl2")
+# At toy size they are those of another size: mean_flow_b2, mean_flow_xl2, shortcut_b2. That of sCM
+# is as ECT's, with another objective.
+ALIKE = ("mean_flow_b4", "mean_flow_l2", "mean_flow_m2", "shortcut_xl2", "trig_consistency_cifar10")
 
 
 @pytest.mark.parametrize(

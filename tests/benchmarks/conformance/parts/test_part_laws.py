@@ -182,7 +182,10 @@ WRONG = [
 ]  # fmt: skip
 
 
-STATED = ("uniform", "logit_normal", "stratified", "uniform_pair", "logit_normal_pair", "beta_pair")
+STATED = (
+    "uniform", "logit_normal", "trig_log_normal", "stratified", "uniform_pair", "logit_normal_pair",
+    "beta_pair",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", time_laws.names())
