@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.couplings import MinibatchOT
+from zoo.guidance import UniformGuidance
 from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
@@ -13,8 +14,10 @@ from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.trig_consistency import TrigConsistency
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
@@ -34,7 +37,11 @@ OBJECTIVES: Mapping[str, Any] = {
     "consistency": Consistency(label_dropout=0.3),
     "consistency_karras": Consistency(steps="karras", velocity=PlugIn(fraction=0.5)),
     "trig_consistency": TrigConsistency(label_dropout=0.3),
+    "self_distillation": SelfDistillation(),
+    "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
+    "self_distillation_psd": SelfDistillation(kind="psd"),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
+    "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),

@@ -7,8 +7,10 @@ from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.trig_consistency import TrigConsistency
 
 __all__ = [
@@ -19,7 +21,9 @@ __all__ = [
     "ImprovedMeanFlow",
     "MeanFlow",
     "RecursiveConsistency",
+    "SelfDistillation",
     "Shortcut",
     "SoFlow",
+    "TerminalVelocity",
     "TrigConsistency",
 ]
