@@ -45,6 +45,8 @@ SIZES = {
     "decm_xl1": (VA, 676.6),
     "facm_xl1": (VA, 676.6),
     "mean_flow_cifar10": (PIXELS, 55.9),
+    "consistency_cifar10": (PIXELS, 55.9),
+    "trig_consistency_cifar10": (PIXELS, 55.9),
 }
 TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
 EPOCHS = {
@@ -188,6 +190,8 @@ def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
     """Batch, second moment, decay; MeanFlow's released code has 0.95, the others Adam's 0.999."""
     parsed(recipe)
     batch, beta, decay = 256, 0.95, 0.0
+    if recipe.endswith("consistency_cifar10"):
+        batch, beta = (512, 0.99) if recipe.startswith("trig") else (128, 0.999)
     if recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1"):
         batch = 1024
     if (
@@ -200,7 +204,7 @@ def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
     optimizer = gin_setup.build("run.optimizer")
     assert gin_setup.query("run.batch_size") == batch
     assert (*optimizer.betas, optimizer.weight_decay) == (0.9, beta, decay)
-    dropped = 0 if recipe in ("mean_flow_cifar10", "facm_xl1") else 0.1
+    dropped = 0 if recipe.endswith("cifar10") or recipe == "facm_xl1" else 0.1
     name = gin_setup.query("run.objective").configurable.name
     assert gin_setup.query(f"{name}.label_dropout") == dropped
 
@@ -248,6 +252,21 @@ def test_cifar_recipe_is_the_papers():
         trunk = gin.get_configurable("ddpmpp")(shape=PIXELS, two_times=True)
     assert trunk.fields["dropout"] == 0.2
     assert trunk.fields["num_augments"] == labels(_draws(0.12, 0, 0)).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "images"),
+    [("consistency_cifar10", 128, 25_600_000), ("trig_consistency_cifar10", 512, 204_800_000)],
+)
+def test_budget_after_the_start_is_the_papers(recipe, batch, images):
+    """200,000 and 400,000 steps, after 200 million images of flow matching."""
+    parsed(recipe)
+    whole, first = gin_setup.query("run.images"), gin_setup.query("run.pretrain")
+    assert whole - images == 200_000_000
+    assert whole * first == pytest.approx(200_000_000, rel=1e-3)
+    assert images // batch in (200_000, 400_000)
+    if recipe.startswith("trig"):
+        assert gin_setup.build("run.objective").warmup * images / batch == pytest.approx(10_000)
 
 
 # whole, at toy size

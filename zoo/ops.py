@@ -44,6 +44,11 @@ def clipped(g: Tensor, bound: float, by: str) -> Tensor:
     return g * like(bound / rms(g).clamp_min(bound), g)
 
 
+def normalised(g: Tensor, offset: float) -> Tensor:
+    """g [b *d], with each row divided by the sum of its root mean square and the offset."""
+    return g / like(rms(g) + offset, g)
+
+
 def first_rows(cond: Cond | None, k: int) -> Cond | None:
     """The conditioning of the first k rows."""
     return rows_of(cond, slice(k))

@@ -114,3 +114,20 @@ class TrigFlow(AffinePath):
 
     def d_sigma(self, t: Tensor) -> Tensor:
         return math.pi / 2 * torch.cos(math.pi / 2 * t)
+
+
+@dataclass(frozen=True)
+class Angle:
+    """The angle phi of points on sCM's circle, as cos(phi), sin(phi) and dphi/dt, each [b]."""
+
+    cos: Tensor
+    sin: Tensor
+    d_dt: Tensor
+
+
+def angle_on(path: Path, t: Tensor, sigma_data: float) -> Angle:
+    """The angle of x_t on the circle cos(phi) x0 + sin(phi) sigma_data x1, a multiple of x_t."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    n = ((sigma_data * alpha) ** 2 + sigma**2).sqrt()
+    determinant = alpha * path.d_sigma(t) - sigma * path.d_alpha(t)
+    return Angle(sigma_data * alpha / n, sigma / n, sigma_data * determinant / n**2)

@@ -97,7 +97,7 @@ def end_of_step(
     """
     x, t, r = rows
     along, gap = (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(r)), like(t - r, x)
-    out, du_dr = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
+    out, du_dr = derivative.with_graph(lambda x, t, r: net(x, t, r, cond), rows, along, "u")
     return out, x - gap * out["u"], out["u"] - gap * du_dr
 
 
@@ -110,7 +110,7 @@ def start_of_step(
     """
     x, t, r = rows
     along = v, torch.ones_like(t), torch.zeros_like(r)
-    out, du = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
+    out, du = derivative.with_graph(lambda x, t, r: net(x, t, r, cond), rows, along, "u")
     return out, out["u"] + like(t - r, x) * du - v
 
 

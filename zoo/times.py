@@ -141,7 +141,7 @@ class LogitNormal(_Diagonal):
 @time_laws.register("arctan_normal")
 @dataclass(frozen=True, kw_only=True)
 class ArctanNormal(_Diagonal):
-    """t = (2 / pi) arctan(exp(N(mean, std^2))), r = t."""
+    """tan(pi t / 2) = exp(N(mean, std^2)), the noise level on the path `trigflow`; r = t."""
 
     reference: ClassVar = FLOW_ANCHORED
 
@@ -157,7 +157,8 @@ class ArctanNormal(_Diagonal):
         return t, t
 
     def cdf(self, t: Tensor) -> Tensor:
-        return torch.special.ndtr((torch.tan(math.pi / 2 * t).log() - self.mean) / self.std)
+        level = torch.tan(math.pi / 2 * t).clamp_min(0).log()  # at t = 1 rounding may change signs
+        return torch.where(t < 1, torch.special.ndtr((level - self.mean) / self.std), 1)
 
 
 @time_laws.register("stratified")

@@ -8,6 +8,7 @@ from typing import Any
 from zoo.couplings import MinibatchOT
 from zoo.guidance import UniformGuidance
 from zoo.objectives.alpha_flow import AlphaFlow
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
@@ -19,6 +20,7 @@ from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
 from zoo.objectives.terminal_velocity import TerminalVelocity
+from zoo.objectives.trig_consistency import TrigConsistency
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -34,6 +36,9 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "consistency": Consistency(label_dropout=0.3),
+    "consistency_karras": Consistency(steps="karras", velocity=PlugIn(fraction=0.5)),
+    "trig_consistency": TrigConsistency(label_dropout=0.3),
     "self_distillation": SelfDistillation(),
     "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
     "self_distillation_psd": SelfDistillation(kind="psd"),

@@ -1,6 +1,7 @@
 """The objectives, one file for each method; importing this package registers them."""
 
 from zoo.objectives.alpha_flow import AlphaFlow
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
@@ -12,11 +13,13 @@ from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
 from zoo.objectives.terminal_velocity import TerminalVelocity
+from zoo.objectives.trig_consistency import TrigConsistency
 
 __all__ = [
     "DECM",
     "FACM",
     "AlphaFlow",
+    "Consistency",
     "DuMo",
     "FlowMatching",
     "ImprovedMeanFlow",
@@ -26,4 +29,5 @@ __all__ = [
     "Shortcut",
     "SoFlow",
     "TerminalVelocity",
+    "TrigConsistency",
 ]

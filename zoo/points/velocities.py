@@ -248,6 +248,17 @@ def check_velocity(
         )
 
 
+def check_teachers_scale(name: str, scale: float, teacher: Teacher) -> None:
+    """ValueError unless the scale is one, or above it for the velocity of a trained teacher."""
+    if scale < 1:
+        raise ValueError(f"{name}.guidance_scale = {scale!r} must be at least 1")
+    if scale > 1 and not teacher.distils:
+        raise ValueError(
+            f"{name}.guidance_scale = {scale!r} is the scale of a trained teacher's velocity. Bind "
+            f"{name}.velocity = @teacher() and {name}.teacher = @frozen(), or leave it at 1"
+        )
+
+
 def _shown(part: object) -> str:
     kind = registry.kind_of(part)
     return f"@{kind.name_of(part)}()" if kind else type(part).__name__

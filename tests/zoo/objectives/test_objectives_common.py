@@ -18,6 +18,7 @@ from benchmarks.conformance.subject import STEPS, Subject
 from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
@@ -25,7 +26,8 @@ from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
-from zoo.paths import TrigFlow
+from zoo.objectives.trig_consistency import TrigConsistency
+from zoo.paths import Linear, TrigFlow
 from zoo.points.velocities import FromTeacher, Own, PlugIn
 from zoo.residuals import Exact
 from zoo.teachers import EmaTeacher, Frozen
@@ -47,6 +49,12 @@ VARIANTS = {
     "dumo_zero": lambda: DuMo(times=BetaPair(r_law="zero"), weight_v=LearnedLogvar()),
     "dumo_distilled": lambda: DuMo(
         velocity=FromTeacher(), teacher=Frozen(), direction="guided", residual=Exact()
+    ),
+    "consistency_distilled": lambda: Consistency(
+        velocity=FromTeacher(), teacher=Frozen(), target=EmaTeacher(), heun=True
+    ),
+    "trig_consistency_distilled": lambda: TrigConsistency(
+        velocity=FromTeacher(), teacher=Frozen(), path=Linear(), times=LogitNormal(mean=-1, std=1.4)
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
     "facm_distilled": lambda: FACM(velocity=FromTeacher(), teacher=Frozen()),
@@ -90,6 +98,8 @@ EXCUSED = {
     "self_distillation_psd_full": NO_DERIVATIVE,
     "shortcut": NO_DERIVATIVE,
     "so_flow": NO_DERIVATIVE,
+    "consistency": NO_DERIVATIVE,
+    "consistency_distilled": NO_DERIVATIVE,
     "shortcut_adaptive": NO_DERIVATIVE,
 }
 TANGENTS = {
@@ -109,6 +119,8 @@ PLANTED = {
     "self_distillation": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "shortcut": {GAP, LEAK, TEACHER, LATER},
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "consistency": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "trig_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "terminal_velocity": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "alpha_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
@@ -135,6 +147,8 @@ NO_EFFECT = {
     "self_distillation": ALONG_R,
     "so_flow": {LATER},
     "terminal_velocity": ALONG_R,
+    "consistency": {LATER},
+    "trig_consistency": {TEACHER, LATER},
 }
 KILLERS = {
     LEAK: "no gradient through targets",
