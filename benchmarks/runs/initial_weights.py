@@ -117,6 +117,7 @@ def _check_network(experiment: Experiment, folder: Path) -> None:
             plain: value
             for key, value in gin_setup.bindings_of(text).items()
             if (plain := key.split("/")[-1]).startswith(names)
+            and not plain.endswith(".decoder_from")  # which a velocity does not depend on
         }
         for text in ((folder / "operative.gin").read_text(), gin_setup.operative_text())
     )
