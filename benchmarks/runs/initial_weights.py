@@ -16,8 +16,8 @@ import registry
 from backbones.network import FlowNetwork, warm_start
 from backbones.pretrained.exported import CONFIG, load_exported
 from backbones.pretrained.imports import import_file
-from backbones.pretrained.layouts import NUM_HEADS
 from backbones.pretrained.public_files import SUFFIXES
+from backbones.pretrained.transformer_parts import NUM_HEADS
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.runs.result import RESULT, measured_weights
 from registry import gin_setup
