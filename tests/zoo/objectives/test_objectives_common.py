@@ -19,6 +19,7 @@ from benchmarks.conformance.verdicts import verdict
 from registry import objectives
 from zoo.couplings import MinibatchOT
 from zoo.objectives.decm import DECM
+from zoo.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.mean_flow import MeanFlow
@@ -45,6 +46,10 @@ VARIANTS = {
     "dumo_zero": lambda: DuMo(times=BetaPair(r_law="zero"), weight_v=LearnedLogvar()),
     "dumo_distilled": lambda: DuMo(
         velocity=FromTeacher(), teacher=Frozen(), direction="guided", residual=Exact()
+    ),
+    "decoupled_mean_flow_own": lambda: DecoupledMeanFlow(velocity=Own(), weight=Unweighted()),
+    "decoupled_mean_flow_distilled": lambda: DecoupledMeanFlow(
+        velocity=FromTeacher(), teacher=Frozen()
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
     "decm_ema": lambda: DECM(teacher=EmaTeacher(), n2n_every=1, start_decay_steps=0),
@@ -94,6 +99,8 @@ PLANTED = {
     "improved_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED},
     "shortcut": {GAP, LEAK, TEACHER, LATER},
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "decoupled_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED, TEACHER, LATER},
+    "pixel_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "decm": {
@@ -107,7 +114,12 @@ PLANTED = {
     },
 }
 # Asked for velocities alone, at r = t; by default MeanFlow asks its teacher for nothing.
-NO_EFFECT = {"decm": {TEACHER}, "mean_flow": {TEACHER, LATER}, "so_flow": {LATER}}
+NO_EFFECT = {
+    "decm": {TEACHER},
+    "mean_flow": {TEACHER, LATER},
+    "decoupled_mean_flow": {TEACHER, LATER},
+    "so_flow": {LATER},
+}
 KILLERS = {
     LEAK: "no gradient through targets",
     TEACHER: "calls within 0 <= r <= t <= 1",
