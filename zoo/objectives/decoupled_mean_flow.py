@@ -25,7 +25,9 @@ From the paper (Lee et al., arXiv 2510.24474) and its released code: all of the 
 sigmoid(N(0, 1)), t and r the larger and the smaller of sigmoid(N(0.4, 1)) and sigmoid(N(-1.2, 1)),
 omega = 0.6 for t up to 0.7. Our reading: the code drops the labels of both terms together, and with
 a teacher it drops none; phi is a function of t and r with the head `log_variance_of_times`, as in
-the code, and of the conditioning with the default head.
+the code, and of the conditioning with the default head; a row's phi meets the error of that row,
+where the shapes in the code pair it with the errors of all rows. Without that pairing, loss and
+gradient are those of the released code to 2e-15 on 36 forced draws in float64.
 """
 
 from __future__ import annotations

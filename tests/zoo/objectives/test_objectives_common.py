@@ -113,7 +113,7 @@ PLANTED = {
         "lam and gamma swapped in the tangents",
     },
 }
-# Asked for velocities alone, at r = t; by default MeanFlow asks its teacher for nothing.
+# Asked for velocities alone, at r = t; by default MeanFlow and DMF ask their teachers for nothing.
 NO_EFFECT = {
     "decm": {TEACHER},
     "mean_flow": {TEACHER, LATER},
