@@ -32,6 +32,7 @@ IMAGENET = 1_281_167
 # Published sizes in millions; those of DiTs include 0.3M of frozen positions, a buffer here.
 # Shortcut: its paper's 675M is DiT-XL/2; our step size has an embedder of its own.
 # DE-CM: 675M is the teacher's; the student has a second time embedder.
+# pMF: that of our DiT-B in its place.
 SIZES = {
     "flow_matching_xl2": (SD, 675.1),
     "mean_flow_b4": (SD, 131),
@@ -46,7 +47,7 @@ SIZES = {
     "mean_flow_cifar10": (PIXELS, 55.9),
     "decoupled_mean_flow_xl2": (SD, 675.1),
     "explicit_shortcut_xl2": (SD, 676.8),
-    "pixel_mean_flow_b16": (PICTURES, 134.5),
+    "pixel_mean_flow_b16": (PICTURES, 135.2),
 }
 TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
 EPOCHS = {
