@@ -262,12 +262,13 @@ def data(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-# At toy size they are those of another size: mean_flow_b2, mean_flow_xl2, shortcut_b2.
-ALIKE = ("mean_flow_b4", "mean_flow_l2", "mean_flow_m2", "shortcut_xl2")
+# A recipe takes seconds. By default there are one with a derivative and one without, and below
+# decm_xl1 by the command.
+WHOLE = ("flow_matching_xl2", "mean_flow_b2")
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(r, marks=pytest.mark.slow if r in ALIKE else ()) for r in RECIPES]
+    "recipe", [pytest.param(r, marks=() if r in WHOLE else pytest.mark.slow) for r in RECIPES]
 )
 def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
     pytest.importorskip("diffusers")

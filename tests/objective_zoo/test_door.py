@@ -367,7 +367,8 @@ def test_workers_of_a_grid_work_beside_foreign_packages(foreign, grid_file):
     assert len(list((foreign / "g").glob("*/result.json"))) == 1
 
 
-@pytest.mark.parametrize("start", ["--ranks 2", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["--ranks 2", "torchrun"])
 def test_processes_of_a_run_are_ours_beside_foreign_packages(foreign, start):
     """--ranks alone starts them; so does torchrun with the documented module."""
     words = ["-m", "objective_zoo", "run", DIGITS, "--arm", "flow_matching", "--out", "out"]

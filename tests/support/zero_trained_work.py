@@ -1,4 +1,4 @@
-"""What the processes of test_zero_trained.py do: trained derivatives, `through`, features."""
+"""What the processes of test_zero.py train: trained derivatives, `through`, features."""
 
 from __future__ import annotations
 

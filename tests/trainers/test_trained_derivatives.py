@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from backbone_cases import SMALL, awake, small
+from point_runs import point_run
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +20,6 @@ import registry
 from backbones.dit import DiT
 from backbones.mlp import MLP
 from backbones.network import build_network
-from benchmarks.data.mixtures import Gaussian
-from benchmarks.experiments import build
-from benchmarks.records.recorders import Null
 from benchmarks.runs.passes import count_passes
 from registry.protocols import Batch
 from trainers import AdamW, Budget, fit
@@ -89,20 +87,7 @@ def test_weights_in_pieces_are_refused_and_differences_are_not(derivative):
     assert as_trained(Lsd(derivative=derivative), ZeroEngine(stage=2)).derivative == derivative
 
 
-def run(**changes):
-    arguments = {
-        "objective": Lsd(),
-        "backbone": partial(MLP, dim=16, depth=1),
-        "dataset": Gaussian(mean=(0.5, -0.5), std=(0.5, 1.0)),
-        "recorder": Null(),
-        "steps": 4,
-        "batch_size": 8,
-        "num_samples": 8,
-        "nfe": (1,),
-        "log_every": 1,
-        "device": "cpu",
-    }
-    return build.run(**{**arguments, **changes})
+run = partial(point_run, objective=Lsd())
 
 
 def test_run_says_that_another_derivative_takes_its_place_and_probes_it(caplog):
