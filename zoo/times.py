@@ -143,25 +143,43 @@ class Stratified(_Diagonal):
         return t
 
 
+Diagonal = Literal["larger", "uniform"]
+
+
 @time_laws.register("uniform_pair")
 @dataclass(frozen=True, kw_only=True)
 class UniformPair:
-    """t and r are the larger and smaller of two uniform draws; r = t outside the quota."""
+    """t and r are the larger and smaller of two uniform draws; r = t outside the quota.
+
+    There t is the larger of two draws too, or, with diagonal = "uniform", a draw of its own.
+    """
 
     off_diagonal_fraction: float = 0.25
+    diagonal: Diagonal = "larger"
 
     def __post_init__(self) -> None:
         check_fraction("uniform_pair.off_diagonal_fraction", self.off_diagonal_fraction)
+        if self.diagonal not in get_args(Diagonal):
+            raise ValueError(
+                f"uniform_pair.diagonal = {self.diagonal!r}; allowed: "
+                f"{', '.join(get_args(Diagonal))}"
+            )
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         first, second = uniform_draws(n, rng), uniform_draws(n, rng)
-        return _sorted_pair(first, second, self.num_off_diagonal(n))
+        k = self.num_off_diagonal(n)
+        if self.diagonal == "uniform":
+            second = torch.cat([second[:k], first[k:]])
+        return _sorted_pair(first, second, k)
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
 
     def cdf(self, t: Tensor) -> Tensor:
-        return t**2
+        if self.diagonal == "larger":
+            return t**2
+        share = self.off_diagonal_fraction
+        return share * t**2 + (1 - share) * t
 
 
 @time_laws.register("logit_normal_pair")

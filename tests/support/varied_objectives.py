@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo.couplings import MinibatchOT
 from zoo.features import RawValues
+from zoo.guidance import UniformGuidance
 from zoo.objectives.decm import DECM
 from zoo.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from zoo.objectives.dumo import DuMo
@@ -15,8 +16,10 @@ from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.pixel_mean_flow import PixelMeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -35,7 +38,11 @@ OBJECTIVES: Mapping[str, Any] = {
     "explicit_shortcut": MeanFlow(velocity=PlugIn(group=2), times=Progressive(steps=3)),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "self_distillation": SelfDistillation(),
+    "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
+    "self_distillation_psd": SelfDistillation(kind="psd"),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
+    "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),

@@ -26,7 +26,7 @@ import registry
 import zoo  # noqa: F401  registers the objectives
 from backbones.dit import DiT
 from backbones.network import build_network
-from registry.protocols import Batch, LossOutput, required_heads
+from registry.protocols import Batch, LossOutput, required_heads, trains_derivative
 from trainers import (
     AdamW,
     Budget,
@@ -42,6 +42,7 @@ from trainers.sharding import gathered_state, is_sharded, whole
 from trainers.zero import engine as zero_module
 from trainers.zero import loss_scale
 from trainers.zero.engine import ZeroEngine
+from zoo.derivatives.methods import FiniteDifference, with_derivatives
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.residuals import Exact
 from zoo.teachers import Frozen
@@ -107,7 +108,10 @@ def network(keys: tuple[str, ...], seed: int = 0) -> nn.Module:
 
 
 def objective(name: str) -> Any:
-    """By its registered name, or dumo with the exact derivative, or decm distilled."""
+    """By its registered name, or dumo with the exact derivative, or decm distilled.
+
+    Trained derivatives are by differences here.
+    """
     if name == "dumo_exact":
         return registry.objectives.get("dumo")(residual=Exact())
     if name == "one_row":
@@ -116,7 +120,11 @@ def objective(name: str) -> Any:
         made = registry.objectives.get("decm")(teacher=Frozen(), guidance_scale=1.5)
         made.teacher.attach(network(("v",), seed=5))
         return made
-    return registry.objectives.get(name)()
+    made = registry.objectives.get(name)()
+    if not trains_derivative(made):
+        return made
+    # Exact ones are not for stage 3, nor for activation checkpointing: see zero_trained_work.py.
+    return with_derivatives(made, lambda _: FiniteDifference())
 
 
 def names() -> list[str]:

@@ -28,6 +28,9 @@ from trainers.engines import TorchEngine, TrainStep, as_trained
 from trainers.zero.engine import ZeroEngine
 from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
 from zoo.derivatives.one_pass import OnePass
+from zoo.objectives.self_distillation import SelfDistillation
+from zoo.objectives.terminal_velocity import TerminalVelocity
+from zoo.weighting import Unweighted
 
 each_trainable = pytest.mark.parametrize(
     "derivative", [Dual(), Jvp(), FiniteDifference()], ids=["dual", "jvp", "differences"]
@@ -85,6 +88,20 @@ def test_weights_in_pieces_are_refused_and_differences_are_not(derivative):
     objective = Lsd(derivative=FiniteDifference())
     assert as_trained(objective, engine) is objective
     assert as_trained(Lsd(derivative=derivative), ZeroEngine(stage=2)).derivative == derivative
+
+
+@pytest.mark.parametrize("make", [SelfDistillation, TerminalVelocity])
+def test_objectives_of_the_zoo_are_refused_there_too(make):
+    with pytest.raises(ValueError, match=rf"objective {make.__name__} trains .*stage = 2, or bind"):
+        as_trained(make(), ZeroEngine(stage=3))
+    differences = make(derivative=FiniteDifference())
+    assert as_trained(differences, ZeroEngine(stage=3)) is differences
+    assert as_trained(make(), ZeroEngine(stage=2)) == make()
+
+
+def test_progressive_self_distillation_trains_no_derivative_and_serves_every_stage():
+    objective = SelfDistillation(kind="psd")
+    assert as_trained(objective, ZeroEngine(stage=3)) is objective
 
 
 run = partial(point_run, objective=Lsd())
@@ -228,6 +245,12 @@ COSTS = [
     (Tvm(), 10),  # 6 for the derivative, 1 for the target, 3 for the velocity
     (Tvm(derivative=Jvp()), 10),
     (Tvm(through=True), 11),  # and a backward to the input of the target
+    (SelfDistillation(weight=Unweighted()), 4),
+    (SelfDistillation(kind="esd", weight=Unweighted()), 4),
+    (SelfDistillation(kind="psd", weight=Unweighted()), 3.5),  # of a quarter: 3, and two targets
+    (SelfDistillation(gradient="full", weight=Unweighted()), 4.5),  # and a backward of the target
+    (SelfDistillation(kind="psd", gradient="full", weight=Unweighted()), 4.5),
+    (TerminalVelocity(), 10),
 ]
 
 

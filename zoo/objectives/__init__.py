@@ -8,8 +8,10 @@ from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.pixel_mean_flow import PixelMeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 
 __all__ = [
     "DECM",
@@ -20,6 +22,8 @@ __all__ = [
     "MeanFlow",
     "PixelMeanFlow",
     "RecursiveConsistency",
+    "SelfDistillation",
     "Shortcut",
     "SoFlow",
+    "TerminalVelocity",
 ]
