@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import TrunkModule, through
+from backbones.trunk import TrunkModule, check_decoder, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 from registry.ranges import Count, Positive, Probability
@@ -109,7 +109,8 @@ class PatchTransformer(TrunkModule):
     """A transformer on the patches of [b c h w], with blocks (tokens, c) -> tokens.
 
     `block` and `conditioning` make those parts. They are called in this order, in which the initial
-    weights are drawn.
+    weights are drawn. The blocks from number `decoder_from` on, and the readouts, see the end r in
+    the place of t; without it all of them see what `conditioning` makes of both.
     """
 
     positions: Tensor
@@ -124,8 +125,10 @@ class PatchTransformer(TrunkModule):
         conditioning: Callable[[], Conditioning],
         checkpointing: bool,
         trained_positions: bool = False,
+        decoder_from: int | None = None,
     ):
         super().__init__()
+        self.decoder_from = depth if decoder_from is None else decoder_from
         self.channels, self.grid = shape[0], (shape[1] // patch, shape[2] // patch)
         self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
         self.embed = nn.Linear(self.channels * patch * patch, dim)
@@ -142,7 +145,11 @@ class PatchTransformer(TrunkModule):
         c = self.conditioning(t, r, cond)
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         tokens = self.embed(patches.to(self.embed.weight.dtype)) + self.positions
-        for block in self.blocks:
+        for block in self.blocks[: self.decoder_from]:
+            tokens = through(block, self.checkpointing, tokens, c)
+        if self.decoder_from < len(self.blocks):
+            c = self.conditioning(r, r, cond)
+        for block in self.blocks[self.decoder_from :]:
             tokens = through(block, self.checkpointing, tokens, c)
         return tokens, c
 
@@ -157,7 +164,10 @@ class DiT(PatchTransformer):
     `norm` is 'layer', or 'rms' for root mean squares. Positions are sines and cosines; with
     `trained_positions` they are weights that start with these values. Dropout draws from the global
     RNG of torch. `checkpointing` recomputes each block in the backward pass instead of keeping its
-    activations.
+    activations. `decoder_from` is a block's number, counted from 0, for a network with two times:
+    the blocks before it see t alone, and it and those after it r alone, by one embedder. There is
+    no second embedder then, so that such a network has the weights of one with a single time, and
+    its average velocity at r = t is the velocity of that network (Lee et al., arXiv 2510.24474).
     """
 
     reference: ClassVar = Reference(
@@ -187,7 +197,9 @@ class DiT(PatchTransformer):
         checkpointing: bool = False,
         norm: str = "layer",
         trained_positions: bool = False,
+        decoder_from: int | None = None,
     ):
+        check_decoder("dit", decoder_from, depth)
         check_patches("dit", shape, patch, dim, num_heads)
         super().__init__(
             shape=shape,
@@ -198,7 +210,7 @@ class DiT(PatchTransformer):
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,
-                two_times=two_times,
+                two_times=two_times and decoder_from is None,
                 second_time=second_time,
                 max_frequency=max_frequency,
                 time_features=time_features,
@@ -206,6 +218,7 @@ class DiT(PatchTransformer):
             ),
             checkpointing=checkpointing,
             trained_positions=trained_positions,
+            decoder_from=decoder_from if two_times else None,
         )
         self.norm = norm
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from backbones.embeddings import zero_
+from backbones.embeddings import NUM_FREQUENCIES, time_features, zero_
 from registry import heads
 from registry.protocols import Call, Reference
 
@@ -75,3 +76,25 @@ class LogVariance(nn.Module):
 
     def forward(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]:
         return {"logvar": self.linear(c).squeeze(-1)}
+
+
+@heads.register("log_variance_of_times")
+class LogVarianceOfTimes(nn.Module):
+    """Log-variance of the error, a linear function of slow sines and cosines of t and r.
+
+    It knows both times where the trunk's conditioning has one of them alone (`decoder_from` of a
+    backbone), and nothing else. DMF's released code has 64 frequencies for each time, and DiT's
+    128 are taken here.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("logvar",)
+    needs_r: ClassVar = True
+
+    def __init__(self, trunk: Any):
+        super().__init__()
+        self.linear = nn.Linear(2 * 2 * NUM_FREQUENCIES, 1)
+        zero_(self.linear)
+
+    def forward(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]:
+        times = torch.cat([time_features(z, 1.0, "dit") for z in (at.t, at.r)], dim=1)
+        return {"logvar": self.linear(times.to(self.linear.weight.dtype)).squeeze(-1)}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import TrunkModule
+from backbones.trunk import TrunkModule, check_decoder
 from registry import backbones
 from registry.protocols import Cond
 from registry.ranges import Count, Positive
@@ -50,7 +50,10 @@ class VectorReadout(nn.Module):
 
 @backbones.register("mlp")
 class MLP(TrunkModule):
-    """Residual MLP for vectors [b d], conditioned by scale and shift."""
+    """Residual MLP for vectors [b d], conditioned by scale and shift.
+
+    `decoder_from` is that of `dit`: the blocks before it see t alone, the others r alone.
+    """
 
     def __init__(
         self,
@@ -64,20 +67,23 @@ class MLP(TrunkModule):
         max_frequency: Positive = 8.0,
         time_features: str = "unit",
         guidance_input: bool = False,
+        decoder_from: int | None = None,
     ):
         super().__init__()
+        check_decoder("mlp", decoder_from, depth)
         if len(shape) != 1:
             raise ValueError(
                 f"mlp takes vectors, shape (d,); the data have shape {tuple(shape)}. "
                 "For images use @dit or @unet"
             )
         self.dim, self.size = dim, shape[0]
+        self.decoder_from = decoder_from if two_times and decoder_from is not None else depth
         self.embed = nn.Linear(self.size, dim)
         self.blocks = nn.ModuleList(ResidualBlock(dim) for _ in range(depth))
         self.conditioning = Conditioning(
             dim,
             num_classes=num_classes,
-            two_times=two_times,
+            two_times=two_times and decoder_from is None,
             second_time=second_time,
             max_frequency=max_frequency,
             time_features=time_features,
@@ -87,7 +93,11 @@ class MLP(TrunkModule):
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         c = self.conditioning(t, r, cond)
         h = self.embed(x.to(self.embed.weight.dtype))
-        for block in self.blocks:
+        for block in self.blocks[: self.decoder_from]:
+            h = block(h, c)
+        if self.decoder_from < len(self.blocks):
+            c = self.conditioning(r, r, cond)
+        for block in self.blocks[self.decoder_from :]:
             h = block(h, c)
         return h, c
 

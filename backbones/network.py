@@ -24,6 +24,7 @@ from backbones.trunk import TrunkModule
 from registry.protocols import Call, Cond, Parametrisation, Preconditioning
 
 FREE_FIELDS = frozenset({"two_times", "dropout", "checkpointing"})  # which a student chooses
+SECOND_TIME_FIELDS = frozenset({"second_time", "decoder_from"})  # without effect on one time
 ADDED = (".second_time.", ".guidance.")  # parts of a trunk that start by adding nothing
 VELOCITIES = ("u", "v")  # of a head that does not say which of its keys are velocities
 
@@ -176,7 +177,7 @@ def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
     """ValueError if two trunks differ in a field that no shape shows, such as num_heads."""
     if not (isinstance(ours, TrunkModule) and isinstance(theirs, TrunkModule)):
         return
-    free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | {"second_time"}
+    free = FREE_FIELDS if theirs.fields["two_times"] else FREE_FIELDS | SECOND_TIME_FIELDS
     if not theirs.fields.get("guidance_input"):
         free |= {"guidance_input"}
     if differing := [

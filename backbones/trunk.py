@@ -68,4 +68,15 @@ def _as_now(
     return lambda: (nullcontext(), recomputation())
 
 
+def check_decoder(name: str, decoder_from: int | None, depth: int) -> None:
+    """ValueError unless there are blocks before this one, which see t, and it exists, to see r."""
+    if decoder_from is not None and not 0 < decoder_from < depth:
+        raise ValueError(
+            f"{name}.decoder_from = {decoder_from} is the first block that sees r, of {depth} "
+            f"blocks from 0 on; it must be from 1 to {depth - 1}"
+            if depth > 1
+            else f"{name}.decoder_from needs two blocks or more, and {name}.depth = {depth}"
+        )
+
+
 Trunk = TrunkModule  # the name in 0.1, from which plug-ins may inherit

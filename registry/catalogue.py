@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import registry
+from registry.configuration.gin_files import settings_of
 from registry.core import Registry, summary
 from registry.plugins import import_file, load_plugins
 from registry.protocols import Reference
@@ -41,6 +42,10 @@ def _section(kind: Registry) -> str:
         lines.append(f"  {name:<{width}}  {summary(cls)}{paper}")
         for word, names in meeting(kind, cls).items():
             lines.append(f"  {'':<{width}}  {word}: {names}")
+        files = settings_of(name) if kind is registry.objectives else []
+        for path in files:
+            if path.stem != name:
+                lines.append(f"  {'':<{width}}  as {path.stem}: include 'objective/{path.name}'")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ NEEDS |= {
     for file in FILES
     if file.startswith("recipes/") and "cifar" not in file  # see tests/test_recipes.py
 }
+NEEDS |= {"recipes/pixel_mean_flow_b16.gin": "image_folder.folder"}
 
 
 def in_folder(name: str) -> list[str]:

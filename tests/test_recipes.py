@@ -26,12 +26,13 @@ from zoo.teachers import warmed_up
 
 ROOT = Path(__file__).parents[1] / "gin" / "recipes"
 RECIPES = sorted(file.stem for file in ROOT.glob("*.gin"))
-SD, VA, PIXELS = (4, 32, 32), (32, 16, 16), (3, 32, 32)
+SD, VA, PIXELS, PICTURES = (4, 32, 32), (32, 16, 16), (3, 32, 32), (3, 256, 256)
 IMAGENET = 1_281_167
 
 # Published sizes in millions; those of DiTs include 0.3M of frozen positions, a buffer here.
 # Shortcut: its paper's 675M is DiT-XL/2; our step size has an embedder of its own.
 # DE-CM and FACM: 675M is the teacher's; the student has a second time embedder.
+# pMF: that of our DiT-B in its place.
 SIZES = {
     "flow_matching_xl2": (SD, 675.1),
     "mean_flow_b4": (SD, 131),
@@ -47,6 +48,9 @@ SIZES = {
     "mean_flow_cifar10": (PIXELS, 55.9),
     "consistency_cifar10": (PIXELS, 55.9),
     "trig_consistency_cifar10": (PIXELS, 55.9),
+    "decoupled_mean_flow_xl2": (SD, 675.1),
+    "explicit_shortcut_xl2": (SD, 676.8),
+    "pixel_mean_flow_b16": (PICTURES, 135.2),
 }
 TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
 EPOCHS = {
@@ -60,17 +64,19 @@ EPOCHS = {
     "dumo_xl2": 424,
     "decm_xl1": 250,
     "facm_xl1": 250,
+    "explicit_shortcut_xl2": 240,
+    "pixel_mean_flow_b16": 320,
 }
 
 each = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def parsed(recipe: str) -> None:
-    gin_setup.parse([ROOT / f"{recipe}.gin"], ["latents.folder = 'x'"])
-    if gin_setup.query("frozen.checkpoint") is not None:
-        gin_setup.parse(
-            [ROOT / f"{recipe}.gin"], ["latents.folder = 'x'", "frozen.checkpoint = 'x'"]
-        )
+    data = "image_folder" if recipe.startswith("pixel") else "latents"
+    bound = [f"{data}.folder = 'x'"]
+    gin_setup.parse([ROOT / f"{recipe}.gin"], bound)
+    start = [key for key in ("frozen.checkpoint", "run.start_from") if gin_setup.query(key)]
+    gin_setup.parse([ROOT / f"{recipe}.gin"], [*bound, *(f"{key} = 'x'" for key in start)])
 
 
 @cache
@@ -108,6 +114,11 @@ def test_recipe_is_in_the_tables_and_says_what_to_expect(recipe):
 def test_budget_is_the_stated_number_of_epochs(recipe):
     parsed(recipe)
     assert gin_setup.query("run.images") == EPOCHS[recipe] * IMAGENET
+
+
+def test_budget_of_decoupled_mean_flow_is_that_of_its_command():
+    parsed("decoupled_mean_flow_xl2")
+    assert gin_setup.query("run.images") == 400_000 * gin_setup.query("run.batch_size")
 
 
 def test_budget_of_shortcut_b2_is_its_readmes():
@@ -192,7 +203,7 @@ def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
     batch, beta, decay = 256, 0.95, 0.0
     if recipe.endswith("consistency_cifar10"):
         batch, beta = (512, 0.99) if recipe.startswith("trig") else (128, 0.999)
-    if recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1"):
+    if recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1", "pixel_mean_flow_b16"):
         batch = 1024
     if (
         recipe.startswith(("flow_matching", "shortcut", "decm", "facm"))
@@ -233,8 +244,8 @@ def test_average_of_the_weights_reaches_its_decay(recipe):
 @pytest.mark.parametrize(
     ("recipe", "scale"),
     [("mean_flow_b4", 3), ("mean_flow_b2", 2), ("mean_flow_m2", 2), ("mean_flow_l2", 2.5),
-     ("mean_flow_xl2", 2.5), ("dumo_xl2", 2), ("shortcut_xl2", 1.5), ("decm_xl1", 1.75),
-     ("facm_xl1", 1.75)],
+     ("mean_flow_xl2", 2.5), ("dumo_xl2", 2), ("shortcut_xl2", 1.5), ("facm_xl1", 1.75),
+     ("decoupled_mean_flow_xl2", 2.5), ("explicit_shortcut_xl2", 2.5), ("decm_xl1", 1.75)],
 )  # fmt: skip
 def test_guidance_has_the_published_scale(recipe, scale):
     parsed(recipe)

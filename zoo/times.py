@@ -10,8 +10,8 @@ t ~ Beta(a, b), r ~ U[0, t].
 
 `progressive` changes over the run. At step i the share (2 / pi) arccos(i / steps) of another law's
 rows with r < t have r = 0 instead: all of them at first, none from `steps` on. From ESC (arXiv
-2512.11831) and its released code: the share and 10,000 steps. The code draws which rows these are,
-here they are the first.
+2512.11831) and its released code: the share. The commands of the code have 20,000 steps. The code
+draws which rows these are, here they are the first.
 
 `arctan_normal` is FACM's law (Peng et al., arXiv 2507.03738, its released code): t is the angle of
 a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circle.

@@ -1,8 +1,9 @@
 """From a squared error to a loss: error [b] -> loss [b].
 
-The weights depend on the error without gradient, so `unweighted`, `adaptive` and `learned_logvar`
-have the same gradient direction per row. With conditional velocities in the target, a weight that
-depends on the error moves the optimum away from the conditional mean; `unweighted` does not.
+A weight multiplies the gradient of a row's error by a positive number, so that `unweighted`,
+`adaptive`, `pseudo_huber`, `learned_logvar` and `cauchy` have the same gradient direction per row.
+With conditional velocities in the target, a weight that depends on the error moves the optimum away
+from the conditional mean; `unweighted` does not.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from registry import weights
-from registry.protocols import Reference
+from registry.protocols import Reference, Weight
+from registry.ranges import Positive
 from zoo.times import MEAN_FLOW
+
+DECOUPLED_MEAN_FLOW = Reference(
+    title="Decoupled MeanFlow: Turning Flow Models into Flow Maps for Accelerated Sampling",
+    authors="Lee et al.",
+    year=2025,
+    arxiv="2510.24474",
+)
 
 
 @weights.register("unweighted")
@@ -74,7 +83,10 @@ class PseudoHuber:
 @weights.register("learned_logvar")
 @dataclass(frozen=True, kw_only=True)
 class LearnedLogvar:
-    """exp(-logvar) error + logvar, with the network's own log-variance head."""
+    """exp(-logvar) error + logvar, with the network's own log-variance head.
+
+    Another weight may stand in the place of the error: exp(-logvar) weight(error) + logvar (ESC).
+    """
 
     heads: ClassVar[tuple[str, ...]] = ("logvar",)
     reference: ClassVar = Reference(
@@ -84,5 +96,34 @@ class LearnedLogvar:
         arxiv="2312.02696",
     )
 
+    weight: Weight | None = None
+
     def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
-        return (-out["logvar"]).exp() * error + out["logvar"]
+        weighted = error if self.weight is None else self.weight(error, out)
+        return (-out["logvar"]).exp() * weighted + out["logvar"]
+
+
+@weights.register("cauchy")
+@dataclass(frozen=True, kw_only=True)
+class Cauchy:
+    """log(exp(-logvar) error + offset) + share logvar, with the network's log-variance head.
+
+    In the paper, as readers quote it, offset = 1 and share = 1/2, for which exp(logvar) tends to
+    the error. The defaults are those of the released code. There it is log(error + offset
+    exp(logvar)), which falls with logvar without end, slowly, towards the logarithm of the error.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("logvar",)
+    reference: ClassVar = DECOUPLED_MEAN_FLOW
+
+    offset: Positive = 0.01
+    share: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "share"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"cauchy.{name} = {getattr(self, name)!r} must be positive")
+
+    def __call__(self, error: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+        logvar = out["logvar"]
+        return ((-logvar).exp() * error + self.offset).log() + self.share * logvar

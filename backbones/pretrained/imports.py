@@ -3,8 +3,11 @@
     layout         code                       what it predicts                   becomes
     dit            facebookresearch/DiT       noise, 1000 steps of a VP process  dit, v by vp_noise
     sit            willisma/SiT               data - noise, t = 1 is data        dit, v
+    repa           sihyun-yu/REPA             noise - data, our times            dit, v
+    dmf            kyungmnlee/dmf             u(x, t, r), our times              dit, u
     lightning_dit  hustvl/LightningDiT        data - noise, t = 1 is data        lightning_dit, v
     mean_flow_sit  zhuyu-cs/MeanFlow          u(x, t, h = t - r), our times      dit, u
+                   EDAPINENUT/ExplicitShortCut
     mf_dit         haidog-yaqub/MeanFlow      u and v(x, t, r, w), our times     dit, u and v
     py_mean_flow   Gsunshine/py-meanflow      u(x, t, h = t - r), our times      ddpmpp, u
 
@@ -15,7 +18,8 @@ taken at w = 1, without guidance, and added to that of t. The largest scale of M
 tensor; it is taken to be 4, the code's default. Learned variances are dropped. Every tensor of the
 file is used, or listed in `unused` with its reason; a tensor that is neither is an error.
 
-DiT and SiT name their tensors alike, so their files need the layout as an argument.
+DiT, SiT and REPA without its projectors name their tensors alike, so their files need the layout
+as an argument. The flow models of kyungmnlee/dmf are in the layout `repa`.
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ def import_weights(
 
     Without `layout` the names of the tensors decide. Sizes that no paper has need `num_heads`.
     `num_classes` says whether the last row of the table of labels is a class or stands for no
-    label; see `layouts.labels`.
+    label; see `transformer_parts._labels`.
     """
     tensors, unused = unwrapped(state)
     layout = layout or _detect(tensors)
@@ -118,9 +122,14 @@ def _detect(names: Mapping[str, Tensor]) -> str:
         return "mf_dit"
     if "r_embedder.mlp.0.weight" in names:
         return "mean_flow_sit"
+    if "logvar_linear.weight" in names:
+        return "dmf"
+    if "projectors.0.0.weight" in names:
+        return "repa"
     if "t_embedder.mlp.0.weight" in names:
         raise ValueError(
-            "the checkpoint may be a DiT's or a SiT's; say which: layout 'dit' or 'sit'"
+            "the checkpoint may be a DiT's or a SiT's; say which: layout 'dit' or 'sit', or "
+            "'repa' or 'dmf' for those of these codes"
         )
     raise ValueError(
         f"the checkpoint has none of the layouts {', '.join(layouts())}; its first names are "

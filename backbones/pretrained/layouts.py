@@ -2,12 +2,12 @@
 
 Each layout is one function. It takes every tensor that it knows from a `Source` and returns the
 fields of an `Imported` (imports.py): the backbone and its fields, the shape of the data and the
-weights under our names. The transformers are here, and the U-Net is in ddpmpp_layout.py.
+weights under our names. The transformers are here, with what they share in transformer_parts.py,
+and the U-Net is in ddpmpp_layout.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,149 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.embeddings import NUM_FREQUENCIES, frequencies, positions_2d, time_features
+from backbones.embeddings import NUM_FREQUENCIES, frequencies, time_features
 from backbones.lightning_dit import rotary_2d
 from backbones.pretrained.ddpmpp_layout import py_mean_flow
 from backbones.pretrained.source import Source
+from backbones.pretrained.transformer_parts import (
+    fixed_positions,
+    gelu_mlps,
+    plain,
+    readout,
+    transformer,
+)
 
-NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # released sizes
-TABLE = "trunk.conditioning.label.table.weight"
+DECODER_FROM = {28: 20}  # DMF's first block that sees r, by the number of blocks
+LOG_VARIANCE = "the log-variance by which its loss is weighted in training"
 MAX_GUIDANCE = 4.0  # MFDiT divides a scale by this before embedding it
-
-
-def _transformer(
-    source: Source, num_heads: int | None, labels: str | None = "y_embedder.embedding_table"
-) -> dict[str, Any]:
-    """The fields and weights of every transformer, except positions, MLPs and final layers."""
-    patches = source.take("x_embedder.proj.weight", ndim=4)
-    dim, channels, patch, _ = patches.shape
-    side = _side(source)
-    if num_heads is None and dim not in NUM_HEADS:
-        raise ValueError(f"the number of heads at width {dim} is in no tensor; give num_heads")
-    weights = {
-        "trunk.embed.weight": patches.flatten(1),
-        "trunk.embed.bias": source.take("x_embedder.proj.bias"),
-        **source.linear("t_embedder.mlp.0", "trunk.conditioning.time.hidden"),
-        **source.linear("t_embedder.mlp.2", "trunk.conditioning.time.output"),
-    }
-    num_classes = 0 if labels is None else _labels(source, f"{labels}.weight", weights)
-    depth = source.count(r"blocks\.(\d+)\.")
-    if not depth:
-        raise ValueError(f"the checkpoint has no blocks, which layout {source.layout!r} needs")
-    for i in range(depth):
-        theirs, ours = f"blocks.{i}", f"trunk.blocks.{i}"
-        for part in ("attn.qkv", "attn.proj"):
-            weights |= source.linear(f"{theirs}.{part}", f"{ours}.{part}")
-        weights |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
-    fields = {
-        "patch": patch,
-        "dim": dim,
-        "depth": depth,
-        "num_heads": num_heads or NUM_HEADS[dim],
-        "time_features": "dit",
-        "max_frequency": 1.0,
-        "second_time": "h",
-    }
-    return {
-        "backbone": "dit",
-        "shape": (channels, side * patch, side * patch),
-        "num_classes": num_classes,
-        "fields": fields,
-        "weights": weights,
-    }
-
-
-def _side(source: Source) -> int:
-    """How many patches a side of the image has, which only the table of positions tells."""
-    table = source.left.get("pos_embed")
-    if table is None:
-        raise ValueError(
-            "the checkpoint has no 'pos_embed', and no other tensor tells the size of its images. "
-            "Its code keeps the positions outside the weights: add them to the file under this name"
-        )
-    side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
-    if not side or side * side != table.shape[1]:
-        raise ValueError(
-            f"'pos_embed' of the checkpoint has shape {list(table.shape)}; only positions of "
-            "square images, [1, side * side, dim], can be read"
-        )
-    return side
-
-
-def _labels(source: Source, name: str, weights: dict[str, Tensor]) -> int:
-    """Take the table of labels [rows dim] into the weights; returns the number of classes.
-
-    Where a code drops labels in training, it keeps one more row than classes, the last, for no
-    label. No tensor tells whether it did, so that the caller's number of classes decides. Without
-    one the last row stands for no label, and a note says so. A table that has a row for each class
-    and no other gets the mean of its rows for no label. One row alone is the same vector for every
-    input, which is added to the bias of the time embedding.
-    """
-    table, wanted = source.take(name, ndim=2), source.num_classes
-    rows = len(table)
-    if rows == 1 and not wanted:
-        bias = "trunk.conditioning.time.output.bias"
-        weights[bias] = weights[bias] + table[0]
-        source.notes.append(
-            "its table of labels has one row, as without labels: the network has no classes"
-        )
-        return 0
-    if wanted == rows:
-        weights[TABLE] = torch.cat([table, table.mean(0, keepdim=True)])
-        source.notes.append(
-            f"its table of labels has a row for each of the {rows} classes and none for no label "
-            "(null): it was trained without label dropout. The mean of the rows is taken for that"
-        )
-        return rows
-    weights[TABLE] = table
-    if wanted is None:
-        source.notes.append(
-            f"its table of labels has {rows} rows, read as {rows - 1} classes and, last, the row "
-            f"for no label (null). If it was trained without label dropout, it has {rows} classes: "
-            f"give num_classes = {rows} (--num-classes {rows})"
-        )
-    return rows - 1
-
-
-def _gelu_mlps(source: Source, made: dict[str, Any]) -> None:
-    for i in range(made["fields"]["depth"]):
-        for part in ("fc1", "fc2"):
-            ours = f"trunk.blocks.{i}.mlp.{part}"
-            made["weights"] |= source.linear(f"blocks.{i}.mlp.{part}", ours)
-    hidden = len(made["weights"]["trunk.blocks.0.mlp.fc1.bias"])
-    made["fields"]["mlp_ratio"] = hidden / made["fields"]["dim"]
-
-
-def _fixed_positions(source: Source, made: dict[str, Any]) -> None:
-    side = made["shape"][1] // made["fields"]["patch"]
-    expected = positions_2d(side, side, made["fields"]["dim"])
-    source.check_equal("pos_embed", expected, "the fixed positions")
-
-
-def _readout(
-    source: Source, made: dict[str, Any], head: str, key: str, theirs: str = "final_layer"
-) -> None:
-    """The final layer, without the rows of learned variances."""
-    ours = f"heads.{head}.readouts.{key}"
-    made["weights"] |= source.linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
-    channels, patch = made["shape"][0], made["fields"]["patch"]
-    for part, rows in source.linear(f"{theirs}.linear", f"{ours}.linear").items():
-        if len(rows) % patch**2:
-            raise ValueError(
-                f"{theirs}.linear has {len(rows)} rows, which are not {patch}x{patch} pixels each"
-            )
-        cells = rows.unflatten(0, (patch * patch, -1))  # [p q, channels, ...]
-        if cells.shape[1] not in (channels, 2 * channels):
-            raise ValueError(
-                f"{theirs}.linear makes {cells.shape[1]} channels a pixel; the data have "
-                f"{channels}, twice that with variances"
-            )
-        if cells.shape[1] == 2 * channels:
-            source.unused[f"{theirs}.linear.{part.split('.')[-1]}, second half of the channels"] = (
-                "learned variances"
-            )
-        made["weights"][part] = cells[:, :channels].flatten(0, 1).clone()
-    made["keys"] = (*made.get("keys", ()), key)
 
 
 def _other_way(made: dict[str, Any]) -> None:
@@ -179,37 +51,70 @@ def _other_way(made: dict[str, Any]) -> None:
 
 
 def _dit(source: Source, num_heads: int | None) -> dict[str, Any]:
-    made = _transformer(source, num_heads)
-    _fixed_positions(source, made)
+    made = plain(source, num_heads)
     made["fields"]["max_frequency"] = 1000.0
-    _gelu_mlps(source, made)
-    _readout(source, made, "velocity", "v")
+    readout(source, made, "velocity", "v")
     return made
 
 
 def _sit(source: Source, num_heads: int | None) -> dict[str, Any]:
-    made = _transformer(source, num_heads)
-    _fixed_positions(source, made)
-    _gelu_mlps(source, made)
-    _readout(source, made, "velocity", "v")
+    made = plain(source, num_heads)
+    readout(source, made, "velocity", "v")
     _other_way(made)
     return made
 
 
+def _repa(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = plain(source, num_heads)
+    source.leave_out("projectors.", "its alignment with features in training")
+    _scaled_norms(source, made)
+    readout(source, made, "velocity", "v")
+    return made
+
+
+def _dmf(source: Source, num_heads: int | None) -> dict[str, Any]:
+    made = plain(source, num_heads)
+    depth = made["fields"]["depth"]
+    if depth not in DECODER_FROM:
+        raise ValueError(
+            f"which of its {depth} blocks is the first that sees r is in no tensor; it is known "
+            f"for a depth of {', '.join(map(str, DECODER_FROM))} alone"
+        )
+    made["fields"]["decoder_from"] = DECODER_FROM[depth]
+    source.notes.append(
+        f"the first block that sees r is in no tensor; block {DECODER_FROM[depth]} is taken, as in "
+        "the commands of its code"
+    )
+    source.leave_out("logvar_linear.", LOG_VARIANCE)
+    _scaled_norms(source, made)
+    readout(source, made, "average_velocity", "u")
+    return made
+
+
+def _scaled_norms(source: Source, made: dict[str, Any]) -> None:
+    """The norms of q and k, where there are any, whose weights are called scales."""
+    if "blocks.0.attn.q_norm.scale" not in source:
+        return
+    made["fields"]["qk_norm"] = True
+    for i in range(made["fields"]["depth"]):
+        for norm in ("attn.q_norm", "attn.k_norm"):
+            scale = source.take(f"blocks.{i}.{norm}.scale")
+            made["weights"][f"trunk.blocks.{i}.{norm}.weight"] = scale
+
+
 def _mean_flow_sit(source: Source, num_heads: int | None) -> dict[str, Any]:
-    made = _transformer(source, num_heads)
-    _fixed_positions(source, made)
-    _gelu_mlps(source, made)
+    made = plain(source, num_heads)
+    source.leave_out("logvar_linear.", LOG_VARIANCE)  # ESC's
     for number, part in ((0, "hidden"), (2, "output")):
         ours = f"trunk.conditioning.second_time.{part}"
         made["weights"] |= source.linear(f"r_embedder.mlp.{number}", ours)
-    _readout(source, made, "average_velocity", "u")
+    readout(source, made, "average_velocity", "u")
     return made
 
 
 def _lightning_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
-    made = _transformer(source, num_heads)
-    _fixed_positions(source, made)
+    made = transformer(source, num_heads)
+    fixed_positions(source, made)
     made["backbone"] = "lightning_dit"
     fields, weights = made["fields"], made["weights"]
     fields["qk_norm"] = "blocks.0.attn.q_norm.weight" in source
@@ -226,15 +131,15 @@ def _lightning_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     sines, cosines = rotary_2d(side, side, fields["dim"] // fields["num_heads"]).chunk(2, dim=1)
     source.check_equal("feat_rope.freqs_sin", sines, "the rotary positions")
     source.check_equal("feat_rope.freqs_cos", cosines, "the rotary positions")
-    _readout(source, made, "velocity", "v")
+    readout(source, made, "velocity", "v")
     _other_way(made)
     return made
 
 
 def _mf_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
     labels = "y_embedder.embedding"
-    made = _transformer(source, num_heads, labels if f"{labels}.weight" in source else None)
-    _gelu_mlps(source, made)
+    made = transformer(source, num_heads, labels if f"{labels}.weight" in source else None)
+    gelu_mlps(source, made)
     fields, weights = made["fields"], made["weights"]
     fields |= {"max_frequency": 1000.0, "second_time": "r", "norm": "rms", "qk_norm": True}
     fields["trained_positions"] = True
@@ -247,8 +152,8 @@ def _mf_dit(source: Source, num_heads: int | None) -> dict[str, Any]:
         weights |= source.linear(f"r_embedder.mlp.{number}", ours)
     name = "trunk.conditioning.time.output.bias"
     weights[name] = weights[name] + _without_guidance(source)
-    _readout(source, made, "dual_head", "u", "final_layer_u")
-    _readout(source, made, "dual_head", "v", "final_layer_v")
+    readout(source, made, "dual_head", "u", "final_layer_u")
+    readout(source, made, "dual_head", "v", "final_layer_v")
     return made
 
 
@@ -266,6 +171,8 @@ def _without_guidance(source: Source) -> Tensor:
 CONVERTERS: dict[str, Callable[[Source, int | None], dict[str, Any]]] = {
     "dit": _dit,
     "sit": _sit,
+    "repa": _repa,
+    "dmf": _dmf,
     "lightning_dit": _lightning_dit,
     "mean_flow_sit": _mean_flow_sit,
     "mf_dit": _mf_dit,

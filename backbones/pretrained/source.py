@@ -77,6 +77,12 @@ class Source:
             )
         self.unused[name] = what
 
+    def leave_out(self, prefix: str, why: str) -> None:
+        """Leave out the tensors whose names begin so, if there are any."""
+        for name in [name for name in self.left if name.startswith(prefix)]:
+            del self.left[name]
+            self.unused[prefix.rstrip(".")] = why
+
     def count(self, pattern: str) -> int:
         """How many different numbers the pattern's one group matches in the names."""
         found = {m[1] for name in self.left if (m := re.match(pattern, name))}

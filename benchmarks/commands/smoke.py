@@ -54,6 +54,12 @@ def shrunken(request: Request, data: Path) -> Request:
     found = [*BUDGET, *SMALL[backbone], f"run.nfe = {tuple(sorted({min(n, 4) for n in calls}))}"]
     if gin_setup.query("frozen.checkpoint"):
         found += ["frozen.checkpoint = ''", "frozen.pretrain = 0.5"]
+    if gin_setup.query("run.start_from"):
+        found += ["run.start_from = ''", "run.start_layout = ''", "run.pretrain = 0.5"]
+    if gin_setup.query(f"{backbone}.decoder_from"):
+        found.append(f"{backbone}.decoder_from = 1")
+    if gin_setup.query("plug_in.group"):
+        found.append("plug_in.group = 4")
     found += _data_bindings(repr(gin_setup.query("run.dataset")), data)
     return replace(request, bindings=(*found, *request.bindings))
 

@@ -40,6 +40,9 @@ LATER = {
     "run.warm_start": "True",
     "decm.velocity": "None",
     "restart.path": "None",
+    **dict.fromkeys(("dit.decoder_from", "mlp.decoder_from"), "None"),
+    "learned_logvar.weight": "None",
+    "plug_in.group": "1",
     **dict.fromkeys(("online.dropout", "ema.dropout", "frozen.dropout"), "'off'"),
 }
 

@@ -8,6 +8,7 @@ import registry
 from benchmarks.markdown import markdown
 from benchmarks.pages.measured import Measured
 from benchmarks.pages.page import MADE_BY
+from registry.configuration.gin_files import settings_of
 from registry.core import summary
 from registry.protocols import Reference
 from registry.sampling import trained_by
@@ -30,6 +31,12 @@ def index_page(measured: Measured) -> str:
     rows = [_row(name, measured) for name in methods()]
     lines = [
         f"- [{name}]({name}.md): {summary(registry.objectives.get(name))}." for name in methods()
+    ]
+    lines += [
+        f"- {path.stem}: settings of [{name}]({name}.md), `include 'objective/{path.name}'`."
+        for name in methods()
+        for path in settings_of(name)
+        if path.stem != name
     ]
     note = (
         "Passes are forward passes of the whole batch in a step, where a backward counts two and "

@@ -17,7 +17,7 @@ from benchmarks.markdown import markdown
 from benchmarks.pages.measured import KeptRuns, Measured
 from benchmarks.runs.frame import frame
 from benchmarks.speed.table import HEADER, StepCost, row_of
-from registry.configuration.gin_files import roots
+from registry.configuration.gin_files import settings_of
 from registry.core import summary
 from registry.protocols import Reference
 from registry.sampling import in_words, trained_by
@@ -133,11 +133,9 @@ def _changed(part: Any) -> Iterator[str]:
 
 def _gin_files(name: str) -> Iterator[str]:
     """The text of every file in gin/objective that binds the method."""
-    for path in sorted(path for root in roots() for path in (root / "objective").glob("*.gin")):
-        text = path.read_text()
-        if re.search(rf"^{name}\.", text, re.MULTILINE):
-            yield f"In gin, `include 'objective/{path.name}'`:"
-            yield f"```\n{text.strip()}\n```"
+    for path in settings_of(name):
+        yield f"In gin, `include 'objective/{path.name}'`:"
+        yield f"```\n{path.read_text().strip()}\n```"
 
 
 def _claims(name: str, measured: Measured) -> list[str]:

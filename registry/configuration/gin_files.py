@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import importlib.util
 import io
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,14 @@ def roots() -> tuple[Path, ...]:
     data = (sysconfig.get_path("data"), user, packages)  # the last is pip install --target
     shared = [Path(folder) / "share" / "objective-zoo" / "gin" for folder in data]
     return tuple(folder for folder in dict.fromkeys(shared) if folder.is_dir())
+
+
+def settings_of(objective: str) -> list[Path]:
+    """The files of gin/objective that bind this objective, its own first, then by name."""
+    files = (path for root in roots() for path in (root / "objective").glob("*.gin"))
+    binds = re.compile(rf"^{re.escape(objective)}\.", re.MULTILINE)
+    found = [path for path in files if binds.search(path.read_text())]
+    return sorted(found, key=lambda path: (path.stem != objective, path.name))
 
 
 def resolve(name: str | Path, folder: Path | None = None) -> Path:

@@ -137,9 +137,17 @@ def attention(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def transformer(
-    state: State, x: Tensor, t: Tensor, label: Tensor, second: Tensor | None = None
+    state: State,
+    x: Tensor,
+    t: Tensor,
+    label: Tensor,
+    second: Tensor | None = None,
+    end: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """All output channels, in the clock and sign of the public code."""
+    """All output channels, in the clock and sign of the public code.
+
+    `end` is the time that the blocks of this number and later ones see in the place of t.
+    """
     tokens = F.conv2d(
         x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=PATCH
     )
@@ -148,6 +156,9 @@ def transformer(
     if second is not None:
         c = c + embedded(state, "r_embedder", second)
     for i in range(DEPTH):
+        if end is not None and i == end[1]:
+            c = embedded(state, "t_embedder", end[0])
+            c = c + state["y_embedder.embedding_table.weight"][label]
         block = f"blocks.{i}"
         s1, m1, g1, s2, m2, g2 = linear(state, f"{block}.adaLN_modulation.1", F.silu(c))[
             :, None

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.couplings import MinibatchOT
+from zoo.features import RawValues
 from zoo.guidance import UniformGuidance
 from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
+from zoo.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.pixel_mean_flow import PixelMeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
@@ -34,6 +37,9 @@ OBJECTIVES: Mapping[str, Any] = {
     "mean_flow_plug_in": MeanFlow(velocity=PlugIn(fraction=0.5), omega=0.5, label_dropout=0.4),
     "one_row_of_quota": MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.05)),
     "improved_mean_flow": ImprovedMeanFlow(),
+    "pixel_mean_flow": PixelMeanFlow(features=RawValues()),
+    "decoupled_mean_flow": DecoupledMeanFlow(omega=0.4),
+    "explicit_shortcut": MeanFlow(velocity=PlugIn(group=2), times=Progressive(steps=3)),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
     "consistency": Consistency(label_dropout=0.3),

@@ -30,13 +30,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from registry import objectives
 from registry.protocols import (
     Batch,
     Derivative,
-    Draw,
     GuidanceLaw,
     LossOutput,
     Network,
@@ -45,17 +43,11 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
-from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
-from zoo.guidance import (
-    IMPROVED_MEAN_FLOW,
-    guidance_share,
-    guided_target,
-    velocity_at,
-)
-from zoo.ops import first_rows, like, mean_flat, rms, sum_flat
+from zoo.derivatives.one_pass import OnePass
+from zoo.guidance import IMPROVED_MEAN_FLOW
 from zoo.paths import Linear
 from zoo.points.draws import draw
-from zoo.teachers import without_gradient
+from zoo.points.identity import velocity_errors
 from zoo.times import LogitNormalPair, reaches
 from zoo.weighting import Adaptive
 
@@ -90,28 +82,5 @@ class ImprovedMeanFlow:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)
         quota = self.times.num_off_diagonal(len(batch))
         k, derivative = batch.share.size(quota), self.derivative if quota else None
-        own, v_g = self._velocities(net, d, k)
-
-        tangents = own, torch.ones_like(d.t[:k]), torch.zeros_like(d.r[:k])
-        point = d.x_t, d.t, d.r
-        out, du_dt = outputs_and_derivative(derivative, net, d.cond, point, tangents)
-        correction = like(d.t[:k] - d.r[:k], du_dt) * du_dt
-        target = torch.cat([v_g[:k] - correction, v_g[k:]]).detach()
-        squares_u, squares_v = (out["u"] - target) ** 2, (out["v"] - v_g) ** 2
-        loss_u = self.weight_u(sum_flat(squares_u), out)
-        return LossOutput(
-            per_sample=loss_u + self.weight_v(sum_flat(squares_v), out),
-            terms={"u": mean_flat(squares_u).detach(), "v": mean_flat(squares_v).detach()},
-            diagnostics={"du_dt_rms": rms(du_dt)} if k else {},
-            t=d.t,
-            r=d.r,
-        )
-
-    def _velocities(self, net: Network, d: Draw, k: int) -> tuple[Tensor, Tensor]:
-        """The network's own velocity of the first k rows, and v_g of all rows."""
-        model, x, t = without_gradient(net), d.x_t, d.t
-        if self.guidance is None:
-            return velocity_at(model, x[:k], t[:k], first_rows(d.cond, k)), d.velocity
-        own, share = velocity_at(model, x, t, d.cond), guidance_share(d.cond, t)
-        v_g = guided_target(d.velocity, model, x, t, d.cond, d.labelled, share, with_label=own)
-        return own[:k], v_g
+        errors = velocity_errors(derivative, net, d, k, guided=self.guidance is not None)
+        return errors.loss(self.weight_u, self.weight_v)

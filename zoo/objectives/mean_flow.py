@@ -45,11 +45,12 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
-from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
+from zoo.derivatives.one_pass import OnePass
 from zoo.guidance import guidance_share, velocity_at
-from zoo.ops import first_rows, like, mean_flat, rms, sum_flat
+from zoo.ops import first_rows, mean_flat, rms, sum_flat
 from zoo.paths import Linear
 from zoo.points.draws import draw
+from zoo.points.identity import outputs_and_target
 from zoo.points.velocities import (
     Conditional,
     check_mixture,
@@ -120,12 +121,8 @@ class MeanFlow:
         k, derivative = batch.share.size(quota), self.derivative if quota else None
         first = d.x_t[:k], d.t[:k], first_rows(d.cond, k)
         along = self.velocity.along(v[:k], lambda: velocity_at(teacher, *first))
-        tangents = (along, torch.ones_like(d.t[:k]), torch.zeros_like(d.r[:k]))
-        point = (d.x_t, d.t, d.r)
-        out, du_dt = outputs_and_derivative(derivative, net, d.cond, point, tangents)
-        correction = like(d.t[:k] - d.r[:k], du_dt) * du_dt
-        target = torch.cat([along - correction, v[k:]]).detach()
-
+        v = torch.cat([along, v[k:]])
+        out, target, du_dt = outputs_and_target(derivative, net, d, along, v)
         squares = (out["u"] - target) ** 2
         return LossOutput(
             per_sample=self.weight(sum_flat(squares), out),

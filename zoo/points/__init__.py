@@ -1,1 +1,1 @@
-"""The points of the path that an objective draws, and the velocities that it takes there."""
+"""The points of the path that an objective draws, the velocities there, and MeanFlow's identity."""

@@ -22,9 +22,10 @@ root mean square of .33, .073, .014 and .004 with 8, 32, 128 and 512 rows, about
 are taken at the batch's own points alone.
 
 From ESC (arXiv 2512.11831) and its released code: the plug-in velocity, on a random fifth of the
-rows. The code weighs all rows of a batch, and its data loader gives batches of one class. Our
-reading: a row with a label averages over the batch's rows of its own label, whether or not these
-have kept theirs; a row without a label averages over all rows; other conditions must be equal too.
+rows. The code weighs all rows that a process has, and its data loader may give each process rows of
+one class, which `group` says here. Our reading: a row with a label averages over the batch's rows
+of its own label, whether or not these have kept theirs; a row without a label averages over all
+rows; other conditions must be equal too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torch import Tensor
 import registry
 from registry import velocities
 from registry.protocols import Coupling, Draw, Network, Reference, Teacher, VelocityEstimator
-from registry.ranges import Probability
+from registry.ranges import Count, Probability
 from zoo.guidance import check_interval, guided_target, inside, unlabelled, velocity_at
 from zoo.ops import like
 
@@ -60,7 +61,11 @@ class Conditional:
 @velocities.register("plug_in")
 @dataclass(frozen=True, kw_only=True)
 class PlugIn:
-    """The batch's posterior mean of the velocity on a share of the rows, else the conditional."""
+    """The batch's posterior mean of the velocity on a share of the rows, else the conditional.
+
+    With `group` above 1 each so many rows of a batch, one after the other, have one label: batches
+    of many classes then have that many rows to average over.
+    """
 
     couples_rows: ClassVar = True
     reference: ClassVar = Reference(
@@ -71,6 +76,7 @@ class PlugIn:
     )
 
     fraction: Probability = 0.2
+    group: Count = 1
 
     def target(self, draw: Draw, teacher: Network, rng: torch.Generator) -> Tensor:
         n = len(draw.batch)

@@ -22,6 +22,7 @@ from public_networks import (
 from backbones import build_network, warm_start
 from backbones.dit import DiT
 from backbones.noise import vp_step
+from backbones.pretrained import layouts
 from backbones.pretrained.imports import import_weights
 from registry.protocols import NULL_LABEL
 
@@ -67,6 +68,59 @@ def test_mean_flow_port_keeps_its_times_and_signs():
     imported = import_weights({"ema": state, "opt": {}, "step": 3}, num_heads=HEADS)
     assert imported.layout == "mean_flow_sit"
     assert {"opt", "step"} <= set(imported.unused)
+    x, t, r, label, theirs = points()
+    expected = transformer(state, x, t, theirs, second=t - r)
+    found = imported.network()(x, t, r, {"label": label})["u"]
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def with_scales(state):
+    """The names that DMF's code gives to the weights of its norms."""
+    return {
+        name.replace("_norm.weight", "_norm.scale") if ".attn." in name else name: value
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_dmf_keeps_its_times_and_signs(qk_norm, monkeypatch):
+    monkeypatch.setitem(layouts.DECODER_FROM, DEPTH, 1)
+    state = transformer_state(qk_norm=qk_norm)
+    more = {"logvar_linear.weight": torch.zeros(1, 256), "logvar_linear.bias": torch.zeros(1)}
+    imported = import_weights({"ema": with_scales(state) | more}, num_heads=HEADS)
+    assert imported.layout == "dmf"
+    assert "logvar_linear" in imported.unused
+    assert "block 1 is taken" in imported.notes[-1]
+    x, t, r, label, theirs = points()
+    expected = transformer(state, x, t, theirs, end=(r, 1))
+    found = imported.network()(x, t, r, {"label": label})["u"]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert not torch.allclose(found, transformer(state, x, t, theirs), atol=1e-2)
+
+
+def test_dmf_of_a_depth_that_was_not_released_is_refused():
+    with pytest.raises(ValueError, match="which of its 2 blocks is the first that sees r"):
+        import_weights(transformer_state(), "dmf", num_heads=HEADS)
+
+
+def test_flow_models_of_repa_keep_their_times_and_signs():
+    state = transformer_state()
+    projectors = {"projectors.0.0.weight": torch.zeros(3, DIM)}
+    projectors["projectors.0.0.bias"] = torch.zeros(3)
+    imported = import_weights(state | projectors, num_heads=HEADS)
+    assert imported.layout == "repa"
+    assert "projectors" in imported.unused
+    x, t, _, label, theirs = points()
+    found = imported.network()(x, t, t, {"label": label})["v"]
+    torch.testing.assert_close(found, transformer(state, x, t, theirs), **CLOSE)
+
+
+def test_explicit_shortcut_is_read_as_the_mean_flow_port_without_its_log_variance():
+    state = transformer_state(second=True)
+    more = {"logvar_linear.weight": torch.zeros(1, DIM), "logvar_linear.bias": torch.zeros(1)}
+    imported = import_weights({"ema": state | more}, num_heads=HEADS)
+    assert imported.layout == "mean_flow_sit"
+    assert "logvar_linear" in imported.unused
     x, t, r, label, theirs = points()
     expected = transformer(state, x, t, theirs, second=t - r)
     found = imported.network()(x, t, r, {"label": label})["u"]

@@ -448,6 +448,7 @@ def test_list_names_every_part_with_its_paper():
     assert done.status == 0
     assert all(f"  {name} " in done.out for name in objectives.names())
     assert "arXiv 2505.13447" in done.out
+    assert "as explicit_shortcut: include 'objective/explicit_shortcut.gin'" in done.out
     only = zoo("list", "--kind", "time_law").out
     assert "stratified" in only
     assert "mean_flow" not in only

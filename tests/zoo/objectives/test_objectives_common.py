@@ -20,6 +20,7 @@ from registry import objectives
 from zoo.couplings import MinibatchOT
 from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
+from zoo.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
@@ -55,6 +56,10 @@ VARIANTS = {
     ),
     "trig_consistency_distilled": lambda: TrigConsistency(
         velocity=FromTeacher(), teacher=Frozen(), path=Linear(), times=LogitNormal(mean=-1, std=1.4)
+    ),
+    "decoupled_mean_flow_own": lambda: DecoupledMeanFlow(velocity=Own(), weight=Unweighted()),
+    "decoupled_mean_flow_distilled": lambda: DecoupledMeanFlow(
+        velocity=FromTeacher(), teacher=Frozen()
     ),
     "decm_distilled": lambda: DECM(teacher=Frozen(), cosine_weight=1.0),
     "facm_distilled": lambda: FACM(velocity=FromTeacher(), teacher=Frozen()),
@@ -121,6 +126,8 @@ PLANTED = {
     "so_flow": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "consistency": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "trig_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
+    "decoupled_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED, TEACHER, LATER},
+    "pixel_mean_flow": {*TANGENTS, GAP, LEAK, RECOMBINED},
     "terminal_velocity": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "alpha_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
@@ -136,13 +143,14 @@ PLANTED = {
         "lam and gamma swapped in the tangents",
     },
 }
-# Asked for velocities alone, at r = t, or once; by default MeanFlow asks its teacher for nothing.
+# Asked for velocities alone, at r = t, or once; and MeanFlow and DMF ask for nothing.
 # Of the tangents (0, 0, 1) one mistake leaves what they are.
 ALONG_R = {TEACHER, LATER, "tangents (0, 1, 0)"}
 NO_EFFECT = {
     "alpha_flow": {TEACHER, LATER},
     "decm": {TEACHER},
     "facm": {TEACHER, LATER},
+    "decoupled_mean_flow": {TEACHER, LATER},
     "mean_flow": {TEACHER, LATER},
     "self_distillation": ALONG_R,
     "so_flow": {LATER},
