@@ -61,6 +61,15 @@ class DualHead(Readouts):
     )
 
 
+@heads.register("twin_velocity")
+class TwinVelocity(Readouts):
+    """Velocity of the law of the network's own samples, at r = t (TwinFlow)."""
+
+    keys = ("twin",)
+    velocities: ClassVar = ("twin",)
+    needs_r: ClassVar = False
+
+
 @heads.register("log_variance")
 class LogVariance(nn.Module):
     """Log-variance of the error, a linear function of the conditioning vector."""

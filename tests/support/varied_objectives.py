@@ -14,6 +14,7 @@ from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.twin_flow import TwinFlow
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -29,6 +30,7 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "twin_flow": TwinFlow(omega=0.4),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),

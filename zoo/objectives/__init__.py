@@ -8,6 +8,7 @@ from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.twin_flow import TwinFlow
 
 __all__ = [
     "DECM",
@@ -18,4 +19,5 @@ __all__ = [
     "RecursiveConsistency",
     "Shortcut",
     "SoFlow",
+    "TwinFlow",
 ]
