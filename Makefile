@@ -14,7 +14,7 @@ mutmut := $(VENV)/.installed-mutmut
 export MLFLOW_DISABLE_TELEMETRY = true
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help quickstart install test test-all test-faults soak plan-check test-browser check fmt wheel clean mutants
+.PHONY: help quickstart install test test-all test-faults soak plan-check method-pages test-browser check fmt wheel clean mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-all     all tests"
 	@echo "make plan-check   what the planner predicts beside the memory of processes (minutes)"
+	@echo "make method-pages write docs/methods from the code and from what was measured"
 	@echo "make test-browser the report's page in the Chromium on the PATH"
 	@echo "make test-faults  kill, starve and interrupt runs of several processes (minutes)"
 	@echo "make soak         6,000 steps in two processes, whose memory and files must not grow"
@@ -52,6 +53,10 @@ test-all: $(dev)
 # What the planner predicts beside the memory of processes: minutes.
 plan-check: $(dev)
 	OMP_NUM_THREADS=1 $(py) -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.plan_check
+
+# RUNS='runs/mixture runs/zoo_digits' takes results from there, BENCH=FILE costs, CHECK=1 checks anew.
+method-pages: $(dev)
+	$(py) -P -m benchmarks.method_pages $(if $(RUNS),--runs $(RUNS)) $(if $(BENCH),--bench $(BENCH)) $(if $(CHECK),--check)
 
 test-browser: $(dev)
 	@command -v chromium >/dev/null || { echo "The page is tested in Chromium, which is not on the PATH." \

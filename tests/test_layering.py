@@ -40,12 +40,14 @@ INSIDE = {  # the folders of benchmarks, and those that each may import
     "report": {"grids", "runs", "data", "records"},
     "planning": {"grids", "runs", "experiments"},
     "speed": {"grids", "runs", "experiments", "data", "latents", "metrics", "records"},
+    "pages": {"conformance", "grids", "report", "runs", "speed"},
 }
 # Those that may import every folder.
 PROGRAMS = {
     "cli",
     "worker",
     "loading",
+    "method_pages",
     "plan_check",
     "waiting",
 }  # they print and exit, as commands do

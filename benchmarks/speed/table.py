@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,12 +51,16 @@ class Speed:
     @classmethod
     def load(cls, path: Path) -> Speed:
         try:
-            read = json.loads(path.read_text())
-            costs = [StepCost(**cost) for cost in read["costs"]]
-            overheads = [Overheads(**own) for own in read["overheads"]]
-            return cls(machine=read["machine"], costs=costs, overheads=overheads)
+            return cls.of(json.loads(path.read_text()))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no result of `objective-zoo bench`: {error}") from None
+
+    @classmethod
+    def of(cls, read: Mapping[str, Any]) -> Speed:
+        """From what its JSON text holds."""
+        costs = [StepCost(**cost) for cost in read["costs"]]
+        overheads = [Overheads(**own) for own in read["overheads"]]
+        return cls(machine=read["machine"], costs=costs, overheads=overheads)
 
     def metrics(self) -> dict[str, float]:
         """By "GROUP/CASE/WHAT", for a record."""
@@ -80,7 +85,7 @@ def speed_table(speed: Speed) -> str:
             f"{own.group.replace('/', ', ')} on {speed.machine}; flow matching takes "
             f"{costs[0].seconds:.3f} s a step"
         )
-        sections.append(markdown(HEADER, [_row(cost) for cost in costs]))
+        sections.append(markdown(HEADER, [row_of(cost) for cost in costs]))
         sections.append(
             f"The loop adds {own.loop:+.1%} to a bare one, sampling {own.sampling:+.1%} to bare "
             f"network calls; logging takes {own.logging:.2%} of a step."
@@ -91,7 +96,7 @@ def speed_table(speed: Speed) -> str:
 HEADER = ["case", "time", "passes", "gap", "images/s", "outside network", "peak memory"]
 
 
-def _row(cost: StepCost) -> list[str]:
+def row_of(cost: StepCost) -> list[str]:
     memory = "-" if cost.memory_ratio is None else f"{cost.memory_ratio:.2f}"
     if cost.memory_mib is not None:
         memory += f" ({cost.memory_mib:,.0f} MiB)"

@@ -1,6 +1,7 @@
 """The contracts between the parts; see each class for shapes, units and ranges.
 
     methods        a method of training: an objective and its parts, a sampler
+    derivatives    a derivative of the network
     networks       a network, and the backbone, the heads and the parametrisation that make it
     batches        what an objective is given and what it returns
     data           data sets, and the VAEs whose latents are data
@@ -39,14 +40,16 @@ from registry.protocols.capabilities import (
     store_of,
 )
 from registry.protocols.data import Coded, Dataset, Shareable, Vae
-from registry.protocols.methods import (
-    Coupling,
+from registry.protocols.derivatives import (
     Derivative,
     DifferentiableDerivative,
+    JointDerivative,
+)
+from registry.protocols.methods import (
+    Coupling,
     Draw,
     Features,
     GuidanceLaw,
-    JointDerivative,
     Objective,
     Path,
     PathSample,

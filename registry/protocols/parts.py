@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+SHORTEST_WORD = 4  # of a title, in a BibTeX key
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,25 @@ class Reference:
         return f"{self.authors}, {self.title}, {where}"
 
     def bibtex(self) -> str:
-        key = self.authors.split()[0].strip(",").lower() + str(self.year)
-        lines = [f"  title = {{{self.title}}}", f"  author = {{{self.authors}}}"]
+        """An entry whose key is the first surname, the year and the title's first long word."""
+        lines = [f"  title = {{{self.title}}}", f"  author = {{{_bibtex_authors(self.authors)}}}"]
         lines += [f"  year = {{{self.year}}}"]
         if self.arxiv:
             lines += [f"  eprint = {{{self.arxiv}}}", "  archivePrefix = {arXiv}"]
-        return f"@misc{{{key},\n" + ",\n".join(lines) + "\n}"
+        return f"@misc{{{self.key},\n" + ",\n".join(lines) + "\n}"
+
+    @property
+    def key(self) -> str:
+        """Such as "geng2025mean", in ASCII, as BibTeX wants it."""
+        surname = re.split(r"[ ,]", self.authors)[0]
+        words = [word for word in re.findall(r"[^\W_]+", self.title) if len(word) >= SHORTEST_WORD]
+        plain = unicodedata.normalize("NFKD", f"{surname}{self.year}{words[0] if words else ''}")
+        return plain.encode("ascii", "ignore").decode().lower()
+
+
+def _bibtex_authors(authors: str) -> str:
+    """Surnames as BibTeX separates them: "Ho et al." is "Ho and others" there."""
+    return authors.replace(" et al.", " and others").replace(", ", " and ")
 
 
 def parts(obj: object) -> Iterator[tuple[str, Any]]:
