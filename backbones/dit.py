@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import TrunkModule, through
+from backbones.trunk import Branch, TrunkModule, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 from registry.ranges import Count, Positive, Probability
@@ -128,6 +129,7 @@ class PatchTransformer(TrunkModule):
         super().__init__()
         self.channels, self.grid = shape[0], (shape[1] // patch, shape[2] // patch)
         self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
+        self.new_block = block
         self.embed = nn.Linear(self.channels * patch * patch, dim)
         xavier_(self.embed)
         positions = positions_2d(*self.grid, dim)
@@ -145,6 +147,9 @@ class PatchTransformer(TrunkModule):
         for block in self.blocks:
             tokens = through(block, self.checkpointing, tokens, c)
         return tokens, c
+
+    def branch(self, blocks: int) -> nn.Module:
+        return Branch((self.new_block() for _ in range(blocks)), self.checkpointing)
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(1)
@@ -194,7 +199,7 @@ class DiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: DiTBlock(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
+            block=partial(DiTBlock, dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import TrunkModule
+from backbones.trunk import Branch, TrunkModule
 from registry import backbones
 from registry.protocols import Cond
 from registry.ranges import Count, Positive
@@ -90,6 +90,9 @@ class MLP(TrunkModule):
         for block in self.blocks:
             h = block(h, c)
         return h, c
+
+    def branch(self, blocks: int) -> nn.Module:
+        return Branch(ResidualBlock(self.dim) for _ in range(blocks))
 
     def readout(self) -> nn.Module:
         return VectorReadout(self.dim, self.size)
