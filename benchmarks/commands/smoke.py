@@ -31,6 +31,7 @@ BUDGET = (
     "feature_metrics.metrics = (@kid(), @precision_recall())",
     "run.recorder = @jsonl()",
     "run.device = 'cpu'",
+    "deep_dual.blocks = 1",
 )
 SMALL: Mapping[str, tuple[str, ...]] = {
     "dit": ("dit.dim = 32", "dit.depth = 2", "dit.num_heads = 2"),

@@ -13,9 +13,10 @@ from benchmarks.conformance.networks import ExactNetwork, Shifted, Toy
 from benchmarks.conformance.subject import GAUSSIAN, law_batch
 from registry.protocols import NULL_LABEL, Share
 from zoo.objectives.twin_flow import TwinFlow
-from zoo.ops import like
+from zoo.ops import like, normal_like
+from zoo.points.draws import draw
 from zoo.residuals import Rcgm
-from zoo.times import BetaPair, Quarters, UniformPair
+from zoo.times import BetaPair, Quarters, UniformPair, uniform_draws
 from zoo.weighting import Unweighted
 
 N = 32
@@ -104,7 +105,7 @@ def test_correction_of_the_other_sign_is_another_gradient():
 
 
 def test_rows_are_asked_where_the_method_says():
-    """Samples of one step, fresh noise around them, and the twin at generated points alone."""
+    """Velocities between samples of one step and fresh noise, the twin between others and noise."""
     seen, _, _ = watched()
     base, between, generated, twin = seen.calls
     x0 = seen.batch.x0
@@ -114,20 +115,23 @@ def test_rows_are_asked_where_the_method_says():
     assert twin.t.equal(twin.r)
     assert between.labels.equal(base.labels[:QUARTER])
     assert generated.labels.equal(twin.labels)
-    sample = (
-        base.x[:QUARTER] - seen.net(base.x, base.t, base.r, {"label": base.labels})["u"][:QUARTER]
-    )
-    noises = torch.cat(
-        [
-            base.x[:QUARTER],
-            noise_of(base.x[QUARTER:], base.t[QUARTER:], x0[QUARTER : 3 * QUARTER]),
-            noise_of(between.x, between.t, sample.detach()),
-            generated.x,
-        ]
-    )
-    assert torch.pdist(noises).min() > 1e-3  # no noise is used twice
-    z = (noises.mean(0) / (noises.std(0) / len(noises) ** 0.5)).abs()
-    assert z.max() < 4
+    # The draws again, in their order: noise, times and labels of the batch, then these two.
+    objective, rng = TwinFlow(label_dropout=0.3), torch.Generator().manual_seed(0)
+    d = draw(seen.batch, rng, objective.path, objective.times, 0.3)
+    noise, s = normal_like(x0, rng), uniform_draws(N, rng)
+    u = seen.net(base.x, base.t, base.r, {"label": base.labels})["u"].detach()[:QUARTER]
+    x = base.x[:QUARTER] - u
+    assert base.x[:QUARTER].equal(d.x1[:QUARTER])  # t = 1
+    assert between.t.equal(s[:QUARTER])
+    torch.testing.assert_close(between.x, x + like(s[:QUARTER], x) * (noise[:QUARTER] - x), **CLOSE)
+    last = slice(3 * QUARTER, N)
+    assert generated.x.equal(noise[last])
+    assert generated.t.eq(1).all()
+    assert generated.r.eq(0).all()
+    made = seen.net(generated.x, generated.t, generated.r, {"label": generated.labels})["u"]
+    x = (generated.x - made).detach()
+    assert twin.t.equal(d.t[last])
+    torch.testing.assert_close(twin.x, x + like(d.t[last], x) * (d.x1[last] - x), **CLOSE)
 
 
 @pytest.mark.parametrize("eps", [0.2, -0.2])
