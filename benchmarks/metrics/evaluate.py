@@ -196,7 +196,8 @@ def draw(
     x1 is the noise of the seed's rows `first`, `first` + 1, ...; `first` is where a block starts.
     """
     assert first % BLOCK == 0, f"no block starts at row {first}"
-    blocks, read = [], net
+    blocks = []
+    read: Network = net
     if isinstance(net, FlowNetwork):
         read = partial(net, asked=outputs_for(sampler, net.keys))
     with evaluation_mode(net), torch.no_grad():
