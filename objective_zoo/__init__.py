@@ -182,19 +182,26 @@ def parts(kind: str) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis(index=kind)
 
 
-def check(name: str, file: str | Path | None = None) -> ConformanceReport:
+def check(
+    name: str, file: str | Path | None = None, *, set: Mapping[str, Any] | None = None
+) -> ConformanceReport:
     """Test an objective against closed forms, or another part against its contract.
 
     `.problems()` names the claims that fail. `file` is a Python file of one's own, imported first.
+    `set` makes a variant, which the report names, with values like those of `run`.
 
     >>> check("flow_matching").problems()
+    ()
+    >>> check("beta_pair", set={"beta_pair.r_law": "zero"}).problems()
     ()
     """
     from benchmarks.conformance import check as conformance
     from objective_zoo.calls import isolated_call
+    from registry.configuration.gin_text import bindings_of_values
 
     with isolated_call():
-        return conformance(name, Path(file) if file else None)
+        bindings = bindings_of_values(set or {})
+        return conformance(name, Path(file) if file else None, bindings=bindings)
 
 
 def report(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-DIFFERENTIATES = ("derivative", "input")
+DIFFERENTIATES = ("derivative", "input", "target")
+FULL_GRADIENT = ("derivative", "input")  # what full_gradient of earlier versions stands for
 
 log = logging.getLogger(__name__)
 
@@ -16,11 +17,11 @@ log = logging.getLogger(__name__)
 def differentiated_by(objective: Any) -> tuple[str, ...]:
     """`objective.differentiates`, else (): what its gradient runs through beside predictions.
 
-    `full_gradient = True` of earlier versions stands for all of it. `objective` is an object or its
-    class.
+    `full_gradient = True` of earlier versions stands for `FULL_GRADIENT`. `objective` is an object
+    or its class.
     """
     if _says_full_gradient(objective):
-        return DIFFERENTIATES
+        return FULL_GRADIENT
     return tuple(getattr(objective, "differentiates", ()))
 
 
@@ -40,7 +41,7 @@ def check_differentiates(name: str, cls: type) -> None:
             "objective %r declares full_gradient, which goes on working in this release alone, as "
             "differentiates = %s. Let it declare what its gradient runs through, such as "
             'differentiates: ClassVar = ("derivative",)',
-            *(name, DIFFERENTIATES),
+            *(name, FULL_GRADIENT),
         )
     elif not isinstance(found, property) and not (
         isinstance(found, tuple) and {*found} <= {*DIFFERENTIATES}

@@ -150,6 +150,7 @@ def test_help_and_list_work_from_another_folder(installed):
     assert "2505.13447" in listing
 
 
+@pytest.mark.slow  # a whole process
 def test_run_of_a_shipped_gin_file_works_from_another_folder(installed):
     small = ["run.steps = 2", "run.batch_size = 8", "run.num_samples = 16", "run.nfe = (1,)"]
     small += ["unet.channels = 8", "run.metric = @mmd()", "run.recorder = @jsonl()"]

@@ -33,7 +33,7 @@ IMAGENET = 1_281_167
 
 # Published sizes in millions; those of DiTs include 0.3M of frozen positions, a buffer here.
 # Shortcut: its paper's 675M is DiT-XL/2; our step size has an embedder of its own.
-# DE-CM: 675M is the teacher's; the student has a second time embedder.
+# DE-CM and FACM: 675M is the teacher's; the student has a second time embedder.
 # iMF: ours alone. Its 89M and 610M are of networks without modulation and without the blocks of v.
 SIZES = {
     "flow_matching_xl2": (SD, 675.1),
@@ -46,6 +46,7 @@ SIZES = {
     "shortcut_xl2": (SD, 676.8),
     "dumo_xl2": (SD, 679.45),
     "decm_xl1": (VA, 676.6),
+    "facm_xl1": (VA, 676.6),
     "mean_flow_cifar10": (PIXELS, 55.9),
     "improved_mean_flow_b2": (SD, 218.5),
     "improved_mean_flow_xl2": (SD, 1067.6),
@@ -65,6 +66,7 @@ EPOCHS = {
     "improved_mean_flow_b2": 640,
     "improved_mean_flow_xl2": 640,
     "so_flow_xl2": 240,
+    "facm_xl1": 250,
 }
 
 each = pytest.mark.parametrize("recipe", RECIPES)
@@ -145,10 +147,11 @@ def test_second_parts_cost_what_the_papers_say():
 
 @each
 def test_second_embedder_sees_what_the_papers_say(recipe):
-    """The end r in DE-CM and RCGM, DuMo's line; the interval in MeanFlow and Shortcut."""
+    """The end r in DE-CM, FACM and RCGM, DuMo's line; the interval in MeanFlow and Shortcut."""
     fields = network(recipe).trunk.fields
     if fields["two_times"]:
-        assert fields["second_time"] == ("r" if recipe in ("decm_xl1", "dumo_xl2") else "h")
+        ends = ("decm_xl1", "dumo_xl2", "facm_xl1")
+        assert fields["second_time"] == ("r" if recipe in ends else "h")
 
 
 def test_lightning_dit_teacher_has_the_published_size():
@@ -201,18 +204,21 @@ def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
     parsed(recipe)
     batch, beta, decay = 256, 0.95, 0.0
     imf = recipe.startswith("improved_mean_flow")
-    if imf or recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1"):
+    if imf or recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1"):
         batch = 1024
     if recipe == "so_flow_xl2":
         beta = 0.99
-    if recipe.startswith(("flow_matching", "shortcut", "decm")) or recipe == "mean_flow_cifar10":
+    if (
+        recipe.startswith(("flow_matching", "shortcut", "decm", "facm"))
+        or recipe == "mean_flow_cifar10"
+    ):
         beta = 0.999
     if recipe.startswith("shortcut"):
         decay = 0.1
     optimizer = gin_setup.build("run.optimizer")
     assert gin_setup.query("run.batch_size") == batch
     assert (*optimizer.betas, optimizer.weight_decay) == (0.9, beta, decay)
-    dropped = 0 if recipe == "mean_flow_cifar10" else 0.1
+    dropped = 0 if recipe in ("mean_flow_cifar10", "facm_xl1") else 0.1
     name = gin_setup.query("run.objective").configurable.name
     assert gin_setup.query(f"{name}.label_dropout") == dropped
 
@@ -241,12 +247,14 @@ def test_average_of_the_weights_reaches_its_decay(recipe):
 @pytest.mark.parametrize(
     ("recipe", "scale"),
     [("mean_flow_b4", 3), ("mean_flow_b2", 2), ("mean_flow_m2", 2), ("mean_flow_l2", 2.5),
-     ("mean_flow_xl2", 2.5), ("dumo_xl2", 2), ("shortcut_xl2", 1.5), ("decm_xl1", 1.75)],
+     ("mean_flow_xl2", 2.5), ("dumo_xl2", 2), ("shortcut_xl2", 1.5), ("decm_xl1", 1.75),
+     ("facm_xl1", 1.75)],
 )  # fmt: skip
 def test_guidance_has_the_published_scale(recipe, scale):
     parsed(recipe)
-    if recipe == "decm_xl1":
-        assert gin_setup.query("decm.guidance_scale") == scale
+    if recipe in ("decm_xl1", "facm_xl1"):
+        name = gin_setup.query("run.objective").configurable.name
+        assert gin_setup.query(f"{name}.guidance_scale") == scale
     else:
         assert gin_setup.build("run.objective").guidance_scale == pytest.approx(scale)
 
@@ -268,18 +276,13 @@ def data(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-# At toy size they are those of another size: mean_flow_b2, mean_flow_xl2, shortcut_b2.
-ALIKE = (
-    "mean_flow_b4",
-    "mean_flow_l2",
-    "mean_flow_m2",
-    "shortcut_xl2",
-    "improved_mean_flow_xl2",
-)
+# A recipe takes seconds. By default there are one with a derivative and one without, and below
+# decm_xl1 by the command.
+WHOLE = ("flow_matching_xl2", "mean_flow_b2")
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(r, marks=pytest.mark.slow if r in ALIKE else ()) for r in RECIPES]
+    "recipe", [pytest.param(r, marks=() if r in WHOLE else pytest.mark.slow) for r in RECIPES]
 )
 def test_recipe_runs_whole_at_toy_size(recipe, data, tmp_path):
     pytest.importorskip("diffusers")
@@ -386,9 +389,10 @@ def test_augmented_batches_depend_on_seed_and_place_alone():
     assert not data.batch(0, 8, 4)[1]["augment"].equal(cond["augment"])
 
 
-def test_sampler_of_the_decm_recipe_is_its_own():
-    parsed("decm_xl1")
-    assert samplers.name_of(gin_setup.build("run.sampler")) == "mix"
+@pytest.mark.parametrize(("recipe", "sampler"), [("decm_xl1", "mix"), ("facm_xl1", "restart")])
+def test_sampler_of_a_distilled_recipe_is_its_papers(recipe, sampler):
+    parsed(recipe)
+    assert samplers.name_of(gin_setup.build("run.sampler")) == sampler
 
 
 @pytest.mark.parametrize(

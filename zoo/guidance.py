@@ -35,6 +35,12 @@ IMPROVED_MEAN_FLOW = Reference(
     year=2025,
     arxiv="2512.02012",
 )
+TERMINAL_VELOCITY = Reference(
+    title="Terminal Velocity Matching",
+    authors="Zhou et al.",
+    year=2025,
+    arxiv="2511.19797",
+)
 
 
 @runtime_checkable
@@ -159,6 +165,28 @@ class LogUniformGuidance:
         return torch.stack([self.largest ** shares[0], low, high], dim=1)
 
 
+@guidance_laws.register("uniform_guidance")
+@dataclass(frozen=True, kw_only=True)
+class UniformGuidance:
+    """Scales that are uniform in [smallest, largest], at all times; one scale if both are equal."""
+
+    reference: ClassVar = TERMINAL_VELOCITY
+
+    smallest: float = 1.0
+    largest: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(
+                "uniform_guidance needs 1 <= smallest <= largest; given are smallest = "
+                f"{self.smallest!r} and largest = {self.largest!r}"
+            )
+
+    def __call__(self, n: int, rng: torch.Generator) -> Tensor:
+        share = torch.rand(n, generator=rng, device=rng.device)
+        return _everywhere(self.smallest + (self.largest - self.smallest) * share)
+
+
 def with_guidance(
     cond: Cond | None, law: GuidanceLaw, diagonal: Tensor, rng: torch.Generator
 ) -> dict[str, Tensor]:
@@ -180,6 +208,22 @@ def on_diagonal(cond: Cond | None, t: Tensor) -> Cond | None:
         return cond
     scale = cond["guidance"][:, 0]
     return {**cond, "guidance": _everywhere(torch.where(_in_own_interval(cond, t), scale, 1))}
+
+
+def told_scale(cond: Cond | None) -> Tensor:
+    """The scale that each row is told, [b]; one 1 for all rows where no guidance was drawn."""
+    if cond is None or "guidance" not in cond:
+        return torch.ones(1)
+    return cond["guidance"][:, 0]
+
+
+def unguided(cond: Cond | None, rows: Tensor) -> Cond | None:
+    """The same conditioning, with a scale of 1 at all times on the rows of the mask [b]."""
+    if cond is None or "guidance" not in cond:
+        return cond
+    given = cond["guidance"]
+    plain = _everywhere(torch.ones_like(given[:, 0]))
+    return {**cond, "guidance": torch.where(rows[:, None], plain, given)}
 
 
 def guidance_share(cond: Cond | None, t: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ Rows with t - r <= delta become flow matching, g = u - d. The public code comes 
 mask over these rows, and divides zero by zero where t = r. It also limits g to +-1 by element,
 which is left to the objective here, and which `consistency_error` does: the loss of RCGM, a part
 of TwinFlow's.
+
+`end_of_step` and `start_of_step` are of the map X = x - (t - r) u, and are trained: its end must
+move with the flow as r changes, and stay where it is as (x, t) moves with the flow.
 """
 
 from __future__ import annotations
@@ -22,9 +25,18 @@ import torch
 from torch import Tensor
 
 from registry import residuals
-from registry.protocols import Cond, Derivative, Network, Reference, Residual
+from registry.protocols import (
+    Cond,
+    Derivative,
+    DifferentiableDerivative,
+    Network,
+    Reference,
+    Residual,
+)
 from zoo.derivatives.one_pass import DerivativeOfU, OnePass, outputs_then_derivative
 from zoo.ops import clipped, like, mean_flat
+
+Rows = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]
 
 
 @residuals.register("exact")
@@ -85,9 +97,35 @@ class Rcgm:
         return two_step_residual(teacher, (x, t, r), step, cond, u, direction, self.order)
 
 
+def end_of_step(
+    derivative: DifferentiableDerivative, net: Network, rows: Rows, cond: Cond | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The network's outputs, X(x, t, r) = x - (t - r) u, and dX/dr = u - (t - r) du/dr, with graph.
+
+    X and dX/dr are [b *d].
+    """
+    x, t, r = rows
+    along, gap = (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(r)), like(t - r, x)
+    out, du_dr = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
+    return out, x - gap * out["u"], out["u"] - gap * du_dr
+
+
+def start_of_step(
+    derivative: DifferentiableDerivative, net: Network, rows: Rows, cond: Cond | None, v: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The network's outputs, and -(dX/dt + grad X v) = u + (t - r) Du - v [b *d], with graph.
+
+    Du is the derivative of u along (v, 1, 0).
+    """
+    x, t, r = rows
+    along = v, torch.ones_like(t), torch.zeros_like(r)
+    out, du = derivative.with_graph(lambda *at: net(*at, cond), rows, along, "u")
+    return out, out["u"] + like(t - r, x) * du - v
+
+
 def two_step_residual(
     teacher: Network,
-    point: tuple[Tensor, Tensor, Tensor],
+    point: Rows,
     step: Tensor,
     cond: Cond | None,
     u: Tensor,

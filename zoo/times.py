@@ -15,6 +15,9 @@ here they are the first.
 
 `quarters` is TwinFlow's law, as its released code has it: a quarter of the rows each for steps from
 noise to data, steps of at most a twentieth of t, any steps, and none (r = t).
+
+`arctan_normal` is FACM's law (Peng et al., arXiv 2507.03738, its released code): t is the angle of
+a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circle.
 """
 
 from __future__ import annotations
@@ -47,6 +50,12 @@ TWINFLOW = Reference(
     authors="Cheng et al.",
     year=2025,
     arxiv="2512.05150",
+)
+FLOW_ANCHORED = Reference(
+    title="Flow-Anchored Consistency Models",
+    authors="Peng et al.",
+    year=2025,
+    arxiv="2507.03738",
 )
 
 _MANY, _SAME = 10**6, 1e-6  # rows; a difference of times that is rounding
@@ -138,6 +147,28 @@ class LogitNormal(_Diagonal):
         return logit_normal_cdf(t, self.mean, self.std)
 
 
+@time_laws.register("arctan_normal")
+@dataclass(frozen=True, kw_only=True)
+class ArctanNormal(_Diagonal):
+    """t = (2 / pi) arctan(exp(N(mean, std^2))), r = t."""
+
+    reference: ClassVar = FLOW_ANCHORED
+
+    mean: float = -0.8
+    std: float = 1.6
+
+    def __post_init__(self) -> None:
+        check_positive("arctan_normal.std", self.std)
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        levels = (self.mean + self.std * torch.randn(n, generator=rng, device=rng.device)).exp()
+        t = 2 / math.pi * torch.arctan(levels)
+        return t, t
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((torch.tan(math.pi / 2 * t).log() - self.mean) / self.std)
+
+
 @time_laws.register("stratified")
 @dataclass(frozen=True, kw_only=True)
 class Stratified(_Diagonal):
@@ -152,25 +183,43 @@ class Stratified(_Diagonal):
         return t
 
 
+Diagonal = Literal["larger", "uniform"]
+
+
 @time_laws.register("uniform_pair")
 @dataclass(frozen=True, kw_only=True)
 class UniformPair:
-    """t and r are the larger and smaller of two uniform draws; r = t outside the quota."""
+    """t and r are the larger and smaller of two uniform draws; r = t outside the quota.
+
+    There t is the larger of two draws too, or, with diagonal = "uniform", a draw of its own.
+    """
 
     off_diagonal_fraction: float = 0.25
+    diagonal: Diagonal = "larger"
 
     def __post_init__(self) -> None:
         check_fraction("uniform_pair.off_diagonal_fraction", self.off_diagonal_fraction)
+        if self.diagonal not in get_args(Diagonal):
+            raise ValueError(
+                f"uniform_pair.diagonal = {self.diagonal!r}; allowed: "
+                f"{', '.join(get_args(Diagonal))}"
+            )
 
     def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         first, second = uniform_draws(n, rng), uniform_draws(n, rng)
-        return _sorted_pair(first, second, self.num_off_diagonal(n))
+        k = self.num_off_diagonal(n)
+        if self.diagonal == "uniform":
+            second = torch.cat([second[:k], first[k:]])
+        return _sorted_pair(first, second, k)
 
     def num_off_diagonal(self, n: int) -> int:
         return quota(n, self.off_diagonal_fraction)
 
     def cdf(self, t: Tensor) -> Tensor:
-        return t**2
+        if self.diagonal == "larger":
+            return t**2
+        share = self.off_diagonal_fraction
+        return share * t**2 + (1 - share) * t
 
 
 @time_laws.register("logit_normal_pair")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +17,6 @@ from benchmarks.conformance.results import (
     compared,
     declared,
     held,
-    note,
 )
 from benchmarks.conformance.subject import (
     STEPS,
@@ -51,13 +47,14 @@ def one_loss_per_row(subject: Subject) -> ClaimResult:
     """The loss is one number for each row; all other claims need this one."""
     batch = subject.batch()
     contract = "batch.x0 is [b *d] and batch.cond may be None; see registry/protocols"
-    out = evaluate(subject, batch, "8 rows of shape (2,), without labels", contract)
+    case = f"{len(batch)} rows of shape (2,)"
+    out = evaluate(subject, batch, f"{case}, without labels", contract)
     if not isinstance(out, LossOutput):
         raise Broken(
             f"loss returns a {type(out).__name__}, not a LossOutput",
             "return LossOutput(per_sample=..., terms={...}) of registry.protocols",
         )
-    _check_per_sample(out, batch, "8 rows of shape (2,)")
+    _check_per_sample(out, batch, case)
     if not out.per_sample.requires_grad:
         raise Broken(
             "per_sample has no gradient",
@@ -207,75 +204,6 @@ def _disagreement(subject: Subject, chosen: list[str], step: int) -> tuple[float
     errors = {name: float((value - found["jvp"]).norm() / size) for name, value in found.items()}
     by_differences = [errors.pop(name) for name, cls in known.items() if not cls.needs_forward_ad]
     return max(errors.values()), max(by_differences)
-
-
-def not_reached(subject: Subject) -> ClaimResult:
-    """For the record: what of the objective no claim reaches, so that nobody takes it for checked.
-
-    A field is reached if the claims took losses with two values of it, or with two kinds of part.
-    A line of the objective's own methods is reached if it ran while its loss was taken, with its
-    defaults and with each mapping of `exact_with`, for every kind of labels and at every one of
-    STEPS.
-    """
-    codes = _own_code(subject.make())
-    ran: set[tuple[CodeType, int]] = set()
-
-    def in_own_code(frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
-            ran.add((frame.f_code, frame.f_lineno))
-        return in_own_code
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, event, arg: in_own_code if frame.f_code in codes else None)
-    try:
-        for form, exact in subject.variants():
-            toy = form.on_toy(exact=exact)
-            for kind, step in itertools.product(("none", "null", "given"), STEPS):
-                toy(subject.batch(n=16, labels=kind, step=step))
-    finally:
-        sys.settrace(before)
-    idle = [
-        (Path(code.co_filename).name, line)
-        for code in codes
-        for line in {line for *_, line in code.co_lines() if line} - {code.co_firstlineno}
-        if (code, line) not in ran
-    ]
-    fixed = [name for name, values in subject.tried.items() if len(values) < 2]
-    parts_of_note = []
-    if fixed:
-        parts_of_note.append(f"no other value of {', '.join(fixed)}")
-    if idle:
-        parts_of_note.append(f"no run of {_ranges(sorted(set(idle)))}")
-    return note("; ".join(parts_of_note) or "all fields and lines are reached")
-
-
-def _own_code(objective: Any) -> set[CodeType]:
-    """The code of the objective's methods, and of functions inside them."""
-    home = type(objective).__module__
-    methods = [
-        member.__code__
-        for cls in type(objective).__mro__
-        if cls.__module__ == home
-        for name, member in vars(cls).items()
-        if isinstance(member, FunctionType) and not name.startswith("__")
-    ]
-    found: set[CodeType] = set()
-    while methods:
-        found.add(code := methods.pop())
-        methods += [part for part in code.co_consts if isinstance(part, CodeType)]
-    return found
-
-
-def _ranges(lines: list[tuple[str, int]]) -> str:
-    """Lines of a file as text, such as "mine.py 3-5, 9"."""
-    texts = []
-    for name, group in itertools.groupby(lines, key=lambda pair: pair[0]):
-        numbers = [line for _, line in group]
-        runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-        ends = [[line for _, line in run] for _, run in runs]
-        spans = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends]
-        texts.append(f"{name} {', '.join(spans)}")
-    return ", ".join(texts)
 
 
 def _check_per_sample(out: LossOutput, batch: Batch, case: str) -> None:

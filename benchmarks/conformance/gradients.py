@@ -8,13 +8,13 @@ or of two rows of one evaluation that are in different groups.
 
 Two evaluations may be joined by a declared input: an error in the first then moves the second, as
 in a map of two steps, and both errors add up. Where they cancel, the second is a target that is
-compared with the first, and it must be without gradient.
+compared with the first, and it must be without gradient, unless `differentiates` names the target.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,8 @@ class _Seen:
     def of(cls, subject: Subject, step: int, *, exact: bool, itself: bool) -> _Seen:
         """With the network in training as its own teacher, or with another one."""
         keys = subject.exact_keys if exact else subject.keys
-        batch = subject.batch(n=12, step=step, labels="given")
+        n = max(12, 4 * subject.group)  # several groups, of which none may reach another
+        batch = subject.batch(n=n, step=step, labels="given")
         net, other = (Tapped(Toy((2,), keys, seed=seed), len(batch)) for seed in (0, 1))
         objective = subject.objective(exact=exact, teacher=net if itself else other)
         net.requires_grad_()
@@ -107,7 +108,11 @@ class _Seen:
 
     def used(self) -> set[str]:
         """What the gradient runs through, of that which can be declared."""
-        found = {"derivative": self._through_derivatives(), "input": self._through_inputs()}
+        found = {
+            "derivative": self._through_derivatives(),
+            "input": self._through_inputs(),
+            "target": "target" in self.subject.differentiates and bool(self._compared()),
+        }
         return {way for way, is_used in found.items() if is_used}
 
     def _through_derivatives(self) -> bool:
@@ -131,10 +136,41 @@ class _Seen:
         return any((g != 0).any() for g in _gradients(call.given.sum(), values))
 
     def _check_evaluations(self) -> None:
-        """The loss's gradient in one half of one evaluation must not depend on anything else."""
-        calls = self.net.calls
+        """No gradient joins two evaluations that are compared, or rows of different groups."""
+        if "target" not in self.subject.differentiates and (pair := self._compared()):
+            raise Broken(
+                f"the gradient runs through two evaluations of the network (call {pair[0] + 1} "
+                f"and call {pair[1] + 1} of {len(self.net.calls)}) that are compared with each "
+                "other",
+                NO_GRADIENT + IF_MEANT.format("target"),
+            )
+        for i, call, half, marked in self._slopes():
+            coupled = _gradients(marked, list(call.value.values()))
+            if not self.subject.couples_rows and any((c[~half] != 0).any() for c in coupled):
+                raise Broken(
+                    f"the gradient runs through two rows of call {i + 1} that are compared with "
+                    "each other",
+                    NO_GRADIENT,
+                )
+
+    def _compared(self) -> tuple[int, int] | None:
+        """The numbers of two evaluations with gradient that are compared, if there are any."""
+        for i, call, half, marked in self._slopes():
+            for j, other in enumerate(self.net.calls):
+                curvature = _gradients(marked, list(other.value.values()))
+                joined = any((c != 0).any() for c in curvature)
+                if i != j and joined and not self._adds_up(call, other, curvature, half):
+                    return i, j
+        return None
+
+    def _slopes(self) -> Iterator[tuple[int, Evaluation, Tensor, Tensor]]:
+        """For each evaluation that the loss depends on: its number, some rows, and its slope there.
+
+        The slope is the sum of the loss's gradient in its outputs in one half of its groups of
+        rows, and must not depend on anything else.
+        """
         rng = torch.Generator().manual_seed(0)
-        for i, call in enumerate(calls):
+        for i, call in enumerate(self.net.calls):
             own = list(call.value.values())
             if not own:
                 continue
@@ -146,24 +182,8 @@ class _Seen:
                 create_graph=True, allow_unused=True, materialize_grads=True,
             )  # fmt: skip
             marked = torch.stack([(slope * half).sum() for slope in slopes]).sum()
-            if not marked.requires_grad:
-                continue
-            for j, other in enumerate(calls):
-                curvature = _gradients(marked, list(other.value.values()))
-                joined = any((c != 0).any() for c in curvature)
-                if i != j and joined and not self._adds_up(call, other, curvature, half):
-                    raise Broken(
-                        f"the gradient runs through two evaluations of the network (call {i + 1} "
-                        f"and call {j + 1} of {len(calls)}) that are compared with each other",
-                        NO_GRADIENT,
-                    )
-                coupled = not self.subject.couples_rows and i == j
-                if coupled and any((c[~half] != 0).any() for c in curvature):
-                    raise Broken(
-                        f"the gradient runs through two rows of call {i + 1} that are compared "
-                        "with each other",
-                        NO_GRADIENT,
-                    )
+            if marked.requires_grad:
+                yield i, call, half, marked
 
     def _adds_up(
         self, one: Evaluation, other: Evaluation, curvature: list[Tensor], half: Tensor

@@ -157,7 +157,7 @@ def _check_noise(subject: Subject) -> None:
     batch, directions = replace(batch, x0=torch.zeros_like(batch.x0)), []
     for seed in (0, 1):
         toy = subject.on_toy()
-        net = Tapped(toy.net, 16)
+        net = Tapped(toy.net, len(batch))
         toy(batch, seed, net=net)
         state = net.calls[0].x.flatten(1)
         directions.append(state / state.norm(dim=1, keepdim=True))

@@ -6,7 +6,7 @@ that has a part of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
@@ -41,11 +41,22 @@ class Turned:
     choose: Callable[[Tensor, Tensor, Tensor], Tangents]
     sign: int = 1
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = True
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
         return self.sign * Dual()(fn, primals, self.choose(*tangents))
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        out, derivative = Dual().with_graph(fn, primals, self.choose(*tangents), key)
+        return out, self.sign * derivative
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,21 @@ class Leaky:
     """A derivative that gradients run through."""
 
     needs_forward_ad: ClassVar = True
+    differentiable: ClassVar = True
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
         return torch.func.jvp(fn, tuple(primals), tuple(tangents))[1]
+
+    def with_graph(
+        self,
+        fn: Callable[..., Mapping[str, Tensor]],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        key: str,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        return Dual().with_graph(fn, primals, tangents, key)
 
 
 @dataclass

@@ -16,11 +16,12 @@ import torch
 import registry
 from benchmarks.conformance import claims as general
 from benchmarks.conformance import fixed_point, gradients, isolation
+from benchmarks.conformance.expected.sampling import samplers_reach_the_data
 from benchmarks.conformance.limits import SPECIAL
 from benchmarks.conformance.networks import VELOCITIES
 from benchmarks.conformance.parts import kinds as part_kinds
+from benchmarks.conformance.reached import not_reached
 from benchmarks.conformance.results import Claim, ClaimResult, run_claim
-from benchmarks.conformance.sampling import samplers_reach_the_data
 from benchmarks.conformance.subject import Subject
 from benchmarks.conformance.verdicts import Verdict, verdicts
 from registry import gin_setup
@@ -52,7 +53,7 @@ CLAIMS: dict[str, Claim] = {
     "errors are pulled back": fixed_point.pulled_back,
     "samplers reach the data": samplers_reach_the_data,
 }
-LAST: dict[str, Claim] = {"not reached by these": general.not_reached}
+LAST: dict[str, Claim] = {"not reached by these": not_reached}
 
 
 @dataclass(frozen=True)

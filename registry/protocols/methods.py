@@ -40,9 +40,11 @@ class Objective(Protocol):
                       it, and a part may declare it too; the default is 1
     `differentiates`  what its gradient runs through beside its predictions; the default is (), and
                       every target is then without gradient. "derivative": a derivative of the
-                      network, as in the full gradient of Lagrangian self-distillation. "input": the
-                      input of another evaluation, as in a map of two steps. The weights of a
-                      teacher and the output of a target stay without gradient
+                      network, as in Lagrangian self-distillation. "input": the input of another
+                      evaluation, as in a map of two steps. "target": the output of an evaluation
+                      that a prediction is compared with, as where a residual of the network is made
+                      small as a whole. The weights of a teacher stay without gradient. It may be a
+                      property, where fields decide it
     `splits_batch`    True if rows that take a derivative pass the network apart from the others
     `fixed_point`     where the exact solution is a fixed point of the loss: "pointwise" (the
                       default) if it is the only one, in every row; "distribution" if every map with

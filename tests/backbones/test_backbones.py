@@ -335,7 +335,13 @@ def test_dit_may_norm_by_root_mean_squares_and_train_its_positions():
 # learning
 
 
-@each_backbone
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "ddpmpp" else ())  # as the U-Net
+        for name in registry.backbones.names()
+    ],
+)
 def test_backbone_learns_the_velocity_of_a_gaussian(backbone):
     # Data N(mu, s^2): v*(x, t) = -mu + c_t (x - (1-t) mu), c_t = (t - (1-t) s^2) / S_t^2.
     mu, s = 1.0, 0.5

@@ -26,6 +26,7 @@ from benchmarks.records.jsonl import read_record
 from registry import gin_setup
 from trainers.optim import AdamW
 from zoo.objectives import FlowMatching
+from zoo.times import BetaPair
 from zoo.weighting import Adaptive
 
 TINY: dict[str, Any] = {
@@ -313,6 +314,20 @@ def test_examples_of_the_docstrings_are_right(grid_file, tmp_path, monkeypatch):
     assert untold == []
 
 
+def test_check_of_a_variant_is_that_of_the_command_line():
+    found = oz.check(
+        "progressive", set={"progressive.times": BetaPair(a=2.0), "progressive.steps": 9}
+    )
+    bound = "progressive.times = @beta_pair()", "beta_pair.a = 2.0", "progressive.steps = 9"
+    assert all(binding in found.objective for binding in bound)
+    assert not found.problems()
+    assert oz.check("beta_pair").objective == "beta_pair"  # nothing is left bound
+    with pytest.raises(ValueError, match="changes nothing"):
+        oz.check("beta_pair", set={"dumo.omega": 0.5})
+    with pytest.raises(ValueError, match="not the name of a binding"):
+        oz.check("beta_pair", set={"beta_pair.a = 2": 1})
+
+
 def test_every_name_is_documented_with_an_example():
     functions = [getattr(oz, name) for name in {*oz.__all__} - {"objectives"} if name.islower()]
     assert len(functions) == 8
@@ -367,7 +382,8 @@ def test_workers_of_a_grid_work_beside_foreign_packages(foreign, grid_file):
     assert len(list((foreign / "g").glob("*/result.json"))) == 1
 
 
-@pytest.mark.parametrize("start", ["--ranks 2", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["--ranks 2", "torchrun"])
 def test_processes_of_a_run_are_ours_beside_foreign_packages(foreign, start):
     """--ranks alone starts them; so does torchrun with the documented module."""
     words = ["-m", "objective_zoo", "run", DIGITS, "--arm", "flow_matching", "--out", "out"]

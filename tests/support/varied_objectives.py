@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.couplings import MinibatchOT
+from zoo.guidance import UniformGuidance
+from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.twin_flow import TwinFlow
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
@@ -30,10 +35,18 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "self_distillation": SelfDistillation(),
+    "self_distillation_esd": SelfDistillation(kind="esd", gradient="full"),
+    "self_distillation_psd": SelfDistillation(kind="psd"),
+    "alpha_flow": AlphaFlow(kappa=0.3, first_share=0.3),
+    "alpha_flow_own": AlphaFlow(velocity=Own(), first_share=0.5, own_first_step=True),
+    "alpha_flow_derivative": AlphaFlow(first_share=0.0),
     "twin_flow": TwinFlow(omega=0.4),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
+    "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
     "decm": DECM(guidance_scale=1.5),
+    "facm": FACM(guidance_scale=1.5),
     "decm_plug_in": DECM(velocity=PlugIn(fraction=0.5), guidance_scale=1.5),
 }

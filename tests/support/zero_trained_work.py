@@ -1,4 +1,4 @@
-"""What the processes of test_zero_trained.py do: trained derivatives, `through`, features."""
+"""What the processes of test_zero.py train: trained derivatives, `through`, features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from trainers.engines import TorchEngine
 from trainers.zero.engine import ZeroEngine
 from zoo.derivatives.methods import Dual, FiniteDifference
 from zoo.features import RandomConvolutions
+from zoo.objectives.self_distillation import SelfDistillation
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.teachers import EmaTeacher, Online
+from zoo.weighting import Unweighted
 
 CASES: dict[str, Any] = {
     "lsd": lambda: Lsd(derivative=Dual(), off_diagonal_fraction=0.5),
@@ -27,6 +30,9 @@ CASES: dict[str, Any] = {
     "tvm, shared": lambda: Tvm(
         derivative=Dual(), teacher=EmaTeacher(decay=0.5, dropout="shared"), through=True
     ),
+    "self_distillation": lambda: SelfDistillation(weight=Unweighted()),
+    "self_distillation, full": lambda: SelfDistillation(gradient="full", weight=Unweighted()),
+    "terminal_velocity": TerminalVelocity,
     "lsd, differences": lambda: Lsd(derivative=FiniteDifference(), off_diagonal_fraction=0.5),
     "tvm, differences": lambda: Tvm(derivative=FiniteDifference(), through=True),
     "online, differences": lambda: Tvm(
@@ -36,6 +42,7 @@ CASES: dict[str, Any] = {
 }
 STAGES = {
     **dict.fromkeys(("lsd", "tvm", "tvm, shared"), (0, 1, 2)),
+    **dict.fromkeys(("self_distillation", "self_distillation, full", "terminal_velocity"), (0, 2)),
     **dict.fromkeys(("lsd, differences", "tvm, differences"), (3,)),
     "online, differences": (2, 3),
     "features": (2, 3),

@@ -1,4 +1,4 @@
-"""What the processes of test_zero.py do: `python zero_work.py NAME FOLDER`, from `spawn`.
+"""What the processes of tests do: `python zero_work.py NAME FOLDER`, from `spawn`.
 
 The leading process saves what it found to FOLDER/found.pt.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -26,7 +26,7 @@ import registry
 import zoo  # noqa: F401  registers the objectives
 from backbones.dit import DiT
 from backbones.network import build_network
-from registry.protocols import Batch, LossOutput, required_heads
+from registry.protocols import Batch, LossOutput, required_heads, trains_derivative
 from trainers import (
     AdamW,
     Budget,
@@ -42,7 +42,10 @@ from trainers.sharding import gathered_state, is_sharded, whole
 from trainers.zero import engine as zero_module
 from trainers.zero import loss_scale
 from trainers.zero.engine import ZeroEngine
+from zoo.derivatives.methods import FiniteDifference, with_derivatives
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.ops import normal_like
+from zoo.points.velocities import PlugIn
 from zoo.residuals import Exact
 from zoo.teachers import Frozen
 from zoo.times import LogitNormalPair
@@ -62,10 +65,31 @@ class Pictures:
     num_classes: int = 3
     name: str = "pictures"
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    groups_by_label: ClassVar = True
+
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * seed + step)
-        label = torch.randint(3, (n,), generator=rng)
+        label = torch.randint(3, (n // same_label,), generator=rng).repeat_interleave(same_label)
         return torch.randn(n, *self.shape, generator=rng).tanh(), {"label": label}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFours:
+    """Energy distance between samples of one step and data, in groups of four rows."""
+
+    heads: ClassVar = ("u",)
+    group: ClassVar = 4
+
+    def loss(self, net: nn.Module, batch: Batch, rng: torch.Generator) -> LossOutput:
+        x1, one = normal_like(batch.x0, rng), torch.ones(len(batch))
+        x0, x1, one, cond = batch.share.rows(batch.x0, x1, one, batch.cond)
+        x = x1 - net(x1, one, 0 * one, cond)["u"]
+        fake, real = (rows.flatten(1).unflatten(0, (-1, 4)) for rows in (x, x0))
+        others = torch.cdist(fake, fake.detach()).sum(2) / 3
+        loss = (torch.cdist(fake, real).mean(2) - others).flatten()
+        return LossOutput(per_sample=loss, t=one, r=0 * one)
 
 
 @dataclass(frozen=True)
@@ -107,20 +131,35 @@ def network(keys: tuple[str, ...], seed: int = 0) -> nn.Module:
 
 
 def objective(name: str) -> Any:
-    """By its registered name, or dumo with the exact derivative, or decm distilled."""
+    """By its registered name, or dumo with the exact derivative, or decm distilled.
+
+    Trained derivatives are by differences here.
+    """
     if name == "dumo_exact":
         return registry.objectives.get("dumo")(residual=Exact())
+    if name == "in_fours":
+        return InFours()
+    if name == "plug_in":
+        return MeanFlow(velocity=PlugIn(fraction=0.5), omega=0.5)
     if name == "one_row":
         return MeanFlow(times=LogitNormalPair(off_diagonal_fraction=0.1))
     if name == "decm_distilled":
         made = registry.objectives.get("decm")(teacher=Frozen(), guidance_scale=1.5)
         made.teacher.attach(network(("v",), seed=5))
         return made
-    return registry.objectives.get(name)()
+    made = registry.objectives.get(name)()
+    if not trains_derivative(made):
+        return made
+    # Exact ones are not for stage 3, nor for activation checkpointing: see zero_trained_work.py.
+    return with_derivatives(made, lambda _: FiniteDifference())
 
 
 def names() -> list[str]:
     return [*registry.objectives.names(), "dumo_exact", "decm_distilled"]
+
+
+# What depends on other rows of the batch: of the whole one, or of a group.
+WHOLE_BATCH = ("plug_in", "in_fours")
 
 
 def train(name: str, engine: Any, **changes: Any) -> tuple[TrainState, Watch]:
@@ -164,19 +203,27 @@ def parity(folder: Path) -> dict[Any, Any]:
     for stage in DIFFERENT:
         for policy in POLICIES:
             results["bad gradient", stage, policy] = _bad_gradient(stage, policy)
-    for stage, name in PARITY:
-        state, watch = train(name, ZeroEngine(stage=stage, max_grad_norm=1.0, **SMALL))
-        results[stage, name] = found(state, watch)
-        results[stage, name]["same"] = _same_everywhere(state, watch)
-    return results
+    return results | {case: _parity(*case) for case in PARITY}
 
 
-# Stage 3 alone changes what a loss is computed from; the others differ in where teachers lie.
+def _parity(stage: int, name: str) -> dict[str, Any]:
+    state, watch = train(name, ZeroEngine(stage=stage, max_grad_norm=1.0, **SMALL))
+    return found(state, watch) | {"same": _same_everywhere(state, watch)}
+
+
+def parity_too(folder: Path) -> dict[Any, Any]:
+    """Stage 3 with every other objective."""
+    return {case: _parity(*case) for case in PARITY_TOO}
+
+
+# Stage 3 alone changes what a loss is computed from, and takes six times as long as the others,
+# which differ in where teachers lie. By default it gets each kind of derivative and of teacher.
 PARITY = [
     *((stage, "mean_flow") for stage in (0, 1)),
-    *((2, name) for name in ("mean_flow", "dumo", "decm_distilled")),
-    *((3, name) for name in names()),
+    *((2, name) for name in (*names(), *WHOLE_BATCH)),
+    *((3, name) for name in ("mean_flow", "dumo", "dumo_exact", "decm_distilled", "shortcut")),
 ]
+PARITY_TOO = [(3, name) for name in names() if (3, name) not in PARITY]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -346,8 +393,13 @@ def go(
 
 SAVED, STEPS = 2, 5  # DE-CM's third loss, of every third step, comes before and after
 CROSSING = ("dumo", "decm")  # an average as teacher, and counters
-RESUMED = [*((stage, name) for stage in STAGES for name in CROSSING), (3, "decm_distilled")]
-RESUMED_TOO = [(s, name) for s in (2, 3) for name in names() if (s, name) not in RESUMED]
+RESUMED = [*((stage, "dumo") for stage in STAGES), (2, "decm"), (3, "decm_distilled")]
+RESUMED_TOO = [
+    (stage, name)
+    for stage in STAGES
+    for name in (names() if stage >= 2 else CROSSING)
+    if (stage, name) not in RESUMED
+]
 
 
 def resume(folder: Path) -> dict[Any, Any]:

@@ -11,13 +11,13 @@ from typing import ClassVar
 import pytest
 import torch
 from backbone_cases import SMALL, small
+from point_runs import point_run
 from torch import nn
 
 import registry
 from backbones.mlp import MLP
-from benchmarks.data.mixtures import Gaussian
-from benchmarks.experiments import build, checks
-from benchmarks.records.recorders import Jsonl, Null
+from benchmarks.experiments import checks
+from benchmarks.records.recorders import Jsonl
 from benchmarks.runs.execute import Texts, execute
 from registry.protocols import Derivative, parts, required_heads
 from trainers.derivative_probe import add_noise, perturbed, probe_derivatives
@@ -454,20 +454,7 @@ def test_probe_changes_neither_the_network_nor_any_generator(autocast):
 # in a run
 
 
-def run(**changes):
-    arguments = {
-        "objective": MeanFlow(),
-        "backbone": partial(MLP, dim=16, depth=1),
-        "dataset": Gaussian(mean=(0.5, -0.5), std=(0.5, 1.0)),
-        "recorder": Null(),
-        "steps": 4,
-        "batch_size": 8,
-        "num_samples": 8,
-        "nfe": (1,),
-        "log_every": 1,
-        "device": "cpu",
-    }
-    return build.run(**{**arguments, **changes})
+run = partial(point_run, objective=MeanFlow())
 
 
 def recorded(experiment, folder) -> list[dict]:

@@ -17,10 +17,11 @@ from torch import Tensor
 import registry
 from backbones.dit import DiT
 from backbones.network import build_network
-from registry.protocols import Batch, parts, required_heads
+from registry.protocols import Batch, parts, required_heads, trains_derivative
 from trainers.engines import TorchEngine, TrainStep
 from trainers.optim import AdamW
 from trainers.rng import generator
+from zoo.derivatives.methods import FiniteDifference, with_derivatives
 from zoo.teachers import Frozen
 
 ROWS, CPU = 16, torch.device("cpu")
@@ -38,6 +39,8 @@ def losses_and_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Of step 0, where every cluster of rows takes part."""
     objective = registry.objectives.build(name)
+    if trains_derivative(objective):  # with activation checkpointing by differences alone
+        objective = with_derivatives(objective, lambda _: FiniteDifference())
     for _, part in parts(objective):
         if isinstance(part, Frozen):
             part.attach(network(("v",)))

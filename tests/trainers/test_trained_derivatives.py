@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from backbone_cases import SMALL, awake, small
+from point_runs import point_run
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +20,6 @@ import registry
 from backbones.dit import DiT
 from backbones.mlp import MLP
 from backbones.network import build_network
-from benchmarks.data.mixtures import Gaussian
-from benchmarks.experiments import build
-from benchmarks.records.recorders import Null
 from benchmarks.runs.passes import count_passes
 from registry.protocols import Batch
 from trainers import AdamW, Budget, fit
@@ -30,6 +28,9 @@ from trainers.engines import TorchEngine, TrainStep, as_trained
 from trainers.zero.engine import ZeroEngine
 from zoo.derivatives.methods import Dual, FiniteDifference, Jvp
 from zoo.derivatives.one_pass import OnePass
+from zoo.objectives.self_distillation import SelfDistillation
+from zoo.objectives.terminal_velocity import TerminalVelocity
+from zoo.weighting import Unweighted
 
 each_trainable = pytest.mark.parametrize(
     "derivative", [Dual(), Jvp(), FiniteDifference()], ids=["dual", "jvp", "differences"]
@@ -89,20 +90,21 @@ def test_weights_in_pieces_are_refused_and_differences_are_not(derivative):
     assert as_trained(Lsd(derivative=derivative), ZeroEngine(stage=2)).derivative == derivative
 
 
-def run(**changes):
-    arguments = {
-        "objective": Lsd(),
-        "backbone": partial(MLP, dim=16, depth=1),
-        "dataset": Gaussian(mean=(0.5, -0.5), std=(0.5, 1.0)),
-        "recorder": Null(),
-        "steps": 4,
-        "batch_size": 8,
-        "num_samples": 8,
-        "nfe": (1,),
-        "log_every": 1,
-        "device": "cpu",
-    }
-    return build.run(**{**arguments, **changes})
+@pytest.mark.parametrize("make", [SelfDistillation, TerminalVelocity])
+def test_objectives_of_the_zoo_are_refused_there_too(make):
+    with pytest.raises(ValueError, match=rf"objective {make.__name__} trains .*stage = 2, or bind"):
+        as_trained(make(), ZeroEngine(stage=3))
+    differences = make(derivative=FiniteDifference())
+    assert as_trained(differences, ZeroEngine(stage=3)) is differences
+    assert as_trained(make(), ZeroEngine(stage=2)) == make()
+
+
+def test_progressive_self_distillation_trains_no_derivative_and_serves_every_stage():
+    objective = SelfDistillation(kind="psd")
+    assert as_trained(objective, ZeroEngine(stage=3)) is objective
+
+
+run = partial(point_run, objective=Lsd())
 
 
 def test_run_says_that_another_derivative_takes_its_place_and_probes_it(caplog):
@@ -243,6 +245,12 @@ COSTS = [
     (Tvm(), 10),  # 6 for the derivative, 1 for the target, 3 for the velocity
     (Tvm(derivative=Jvp()), 10),
     (Tvm(through=True), 11),  # and a backward to the input of the target
+    (SelfDistillation(weight=Unweighted()), 4),
+    (SelfDistillation(kind="esd", weight=Unweighted()), 4),
+    (SelfDistillation(kind="psd", weight=Unweighted()), 3.5),  # of a quarter: 3, and two targets
+    (SelfDistillation(gradient="full", weight=Unweighted()), 4.5),  # and a backward of the target
+    (SelfDistillation(kind="psd", gradient="full", weight=Unweighted()), 4.5),
+    (TerminalVelocity(), 10),
 ]
 
 

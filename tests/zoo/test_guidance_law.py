@@ -13,9 +13,17 @@ import torch
 from registry.protocols import NULL_LABEL, Batch
 from zoo import guidance
 from zoo.derivatives.methods import Jvp
-from zoo.guidance import LogUniformGuidance, guided_target, on_diagonal, unlabelled
+from zoo.guidance import (
+    LogUniformGuidance,
+    UniformGuidance,
+    guided_target,
+    on_diagonal,
+    unguided,
+    unlabelled,
+)
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.ops import like
 from zoo.residuals import Exact
 from zoo.samplers import Euler, Heun, InputGuidance
@@ -136,6 +144,43 @@ def test_fixed_point_has_no_other_scale(objective, key, monkeypatch):
     for module in ("mean_flow", "dumo"):
         monkeypatch.setattr(f"zoo.objectives.{module}.guidance_share", lambda cond, t: 0 * t)
     assert pull(objective, key)[0] > 5
+
+
+TVM = TerminalVelocity(
+    guidance=UniformGuidance(smallest=1.0, largest=3.0),
+    teacher=Online(),
+    derivative=Jvp(),
+    label_dropout=0.0,
+)
+
+
+def test_guided_network_is_the_fixed_point_of_terminal_velocity_matching(monkeypatch):
+    assert pull(TVM, "u")[0] < 4
+    module = "zoo.objectives.terminal_velocity"
+    monkeypatch.setattr(f"{module}.told_scale", lambda cond: cond["guidance"][:, 0] ** 0)
+    assert pull(TVM, "u")[0] > 5
+
+
+def test_uniform_scales_are_between_their_ends_at_all_times():
+    scale, low, high = UniformGuidance(smallest=1.5, largest=4.0)(4000, rng()).unbind(1)
+    assert scale.mean() == pytest.approx(2.75, abs=0.05)
+    assert (scale.min(), scale.max()) == (pytest.approx(1.5, abs=0.01), pytest.approx(4, abs=0.01))
+    assert (low == 0).all()
+    assert (high == 1).all()
+    assert (UniformGuidance(smallest=2.0, largest=2.0)(9, rng())[:, 0] == 2).all()
+    for wrong in ({"smallest": 0.5}, {"smallest": 3.0, "largest": 2.0}):
+        with pytest.raises(ValueError, match="needs 1 <= smallest <= largest"):
+            UniformGuidance(**wrong)
+
+
+def test_rows_may_be_left_unguided():
+    cond, t = some_guidance()
+    rows = t < 0.5
+    told = unguided(cond, rows)["guidance"]
+    assert (told[rows] == torch.tensor([1.0, 0.0, 1.0])).all()
+    assert torch.equal(told[~rows], cond["guidance"][~rows])
+    assert unguided(None, rows) is None
+    assert unguided({"label": t}, rows) == {"label": t}
 
 
 def test_exact_map_has_no_residual_for_any_guidance():

@@ -14,6 +14,7 @@ from scipy import stats
 from registry import time_laws
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.points.steps import StepAndEnd
 from zoo.teachers import Online
 from zoo.times import (
     BetaPair,
@@ -42,6 +43,7 @@ ALL = [time_laws.get(name)() for name in time_laws.names()] + [
     BetaPair(a=2.4, b=0.8),
     BetaPair(r_law="zero"),
     BetaPair(r_law="mix"),
+    UniformPair(diagonal="uniform"),
 ]
 
 
@@ -113,7 +115,7 @@ def test_times_are_drawn_on_the_device_of_the_generator(law):
     assert t.device.type == r.device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["uniform", "logit_normal", "stratified"])
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "arctan_normal", "stratified"])
 def test_laws_of_t_alone_stay_on_the_diagonal(name):
     law = time_laws.get(name)()
     t, r = draw(law, 100)
@@ -155,6 +157,32 @@ def test_uniform_pair_is_the_larger_and_smaller_of_two():
     # Given t the smaller is uniform below it.
     assert follows(r[:k] / t[:k], stats.uniform)
     assert abs(stats.spearmanr(r[:k] / t[:k], t[:k]).statistic) < 4 / k**0.5
+
+
+def test_uniform_pair_may_be_uniform_on_the_diagonal():
+    t, r = draw(UniformPair(off_diagonal_fraction=0.5, diagonal="uniform"))
+    k = N // 2
+    assert follows(t[k:], stats.uniform)
+    before = draw(UniformPair(off_diagonal_fraction=0.5))
+    assert torch.equal(t[:k], before[0][:k])
+    assert torch.equal(r[:k], before[1][:k])
+    with pytest.raises(ValueError, match=r"uniform_pair.diagonal = 'lower'; allowed: larger, unif"):
+        UniformPair(diagonal="lower")
+
+
+def test_step_and_end_leaves_room_for_its_step():
+    """The length is logit-normal, and so is the end among the times that the length leaves."""
+    t, r = (times.double() for times in draw(StepAndEnd()))
+    length = t - r
+    assert follows(length, LogitLaw(-0.8, 1.0))
+    assert t.max() <= 1
+    law = LogitLaw(-0.4, 1.0)
+    shares = law.cdf(r) / law.cdf(1 - length)  # uniform, whatever the length is
+    assert stats.kstest(shares, stats.uniform.cdf).pvalue > P_VALUE
+    assert abs(stats.spearmanr(shares, length).statistic) < 4 / N**0.5
+    for name in ("length_std", "r_std"):
+        with pytest.raises(ValueError, match=f"step_and_end.{name} = 0.0 must be positive"):
+            StepAndEnd(**{name: 0.0})
 
 
 def test_logit_normal_pair_is_the_larger_and_smaller_of_two():

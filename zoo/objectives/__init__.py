@@ -1,23 +1,31 @@
 """The objectives, one file for each method; importing this package registers them."""
 
+from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.decm import DECM
 from zoo.objectives.dumo import DuMo
+from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
+from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.twin_flow import TwinFlow
 
 __all__ = [
     "DECM",
+    "FACM",
+    "AlphaFlow",
     "DuMo",
     "FlowMatching",
     "ImprovedMeanFlow",
     "MeanFlow",
     "RecursiveConsistency",
+    "SelfDistillation",
     "Shortcut",
     "SoFlow",
+    "TerminalVelocity",
     "TwinFlow",
 ]

@@ -61,7 +61,7 @@ from registry.protocols import (
     VelocityEstimator,
 )
 from registry.ranges import Probability
-from zoo.anchored import anchor, relaxed_consistency
+from zoo.anchored import anchor, map_to_data, relaxed_consistency
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import guided_velocity
 from zoo.ops import like, mean_flat
@@ -123,7 +123,8 @@ class DECM:
         v_g = guided_by(velocity, d, teacher, rng, share, limit=self.guidance_limit)
         v = velocity.along(v_g, lambda: u)
 
-        loss, g = self._consistency(net, x, t, cond, v)
+        out, g = map_to_data(self.derivative, net, x, t, cond, v)
+        loss = relaxed_consistency(out["u"], g, t, self.clip)
         per_sample = loss + self.fm_weight * anchor(u, v_g, self.cosine_weight)
         terms = {"consistency": mean_flat(g**2), "v": mean_flat((u - v_g) ** 2).detach()}
         if self.n2n_every > 0 and batch.step % self.n2n_every == 0:
@@ -148,15 +149,6 @@ class DECM:
     @property
     def _estimator(self) -> VelocityEstimator:
         return self.velocity or (FromTeacher() if self.teacher.distils else Own())
-
-    def _consistency(
-        self, net: Network, x: Tensor, t: Tensor, cond: Cond | None, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of the map to r = 0, and its residual."""
-        zero, one = torch.zeros_like(t), torch.ones_like(t)
-        out, du = outputs_and_derivative(self.derivative, net, cond, (x, t, zero), (v, one, zero))
-        g = out["u"].detach() - v + like(t, x) * du
-        return relaxed_consistency(out["u"], g, t, self.clip), g
 
     def _noise_to_noisy(
         self, net: Network, teacher: Network, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None

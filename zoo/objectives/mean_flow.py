@@ -46,11 +46,17 @@ from registry.protocols import (
 )
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
-from zoo.guidance import check_interval, guidance_share, inside, unlabelled, velocity_at
+from zoo.guidance import guidance_share, velocity_at
 from zoo.ops import first_rows, like, mean_flat, rms, sum_flat
 from zoo.paths import Linear
 from zoo.points.draws import draw
-from zoo.points.velocities import Conditional, check_velocity, guided_by
+from zoo.points.velocities import (
+    Conditional,
+    check_mixture,
+    check_velocity,
+    guided_by,
+    mixed_by,
+)
 from zoo.teachers import Online
 from zoo.times import LogitNormalPair, reaches
 from zoo.weighting import Adaptive
@@ -83,14 +89,12 @@ class MeanFlow:
     label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
-        check_interval("mean_flow.guidance_interval", self.guidance_interval)
+        check_mixture("mean_flow", self.kappa, self.guidance_interval)
         if self.guidance is not None and (self.omega, self.kappa) != (1, 0):
             raise ValueError(
                 "mean_flow.guidance draws the scale of each row; leave mean_flow.omega = 1 and "
                 "mean_flow.kappa = 0"
             )
-        if not 0 <= self.kappa < 1:
-            raise ValueError(f"mean_flow.kappa = {self.kappa!r} must lie in [0, 1)")
         both = self.splits_batch
         check_velocity("mean_flow", self.velocity, teacher=self.teacher, anchors=both)
 
@@ -133,18 +137,11 @@ class MeanFlow:
 
     def _guided(self, teacher: Network, d: Draw, rng: torch.Generator) -> Tensor:
         """v_g on the labelled rows inside the interval, v elsewhere."""
-        if self.guidance is not None or self.teacher.distils:
-            share = (
-                self.guidance_scale - 1 if self.guidance is None else guidance_share(d.cond, d.t)
-            )
-            if self.guidance is not None and self.teacher.distils:
-                share = share / (1 - share)
-            return guided_by(self.velocity, d, teacher, rng, share, interval=self.guidance_interval)
-        v = self.velocity.target(d, teacher, rng)
-        if self.omega == 1 and self.kappa == 0:
-            return v
-        null = teacher(d.x_t, d.t, d.t, unlabelled(d.cond))["u"]
-        v_g = self.omega * v + (1 - self.omega - self.kappa) * null
-        if self.kappa:
-            v_g = v_g + self.kappa * teacher(d.x_t, d.t, d.t, d.cond)["u"]
-        return torch.where(like(d.labelled & inside(d.t, self.guidance_interval), v), v_g, v)
+        distils, interval = self.teacher.distils, self.guidance_interval
+        if self.guidance is None:
+            mixture = self.omega, self.kappa, interval
+            return mixed_by(self.velocity, d, teacher, rng, *mixture, distils=distils)
+        share = guidance_share(d.cond, d.t)
+        if distils:
+            share = share / (1 - share)
+        return guided_by(self.velocity, d, teacher, rng, share, interval=interval)

@@ -41,7 +41,7 @@ import registry
 from registry import velocities
 from registry.protocols import Coupling, Draw, Network, Reference, Teacher, VelocityEstimator
 from registry.ranges import Probability
-from zoo.guidance import guided_target, inside, velocity_at
+from zoo.guidance import check_interval, guided_target, inside, unlabelled, velocity_at
 from zoo.ops import like
 
 
@@ -131,6 +131,36 @@ def guided_by(
     return guided_target(v, teacher, draw.x_t, draw.t, draw.cond, rows, share, limit, with_label)
 
 
+def mixed_by(
+    velocity: VelocityEstimator,
+    draw: Draw,
+    teacher: Network,
+    rng: torch.Generator,
+    omega: float,
+    kappa: float,
+    interval: tuple[float, float],
+    *,
+    distils: bool,
+) -> Tensor:
+    """The estimator's target with MeanFlow's guidance: omega v + (1 - omega - kappa) u(null) +
+    kappa u(y), of the teacher's u(x_t, t, t).
+
+    Its fixed point is guidance of scale omega / (1 - kappa), with which a teacher that was trained
+    before is guided at once. Rows without a label and times outside the interval have none.
+    """
+    if distils:
+        scale = omega / (1 - kappa)
+        return guided_by(velocity, draw, teacher, rng, scale - 1, interval=interval)
+    v = velocity.target(draw, teacher, rng)
+    if omega == 1 and kappa == 0:
+        return v
+    x, t, cond = draw.x_t, draw.t, draw.cond
+    v_g = omega * v + (1 - omega - kappa) * teacher(x, t, t, unlabelled(cond))["u"]
+    if kappa:
+        v_g = v_g + kappa * teacher(x, t, t, cond)["u"]
+    return torch.where(like(draw.labelled & inside(t, interval), v), v_g, v)
+
+
 def posterior_velocity(draw: Draw) -> Tensor:
     """E[d x_t / dt | x_t, the batch], [b *d] for the rows of the share; see the module."""
     t, x0 = draw.t.double(), draw.x0.flatten(1).double()
@@ -165,6 +195,13 @@ def _same_conditions(draw: Draw) -> Tensor:
         equal = (mine[name][:, None] == values).reshape(*same.shape, -1).all(2)
         same &= (equal | ~draw.labelled[:, None]) if name == "label" else equal
     return same
+
+
+def check_mixture(name: str, kappa: float, interval: tuple[float, float]) -> None:
+    """ValueError for guidance of the objective `name` that `mixed_by` cannot give."""
+    check_interval(f"{name}.guidance_interval", interval)
+    if not 0 <= kappa < 1:
+        raise ValueError(f"{name}.kappa = {kappa!r} must lie in [0, 1)")
 
 
 def check_velocity(

@@ -1,1 +1,3 @@
-"""Gradients in expectation: their moments at the exact solution, and their signs beside it."""
+"""What holds in expectation: moments of the gradient at the exact solution, its signs beside it,
+and the law of samples.
+"""

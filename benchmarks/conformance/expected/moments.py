@@ -3,36 +3,42 @@
 The network is an oracle with trainable additions that are zero (`WithMoments`). Their mean gradient
 is the moment of the loss's slope with smooth functions of (x, t, r) and the label, and it is zero
 at a fixed point. Means over blocks of rows are compared with the spread of the blocks; "z" is
-Student's t, turned into the normal deviate of equal probability.
+Student's t, turned into the normal deviate of equal probability. At the mixture the blocks are
+parts of one batch, since a call of its flow map costs nearly as much for few rows as for many,
+unless a row's loss depends on rows of other groups.
 
 The gradient divided by its own slope is the shift of the optimum. The slope is that which an error
 gives which is in every call of the network, in targets and in averages of the weights too. A method
 that compares two points at a small distance pulls an error of both back by a small force, and a
 mistake in it is as small; so one is measured by the other. Each kind of rows (kinds.py) is
 weighed alone at each stage of a schedule, so that an error in few rows or at one stage does not
-pass.
+pass. Where the objective is exact, its slope at the Gaussian serves for both laws: z does not
+depend on it. By default its weights may depend on the law, and so does its slope.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.conformance.expected.kinds import ALL, losses_by_kind
 from benchmarks.conformance.networks import Shifted, WithMoments
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, gradients
 from registry.protocols import LossOutput
+from zoo.derivatives.one_pass import apart
 from zoo.oracles import Oracle
 
-ROWS_AND_BLOCKS = {GAUSSIAN: (1536, 24), MIXTURE: (256, 24)}
+ROWS_AND_BLOCKS = {GAUSSIAN: (1536, 24), MIXTURE: (256, 32)}
 # Where each row is compared with each, small batches show best what a row does to itself.
 PAIRED = {GAUSSIAN: (128, 96), MIXTURE: (128, 48)}
-FEWEST = 8  # blocks of one stage
+FEWEST = 12  # blocks of one stage
+MOST_ROWS = 4096  # of one batch, since a gradient may keep all steps of the mixture's flow map
 SLOPE_ROWS = {GAUSSIAN: 512, MIXTURE: 256}
 # Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
 FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 1e-4}
@@ -103,21 +109,54 @@ def _at(
     probe = WithMoments(network, law.shape[0], outputs)
     parameters: list[Tensor] = list(probe.parameters())
     names = [name.split(".")[1] for name, p in probe.named_parameters() for _ in range(p.numel())]
-    objective = subject.objective(exact=exact, teacher=network)
     found: dict[str, list[Tensor]] = {}
-    for seed in seeds:
-        batch = subject.batch_of(law, num_rows, seed, step)
-        out = subject.loss(objective, probe, batch, seed)
+    for out in _blocks(step, subject, law, exact, probe, num_rows, seeds):
         for kind, loss in losses_by_kind(out):
             gradient = torch.cat([g.flatten() for g in gradients(loss, parameters, again=True)])
             found.setdefault(kind, []).append(gradient)
-    slopes = {key: _slopes(subject, law, network, key, step, exact) for key in outputs}
+    slopes = {key: _slopes(subject, law, key, step, exact) for key in outputs}
     biases = []
     for kind, rows in found.items():
         if 2 * len(rows) >= len(seeds) and all(kind in slopes[key] for key in outputs):
             scale = torch.tensor([slopes[name][kind] for name in names], dtype=torch.float64)
             biases += _biases(torch.stack(rows) / scale, names, FLOOR[law], kind, step)
     return biases
+
+
+def _blocks(
+    step: int,
+    subject: Subject,
+    law: Oracle,
+    exact: bool,
+    probe: WithMoments,
+    num_rows: int,
+    seeds: range,
+) -> Iterator[LossOutput]:
+    """The losses of each block of rows, as many as there are seeds."""
+    objective = _objective(subject, law, exact=exact, teacher=probe.network)
+    groups = math.ceil(num_rows / subject.group)  # of a block
+    alone = law is GAUSSIAN or subject.couples_rows
+    in_one = 1 if alone else max(MOST_ROWS // (groups * subject.group), 1)
+    for first in seeds[::in_one]:
+        num = min(in_one, seeds.stop - first)
+        batch = subject.batch_of(law, num * groups * subject.group, first, step)
+        out = subject.loss(objective, probe, batch, first)
+        # Every num-th group: rows of one kind stand together, and each block gets its part.
+        block = torch.arange(len(batch)) // subject.group % num
+        yield from (_rows(out, block == number) for number in range(num))
+
+
+def _objective(subject: Subject, law: Oracle, **how: Any) -> Any:
+    """The objective; at the mixture its derivatives take passes of their own, which cost less."""
+    objective = subject.objective(**how)
+    return objective if law is GAUSSIAN else apart(objective)
+
+
+def _rows(out: LossOutput, rows: Tensor) -> LossOutput:
+    t, r = (
+        None if time is None or len(time) != len(rows) else time[rows] for time in (out.t, out.r)
+    )
+    return replace(out, per_sample=out.per_sample[rows], t=t, r=r)
 
 
 def _biases(
@@ -134,39 +173,32 @@ def _biases(
     ]
 
 
-def _slopes(
-    subject: Subject, law: Oracle, network: nn.Module, key: str, step: int, exact: bool
-) -> dict[str, float]:
+def _slopes(subject: Subject, law: Oracle, key: str, step: int, exact: bool) -> dict[str, float]:
     """How the gradient of each kind of rows grows with an error of one output in every call.
 
     Where such an error is not pulled back, the targets of these rows are other rows, as those of
     Shortcut's longer steps are its shorter ones; then it is the slope for exact targets, which is 2
     for an unweighted squared error.
     """
-    everywhere = _rise(subject, law, network, key, step, exact, everywhere=True)
+    if exact and law is MIXTURE:  # with labels, which an objective may ask for
+        subject, law = replace(subject, needs_labels=True), GAUSSIAN
+    everywhere = _rise(subject, law, key, step, exact, everywhere=True)
     if all(slope > 0 for slope in everywhere.values()):
         return everywhere
-    held = _rise(subject, law, network, key, step, exact, everywhere=False)
+    held = _rise(subject, law, key, step, exact, everywhere=False)
     chosen = {kind: s if s > 0 else abs(held.get(kind, 0)) for kind, s in everywhere.items()}
     return {kind: slope if slope > ROUNDING else 1.0 for kind, slope in chosen.items()}
 
 
 def _rise(
-    subject: Subject,
-    law: Oracle,
-    network: nn.Module,
-    key: str,
-    step: int,
-    exact: bool,
-    *,
-    everywhere: bool,
+    subject: Subject, law: Oracle, key: str, step: int, exact: bool, *, everywhere: bool
 ) -> dict[str, float]:
+    network = subject.exact_network(law, exact=exact)
     batch, ends = subject.batch_of(law, SLOPE_ROWS[law], 0, step), []
     for eps in (EPS, -EPS):
         net, average = (Shifted(network, key, eps, everywhere=everywhere) for _ in range(2))
-        objective = subject.objective(
-            exact=exact, teacher=network, average=average if everywhere else None
-        )
+        following = average if everywhere else None
+        objective = _objective(subject, law, exact=exact, teacher=network, average=following)
         ends.append(slopes_in(subject.loss(objective, net, batch), net.bias))
     return {
         kind: (slope - ends[1][kind]) / (2 * EPS)

@@ -1,13 +1,21 @@
-"""Claims about a law of times: its range, its order, its counts and what it states about itself."""
+"""Claims about a law of times: its range, its order, its counts and what it states about itself.
+
+A law that changes over the run is held against them at several steps, and as what it settles to.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from benchmarks.conformance.parts import draws
 from benchmarks.conformance.parts.part import F32, Claims, Part, check_tensor, generator
 from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held
-from zoo.times import reaches
+from benchmarks.conformance.subject import STEPS
+from registry.protocols import TimeLaw
+from zoo.times import law_at, reaches
 
 MANY = 20_000
 COUNTS = (*range(1, 41), 64, 100, 128, 255, 1000, 4096)
@@ -126,14 +134,59 @@ def stated(part: Part) -> ClaimResult:
     )
 
 
+def same_count_at_every_step(part: Part) -> ClaimResult:
+    """Every step has as many rows with r < t as the law that it settles to."""
+    law = part.make()
+    if not hasattr(law, "at_step"):
+        return declared("it is the same at every step")
+    for step in STEPS:
+        for n in COUNTS:
+            numbers = [one.num_off_diagonal(n) for one in (law.at_step(step), law)]
+            if numbers[0] != numbers[1]:
+                raise Broken(
+                    f"num_off_diagonal({n}) is {numbers[0]} at step {step} and {numbers[1]} of the "
+                    "law itself",
+                    "the number depends on n alone: objectives ask the law itself for it",
+                )
+    return held(f"{len(STEPS)} steps")
+
+
+def at_steps(claim: Callable[[Part], ClaimResult]) -> Callable[[Part], ClaimResult]:
+    """The claim about the law itself and, if it changes over the run, about that of each step."""
+
+    def held_at_steps(part: Part) -> ClaimResult:
+        result = claim(part)
+        if result.status == "FAIL" or not hasattr(part.make(), "at_step"):
+            return result
+        for step in STEPS:
+
+            def make(step: int = step) -> TimeLaw:
+                return law_at(part.make(), step)
+
+            try:
+                found = claim(Part(part.name, make))
+            except Broken as broken:
+                raise Broken(f"at step {step}: {broken}", broken.hint) from broken
+            if found.status == "FAIL":
+                return replace(found, reason=f"at step {step}: {found.reason}")
+            if result.status == "declared":  # the law of a step may state what it cannot
+                result = found
+        if result.status == "declared":
+            return result
+        return replace(result, figure=f"{result.figure}, and at {len(STEPS)} steps")
+
+    return held_at_steps
+
+
 CLAIMS: Claims = {
-    "a number that depends on n alone": count_of_n_alone,
-    "shapes and dtypes": shapes_and_dtypes,
-    "0 <= r <= t <= 1": within_bounds,
-    "rows with r < t come first": order,
-    "determined by rng": draws.determined,
-    "global generators untouched": draws.global_generators,
-    "on the device of rng": draws.device,
+    "a number that depends on n alone": at_steps(count_of_n_alone),
+    "the same number at every step": same_count_at_every_step,
+    "shapes and dtypes": at_steps(shapes_and_dtypes),
+    "0 <= r <= t <= 1": at_steps(within_bounds),
+    "rows with r < t come first": at_steps(order),
+    "determined by rng": at_steps(draws.determined),
+    "global generators untouched": at_steps(draws.global_generators),
+    "on the device of rng": at_steps(draws.device),
     "reaches what it declares": reach,
-    "follows its stated distribution": stated,
+    "follows its stated distribution": at_steps(stated),
 }

@@ -250,6 +250,7 @@ class Killed(FlowMatching):
 """
 
 
+@pytest.mark.slow  # a whole process
 def test_a_comparison_ended_by_sigkill_goes_on_where_it_was(folder, tmp_path):
     """The first arm is finished, the second is killed, the third has not begun."""
     (tmp_path / "killed_plugin.py").write_text(PLUGIN)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from benchmarks.conformance.claims import few_rows
+from benchmarks.conformance.expected import moments
 from benchmarks.conformance.fixed_point import at_gaussian, at_mixture
 from benchmarks.conformance.gradients import not_through_targets
 from benchmarks.conformance.isolation import rows_are_independent, share_of_a_batch
-from benchmarks.conformance.results import Broken
+from benchmarks.conformance.networks import WithMoments
+from benchmarks.conformance.report import CLAIMS, SLOW
+from benchmarks.conformance.results import Broken, run_claim
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, law_batch, random_batch
 from registry.protocols import Batch, LossOutput, Network
 from zoo.ops import mean_flat, normal_like
@@ -47,7 +50,7 @@ class ComparesLaws:
         x1, one = normal_like(batch.x0, rng), torch.ones(len(batch))
         x0, x1, one, cond = batch.share.rows(batch.x0, x1, one, batch.cond)
         x = x1 - net(x1, one, 0 * one, cond)["u"].reshape(x1.shape)
-        fake, real = (rows.flatten(1).unflatten(0, (-1, 8)) for rows in (x, x0))
+        fake, real = (rows.flatten(1).unflatten(0, (-1, self.group)) for rows in (x, x0))
         apart = torch.cdist(fake, fake).sum(2) / self.others / 2
         return LossOutput(per_sample=(torch.cdist(fake, real).mean(2) - apart).flatten())
 
@@ -114,3 +117,65 @@ def test_a_gradient_through_rows_of_another_group_is_rejected() -> None:
     assert not_through_targets(Subject("own", ComparesFour)).status == "ok"
     with pytest.raises(Broken, match="runs through two rows of call 1"):
         not_through_targets(Subject("own", SaysTwo))
+
+
+@pytest.mark.parametrize(("group", "couples"), [(1, False), (3, False), (64, False), (1, True)])
+def test_blocks_of_the_mixture_are_whole_groups_of_one_batch(group, couples) -> None:
+    """Unless a row's loss depends on rows of other groups: then each is a batch of its own."""
+    given = []
+
+    class Counts(ComparesFour):
+        def loss(self, net, batch, rng):
+            given.append(len(batch))
+            return LossOutput(per_sample=torch.arange(len(batch)) // group)
+
+    Counts.group, Counts.couples_rows = group, couples
+    subject = Subject("own", Counts)
+    probe = WithMoments(subject.exact_network(MIXTURE), 2, ("u",))
+    blocks = [*moments._blocks(0, subject, MIXTURE, True, probe, 128, range(5, 9))]
+    size = -(-128 // group) * group
+    assert given == ([128] * 4 if couples else [4 * size])
+    assert [len(out.per_sample) for out in blocks] == [size] * 4
+    for out in blocks:
+        assert out.per_sample.unique(return_counts=True)[1].eq(group).all()
+
+
+STATISTICAL = (*SLOW, "fixed point at a Gaussian", "errors are pulled back")
+
+
+@pytest.mark.parametrize("size", [3, 12, 64, 200])
+def test_every_claim_gives_whole_groups(size) -> None:
+    """Also where the number of rows that a claim asks for is no multiple of the group."""
+
+    class Whole(ComparesLaws):
+        group, others = size, size - 1
+
+        def loss(self, net, batch, rng):
+            assert len(batch) % size == 0
+            if batch.cond:
+                label = batch.cond["label"].view(-1, size)
+                assert label.eq(label[:, :1]).all()
+            assert len(batch.share.rows(batch.x0)[0]) % size == 0
+            return super().loss(net, batch, rng)
+
+    for name, claim in CLAIMS.items():
+        if name not in STATISTICAL or (size == 12 and name not in SLOW):
+            found = run_claim(name, claim, Subject("own", Whole))
+            assert found.status != "FAIL", found
+
+
+@pytest.mark.parametrize("size", [12, 64])
+def test_a_gradient_through_rows_of_another_large_group_is_rejected(size) -> None:
+    class Beyond(ComparesLaws):
+        """Pairs of two groups, where it declares one."""
+
+        group, others = size, 2 * size - 1
+
+        def loss(self, net, batch, rng):
+            if len(batch) % (2 * size):
+                return super().loss(net, batch, rng)
+            both = type("Both", (ComparesLaws,), {"group": 2 * size, "others": self.others})()
+            return both.loss(net, batch, rng)
+
+    with pytest.raises(Broken, match="runs through two rows of call 1"):
+        not_through_targets(Subject("own", Beyond))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.conformance.expected.moments import _biases, largest
+from benchmarks.conformance.expected.sampling import _check_law
 from benchmarks.conformance.fixed_point import LIMIT
 from benchmarks.conformance.results import Broken
-from benchmarks.conformance.sampling import _check_law
 from benchmarks.conformance.subject import GAUSSIAN
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks.conformance.claims import not_reached
+from benchmarks.conformance.reached import not_reached
 from benchmarks.conformance.report import ConformanceReport
 from benchmarks.conformance.results import ClaimResult, run_claim
 from benchmarks.conformance.subject import Subject, random_batch

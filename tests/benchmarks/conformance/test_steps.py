@@ -153,8 +153,7 @@ def test_a_wrong_step_is_rejected_however_small(make):
 
 
 def slope(subject, **how):
-    network = subject.exact_network(GAUSSIAN)
-    return moments._rise(subject, GAUSSIAN, network, "u", 0, True, **how)["all rows"]
+    return moments._rise(subject, GAUSSIAN, "u", 0, True, **how)["all rows"]
 
 
 @pytest.mark.parametrize("teacher", [Online, EmaTeacher])
@@ -184,7 +183,7 @@ def test_a_slope_that_pulls_nothing_back_is_that_for_exact_targets(monkeypatch):
     """As of rows whose targets are other rows."""
     rises = {True: {"all rows": 2.0, "few rows": -0.1}, False: {"all rows": 3.0, "few rows": 2.5}}
     monkeypatch.setattr(moments, "_rise", lambda *_, everywhere: rises[everywhere])
-    assert moments._slopes(None, None, None, "u", 0, True) == {"all rows": 2.0, "few rows": 2.5}
+    assert moments._slopes(None, None, "u", 0, True) == {"all rows": 2.0, "few rows": 2.5}
 
 
 @dataclass(frozen=True, kw_only=True)

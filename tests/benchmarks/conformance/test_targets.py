@@ -83,6 +83,16 @@ class TeacherInsideDeclared(TeacherInside):
     differentiates: ClassVar = ("derivative", "input")
 
 
+class Residual(Itself):
+    """The squared residual of the network itself, as in self-distillation with a full gradient."""
+
+    differentiates: ClassVar = ("derivative", "input", "target")
+
+
+class TeacherInResidual(TeacherInside):
+    differentiates: ClassVar = ("derivative", "input", "target")
+
+
 class FrozenInput(Terminal):
     """The gradient reaches the point of the target and no weight of it."""
 
@@ -124,11 +134,15 @@ class TwoStepsOfItself(TwoSteps):
         return net
 
 
+class TwoStepsResidual(TwoStepsOfItself):
+    differentiates: ClassVar = ("input", "target")
+
+
 class TwoStepsUndeclared(TwoSteps):
     differentiates: ClassVar = ()
 
 
-@pytest.mark.parametrize("make", [Terminal, FrozenInput, TwoSteps])
+@pytest.mark.parametrize("make", [Terminal, FrozenInput, Residual, TwoSteps, TwoStepsResidual])
 def test_what_is_declared_may_be_differentiated(make):
     result = guarded(make)
     assert result.status == "ok", result.reason
@@ -144,6 +158,7 @@ def test_what_is_declared_may_be_differentiated(make):
         (Itself, "through the input of an evaluation"),
         (ItselfDeclared, "compared with each other"),
         (TeacherInsideDeclared, "teacher's network"),
+        (TeacherInResidual, "teacher's network"),
         (FrozenInputUndeclared, "through the input of an evaluation"),
         (TwoStepsUndeclared, "through the input of an evaluation"),
         (TwoStepsOfItself, "compared with each other"),
@@ -164,6 +179,11 @@ def test_what_is_declared_and_not_differentiated_is_noted():
     result = guarded(Idle)
     assert result.status == "note"
     assert "no input" in result.figure
+
+    class IdleTarget(Terminal):
+        differentiates: ClassVar = ("derivative", "target")
+
+    assert "no target" in guarded(IdleTarget).figure
 
 
 @pytest.mark.parametrize("declared", ["derivative", ("derivatives",), True])

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.cli import main
 from benchmarks.conformance import fixed_point
-from benchmarks.conformance.claims import not_reached
 from benchmarks.conformance.gradients import not_through_targets
+from benchmarks.conformance.reached import not_reached
 from benchmarks.conformance.report import CLAIMS, check, run, variant
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import STEPS, Subject

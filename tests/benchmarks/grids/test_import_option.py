@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+import pytest
 from tiny_runs import sets, zoo
 
 from benchmarks.records.jsonl import read_record
@@ -22,6 +23,7 @@ TINY = ("mlp.dim = 8", "mlp.depth = 1", "run.steps = 1", "run.batch_size = 8",
         "run.num_samples = 8", "run.nfe = (1,)", "run.recorder = @jsonl()")  # fmt: skip
 
 
+@pytest.mark.slow  # a worker is a process
 def test_workers_find_what_import_gave(tmp_path):
     (tmp_path / "imported_part.py").write_text(MINE)
     (tmp_path / "mine.gin").write_text(

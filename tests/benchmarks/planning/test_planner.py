@@ -27,7 +27,6 @@ from trainers.rng import generator
 from trainers.zero.engine import ZeroEngine
 
 RECIPES = sorted(f.stem for f in (Path(__file__).parents[3] / "gin" / "recipes").glob("*.gin"))
-QUICK = ("mean_flow_b4", "flow_matching_xl2")
 GPUS = Machine(gpus=2, memory=80e9)
 GB = 1e9
 
@@ -95,7 +94,7 @@ def test_stage_3_is_planned_with_derivatives_in_passes_of_their_own():
     assert three / two == pytest.approx(3.5 / 3.25, rel=0.03)
 
 
-@pytest.mark.parametrize("arm", ["mean_flow", "decm"])
+@pytest.mark.parametrize("arm", ["mean_flow", pytest.param("decm", marks=pytest.mark.slow)])
 def test_share_between_two_others_lies_on_their_line(arm):
     """Within 2 %: quotas are whole rows, and at one row all may have a derivative."""
     simulated = simulation(arm, "run.batch_size = 32")
@@ -201,7 +200,7 @@ def test_more_gpus_and_higher_stages_never_need_more(weights, kept, stage, gpus)
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in RECIPES],
+    [pytest.param(r, marks=() if r == "flow_matching_xl2" else pytest.mark.slow) for r in RECIPES],
 )
 def test_recipe_is_planned_without_data(recipe):
     machine = Machine(gpus=8, memory=80e9)

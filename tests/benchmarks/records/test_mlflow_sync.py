@@ -311,6 +311,7 @@ def test_processes_make_one_store_and_fill_it(tmp_path: Path) -> None:
     assert len(client_of(uri).search_experiments(filter_string="name = 'objective-zoo'")) == 1
 
 
+@pytest.mark.slow  # two servers start
 def test_server_that_dies_and_returns_loses_nothing_of_processes_that_record_at_once(
     tmp_path: Path,
 ) -> None:

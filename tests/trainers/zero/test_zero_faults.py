@@ -214,7 +214,10 @@ def test_process_with_other_words_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    ["subprocesses", pytest.param("ray_cluster", marks=[pytest.mark.faults, pytest.mark.slow])],
+    [
+        pytest.param("subprocesses", marks=pytest.mark.slow),  # half a minute of four processes
+        pytest.param("ray_cluster", marks=[pytest.mark.faults, pytest.mark.slow]),
+    ],
 )
 def test_cell_of_a_grid_is_several_processes_where_its_launcher_says_so(
     tmp_path: Path, launcher: str, monkeypatch: pytest.MonkeyPatch

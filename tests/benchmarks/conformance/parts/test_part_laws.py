@@ -162,7 +162,43 @@ class Narrow(Uniform):
         return t, t
 
 
+class AtStep(UniformPair):
+    """What it settles to is right; `late` is its law from step 9,000 on."""
+
+    def at_step(self, step):
+        return self.late if step >= 9000 else UniformPair()
+
+
+class LatePastTheNoise(AtStep):
+    late = PastTheNoise()
+
+
+class LateMixed(AtStep):
+    late = Mixed()
+
+
+class LateByChance(AtStep):
+    """The number of rows depends on the draw."""
+
+    late = ByChance()
+
+
+class LateSquareRoots(AtStep):
+    """A step states another distribution than it has."""
+
+    late = type("Roots", (UniformPair,), {"cdf": lambda self, t: t})()
+
+
+class MoreLater(AtStep):
+    late = UniformPair(off_diagonal_fraction=0.5)
+
+
 WRONG = [
+    (LatePastTheNoise, "0 <= r <= t <= 1", "at step 9000: t = 1.00", "noisier"),
+    (LateMixed, "rows with r < t come first", "at step 9000: of 2 rows", "come first"),
+    (LateByChance, "rows with r < t come first", "at step 9000: of ", "num_off_diagonal(n)"),
+    (LateSquareRoots, "follows its stated distribution", "at step 9000: the times", "all rows"),
+    (MoreLater, "the same number at every step", "at step 9000 and", "ask the law itself"),
     (Columns, "shapes and dtypes", "shape [1, 1], not [1]", "[b]"),
     (Double, "shapes and dtypes", "torch.float64, not torch.float32", "dtype"),
     (PastTheNoise, "0 <= r <= t <= 1", "t = 1.00", "noisier"),
@@ -182,7 +218,15 @@ WRONG = [
 ]  # fmt: skip
 
 
-STATED = ("uniform", "logit_normal", "stratified", "uniform_pair", "logit_normal_pair", "beta_pair")
+STATED = (
+    "uniform",
+    "logit_normal",
+    "arctan_normal",
+    "stratified",
+    "uniform_pair",
+    "logit_normal_pair",
+    "beta_pair",
+)
 
 
 @pytest.mark.parametrize("name", time_laws.names())

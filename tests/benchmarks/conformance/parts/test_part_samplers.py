@@ -72,6 +72,7 @@ class Diffusing:
     needs: ClassVar = ("velocity",)
     nfe: int = 50
     noise: float = 0.5
+    gain: ClassVar = 1.0  # of the fresh noise
 
     def __post_init__(self):
         check_nfe("mine", self.nfe)
@@ -83,7 +84,7 @@ class Diffusing:
             score, rate = -(x + (1 - t) * v) / t, self.noise * t
             x = x - (t - r) * (v - rate * score / 2)
             if r > 0:
-                x = x + (rate * (t - r)) ** 0.5 * normal_like(x, rng)
+                x = x + self.gain * (rate * (t - r)) ** 0.5 * normal_like(x, rng)
         return x
 
 
@@ -134,6 +135,32 @@ class Steps:
         return x
 
 
+class Straight(Euler):
+    """Right by itself: Euler's steps, whose velocity the wrong ones take elsewhere."""
+
+    def __call__(self, net, x1, cond, rng):
+        x = x1
+        for t, r in pairwise(even_times(self.nfe)):
+            x = x - (t - r) * self.velocity(net, x, t, r, cond, x1)
+        return x
+
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_at(net, x, full(x, t), cond)
+
+
+class Renoised(Restart):
+    """Right by itself: jumps to the data and noise, which the wrong ones add in another way."""
+
+    def __call__(self, net, x1, cond, rng):
+        x = jump(net, x1, 1.0, 0.0, cond)
+        for t in self.times()[1:]:
+            x = jump(net, self.noisy(x, t, rng), t, 0.0, cond)
+        return x
+
+    def noisy(self, x, t, rng):
+        return (self.path or Linear()).sample(x, normal_like(x, rng), full(x, t)).x_t
+
+
 class Unmarked(Euler):
     def __post_init__(self):
         pass
@@ -152,12 +179,9 @@ class Single(FlowMap):
         return super().__call__(net, x1, cond, rng).float()
 
 
-class OnlyU(Euler):
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * net(x, full(x, t), full(x, t), cond)["u"]
-        return x
+class OnlyU(Straight):
+    def velocity(self, net, x, t, r, cond, x1):
+        return net(x, full(x, t), full(x, t), cond)["u"]
 
 
 class Denoising(Euler):
@@ -198,21 +222,14 @@ class Later(FlowMap):
 class Quadratic(FlowMap):
     """It steps off the even grid."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise([s**2 for s in even_times(self.nfe)]):
-            x = jump(net, x, t, r, cond)
-        return x
+    __call__ = Steps.__call__
 
 
-class ToTheData(Euler):
+class ToTheData(Straight):
     """It asks for the velocity at r = 0."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * velocity_of(net(x, full(x, t), full(x, 0.0), cond))
-        return x
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_of(net(x, full(x, t), full(x, 0.0), cond))
 
 
 class Unconditional(Euler):
@@ -233,13 +250,9 @@ class FirstCallAlone(FlowMap):
         return x
 
 
-class GlobalNoise(Restart):
-    def __call__(self, net, x1, cond, rng):
-        x = jump(net, x1, 1.0, 0.0, cond)
-        for t in self.times()[1:]:
-            noisy = Linear().sample(x, torch.randn_like(x), full(x, t)).x_t
-            x = jump(net, noisy, t, 0.0, cond)
-        return x
+class GlobalNoise(Renoised):
+    def noisy(self, x, t, rng):
+        return (self.path or Linear()).sample(x, torch.randn_like(x), full(x, t)).x_t
 
 
 class Whitening(FlowMap):
@@ -266,69 +279,45 @@ class Stopping(Euler):
         return x
 
 
-class FalseTimes(Euler):
+class FalseTimes(Straight):
     """Each step asks for the velocity at the time 1 - t."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * velocity_at(net, x, full(x, 1 - t), cond)
-        return x
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_at(net, x, full(x, 1 - t), cond)
 
 
-class FirstState(Euler):
+class FirstState(Straight):
     """Every step asks for the velocity at the noise."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * velocity_at(net, x1, full(x, t), cond)
-        return x
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_at(net, x1, full(x, t), cond)
 
 
-class EndTimes(Euler):
+class EndTimes(Straight):
     """Each step asks for the velocity at the time where it ends."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * velocity_at(net, x, full(x, r), cond)
-        return x
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_at(net, x, full(x, r), cond)
 
 
-class Clipped(Euler):
+class Clipped(Straight):
     """No velocity is larger than 1.5."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            x = x - (t - r) * velocity_at(net, x, full(x, t), cond).clamp(-1.5, 1.5)
-        return x
+    def velocity(self, net, x, t, r, cond, x1):
+        return velocity_at(net, x, full(x, t), cond).clamp(-1.5, 1.5)
 
 
-class StraightNoise(Restart):
+class StraightNoise(Renoised):
     """Noise is added along the straight path, whatever the path is."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = jump(net, x1, 1.0, 0.0, cond)
-        for t in self.times()[1:]:
-            noisy = (1 - t) * x + t * normal_like(x, rng)
-            x = jump(net, noisy, t, 0.0, cond)
-        return x
+    def noisy(self, x, t, rng):
+        return (1 - t) * x + t * normal_like(x, rng)
 
 
 class Loud(Diffusing):
     """The noise of each step is a third too large."""
 
-    def __call__(self, net, x1, cond, rng):
-        x = x1
-        for t, r in pairwise(even_times(self.nfe)):
-            v = velocity_at(net, x, full(x, t), cond)
-            score, rate = -(x + (1 - t) * v) / t, self.noise * t
-            x = x - (t - r) * (v - rate * score / 2)
-            if r > 0:
-                x = x + 1.33 * (rate * (t - r)) ** 0.5 * normal_like(x, rng)
-        return x
+    gain = 1.33
 
 
 EVALUATIONS = "takes the evaluations that it can have"
@@ -370,7 +359,7 @@ def test_registered_sampler_passes(name):
     assert not described(by_claim(samplers, name))
 
 
-@pytest.mark.parametrize("cls", [Multistep, Midpoint, Diffusing, Guided, Steps])
+@pytest.mark.parametrize("cls", [Multistep, Midpoint, Diffusing, Guided, Steps, Straight, Renoised])
 def test_right_sampler_passes(cls):
     assert not described(checked(samplers, cls))
 
