@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, positions_2d, zero_
-from backbones.trunk import TrunkModule, check_decoder, through
+from backbones.trunk import Branch, TrunkModule, check_decoder, through
 from registry import backbones
 from registry.protocols import Cond, Reference
 from registry.ranges import Count, Positive, Probability
@@ -131,6 +132,7 @@ class PatchTransformer(TrunkModule):
         self.decoder_from = depth if decoder_from is None else decoder_from
         self.channels, self.grid = shape[0], (shape[1] // patch, shape[2] // patch)
         self.dim, self.patch, self.checkpointing = dim, patch, checkpointing
+        self.new_block = block
         self.embed = nn.Linear(self.channels * patch * patch, dim)
         xavier_(self.embed)
         positions = positions_2d(*self.grid, dim)
@@ -152,6 +154,9 @@ class PatchTransformer(TrunkModule):
         for block in self.blocks[self.decoder_from :]:
             tokens = through(block, self.checkpointing, tokens, c)
         return tokens, c
+
+    def branch(self, blocks: int) -> nn.Module:
+        return Branch((self.new_block() for _ in range(blocks)), self.checkpointing)
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(1)
@@ -206,7 +211,7 @@ class DiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: DiTBlock(dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
+            block=partial(DiTBlock, dim, num_heads, mlp_ratio, dropout, qk_norm, norm),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,

@@ -4,7 +4,8 @@ Every readout is a final layer of its own (normalisation, modulation by c, linea
 zero; the network's parametrisation says which velocity a readout is. The dual head has two of them:
 at DiT-XL/2 the second costs 2.7 million parameters, 0.4 %. No source gives its design; it follows
 from the parameter count of DuMo (arXiv 2602.17682), 679M, which two final layers and two time
-embedders reproduce.
+embedders reproduce. The deep dual head has blocks of its own before each of two readouts, as iMF's
+networks do (arXiv 2512.02012): 8 in every size, and those of v are not run where u alone is asked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from backbones.embeddings import NUM_FREQUENCIES, time_features, zero_
 from registry import heads
-from registry.protocols import Call, Reference
+from registry.protocols import BranchingTrunk, Call, Reference
+from registry.ranges import Count
 
 
 class Readouts(nn.Module):
@@ -60,6 +62,52 @@ class DualHead(Readouts):
         year=2026,
         arxiv="2602.17682",
     )
+
+
+@heads.register("deep_dual")
+class DeepDual(nn.Module):
+    """Average and instantaneous velocity, each by blocks of its own after the trunk.
+
+    The blocks are of the trunk's kind, so that an output passes as many as both have together. An
+    output that the call does not ask for is left out, as that of v is in samples of the map.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("u", "v")
+    needs_r: ClassVar = True
+    reference: ClassVar = Reference(
+        title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
+        authors="Geng et al.",
+        year=2025,
+        arxiv="2512.02012",
+    )
+
+    def __init__(self, trunk: Any, blocks: Count = 8):
+        super().__init__()
+        if not isinstance(trunk, BranchingTrunk):
+            raise ValueError(
+                f"the head 'deep_dual' takes blocks of the trunk's kind for each output, and "
+                f"{type(trunk).__name__} has no branch(blocks) that makes them. Choose @dit, "
+                "@lightning_dit or @mlp as the backbone, or @dual_head as the head"
+            )
+        self.fields = {"blocks": blocks}
+        self.branches = nn.ModuleDict({key: trunk.branch(blocks) for key in self.keys})
+        self.readouts = nn.ModuleDict({key: trunk.readout() for key in self.keys})
+
+    def forward(self, features: Tensor, c: Tensor, at: Call) -> dict[str, Tensor]:
+        return {
+            key: self.readouts[key](branch(features, c), c)
+            for key, branch in self.branches.items()
+            if at.asks_for(key)
+        }
+
+
+@heads.register("twin_velocity")
+class TwinVelocity(Readouts):
+    """Velocity of the law of the network's own samples, at r = t (TwinFlow)."""
+
+    keys = ("twin",)
+    velocities: ClassVar = ("twin",)
+    needs_r: ClassVar = False
 
 
 @heads.register("log_variance")

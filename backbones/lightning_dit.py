@@ -12,6 +12,7 @@ arXiv 2501.01423.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -113,7 +114,7 @@ class LightningDiT(PatchTransformer):
             patch=patch,
             dim=dim,
             depth=depth,
-            block=lambda: LightningBlock(dim, num_heads, mlp_ratio, dropout, qk_norm, rope),
+            block=partial(LightningBlock, dim, num_heads, mlp_ratio, dropout, qk_norm, rope),
             conditioning=lambda: Conditioning(
                 dim,
                 num_classes=num_classes,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.embeddings import Conditioning, modulate, zero_
-from backbones.trunk import TrunkModule, check_decoder
+from backbones.trunk import Branch, TrunkModule, check_decoder
 from registry import backbones
 from registry.protocols import Cond
 from registry.ranges import Count, Positive
@@ -100,6 +100,9 @@ class MLP(TrunkModule):
         for block in self.blocks[self.decoder_from :]:
             h = block(h, c)
         return h, c
+
+    def branch(self, blocks: int) -> nn.Module:
+        return Branch(ResidualBlock(self.dim) for _ in range(blocks))
 
     def readout(self) -> nn.Module:
         return VectorReadout(self.dim, self.size)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import registry
-from backbones.heads import AverageVelocity, DualHead, LogVariance, Readouts, Velocity
+from backbones.heads import AverageVelocity, DeepDual, DualHead, LogVariance, Readouts, Velocity
 from backbones.parametrisations.equations import RawVelocity
 from backbones.trunk import TrunkModule
 from registry.protocols import Call, Cond, Parametrisation, Preconditioning
@@ -62,9 +62,15 @@ class FlowNetwork(nn.Module):
             _say_call(name)
 
     def forward(
-        self, x: Tensor, t: Tensor, r: Tensor, cond: Cond | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        cond: Cond | None = None,
+        asked: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
-        at = Call(x, t, r, cond)
+        """All outputs; `asked` names those that are wanted, and others may be left out."""
+        at = Call(x, t, r, cond, asked)
         seen = at if self._inputs is None else self._inputs(at)
         features, c = self.trunk(seen.x, seen.t, seen.r, seen.cond)
         outputs = {}
@@ -151,6 +157,7 @@ def warm_start(student: FlowNetwork, teacher: FlowNetwork) -> None:
     given = _readouts(teacher)
     if not given:
         raise ValueError(f"the teacher makes {', '.join(teacher.keys)}; it needs u or v")
+    _copy_branches(student, teacher)
     student.trunk.load_state_dict({**{name: ours[name] for name in added}, **theirs})
     for key, readout in _readouts(student).items():
         source = key if key in given else next(iter(given))
@@ -191,11 +198,28 @@ def _check_same_function(ours: nn.Module, theirs: nn.Module) -> None:
         )
 
 
+def _copy_branches(student: FlowNetwork, teacher: FlowNetwork) -> None:
+    """ValueError unless heads with blocks of their own are the same in both, or none has any."""
+    ours, theirs = (
+        {name: head for name, head in net.heads.items() if isinstance(head, DeepDual)}
+        for net in (student, teacher)
+    )
+    settings = [{name: head.fields for name, head in heads.items()} for heads in (ours, theirs)]
+    if settings[0] != settings[1]:
+        raise ValueError(
+            "the student cannot start from the teacher: heads with blocks of their own are "
+            f"{settings[0] or 'none'} in the student and {settings[1] or 'none'} in the teacher. "
+            "Give both the same heads, or bind run.warm_start = False"
+        )
+    for name, head in ours.items():
+        head.load_state_dict(theirs[name].state_dict())
+
+
 def _readouts(net: FlowNetwork) -> dict[str, nn.Module]:
     return {
         key: readout
         for head in net.heads.values()
-        if isinstance(head, Readouts)
+        if isinstance(head, Readouts | DeepDual)
         for key, readout in head.readouts.items()
     }
 

@@ -7,7 +7,7 @@ it was made with, so that an exported network can be made again without gin.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -27,6 +27,19 @@ class TrunkModule(nn.Module):
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         made.__dict__["fields"] = {**defaults, **given}
         return made
+
+
+class Branch(nn.Module):
+    """Blocks (features, c) -> features, one after the other."""
+
+    def __init__(self, blocks: Iterable[nn.Module], checkpointing: bool = False):
+        super().__init__()
+        self.blocks, self.checkpointing = nn.ModuleList(blocks), checkpointing
+
+    def forward(self, features: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            features = through(block, self.checkpointing, features, c)
+        return features
 
 
 def through(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:

@@ -73,6 +73,16 @@ def needed_by(sampler: Any) -> tuple[str, ...]:
     return tuple(MAP if key == "u" else key for key in heads)
 
 
+def outputs_for(sampler: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a network's outputs `keys` that the sampler reads; all where it does not say."""
+    if not (needs := needed_by(sampler)):
+        inner = getattr(sampler, "sampler", None)  # which one with guidance runs
+        return keys if inner is None else outputs_for(inner, keys)
+    velocity = "v" if "v" in keys else "u"
+    read = {velocity if need == VELOCITY else "u" if need in MAPS else need for need in needs}
+    return tuple(key for key in keys if key in read)
+
+
 def missing_for(sampler: Any, objective: Any) -> tuple[str, ...]:
     """What the sampler needs and the objective does not train."""
     trained = {*with_included(trained_by(objective)), *objective.heads}

@@ -22,7 +22,9 @@ from benchmarks.grids.comparison import compare
 from benchmarks.grids.request import Request
 from benchmarks.planning.outline import outline
 from registry import gin_setup, samplers
+from zoo.guidance import LogUniformGuidance
 from zoo.teachers import warmed_up
+from zoo.times import LogitNormalPair, TwoLogitNormals
 
 ROOT = Path(__file__).parents[1] / "gin" / "recipes"
 RECIPES = sorted(file.stem for file in ROOT.glob("*.gin"))
@@ -33,6 +35,7 @@ IMAGENET = 1_281_167
 # Shortcut: its paper's 675M is DiT-XL/2; our step size has an embedder of its own.
 # DE-CM and FACM: 675M is the teacher's; the student has a second time embedder.
 # pMF: that of our DiT-B in its place.
+# iMF: ours alone. Its 89M and 610M are of networks without modulation and without the blocks of v.
 SIZES = {
     "flow_matching_xl2": (SD, 675.1),
     "mean_flow_b4": (SD, 131),
@@ -51,6 +54,9 @@ SIZES = {
     "decoupled_mean_flow_xl2": (SD, 675.1),
     "explicit_shortcut_xl2": (SD, 676.8),
     "pixel_mean_flow_b16": (PICTURES, 135.2),
+    "improved_mean_flow_b2": (SD, 218.5),
+    "improved_mean_flow_xl2": (SD, 1067.6),
+    "so_flow_xl2": (SD, 676.8),
 }
 TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
 EPOCHS = {
@@ -63,6 +69,9 @@ EPOCHS = {
     "shortcut_xl2": 250,
     "dumo_xl2": 424,
     "decm_xl1": 250,
+    "improved_mean_flow_b2": 640,
+    "improved_mean_flow_xl2": 640,
+    "so_flow_xl2": 240,
     "facm_xl1": 250,
     "explicit_shortcut_xl2": 240,
     "pixel_mean_flow_b16": 320,
@@ -184,27 +193,37 @@ def test_an_image_costs_the_published_multiplications(recipe, published):
 def test_learning_rate_is_constant_after_its_warm_up(recipe):
     parsed(recipe)
     schedule, optimizer = gin_setup.build("run.schedule"), gin_setup.build("run.optimizer")
-    warmup = 9766 if recipe == "mean_flow_cifar10" else 0
+    imf = recipe.startswith("improved_mean_flow")
+    warmup = 9766 if recipe == "mean_flow_cifar10" else 12_512 if imf else 0
     peak = {"mean_flow_cifar10": 6e-4, "dumo_xl2": 2e-4}.get(recipe, 1e-4)
     batch = gin_setup.query("run.batch_size")
     total = gin_setup.query("run.images") // batch
     for step in (warmup, total // 2, total - 1):
         assert optimizer.lr * schedule(step, step / total) == pytest.approx(peak)
     if warmup:
-        assert warmup == pytest.approx(200 * 50_000 / batch, abs=1)  # 200 epochs
+        images = 10 * IMAGENET if imf else 200 * 50_000  # 10 epochs, or 200 of CIFAR-10
+        assert warmup == pytest.approx(images / batch, abs=1)
         assert schedule(0, 0.0) == pytest.approx(1 / warmup)
         assert schedule(warmup // 2 - 1, 0.0) == pytest.approx(0.5)
 
 
 @each
 def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
-    """Batch, second moment, decay; MeanFlow's released code has 0.95, the others Adam's 0.999."""
+    """Batch, second moment, decay.
+
+    The second moment is 0.95 in MeanFlow's and iMF's released codes, 0.99 in SoFlow's, and Adam's
+    0.999 in the others.
+    """
     parsed(recipe)
     batch, beta, decay = 256, 0.95, 0.0
     if recipe.endswith("consistency_cifar10"):
         batch, beta = (512, 0.99) if recipe.startswith("trig") else (128, 0.999)
-    if recipe in ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1", "pixel_mean_flow_b16"):
+    imf = recipe.startswith("improved_mean_flow")
+    large = ("mean_flow_cifar10", "dumo_xl2", "decm_xl1", "facm_xl1", "pixel_mean_flow_b16")
+    if imf or recipe in large:
         batch = 1024
+    if recipe == "so_flow_xl2":
+        beta = 0.99
     if (
         recipe.startswith(("flow_matching", "shortcut", "decm", "facm"))
         or recipe == "mean_flow_cifar10"
@@ -405,6 +424,37 @@ def test_augmented_batches_depend_on_seed_and_place_alone():
 def test_sampler_of_a_distilled_recipe_is_its_papers(recipe, sampler):
     parsed(recipe)
     assert samplers.name_of(gin_setup.build("run.sampler")) == sampler
+
+
+@pytest.mark.parametrize(
+    ("recipe", "blocks", "without_v", "guidance"),
+    [
+        ("improved_mean_flow_b2", 12, 132.3, (8.0, 0.4, 0.65)),
+        ("improved_mean_flow_xl2", 48, 914.4, (8.0, 0.42, 0.62)),
+    ],
+)
+def test_imf_has_the_papers_blocks_and_guidance(recipe, blocks, without_v, guidance):
+    """As many blocks on the way to u as in the paper, eight of them its own; v has as many."""
+    net = network(recipe)
+    branches = net.heads["deep_dual"].branches
+    assert [len(branch.blocks) for branch in branches.values()] == [8, 8]
+    assert len(net.trunk.blocks) + 8 == blocks
+    of_v = [p for name, p in net.heads.named_parameters() if name.split(".")[2] == "v"]
+    without = count(net) - sum(p.numel() for p in of_v) / 1e6
+    assert without == pytest.approx(without_v, abs=0.1)
+    parsed(recipe)
+    sampler = gin_setup.build("run.sampler")
+    assert (sampler.scale, *sampler.interval) == guidance
+    objective = gin_setup.build("run.objective")
+    assert objective.guidance == LogUniformGuidance(largest=8.0)
+    assert objective.times == LogitNormalPair(mean=-0.4, std=1.0, off_diagonal_fraction=0.5)
+
+
+def test_guidance_and_times_of_so_flow_are_the_released_ones():
+    parsed("so_flow_xl2")
+    objective = gin_setup.build("run.objective")
+    assert (objective.guidance_scale, objective.guidance_mix, objective.fade) == (3.0, 0.25, 0.8)
+    assert objective.times == TwoLogitNormals()
 
 
 @pytest.mark.parametrize("recipe", ["shortcut_b2", "shortcut_xl2"])

@@ -8,7 +8,8 @@
 is the consistency target of RCGM (order 2, delta 0.01) as read from the public code of TwinFlow.
 Rows with t - r <= delta become flow matching, g = u - d. The public code comes to the same by a
 mask over these rows, and divides zero by zero where t = r. It also limits g to +-1 by element,
-which is left to the objective here.
+which is left to the objective here, and which `consistency_error` does: the loss of RCGM, a part
+of TwinFlow's.
 
 `end_of_step` and `start_of_step` are of the map X = x - (t - r) u, and are trained: its end must
 move with the flow as r changes, and stay where it is as (x, t) moves with the flow.
@@ -16,6 +17,7 @@ move with the flow as r changes, and stay where it is as (x, t) moves with the f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,9 +25,16 @@ import torch
 from torch import Tensor
 
 from registry import residuals
-from registry.protocols import Cond, Derivative, DifferentiableDerivative, Network, Reference
-from zoo.derivatives.one_pass import DerivativeOfU, OnePass
-from zoo.ops import like
+from registry.protocols import (
+    Cond,
+    Derivative,
+    DifferentiableDerivative,
+    Network,
+    Reference,
+    Residual,
+)
+from zoo.derivatives.one_pass import DerivativeOfU, OnePass, outputs_then_derivative
+from zoo.ops import clipped, like, mean_flat
 
 Rows = tuple[Tensor, Tensor, Tensor]  # x [b *d], t [b], r [b]
 
@@ -145,3 +154,28 @@ def two_step_residual(
     divisor = torch.where(step > 0, step, 1)
     ratio = torch.where(step > 0, (t - r) / divisor, 1)
     return like(ratio, x) * u - displacement / like(divisor, x) - direction
+
+
+def consistency_error(
+    residual: Residual,
+    net: Network,
+    teacher: Network,
+    point: tuple[Tensor, Tensor, Tensor],
+    cond: Cond | None,
+    direction: Tensor,
+    clip: float,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The network's outputs, the error || u - sg[u - clip(g)] ||^2 [b], and the residual g [b *d].
+
+    `clip` limits each element of g.
+    """
+    out, du_along = outputs_then_derivative(residual.derivative, net, cond, point)
+    u = out["u"]
+    g = residual(du_along, teacher, *point, cond, u.detach(), direction)
+    target = (u - clipped(g, clip, "element")).detach()
+    return out, mean_flat((u - target) ** 2), g
+
+
+def short_step_factor(gap: Tensor) -> Tensor:
+    """1 + tan(2 pi (1 - gap) / 5) [b] of gaps t - r: from 1 at a gap of 1 to 4.1 at 0."""
+    return 1 + torch.tan((1 - gap) * math.pi / 2.5)

@@ -13,6 +13,9 @@ rows with r < t have r = 0 instead: all of them at first, none from `steps` on. 
 2512.11831) and its released code: the share. The commands of the code have 20,000 steps. The code
 draws which rows these are, here they are the first.
 
+`quarters` is TwinFlow's law, as its released code has it: a quarter of the rows each for steps from
+noise to data, steps of at most a twentieth of t, any steps, and none (r = t).
+
 `arctan_normal` is FACM's law (Peng et al., arXiv 2507.03738, its released code): t is the angle of
 a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circle.
 """
@@ -41,6 +44,12 @@ SOFLOW = Reference(
     authors="Luo et al.",
     year=2025,
     arxiv="2512.15657",
+)
+TWINFLOW = Reference(
+    title="TwinFlow: Realizing One-step Generation on Large Models with Self-adversarial Flows",
+    authors="Cheng et al.",
+    year=2025,
+    arxiv="2512.05150",
 )
 FLOW_ANCHORED = Reference(
     title="Flow-Anchored Consistency Models",
@@ -391,6 +400,41 @@ class Progressive:
 
     def num_off_diagonal(self, n: int) -> int:
         return self.times.num_off_diagonal(n)
+
+
+@time_laws.register("quarters")
+@dataclass(frozen=True, kw_only=True)
+class Quarters:
+    """Quarters of the rows: (t, r) = (1, 0), short steps, any steps of another law, and r = t."""
+
+    reference: ClassVar = TWINFLOW
+
+    times: TimeLaw = field(default_factory=lambda: BetaPair(off_diagonal_fraction=1.0))
+    shortening: float = 0.05  # of the short steps: t - r of the other law, times this
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shortening <= 1:
+            raise ValueError(f"quarters.shortening = {self.shortening!r} must lie in (0, 1]")
+        name = time_laws.name_of(self.times)
+        if self.times.num_off_diagonal(_MANY) < _MANY or getattr(self.times, "only_to_data", False):
+            raise ValueError(
+                f"quarters.times = @{name}() must draw r < t in every row, and r > 0. Bind a law "
+                f"such as @beta_pair() with off_diagonal_fraction = 1.0 and r_law = 'uniform'"
+            )
+
+    def __call__(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t, r = self.times(n, rng)
+        first, second, third = (quota(n, i / 4) for i in (1, 2, 3))
+        t = torch.cat([torch.ones_like(t[:first]), t[first:]])
+        short = (t - self.shortening * (t - r))[first:second]
+        return t, torch.cat([torch.zeros_like(r[:first]), short, r[second:third], t[third:]])
+
+    def num_off_diagonal(self, n: int) -> int:
+        return quota(n, 3 / 4)
+
+    def num_one_step(self, n: int) -> int:
+        """How many of the n rows, the first ones, have t = 1 and r = 0."""
+        return quota(n, 1 / 4)
 
 
 @dataclass(frozen=True, kw_only=True)

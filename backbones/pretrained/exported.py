@@ -32,6 +32,7 @@ from registry.plugins import load_plugins
 from registry.protocols import Parametrisation
 
 CONFIG, MODEL = "config.json", "model.safetensors"
+HEAD_FIELDS = "head_fields"  # {head: its fields}, of heads that have any
 DEFINING = ("network", "backbone", "fields", "heads")  # the network that the weights belong to
 # In format 1, which earlier versions read, `network` says what the readouts mean. Format 2 has a
 # `parametrisation` for every other meaning.
@@ -77,7 +78,8 @@ def load_exported(folder: Path | str) -> FlowNetwork:
             "It was damaged or exchanged: restore it, or export the network again"
         )
     load_plugins()
-    check_numbers(config["fields"], shapes, folder / CONFIG)
+    for values in (config["fields"], *config.get(HEAD_FIELDS, {}).values()):
+        check_numbers(values, shapes, folder / CONFIG)
     with torch.device("meta"), no_larger_than(shapes, folder / CONFIG):
         outline = _built(config, folder)
     check_fit(weights, shapes, {name: tuple(x.shape) for name, x in outline.state_dict().items()})
@@ -97,7 +99,8 @@ def _built(config: Mapping[str, Any], folder: Path) -> FlowNetwork:
         raise ValueError(
             f"{folder / CONFIG} is of another version of this package: {error}"
         ) from None
-    heads = [registry.heads.get(name)(trunk) for name in config["heads"]]
+    given = config.get(HEAD_FIELDS, {})
+    heads = [registry.heads.get(name)(trunk, **given.get(name, {})) for name in config["heads"]]
     return FlowNetwork(trunk, heads, _parametrisation(config, folder))
 
 
@@ -147,6 +150,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         and isinstance(given, dict)
         and isinstance(heads, list)
         and all(isinstance(head, str) for head in heads)
+        and _are_fields(config.get(HEAD_FIELDS, {}))
     ):
         raise ValueError(
             f"{path} does not describe a network: {', '.join(_defining(config))} are damaged"
@@ -162,8 +166,13 @@ def _is_parametrisation(described: Any) -> bool:
     )
 
 
+def _are_fields(described: Any) -> bool:
+    return isinstance(described, dict) and all(isinstance(one, dict) for one in described.values())
+
+
 def _defining(config: Mapping[str, Any]) -> tuple[str, ...]:
-    return DEFINING if config.get("format") == 1 else (*DEFINING, "parametrisation")
+    more = ("parametrisation",) if config.get("format") != 1 else ()
+    return (*DEFINING, *more, *((HEAD_FIELDS,) if HEAD_FIELDS in config else ()))
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -182,19 +191,26 @@ def _architecture(net: FlowNetwork) -> dict[str, Any]:
         if not _is_plain(value):
             raise ValueError(f"{backbone}.{name} = {value!r} cannot be written as JSON")
     for name, head in net.heads.items():
-        if more := list(inspect.signature(type(head)).parameters)[1:]:
+        given: dict[str, Any] = getattr(head, "fields", {})
+        takes = list(inspect.signature(type(head)).parameters)[1:]
+        if more := [field for field in takes if field not in given]:
             raise ValueError(
-                f"the head {name!r} takes {', '.join(more)} beside the trunk; only heads that are "
-                "made from their trunk alone can be exported"
+                f"the head {name!r} takes {', '.join(more)} beside the trunk, and does not say "
+                "with which values it was made. Keep them in its attribute `fields`, a dict by name"
             )
+        for field, value in given.items():
+            if not _is_plain(value):
+                raise ValueError(f"{name}.{field} = {value!r} cannot be written as JSON")
     former = [name for name, known in FORMER.items() if known == net.parametrisation]
     described = {} if former else {"parametrisation": _described(net.parametrisation)}
+    of_heads = {name: head.fields for name, head in net.heads.items() if hasattr(head, "fields")}
     config = {
         "format": 1 if former else 2,
         "network": former[0] if former else "flow",
         "backbone": backbone,
         "fields": net.trunk.fields,
         "heads": list(net.heads),
+        **({HEAD_FIELDS: of_heads} if of_heads else {}),
         **described,
         "outputs": list(net.keys),
         "parameters": sum(p.numel() for p in net.parameters()),

@@ -51,7 +51,13 @@ def shrunken(request: Request, data: Path) -> Request:
     if backbone not in SMALL:
         raise ValueError(f"--smoke knows how to shrink {', '.join(SMALL)}, not {backbone}")
     calls = gin_setup.query("run.nfe", (1, 2))
-    found = [*BUDGET, *SMALL[backbone], f"run.nfe = {tuple(sorted({min(n, 4) for n in calls}))}"]
+    blocks = ["deep_dual.blocks = 1"] * ("deep_dual" in repr(gin_setup.query("run.heads")))
+    found = [
+        *BUDGET,
+        *SMALL[backbone],
+        *blocks,
+        f"run.nfe = {tuple(sorted({min(n, 4) for n in calls}))}",
+    ]
     if gin_setup.query("frozen.checkpoint"):
         found += ["frozen.checkpoint = ''", "frozen.pretrain = 0.5"]
     if gin_setup.query("run.start_from"):

@@ -155,6 +155,7 @@ SPECIAL: dict[str, dict[str, Claim]] = {
     "shortcut": {"flow matching at small steps": shortcut_at_small_steps},
     "dumo": OF_RCGM,
     "recursive_consistency": OF_RCGM,
+    "twin_flow": OF_RCGM,
     "decm": {"residuals vanish for every lam, gamma": every_end_of_decm},
 }
 

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import registry
+from backbones.network import FlowNetwork
 from benchmarks.data.pictures import to_uint8
 from registry.protocols import (
     Coded,
@@ -36,6 +37,7 @@ from registry.protocols import (
     rows_of,
     scaled_by,
 )
+from registry.sampling import outputs_for
 
 BLOCK = 256  # rows whose noise is from one generator; part of what a seed means
 DECODED = 64  # codes whose pixels are held in float32 at a time
@@ -189,16 +191,21 @@ def draw(
 ) -> Tensor:
     """Samples [n *d] from noise x1 [n *d], on its device, the network in evaluation mode.
 
+    A network of ours is asked for the outputs alone that the sampler reads, so that heads may leave
+    out the others.
     x1 is the noise of the seed's rows `first`, `first` + 1, ...; `first` is where a block starts.
     """
     assert first % BLOCK == 0, f"no block starts at row {first}"
     blocks = []
+    read: Network = net
+    if isinstance(net, FlowNetwork):
+        read = partial(net, asked=outputs_for(sampler, net.keys))
     with evaluation_mode(net), torch.no_grad():
         for start in range(0, len(x1), BLOCK):
             rows = slice(start, start + BLOCK)
             rng = _generator(seed, _SAMPLER, first + start, x1.device)
             part = rows_of(cond, rows)
-            blocks.append(sampler(_in_batches(net, batch_size), x1[rows], part, rng))
+            blocks.append(sampler(_in_batches(read, batch_size), x1[rows], part, rng))
             _check_shape(sampler, blocks[-1], x1[rows])
     samples = torch.cat(blocks)
     broken = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()

@@ -62,6 +62,7 @@ from registry.protocols.methods import (
     Weight,
 )
 from registry.protocols.networks import (
+    BranchingTrunk,
     Call,
     Head,
     Network,
@@ -98,6 +99,7 @@ from registry.protocols.runs import (
 __all__ = [
     "NULL_LABEL",
     "Batch",
+    "BranchingTrunk",
     "Call",
     "Coded",
     "Cond",

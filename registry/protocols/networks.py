@@ -23,12 +23,16 @@ The heads decide which outputs there are. A network that has the velocity alone 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network: its four arguments."""
+    """One call of a network: its four arguments, and the outputs that are asked for."""
 
     x: Tensor  # [b *d]
     t: Tensor  # [b]
     r: Tensor  # [b]
     cond: Cond | None
+    asked: tuple[str, ...] | None = None  # None asks for all
+
+    def asks_for(self, key: str) -> bool:
+        return self.asked is None or key in self.asked
 
 
 class Trunk(Protocol):
@@ -48,13 +52,25 @@ class Trunk(Protocol):
     def pool(self, features: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class BranchingTrunk(Trunk, Protocol):
+    """A trunk of equal blocks, which can make more of them for one output alone.
+
+    `branch(blocks)` is an nn.Module (features, c) -> features of so many new blocks.
+    """
+
+    def branch(self, blocks: int) -> torch.nn.Module: ...
+
+
 class Head(Protocol):
     """An nn.Module built as `head(trunk)`: (features, c, at) -> {key: tensor} for its `keys`.
 
     `at` is the call of the network. `needs_r` says whether the outputs depend on the end r of the
     step. `velocities`, optional, names those of the keys that are velocities: u and v unless it
     says otherwise. Their tensors are raw readouts, from which the network's parametrisation makes
-    the velocities. Every other key is an output as it is.
+    the velocities. Every other key is an output as it is. A head may leave out the outputs that
+    `at` does not ask for. One with arguments beside the trunk has them by name in `fields`, so that
+    its network can be exported.
     """
 
     keys: ClassVar[tuple[str, ...]]

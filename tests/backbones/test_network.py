@@ -102,7 +102,7 @@ def test_backbone_and_heads_may_be_gin_references():
 def test_missing_output_names_the_heads_that_make_it():
     message = (
         "the objective needs the output 'u'; of the heads, velocity makes v. "
-        "Registered heads that make 'u': average_velocity, dual_head. Add one of them"
+        "Registered heads that make 'u': average_velocity, deep_dual, dual_head. Add one of them"
     )
     with pytest.raises(ValueError, match=message):
         small("mlp", ("u", "v"), heads=(Velocity,))

@@ -24,6 +24,7 @@ from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
 from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.trig_consistency import TrigConsistency
+from zoo.objectives.twin_flow import TwinFlow
 from zoo.points.velocities import Own, PlugIn
 from zoo.residuals import Exact
 from zoo.times import LogitNormalPair, Progressive, Stratified
@@ -51,6 +52,7 @@ OBJECTIVES: Mapping[str, Any] = {
     "alpha_flow": AlphaFlow(kappa=0.3, first_share=0.3),
     "alpha_flow_own": AlphaFlow(velocity=Own(), first_share=0.5, own_first_step=True),
     "alpha_flow_derivative": AlphaFlow(first_share=0.0),
+    "twin_flow": TwinFlow(omega=0.4),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),

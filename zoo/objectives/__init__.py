@@ -16,6 +16,7 @@ from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
 from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.objectives.trig_consistency import TrigConsistency
+from zoo.objectives.twin_flow import TwinFlow
 
 __all__ = [
     "DECM",
@@ -34,4 +35,5 @@ __all__ = [
     "SoFlow",
     "TerminalVelocity",
     "TrigConsistency",
+    "TwinFlow",
 ]

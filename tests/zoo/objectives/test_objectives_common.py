@@ -133,6 +133,7 @@ PLANTED = {
     "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
+    "twin_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "decm": {
         *TANGENTS,
         GAP,
@@ -232,7 +233,7 @@ def claim_against(name, mutation):
     """The claim that must reject the mistake, by its name."""
     killer = KILLERS.get(mutation, "fixed point at a Gaussian")
     # The exact form of these takes no teacher's steps.
-    if name in ("dumo", "recursive_consistency") and mutation == LATER:
+    if name in ("dumo", "recursive_consistency", "twin_flow") and mutation == LATER:
         killer = "order changes nothing at the truth"
     return {killer: claims_for(name)[killer]}
 
