@@ -7,10 +7,12 @@ from typing import Any
 
 from zoo.couplings import MinibatchOT
 from zoo.objectives.decm import DECM
+from zoo.objectives.drifting import Drifting
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.moment_matching import MomentMatching
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.shortcut import Shortcut
 from zoo.objectives.so_flow import SoFlow
@@ -29,6 +31,8 @@ OBJECTIVES: Mapping[str, Any] = {
     "improved_mean_flow": ImprovedMeanFlow(),
     "recursive_consistency": RecursiveConsistency(omega=0.4),
     "so_flow": SoFlow(guidance_scale=2.0),
+    "moment_matching": MomentMatching(group=2, label_dropout=0.4, halvings=8),
+    "drifting": Drifting(group=4),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "dumo": DuMo(omega=0.4),
     "dumo_exact": DuMo(residual=Exact()),
