@@ -100,10 +100,11 @@ class Drifting:
         scale = (mean / made.shape[2] ** 0.5).clamp_min(LEAST_SCALE)
         fields = []
         for radius in self.radii:
-            near = (logits / radius).softmax(2)
+            log_near = (logits / radius).log_softmax(2)
             if self.over_samples:
-                near = (near * (logits / radius).softmax(1)).sqrt()
-            to_made, to_data = near.clamp_min(self.least_affinity).split(n, dim=2)
+                log_near = (log_near + (logits / radius).log_softmax(1)) / 2
+            near = log_near.exp().clamp_min(self.least_affinity)
+            to_made, to_data = near.split(n, dim=2)
             pull = (to_data * to_made.sum(2, keepdim=True)) @ data
             push = (to_made * to_data.sum(2, keepdim=True)) @ made
             fields.append((pull - push) / scale)

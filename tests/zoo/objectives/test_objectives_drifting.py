@@ -10,7 +10,7 @@ from objective_cases import watch
 
 from benchmarks.conformance import fixed_point
 from benchmarks.conformance.results import run_claim
-from benchmarks.conformance.subject import Subject
+from benchmarks.conformance.subject import Subject, random_batch
 from zoo.features import RandomConvolutions
 from zoo.objectives.drifting import Drifting
 
@@ -26,7 +26,7 @@ def second_opinion(seen, objective, masked=True):
     """The loss and V^2, with every affinity from its own sums of exponentials."""
     call, size, losses, sizes = seen.trained(), objective.group, [], []
     f = call.x - seen.net(call.x, call.t, call.r, {"label": call.labels})["u"]
-    f, data = (objective.features(x) for x in (f, seen.batch.x0))
+    f, data = (objective.features(x).double() for x in (f, seen.batch.x0))
     for first in range(0, len(f), size):
         mine, y = f[first : first + size], data[first : first + size]
         points = torch.cat([y, mine]).detach()  # the data first
@@ -90,9 +90,10 @@ def test_fields_have_one_size_so_that_the_loss_does_not_depend_on_it():
 
 def test_features_of_pictures_are_compared_and_pass_the_gradient_on():
     objective = Drifting(group=4, features=RandomConvolutions(channels=1, widths=(4, 8)))
-    seen = watch(objective, n=8, shape=(1, 8, 8))
+    batch = random_batch((1, 8, 8), 8, labels="given", dtype=torch.float32, group=4)
+    seen = watch(objective, n=8, shape=(1, 8, 8), batch=batch)
     loss, _ = second_opinion(seen, objective)
-    torch.testing.assert_close(seen.out.per_sample, loss, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(seen.out.per_sample, loss.float(), rtol=1e-3, atol=1e-5)
     assert float(seen.gradient().norm()) > 0
 
 
