@@ -28,6 +28,19 @@ def path_of(objective: Any) -> Path:
     return Linear() if path is None else path
 
 
+def time_at(path: Path, ratio: Tensor, near: Tensor) -> Tensor:
+    """The time [b] at which sigma / alpha is `ratio` [b], from a time `near` it.
+
+    By Newton's method for sigma(t) = ratio alpha(t). One step is exact on the linear path, and four
+    are to rounding on the trigonometric one.
+    """
+    t = near
+    for _ in range(4):
+        slope = path.d_sigma(t) - ratio * path.d_alpha(t)
+        t = t - (path.sigma(t) - ratio * path.alpha(t)) / slope
+    return t
+
+
 class AffinePath:
     """Sampling and conversions for any alpha(t), sigma(t)."""
 

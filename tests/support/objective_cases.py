@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.conformance.networks import Evaluation, Shape, Tapped, Toy
 from benchmarks.conformance.subject import random_batch
-from registry.protocols import Batch, LossOutput, required_heads
+from registry.protocols import Batch, LossOutput, group_of, required_heads
 from zoo.ops import like
 
 # Times are float32, so a loss that is computed in another order agrees to this.
@@ -62,8 +62,9 @@ def watch(
     batch: Batch | None = None,
 ) -> Seen:
     net = Toy(shape, required_heads(objective))
-    batch = batch or random_batch(shape, n, labels=labels, step=step, seed=seed)
-    tapped = Tapped(net, n)
+    group = group_of(objective)
+    batch = batch or random_batch(shape, n, labels=labels, step=step, seed=seed, group=group)
+    tapped = Tapped(net, len(batch))
     out = objective.loss(tapped, batch, torch.Generator().manual_seed(seed))
     return Seen(net, batch, tapped.calls, out)
 

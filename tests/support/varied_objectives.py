@@ -12,11 +12,13 @@ from zoo.objectives.alpha_flow import AlphaFlow
 from zoo.objectives.consistency import Consistency
 from zoo.objectives.decm import DECM
 from zoo.objectives.decoupled_mean_flow import DecoupledMeanFlow
+from zoo.objectives.drifting import Drifting
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.facm import FACM
 from zoo.objectives.flow_matching import FlowMatching
 from zoo.objectives.improved_mean_flow import ImprovedMeanFlow
 from zoo.objectives.mean_flow import MeanFlow
+from zoo.objectives.moment_matching import MomentMatching
 from zoo.objectives.pixel_mean_flow import PixelMeanFlow
 from zoo.objectives.recursive_consistency import RecursiveConsistency
 from zoo.objectives.self_distillation import SelfDistillation
@@ -53,6 +55,8 @@ OBJECTIVES: Mapping[str, Any] = {
     "alpha_flow_own": AlphaFlow(velocity=Own(), first_share=0.5, own_first_step=True),
     "alpha_flow_derivative": AlphaFlow(first_share=0.0),
     "twin_flow": TwinFlow(omega=0.4),
+    "moment_matching": MomentMatching(group=2, label_dropout=0.4, halvings=8),
+    "drifting": Drifting(group=4),
     "shortcut": Shortcut(bootstrap_fraction=0.3, guidance_scale=1.5),
     "terminal_velocity": TerminalVelocity(guidance=UniformGuidance(), label_dropout=0.4),
     "dumo": DuMo(omega=0.4),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import zoo  # noqa: F401  registers the paths
 from registry import paths
 from zoo.ops import like
+from zoo.paths import time_at
 
 # A conversion is one 2x2 solve of a well-conditioned system: some tens of roundings.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
@@ -132,3 +133,11 @@ def test_trigflow_keeps_unit_variance():
     """The circle: alpha^2 + sigma^2 = 1, so unit-variance data stay so."""
     path, t = paths.build("trigflow"), torch.linspace(0, 1, 11, dtype=torch.float64)
     torch.testing.assert_close(path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t))
+
+
+@each_path
+def test_time_of_a_ratio_is_found_to_rounding(name):
+    path, t = paths.build(name), torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    ratio = path.sigma(t) / path.alpha(t)
+    for near in (t, t + 0.04, 0 * t + 0.5):
+        torch.testing.assert_close(time_at(path, ratio, near), t, rtol=1e-12, atol=1e-12)

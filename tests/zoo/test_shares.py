@@ -15,7 +15,7 @@ from varied_objectives import OBJECTIVES
 import registry
 from benchmarks.conformance.networks import Tapped, Toy
 from benchmarks.conformance.subject import random_batch
-from registry.protocols import Share, required_heads
+from registry.protocols import Share, group_of, required_heads
 from zoo.derivatives.one_pass import apart
 
 
@@ -80,10 +80,11 @@ def test_shares_have_the_rows_and_the_gradient_of_the_whole_batch(name, count, s
     if count % 2:  # in a pass of its own, which sharded weights need in every process or in none
         objective = apart(objective)
     net = Toy((2,), required_heads(objective))
-    batch = random_batch((2,), 12, labels="given", step=step, seed=seed)
+    group = group_of(objective)
+    batch = random_batch((2,), 12 * group, labels="given", step=step, seed=seed, group=group)
 
     def loss(share: Share) -> tuple[Tensor, Tensor, int]:
-        tapped = Tapped(net, 12)
+        tapped = Tapped(net, len(batch))
         rng = torch.Generator().manual_seed(seed)
         fresh = deepcopy(objective)  # its teacher serves one loss without weights of its own
         out = fresh.loss(tapped, replace(batch, share=share), rng)
@@ -97,10 +98,13 @@ def test_shares_have_the_rows_and_the_gradient_of_the_whole_batch(name, count, s
         )
 
     rows, gradient, calls = loss(Share())
-    parts = [loss(Share(number, count)) for number in range(count)]
+    parts = [loss(Share(number, count, group)) for number in range(count)]
     # the same float32 arithmetic on fewer rows at a time
     torch.testing.assert_close(
-        torch.stack([part[0] for part in parts], 1).flatten(), rows, rtol=1e-4, atol=1e-5
+        torch.stack([part[0].unflatten(0, (-1, group)) for part in parts], 1).flatten(),
+        rows,
+        rtol=1e-4,
+        atol=1e-5,
     )
     mean = torch.stack([part[1] for part in parts]).mean(0)
     torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
