@@ -53,6 +53,7 @@ PROGRAMS = {
 }  # they print and exit, as commands do
 ENTRIES = PROGRAMS | {"builtin_parts", "exported", "commands"}
 MOST_MODULES = 12  # of a folder
+CATALOGUES = {"zoo/objectives"}  # whose modules are alike, a method each
 
 
 def sources(package: str) -> list[tuple[Path, ast.Module]]:
@@ -158,7 +159,8 @@ def test_no_folder_holds_more_modules_than_one_can_look_over():
         for file, _ in sources(package):
             if file.name != "__init__.py":
                 folders.setdefault(str(file.parent), []).append(file.name)
-    assert {f: len(names) for f, names in folders.items() if len(names) > MOST_MODULES} == {}
+    full = {f for f, names in folders.items() if len(names) > MOST_MODULES}
+    assert full == CATALOGUES
 
 
 def test_every_folder_says_what_lives_there():

@@ -16,7 +16,7 @@ from zoo import (
     weighting,
 )
 from zoo.derivatives import methods, one_pass
-from zoo.points import steps, velocities
+from zoo.points import velocities
 
 __all__ = [
     "couplings",
@@ -28,7 +28,6 @@ __all__ = [
     "paths",
     "residuals",
     "samplers",
-    "steps",
     "teachers",
     "times",
     "velocities",

@@ -14,13 +14,13 @@ from scipy import stats
 from registry import time_laws
 from zoo.objectives.dumo import DuMo
 from zoo.objectives.mean_flow import MeanFlow
-from zoo.points.steps import StepAndEnd
 from zoo.teachers import Online
 from zoo.times import (
     BetaPair,
     LogitNormal,
     LogitNormalPair,
     Progressive,
+    StepAndEnd,
     Stratified,
     Uniform,
     UniformPair,

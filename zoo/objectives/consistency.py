@@ -53,9 +53,15 @@ from zoo.ops import like, sum_flat
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_teachers_scale, check_velocity, guided_by
-from zoo.second_times import karras_interval, noise_level, off_the_ends, sigmoid_second, time_of
 from zoo.teachers import Online
 from zoo.times import LogitNormal, law_at
+from zoo.times.noise_levels import (
+    karras_interval,
+    noise_level,
+    off_the_ends,
+    sigmoid_second,
+    time_of,
+)
 from zoo.weighting import PseudoHuber
 
 Steps = Literal["sigmoid", "karras"]

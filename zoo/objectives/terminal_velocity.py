@@ -61,11 +61,10 @@ from zoo.guidance import (
 from zoo.ops import like, mean_flat
 from zoo.paths import Linear
 from zoo.points.draws import draw
-from zoo.points.steps import StepAndEnd
 from zoo.points.velocities import Conditional, check_velocity
 from zoo.residuals import end_of_step
 from zoo.teachers import EmaTeacher
-from zoo.times import LogitNormal, law_at, reaches
+from zoo.times import LogitNormal, StepAndEnd, law_at, reaches
 from zoo.weighting import Unweighted
 
 

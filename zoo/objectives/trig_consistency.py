@@ -61,9 +61,9 @@ from zoo.ops import clipped, like, mean_flat, normalised, rms
 from zoo.paths import Angle, TrigFlow, angle_on
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_teachers_scale, check_velocity, guided_by
-from zoo.second_times import off_the_ends
 from zoo.teachers import Online
 from zoo.times import ArctanNormal, check_positive, law_at
+from zoo.times.noise_levels import off_the_ends
 from zoo.weighting import LearnedLogvar
 
 Tangent = Literal["normalised", "clipped", "raw"]

@@ -17,10 +17,9 @@ from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.ops import like, normal_like
 from zoo.oracles import exact_on
 from zoo.paths import Linear
-from zoo.points.steps import StepAndEnd
 from zoo.points.velocities import FromTeacher, Own
 from zoo.teachers import EmaTeacher, Frozen, Online
-from zoo.times import LogitNormal, LogitNormalPair, UniformPair
+from zoo.times import LogitNormal, LogitNormalPair, StepAndEnd, UniformPair
 from zoo.weighting import Unweighted
 
 N = 24

@@ -17,7 +17,7 @@ from torch import Tensor
 from registry import time_laws
 from registry.ranges import Positive
 from zoo.guidance import TERMINAL_VELOCITY
-from zoo.times import check_positive, uniform_draws
+from zoo.times.draws import check_positive, uniform_draws
 
 
 @time_laws.register("step_and_end")
