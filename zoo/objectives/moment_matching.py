@@ -105,9 +105,8 @@ class MomentMatching(DrawsSteps):
 
         y = in_groups(_step(net, d.x_t, d.t, d.r, d.cond), self.group)
         z = in_groups(_step(self.teacher(net), x_m, m, d.r, d.cond).detach(), self.group)
-        width = (
-            y.shape[2] * in_groups((d.t - d.r).clamp_min(LEAST_STEP)[:, None], self.group)[:, :1]
-        )
+        gap = in_groups((d.t - d.r).clamp_min(LEAST_STEP)[:, None], self.group)[:, :1]
+        width = y.shape[2] * gap
         mmd = kernel_distance(y, z, width, with_itself=self.with_itself).flatten()
         return LossOutput(
             per_sample=self.weight_at(d.t) * mmd,
