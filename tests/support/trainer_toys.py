@@ -46,12 +46,16 @@ class ToyData:
     num_classes: int = 3
     size: int = 0
 
+    groups_by_label: ClassVar = True
+
     def identity(self) -> str:
         return "toy"
 
-    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * seed + step)
-        label = torch.randint(3, (n,), generator=rng)
+        label = torch.randint(3, (n // same_label,), generator=rng).repeat_interleave(same_label)
         x0 = 0.3 * torch.randn(n, 2, generator=rng) + label[:, None].float() - 1
         return x0, {"label": label}
 
