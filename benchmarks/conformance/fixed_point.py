@@ -9,6 +9,8 @@ the exact map is still one of those that have the law, and an error in all calls
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.conformance.expected.kinds import ALL
 from benchmarks.conformance.expected.moments import (
     EPS,
@@ -18,7 +20,13 @@ from benchmarks.conformance.expected.moments import (
     moments,
 )
 from benchmarks.conformance.expected.moments import measure as measure
-from benchmarks.conformance.expected.pulls import LIMIT, Pull, pulls, pulls_of_a_law
+from benchmarks.conformance.expected.pulls import (
+    LIMIT,
+    Pull,
+    pulls,
+    pulls_of_a_law,
+    pulls_of_all_calls,
+)
 from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject
 from registry import samplers
@@ -61,14 +69,15 @@ def with_defaults(subject: Subject) -> ClaimResult:
 def pulled_back(subject: Subject) -> ClaimResult:
     """A prediction that is off by +-eps is pushed back, while its targets are exact.
 
-    Where the fixed point is that of a law, all predictions are off. Where the velocity is trained,
-    an error at r = t is pushed back too, and a solution that is right for other data is no fixed
-    point.
+    Where the fixed point is that of a law, all predictions are off. Where it is that of every row,
+    the velocity is also trained at r = t if it is declared, a solution that is right for other data
+    is no fixed point, and an error that targets have too is not pushed away.
     """
     if reason := inapplicable(subject):
         return declared(reason)
     of_a_law = subject.fixed_point == "distribution"
-    found = [p for form in subject.forms() for p in (pulls_of_a_law if of_a_law else pulls)(form)]
+    by_form = {f: [*(pulls_of_a_law if of_a_law else pulls)(f)] for f in subject.forms()}
+    found = [pull for pulls_of_form in by_form.values() for pull in pulls_of_form]
     for key in subject.exact_outputs:
         if not any(pull.key == key for pull in found):
             raise Broken(f"an error in {key!r} changes no gradient", "train it in every batch")
@@ -77,6 +86,7 @@ def pulled_back(subject: Subject) -> ClaimResult:
         _check_maps(subject, found)
         _check_velocity(subject, found)
         _check_anchor(subject)
+        _check_all_calls(by_form)
     weakest = min(pull.z for pull in found if not of_a_law or pull.kind == ALL)
     num = sum(pull.kind == ALL for pull in found)
     return held(f"{num} predictions, z {weakest:.0f} > {LIMIT:.0f}", weakest, LIMIT)
@@ -174,6 +184,17 @@ def _check_anchor(subject: Subject) -> None:
             "anchor it: some target must hold the velocity of the data, x1 - x0, or that of a "
             "trained teacher",
         )
+
+
+def _check_all_calls(by_form: Mapping[Subject, list[Pull]]) -> None:
+    for form, found in by_form.items():
+        for pull in pulls_of_all_calls(form, found):
+            if pull.z < -LIMIT:
+                raise Broken(
+                    f"an error of {EPS} in {pull.key!r} that its targets have too"
+                    f"{_within(pull.kind, pull.step)} is pushed away: z {pull.z:.1f}",
+                    "a target must be nearer to the data than its prediction: at a time m < t",
+                )
 
 
 def _within(kind: str, step: int) -> str:

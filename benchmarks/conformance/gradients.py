@@ -70,7 +70,7 @@ def not_through_targets(subject: Subject) -> ClaimResult:
             return note(f"it differentiates no {idle}, which full_gradient stands for")
         raise Broken(
             f"no gradient runs through any {idle}, which `differentiates` names",
-            "look for a .detach() or a no_grad() too many, or let `differentiates` name what is meant",
+            "find a .detach() or a no_grad() too many, or let `differentiates` name what is meant",
         )
     through = f", through {', '.join(sorted(used))}" if used else ""
     return held(f"{evaluations} evaluations{through}")

@@ -1,4 +1,4 @@
-"""What learns the velocity learns it from the data, and at r = t where samplers read it."""
+"""What is learned comes from the data: by an anchor, and from less noisy times to noisier ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import Subject
 from zoo.guidance import velocity_at
 from zoo.objectives import facm
+from zoo.objectives.consistency import Consistency
 from zoo.objectives.facm import FACM
 from zoo.objectives.mean_flow import MeanFlow
 from zoo.objectives.self_distillation import SelfDistillation
 from zoo.objectives.terminal_velocity import TerminalVelocity
 from zoo.ops import mean_flat
+from zoo.teachers import EmaTeacher
 from zoo.times import LogitNormalPair, UniformPair
 
 R_T = "an error of u at r = t changes no gradient"
+PUSHED = "an error of 0.1 in 'u' that its targets have too is pushed away"
 OTHER = "the exact solution for other data is a fixed point too"
 
 
@@ -36,6 +39,22 @@ class AnchoredToItself(TerminalVelocity):
 
     def _guided(self, teacher, d, rng):
         return velocity_at(teacher, d.x_t, d.t, d.cond)
+
+
+class LaterTarget(Consistency):
+    """The two times of a step are swapped: the target is the noisier one."""
+
+    def pair(self, t, progress):
+        t, m = super().pair(t, progress)
+        return m, t
+
+
+def later_target():
+    return LaterTarget(gap_power=0.0)  # which would be negative
+
+
+def later_target_of_an_average():
+    return LaterTarget(gap_power=0.0, target=EmaTeacher())
 
 
 def off_the_diagonal(kind):
@@ -61,6 +80,18 @@ def test_a_map_that_must_only_agree_with_itself_is_rejected(make):
     assert "anchor it" in result.hint
 
 
+@pytest.mark.parametrize("make", [later_target, later_target_of_an_average])
+def test_a_target_at_a_later_time_is_rejected(make):
+    result = pulled(make)
+    assert result.status == "FAIL"
+    assert PUSHED in result.reason
+    assert "m < t" in result.hint
+
+
+def test_a_target_at_an_earlier_time_passes():
+    assert pulled(lambda: Consistency(gap_power=0.0)).status == "ok"
+
+
 def test_a_whole_map_of_the_data_needs_no_rows_on_the_diagonal():
     """u(x, t, r) has the velocity as its limit where r tends to t."""
     times = LogitNormalPair(off_diagonal_fraction=1.0)
@@ -79,8 +110,8 @@ def rejecting(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [off_the_diagonal("lsd"), AnchoredToItself])
-def test_no_other_claim_rejects_a_map_without_an_anchor(make):
+@pytest.mark.parametrize("make", [off_the_diagonal("lsd"), AnchoredToItself, later_target])
+def test_no_other_claim_rejects_it(make):
     assert rejecting(make) == ["errors are pulled back"]
 
 
