@@ -57,6 +57,7 @@ SIZES = {
     "improved_mean_flow_b2": (SD, 218.5),
     "improved_mean_flow_xl2": (SD, 1067.6),
     "so_flow_xl2": (SD, 676.8),
+    "terminal_velocity_xl2": (SD, 678.4),  # published as 678M
 }
 TOKENS = dict.fromkeys(SIZES, 256) | {"mean_flow_b4": 64}
 EPOCHS = {
@@ -72,6 +73,7 @@ EPOCHS = {
     "improved_mean_flow_b2": 640,
     "improved_mean_flow_xl2": 640,
     "so_flow_xl2": 240,
+    "terminal_velocity_xl2": 240,  # ours
     "facm_xl1": 250,
     "explicit_shortcut_xl2": 240,
     "pixel_mean_flow_b16": 320,
@@ -224,6 +226,8 @@ def test_batch_optimizer_and_dropped_labels_are_the_papers(recipe):
         batch = 1024
     if recipe == "so_flow_xl2":
         beta = 0.99
+    if recipe == "terminal_velocity_xl2":
+        batch = 2048
     if (
         recipe.startswith(("flow_matching", "shortcut", "decm", "facm"))
         or recipe == "mean_flow_cifar10"

@@ -49,6 +49,11 @@ def normalised(g: Tensor, offset: float) -> Tensor:
     return g / like(rms(g) + offset, g)
 
 
+def terms_of(**errors: Tensor) -> dict[str, Tensor]:
+    """Raw errors of rows for the log, without gradient; those of no row are left out."""
+    return {name: rows.detach() for name, rows in errors.items() if len(rows)}
+
+
 def first_rows(cond: Cond | None, k: int) -> Cond | None:
     """The conditioning of the first k rows."""
     return rows_of(cond, slice(k))

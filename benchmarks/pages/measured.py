@@ -7,6 +7,7 @@ edited.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -35,11 +36,13 @@ class KeptCheck:
 class KeptRuns:
     """The finished runs of one gin file.
 
-    `made` says by which version and on what they were made; `rows` are the results by row, one for
-    each seed; `passes` are those of a step, by row.
+    `command` runs all arms of the file in the same way. `made` says by which version and on what
+    they were made; `rows` are the results by row, one for each seed; `passes` are those of a step,
+    by row.
     """
 
     file: str
+    command: str
     made: Mapping[str, str]
     rows: Mapping[str, Sequence[Result]]
     passes: Mapping[str, float]
@@ -97,7 +100,10 @@ def _compared(file: str, cells: Sequence[RecordedCell]) -> KeptRuns:
     tags = [cell.record.tags for cell in cells]
     made = {name: _joined(found.get(name, "not recorded") for found in tags) for name in MADE}
     passes = {cell.group: value for cell in cells if (value := cell.last(PASSES)) is not None}
-    return KeptRuns(file=file, made=made, rows={row: rows[row] for row in order}, passes=passes)
+    command = _joined(re.sub(r" --arm \S+", "", cell.command) for cell in cells)
+    return KeptRuns(
+        file=file, command=command, made=made, rows={row: rows[row] for row in order}, passes=passes
+    )
 
 
 def _joined(values: Any) -> str:

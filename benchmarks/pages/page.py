@@ -207,7 +207,7 @@ def _made(compared: KeptRuns) -> str:
     facts = dict(compared.made)
     seeds = sorted({str(result.seed) for rows in compared.rows.values() for result in rows})
     return (
-        f"`objective-zoo run {compared.file}`, seed {', '.join(seeds)}, by version "
+        f"`{compared.command}`, seed {', '.join(seeds)}, by version "
         f"{facts['version.objective-zoo']} ({facts['commit'][:7]}) with torch "
         f"{facts['version.torch']} on {facts['platform'].split('-with')[0]}."
     )

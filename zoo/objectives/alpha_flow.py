@@ -46,20 +46,20 @@ from registry.protocols import (
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass, outputs_and_derivative
 from zoo.guidance import check_interval, velocity_at
-from zoo.ops import first_rows, like, mean_flat
+from zoo.ops import first_rows, like, mean_flat, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_mixture, check_velocity, mixed_by
 from zoo.residuals import two_step_residual
 from zoo.schedules import sigmoid_ramp
 from zoo.teachers import Online, without_gradient
-from zoo.times import LogitNormalPair, check_fraction, reaches
+from zoo.times import LogitNormalPair, SplitsSteps, check_fraction
 from zoo.weighting import Adaptive
 
 
 @objectives.register("alpha_flow")
 @dataclass(frozen=True, kw_only=True)
-class AlphaFlow:
+class AlphaFlow(SplitsSteps):
     """Two steps, of which the first falls from the whole to nothing, are the target; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -105,14 +105,6 @@ class AlphaFlow:
     def guidance_scale(self) -> float:
         return self.omega / (1 - self.kappa)
 
-    @property
-    def splits_batch(self) -> bool:
-        return 0 < self.times.num_off_diagonal(64) < 64  # like any number of rows
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
-
     def share(self, progress: float) -> float:
         """a, when this part of the run is over."""
         passed = sigmoid_ramp(progress, self.ramp, self.temperature)
@@ -145,6 +137,5 @@ class AlphaFlow:
         power = 2 * self.weight.power - 1 if isinstance(self.weight, Adaptive) else -1
         loss = self.weight(error, out)
         loss = torch.cat([a**power * loss[:k], loss[k:]])
-        raw = {"u": mean_flat(g**2), "v": error[k:].detach()}
-        terms = {name: rows for name, rows in raw.items() if len(rows)}
+        terms = terms_of(u=mean_flat(g**2), v=error[k:])
         return LossOutput(per_sample=loss, terms=terms, t=d.t, r=d.r)

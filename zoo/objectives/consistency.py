@@ -55,13 +55,7 @@ from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_teachers_scale, check_velocity, guided_by
 from zoo.teachers import Online
 from zoo.times import LogitNormal, law_at
-from zoo.times.noise_levels import (
-    karras_interval,
-    noise_level,
-    off_the_ends,
-    sigmoid_second,
-    time_of,
-)
+from zoo.times import noise_levels as levels
 from zoo.weighting import PseudoHuber
 
 Steps = Literal["sigmoid", "karras"]
@@ -101,9 +95,8 @@ class Consistency:
     label_dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps not in get_args(Steps):
-            allowed = ", ".join(map(repr, get_args(Steps)))
-            raise ValueError(f"consistency.steps = {self.steps!r}; allowed: {allowed}")
+        if self.steps not in (allowed := get_args(Steps)):
+            raise ValueError(f"consistency.steps = {self.steps!r}; allowed: {', '.join(allowed)}")
         if not self.factor > 1:
             raise ValueError(f"consistency.factor = {self.factor!r} must be above 1")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
@@ -128,24 +121,22 @@ class Consistency:
         data = x - like(t, x) * out["u"]
         target = x_m - like(m, x) * self.target(net)(x_m, m, zero, d.cond)["u"]
         error = sum_flat((data - target.detach()) ** 2)
-        gap = (noise_level(t) - noise_level(m)).to(x.dtype)
-        return LossOutput(
-            per_sample=self.weight(error, out) / gap**self.gap_power,
-            terms={"data": error.detach() / x[0].numel()},
-            t=t,
-            r=zero,
-        )
+        gap = (levels.noise_level(t) - levels.noise_level(m)).to(x.dtype)
+        loss = self.weight(error, out) / gap**self.gap_power
+        terms = {"data": error.detach() / x[0].numel()}
+        return LossOutput(per_sample=loss, terms=terms, t=t, r=zero)
 
     def pair(self, t: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """The two times [b] of a step, at this share of the run, for the draws t [b] of the law."""
         stage = min(int(progress * self.stages), self.stages - 1)
-        sigma = noise_level(off_the_ends(t))
+        sigma = levels.noise_level(levels.off_the_ends(t))
         if self.steps == "sigmoid":
             share = self.factor ** -(stage + 1)
-            return time_of(sigma), time_of(sigmoid_second(sigma, share, self.k, self.b))
-        num = round(self.num_intervals * self.factor**stage)
-        upper, lower = karras_interval(sigma, num, *self.sigma_range, self.rho)
-        return time_of(upper), time_of(lower)
+            upper, lower = sigma, levels.sigmoid_second(sigma, share, self.k, self.b)
+        else:
+            num = round(self.num_intervals * self.factor**stage)
+            upper, lower = levels.karras_interval(sigma, num, *self.sigma_range, self.rho)
+        return levels.time_of(upper), levels.time_of(lower)
 
     def _along(self, d: Draw, rng: torch.Generator, teacher: Network) -> Tensor:
         """The velocity of the step from t to m = d.r."""

@@ -60,7 +60,7 @@ from zoo.points.draws import draw
 from zoo.points.identity import outputs_and_target
 from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.teachers import Online
-from zoo.times import LogitNormal, TwoLogitNormals, reaches
+from zoo.times import DrawsSteps, LogitNormal, TwoLogitNormals
 from zoo.weighting import DECOUPLED_MEAN_FLOW, Cauchy
 
 
@@ -73,7 +73,7 @@ def sorted_pair() -> TwoLogitNormals:
 
 @objectives.register("decoupled_mean_flow")
 @dataclass(frozen=True, kw_only=True)
-class DecoupledMeanFlow:
+class DecoupledMeanFlow(DrawsSteps):
     """Flow matching and MeanFlow on every row, with draws of their own; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -103,10 +103,6 @@ class DecoupledMeanFlow:
     @property
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         at_v = draw(batch, rng, self.path, self.times_v, self.label_dropout)

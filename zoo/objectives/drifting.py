@@ -16,7 +16,9 @@ From the paper (Deng et al., arXiv 2602.04770) and its released code: all of the
 0.02, 0.05, 0.2, and N = 64 samples and as many rows of data in each of 64 classes. On ImageNet
 `features` are those of a network that was trained before, each scale and place with a loss of its
 own; here they are one vector, by default the values themselves. The code also limits affinities to
-`least_affinity = 0.001` from below, also that of a sample and itself.
+`least_affinity = 0.001` from below, also that of a sample and itself. With and without this limit
+losses and gradients agree with the code's to 4e-6 on 12 forced draws of one group; its distances
+are differences of products.
 
 Our reading: S and rms(V) are means over the group, where the paper's are means over the batch: a
 share of the batch has the same losses alone. The paper's guidance is not here; it adds data of all

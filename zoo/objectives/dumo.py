@@ -52,7 +52,7 @@ from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.residuals import Exact, Rcgm
 from zoo.teachers import EmaTeacher
-from zoo.times import BetaPair, reaches
+from zoo.times import BetaPair, DrawsSteps
 from zoo.weighting import Unweighted
 
 Direction = Literal["head", "guided"]
@@ -61,7 +61,7 @@ ClipBy = Literal["element", "rms"]
 
 @objectives.register("dumo")
 @dataclass(frozen=True, kw_only=True)
-class DuMo:
+class DuMo(DrawsSteps):
     """Dual heads: velocity and average velocity from one forward, both trained on every row."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "v")
@@ -110,10 +110,6 @@ class DuMo:
     @property
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         p = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)

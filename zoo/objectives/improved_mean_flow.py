@@ -51,13 +51,13 @@ from zoo.guidance import IMPROVED_MEAN_FLOW
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.identity import velocity_errors
-from zoo.times import LogitNormalPair, reaches
+from zoo.times import LogitNormalPair, SplitsSteps
 from zoo.weighting import Adaptive
 
 
 @objectives.register("improved_mean_flow")
 @dataclass(frozen=True, kw_only=True)
-class ImprovedMeanFlow:
+class ImprovedMeanFlow(SplitsSteps):
     """Velocity regression through the MeanFlow identity, with a velocity head for its tangent."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "v")
@@ -71,15 +71,6 @@ class ImprovedMeanFlow:
     weight_v: Weight = field(default_factory=Adaptive)
     guidance: GuidanceLaw | None = None
     label_dropout: Probability = 0.1
-
-    @property
-    def splits_batch(self) -> bool:
-        n = 64  # like any number of rows
-        return 0 < self.times.num_off_diagonal(n) < n
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)

@@ -59,13 +59,13 @@ from zoo.points.velocities import (
     mixed_by,
 )
 from zoo.teachers import Online
-from zoo.times import LogitNormalPair, reaches
+from zoo.times import LogitNormalPair, SplitsSteps
 from zoo.weighting import Adaptive
 
 
 @objectives.register("mean_flow")
 @dataclass(frozen=True, kw_only=True)
-class MeanFlow:
+class MeanFlow(SplitsSteps):
     """Average-velocity regression through the MeanFlow identity; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -102,15 +102,6 @@ class MeanFlow:
     @property
     def guidance_scale(self) -> float:
         return self.omega / (1 - self.kappa)
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
-
-    @property
-    def splits_batch(self) -> bool:
-        n = 64  # like any number of rows
-        return 0 < self.times.num_off_diagonal(n) < n
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)

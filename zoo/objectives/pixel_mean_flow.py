@@ -52,7 +52,7 @@ from zoo.ops import like, mean_flat, sum_flat
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.identity import velocity_errors
-from zoo.times import TwoLogitNormals, check_fraction, reaches
+from zoo.times import SplitsSteps, TwoLogitNormals, check_fraction
 from zoo.weighting import Adaptive
 
 
@@ -65,7 +65,7 @@ def late_times() -> TwoLogitNormals:
 
 @objectives.register("pixel_mean_flow")
 @dataclass(frozen=True, kw_only=True)
-class PixelMeanFlow:
+class PixelMeanFlow(SplitsSteps):
     """Improved MeanFlow in data prediction, with features of the predicted data."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "v")
@@ -98,15 +98,6 @@ class PixelMeanFlow:
             raise ValueError(
                 f"pixel_mean_flow.features_scale = {self.features_scale!r} must be at least 0"
             )
-
-    @property
-    def splits_batch(self) -> bool:
-        n = 64  # like any number of rows
-        return 0 < self.times.num_off_diagonal(n) < n
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)

@@ -51,13 +51,13 @@ from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.residuals import Exact, Rcgm, consistency_error, short_step_factor
 from zoo.teachers import EmaTeacher
-from zoo.times import BetaPair, reaches
+from zoo.times import BetaPair, DrawsSteps
 from zoo.weighting import Adaptive
 
 
 @objectives.register("recursive_consistency")
 @dataclass(frozen=True, kw_only=True)
-class RecursiveConsistency:
+class RecursiveConsistency(DrawsSteps):
     """RCGM: the map against a short step and N steps of its own average; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -93,10 +93,6 @@ class RecursiveConsistency:
     @property
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout)

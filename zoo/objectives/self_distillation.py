@@ -19,9 +19,8 @@ learned log-variance of (t, r) for images and none in two dimensions, a = 1/2 or
 gradient are those of the copy to 2e-15, in 40 cases on the same draws. Its third gradient of esd,
 which holds grad X v too, is not here. SplitMeanFlow (Guo et al., arXiv 2507.16884) is psd with the
 uniform split, unweighted. Our reading: means over elements in place of sums, and labels dropped in
-10 % of the rows.
-
-With velocity = @teacher() and teacher = @frozen() lsd and esd distil a trained velocity.
+10 % of the rows. With velocity = @teacher() and teacher = @frozen() lsd and esd distil a trained
+velocity.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ from registry.protocols import (
 from registry.ranges import Probability
 from zoo.derivatives.methods import Dual
 from zoo.guidance import velocity_at
-from zoo.ops import first_rows, like, mean_flat, rows_from
+from zoo.ops import first_rows, like, mean_flat, rows_from, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity
 from zoo.residuals import Rows, end_of_step, start_of_step, two_step_residual
 from zoo.teachers import Online
-from zoo.times import UniformPair, reaches, uniform_draws
+from zoo.times import SplitsSteps, UniformPair, uniform_draws
 from zoo.weighting import LearnedLogvar
 
 Kind = Literal["lsd", "esd", "psd"]
@@ -65,7 +64,7 @@ Split = Literal["uniform", "midpoint"]
 
 @objectives.register("self_distillation")
 @dataclass(frozen=True, kw_only=True)
-class SelfDistillation:
+class SelfDistillation(SplitsSteps):
     """A flow map that is taught by its own velocity, in one of three ways; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -113,14 +112,6 @@ class SelfDistillation:
         entered = () if self.kind == "esd" else ("input",)
         return (*derivative, *entered, "target") if self.gradient == "full" else derivative
 
-    @property
-    def splits_batch(self) -> bool:
-        return 0 < self.times.num_off_diagonal(64) < 64  # like any number of rows
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
-
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout)
         teacher, quota = self.teacher(net), self.times.num_off_diagonal(len(batch))
@@ -138,13 +129,8 @@ class SelfDistillation:
 
         out = {name: torch.cat([part[name] for part, _ in found]) for name in found[0][0]}
         error = mean_flat(torch.cat([residual for _, residual in found]) ** 2)
-        raw = {"map": error[:k], "v": error[k:]}
-        return LossOutput(
-            per_sample=self.weight(error, out),
-            terms={name: part.detach() for name, part in raw.items() if len(part)},
-            t=d.t,
-            r=d.r,
-        )
+        terms = terms_of(map=error[:k], v=error[k:])
+        return LossOutput(per_sample=self.weight(error, out), terms=terms, t=d.t, r=d.r)
 
     def residual(
         self, net: Network, teacher: Network, rows: Rows, cond: Cond | None, a: Tensor

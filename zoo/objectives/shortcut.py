@@ -42,7 +42,7 @@ from registry.protocols import (
 from registry.ranges import Probability
 from zoo.dropout import shares_dropout
 from zoo.guidance import unlabelled
-from zoo.ops import first_rows, like, mean_flat
+from zoo.ops import first_rows, like, mean_flat, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity
@@ -100,13 +100,8 @@ class Shortcut:
 
         out = net(d.x_t, d.t, d.r, d.cond)
         error = mean_flat((out["u"] - target) ** 2)
-        raw = {"consistency": error[:k].detach(), "v": error[k:].detach()}
-        return LossOutput(
-            per_sample=self.weight(error, out),
-            terms={name: rows for name, rows in raw.items() if len(rows)},
-            t=d.t,
-            r=d.r,
-        )
+        terms = terms_of(consistency=error[:k], v=error[k:])
+        return LossOutput(per_sample=self.weight(error, out), terms=terms, t=d.t, r=d.r)
 
     def trains_step(self, t: float, r: float) -> bool:
         """Whether t - r is one of the step sizes, and both times lie on its grid."""

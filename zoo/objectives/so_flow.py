@@ -49,12 +49,12 @@ from registry.protocols import (
 from registry.ranges import Probability
 from zoo.dropout import shares_dropout
 from zoo.guidance import unlabelled
-from zoo.ops import first_rows, like, mean_flat
+from zoo.ops import first_rows, like, mean_flat, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.residuals import two_step_residual
 from zoo.teachers import Online, without_gradient
-from zoo.times import SOFLOW, TwoLogitNormals, check_fraction, reaches
+from zoo.times import SOFLOW, DrawsSteps, TwoLogitNormals, check_fraction
 from zoo.weighting import Adaptive
 
 SHORTEST = 1e-4  # t - l, as in the released code
@@ -62,7 +62,7 @@ SHORTEST = 1e-4  # t - l, as in the released code
 
 @objectives.register("so_flow")
 @dataclass(frozen=True, kw_only=True)
-class SoFlow:
+class SoFlow(DrawsSteps):
     """The solution of the ODE from t to r, by a difference quotient along it; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -110,17 +110,12 @@ class SoFlow:
         error = mean_flat((u - target) ** 2)
         factor = torch.ones_like(error)
         factor[:k] = self.weight_u
-        raw = {"u": error[:k].detach(), "v": error[k:].detach()}
         return LossOutput(
             per_sample=factor * self.weight(error, out),
-            terms={name: rows for name, rows in raw.items() if len(rows)},
+            terms=terms_of(u=error[:k], v=error[k:]),
             t=d.t,
             r=d.r,
         )
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
 
     def share(self, progress: float) -> float:
         """rho, the share of t - r that l is from t."""

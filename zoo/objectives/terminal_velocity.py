@@ -64,13 +64,13 @@ from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity
 from zoo.residuals import end_of_step
 from zoo.teachers import EmaTeacher
-from zoo.times import LogitNormal, StepAndEnd, law_at, reaches
+from zoo.times import DrawsSteps, LogitNormal, StepAndEnd, check_every_row, law_at
 from zoo.weighting import Unweighted
 
 
 @objectives.register("terminal_velocity")
 @dataclass(frozen=True, kw_only=True)
-class TerminalVelocity:
+class TerminalVelocity(DrawsSteps):
     """The velocity at the end of a step against that of an average, and flow matching; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
@@ -90,16 +90,7 @@ class TerminalVelocity:
 
     def __post_init__(self) -> None:
         check_velocity("terminal_velocity", self.velocity, teacher=self.teacher, anchors=False)
-        n = 64  # like any number of rows
-        if self.times.num_off_diagonal(n) < n:
-            raise ValueError(
-                "terminal_velocity.times draws r = t in some rows, where no step ends; draw r < t "
-                "in every row (off_diagonal_fraction = 1.0)"
-            )
-
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
+        check_every_row("terminal_velocity.times", self.times, "where no step ends")
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, guidance=self.guidance)

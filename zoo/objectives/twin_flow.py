@@ -51,19 +51,19 @@ from registry.protocols import (
     Weight,
 )
 from registry.ranges import Probability
-from zoo.ops import clipped, first_rows, mean_flat, normal_like, rms, rows_from
+from zoo.ops import clipped, first_rows, mean_flat, normal_like, rms, rows_from, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity, guided_by
 from zoo.residuals import Exact, Rcgm, consistency_error, short_step_factor
 from zoo.teachers import EmaTeacher, without_gradient
-from zoo.times import TWINFLOW, Quarters, reaches, uniform_draws
+from zoo.times import TWINFLOW, DrawsSteps, Quarters, uniform_draws
 from zoo.weighting import Adaptive
 
 
 @objectives.register("twin_flow")
 @dataclass(frozen=True, kw_only=True)
-class TwinFlow:
+class TwinFlow(DrawsSteps):
     """RCGM, and a twin velocity of the own samples that draws their law to the data's."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "twin")
@@ -105,10 +105,6 @@ class TwinFlow:
     def guidance_scale(self) -> float:
         return 1 / (1 - self.omega)
 
-    def trains_step(self, t: float, r: float) -> bool:
-        """Whether the time law draws such a step."""
-        return reaches(self.times, t, r)
-
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d, n = draw(batch, rng, self.path, self.times, self.label_dropout), len(batch)
         noise, s = batch.share.rows(normal_like(batch.x0, rng), uniform_draws(n, rng))
@@ -131,10 +127,9 @@ class TwinFlow:
         sample = self.path.sample(x, d.x1[k:], t)
         twin = net(sample.x_t, t, t, cond)
         error_twin = mean_flat((twin["twin"] - sample.velocity) ** 2)
-        raw = {"u": error, "rectify": error_one, "twin": error_twin}
         return LossOutput(
             per_sample=torch.cat([loss[:e] + loss_one, loss[e:], self.weight(error_twin, twin)]),
-            terms={name: rows.detach() for name, rows in raw.items() if len(rows)},
+            terms=terms_of(u=error, rectify=error_one, twin=error_twin),
             diagnostics={"residual_rms": rms(g)},
             t=d.t,
             r=d.r,

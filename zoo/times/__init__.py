@@ -25,6 +25,7 @@ a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circl
     mixed            laws that change over the run, and of several kinds of rows
     step_and_end     a length, and where it ends
     noise_levels     the second time of a consistency step, in noise levels
+    trained_steps    what a law decides of its objective beside the draws
     sources          papers of both a law and an objective
 
 People import from here; modules of zoo/times import each other directly.
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from zoo.times.diagonal import ArctanNormal, LogitNormal, Stratified, Uniform
 from zoo.times.draws import (
+    check_every_row,
     check_fraction,
     check_positive,
     law_at,
@@ -47,6 +49,7 @@ from zoo.times.mixed import Progressive, Quarters
 from zoo.times.pairs import BetaPair, LogitNormalPair, TwoLogitNormals, UniformPair
 from zoo.times.sources import FLOW_ANCHORED, MEAN_FLOW, SOFLOW, TWINFLOW
 from zoo.times.step_and_end import StepAndEnd
+from zoo.times.trained_steps import DrawsSteps, SplitsSteps
 
 __all__ = [
     "FLOW_ANCHORED",
@@ -55,15 +58,18 @@ __all__ = [
     "TWINFLOW",
     "ArctanNormal",
     "BetaPair",
+    "DrawsSteps",
     "LogitNormal",
     "LogitNormalPair",
     "Progressive",
     "Quarters",
+    "SplitsSteps",
     "StepAndEnd",
     "Stratified",
     "TwoLogitNormals",
     "Uniform",
     "UniformPair",
+    "check_every_row",
     "check_fraction",
     "check_positive",
     "law_at",

@@ -43,6 +43,15 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} = {value!r} must be positive")
 
 
+def check_every_row(name: str, law: TimeLaw, why: str) -> None:
+    """ValueError, which says why, for a law of which some rows have r = t."""
+    if law.num_off_diagonal(MANY) < MANY:
+        raise ValueError(
+            f"{name} draws r = t in some rows, {why}. Draw r < t in every row "
+            "(off_diagonal_fraction = 1.0)"
+        )
+
+
 def law_at(law: Any, step: int) -> Any:
     """The law of this step of the run: the law itself, unless it has an `at_step`."""
     return law.at_step(step) if hasattr(law, "at_step") else law

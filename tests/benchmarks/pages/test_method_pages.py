@@ -61,7 +61,9 @@ def test_page_shows_the_rows_of_its_method_beside_flow_matching():
     rows = {name: [_result(name, value)] for name, value in (("flow_matching", 3.0), ("dumo", 2.0))}
     rows["decm"] = [_result("decm", 1.0)]
     made = {"commit": "0" * 40, "version.objective-zoo": "1", "version.torch": "2", "platform": "X"}
-    compared = KeptRuns(file="experiments/x.gin", made=made, rows=rows, passes={"dumo": 5.0})
+    compared = KeptRuns(
+        file="experiments/x.gin", command="run x", made=made, rows=rows, passes={"dumo": 5.0}
+    )
     page = method_page("dumo", Measured(compared={compared.file: compared}))
     lines = [
         line.split("|")[1:3] for line in page.splitlines() if "flow_map" in line and "|" in line

@@ -140,7 +140,7 @@ PLANTED = {
     "alpha_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "facm": {*TANGENTS, GAP, LEAK, TEACHER, LATER, RECOMBINED},
     "moment_matching": {GAP, LEAK, TEACHER, LATER, RECOMBINED},
-    "drifting": {GAP, LEAK},
+    "drifting": {GAP},
     "dumo": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "recursive_consistency": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
     "twin_flow": {*TANGENTS, GAP, LEAK, TEACHER, LATER, CLAMP, RECOMBINED},
