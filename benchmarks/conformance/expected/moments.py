@@ -130,7 +130,7 @@ def _at(
     parameters: list[Tensor] = list(probe.parameters())
     names = [name.split(".")[1] for name, p in probe.named_parameters() for _ in range(p.numel())]
     found: dict[str, list[Tensor]] = {}
-    for out in _blocks(step, subject, law, exact, probe, truth, num_rows, seeds):
+    for out in _blocks(step, subject, law, exact, probe, num_rows, seeds, truth):
         for kind, loss in losses_by_kind(out):
             gradient = torch.cat([g.flatten() for g in gradients(loss, parameters, again=True)])
             found.setdefault(kind, []).append(gradient)
@@ -149,12 +149,14 @@ def _blocks(
     law: Oracle,
     exact: bool,
     probe: WithMoments,
-    truth: nn.Module,
     num_rows: int,
     seeds: range,
+    truth: nn.Module | None = None,
 ) -> Iterator[LossOutput]:
-    """The losses of each block of rows, as many as there are seeds."""
-    objective = _objective(subject, law, exact=exact, teacher=truth, average=probe.network)
+    """The losses of each block of rows, as many as there are seeds; the teacher is the truth."""
+    objective = _objective(
+        subject, law, exact=exact, teacher=truth or probe.network, average=probe.network
+    )
     groups = math.ceil(num_rows / subject.group)  # of a block
     alone = law is GAUSSIAN or subject.couples_rows
     in_one = 1 if alone else max(MOST_ROWS // (groups * subject.group), 1)

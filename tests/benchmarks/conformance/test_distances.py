@@ -29,7 +29,8 @@ class Defaults(Consistency):
     exact_with: ClassVar = {}
 
 
-@pytest.mark.parametrize("cls", [Defaults, pytest.param(Consistency, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [Defaults, Consistency])
 def test_a_distance_is_not_exact_at_a_skewed_mixture(cls):
     subject = Subject("mine", lambda: cls(weight=Root()))
     result = run_claim("fixed point", fixed_point.at_mixture, subject)
