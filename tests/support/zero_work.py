@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
+from few_rows import for_few_rows
 from torch import Tensor, nn
 
 import registry
@@ -147,7 +148,7 @@ def objective(name: str) -> Any:
         made = registry.objectives.get("decm")(teacher=Frozen(), guidance_scale=1.5)
         made.teacher.attach(network(("v",), seed=5))
         return made
-    made = registry.objectives.get(name)()
+    made = for_few_rows(registry.objectives.get(name)())
     if not trains_derivative(made):
         return made
     # Exact ones are not for stage 3, nor for activation checkpointing: see zero_trained_work.py.

@@ -7,17 +7,19 @@ dropout, which draws for each share, is another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from backbone_cases import awake
+from few_rows import for_few_rows
 from torch import Tensor
 
 import registry
 from backbones.dit import DiT
 from backbones.network import build_network
-from registry.protocols import Batch, parts, required_heads, trains_derivative
+from registry.protocols import Batch, group_of, parts, required_heads, trains_derivative
 from trainers.engines import TorchEngine, TrainStep
 from trainers.optim import AdamW
 from trainers.rng import generator
@@ -38,7 +40,7 @@ def losses_and_gradients(
     name: str, *, accumulate: int = 1, checkpointing: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Of step 0, where every cluster of rows takes part."""
-    objective = registry.objectives.build(name)
+    objective = for_few_rows(registry.objectives.build(name))
     if trains_derivative(objective):  # with activation checkpointing by differences alone
         objective = with_derivatives(objective, lambda _: FiniteDifference())
     for _, part in parts(objective):
@@ -54,7 +56,8 @@ def losses_and_gradients(
     for batch in engine.shares(whole):
         per_sample = engine(batch, generator(0, 0, 0)).per_sample
         engine.backward(per_sample.mean())
-        rows[batch.share.number :: batch.share.count] = per_sample.detach()
+        share = replace(batch.share, group=group_of(objective))
+        rows[share.rows(torch.arange(ROWS))[0]] = per_sample.detach()
     return rows, [p.grad for p in net.parameters() if p.grad is not None]
 
 
