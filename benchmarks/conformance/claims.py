@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.networks import Tapped
+from benchmarks.conformance.networks import Evaluation, Tapped
 from benchmarks.conformance.results import (
     HEADS,
     Broken,
@@ -95,7 +95,10 @@ def few_rows(subject: Subject) -> ClaimResult:
 
 
 def labels(subject: Subject) -> ClaimResult:
-    """The loss takes data with labels, without, and with all dropped; labels reach the network."""
+    """The loss takes data with labels, without, and with all dropped; labels reach every call.
+
+    A call may have all of its labels dropped, as guidance needs, but no call is without any.
+    """
     cond = "pass batch.cond (or its dropped-label form) to every call of the network"
     kinds = ("null", "given") if subject.needs_labels else ("none", "null", "given")
     for kind in kinds:
@@ -106,6 +109,15 @@ def labels(subject: Subject) -> ClaimResult:
     seen = [call.labels for call in net.calls if call.with_gradient and call.labels is not None]
     if not any(bool(torch.any(labels != NULL_LABEL)) for labels in seen):
         raise Broken("no label reaches a call that is trained", cond)
+    for (form, exact), step in itertools.product(subject.variants(), STEPS):
+        calls = _calls(form, subject.batch(n=16, step=step, labels="given"), step, exact=exact)
+        for number, call in enumerate(calls):
+            if call.labels is None:
+                raise Broken(
+                    f"a call of the network has no condition: call {number + 1} of {len(calls)}"
+                    f"{form.with_changes() * exact}",
+                    f"{cond}; a target and a teacher are asked with it too",
+                )
     return held(", ".join(kinds).replace("null", "dropped"))
 
 
@@ -136,10 +148,8 @@ def calls_within_times(subject: Subject) -> ClaimResult:
     """Every call has one t and one r for each row, and 0 <= r <= t <= 1."""
     slack, excess = 0.02, 0.0  # a central difference steps a little outside
     for (form, exact), (seed, step) in itertools.product(subject.variants(), enumerate(STEPS)):
-        batch, toy = subject.batch(n=64, step=step, labels="given"), form.on_toy(exact=exact)
-        net = Tapped(toy.net, len(batch))  # the teacher too, so that its calls are recorded
-        form.loss(form.objective(exact=exact, teacher=net), net, batch, seed)
-        for call in net.calls:
+        batch = subject.batch(n=64, step=step, labels="given")
+        for call in _calls(form, batch, seed, exact=exact):
             n = len(call.x)
             if call.t.shape != (n,) or call.r.shape != (n,):
                 raise Broken(
@@ -157,6 +167,13 @@ def calls_within_times(subject: Subject) -> ClaimResult:
         "the network is called outside 0 <= r <= t <= 1",
         "t is the noisier time: net(x_t, t, r, cond), r being the end of the step",
     )
+
+
+def _calls(form: Subject, batch: Batch, seed: int, *, exact: bool) -> list[Evaluation]:
+    """The calls of the network in training and of every teacher."""
+    net = Tapped(form.on_toy(exact=exact).net, len(batch))
+    form.loss(form.objective(exact=exact, teacher=net), net, batch, seed)
+    return net.calls
 
 
 def derivatives_agree(subject: Subject) -> ClaimResult:

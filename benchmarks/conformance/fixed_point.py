@@ -2,20 +2,35 @@
 
 Both are tested in every form that `exact_with` gives and at every stage of a schedule: the mean
 gradient at the exact solution is zero (expected/moments.py), and beside it the loss falls towards
-it (expected/pulls.py). Where the fixed point is that of a law alone, the exact map is still one of
-those that have the law, and an error in all calls is pulled back.
+it (expected/pulls.py). At the exact solution for other data the mean gradient is not zero, as it
+would be for a map that must only agree with itself. Where the fixed point is that of a law alone,
+the exact map is still one of those that have the law, and an error in all calls is pulled back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.conformance.expected.kinds import ALL
-from benchmarks.conformance.expected.moments import EPS, Bias, largest, moments
+from benchmarks.conformance.expected.moments import (
+    EPS,
+    Bias,
+    at_other_solution,
+    largest,
+    moments,
+)
 from benchmarks.conformance.expected.moments import measure as measure
-from benchmarks.conformance.expected.pulls import LIMIT, Pull, pulls, pulls_of_a_law
+from benchmarks.conformance.expected.pulls import (
+    LIMIT,
+    Pull,
+    pulls,
+    pulls_of_a_law,
+    pulls_of_all_calls,
+)
 from benchmarks.conformance.results import Broken, ClaimResult, declared, held, note
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject
 from registry import samplers
-from registry.sampling import MAPS, needed_by
+from registry.sampling import MAP, MAPS, VELOCITY, needed_by, trained_by
 from zoo.oracles import Oracle
 from zoo.samplers import valid_samplers
 
@@ -54,18 +69,24 @@ def with_defaults(subject: Subject) -> ClaimResult:
 def pulled_back(subject: Subject) -> ClaimResult:
     """A prediction that is off by +-eps is pushed back, while its targets are exact.
 
-    Where the fixed point is that of a law, all predictions are off.
+    Where the fixed point is that of a law, all predictions are off. Where it is that of every row,
+    the velocity is also trained at r = t if it is declared, a solution that is right for other data
+    is no fixed point, and an error that targets have too is not pushed away.
     """
     if reason := inapplicable(subject):
         return declared(reason)
     of_a_law = subject.fixed_point == "distribution"
-    found = [p for form in subject.forms() for p in (pulls_of_a_law if of_a_law else pulls)(form)]
+    by_form = {f: [*(pulls_of_a_law if of_a_law else pulls)(f)] for f in subject.forms()}
+    found = [pull for pulls_of_form in by_form.values() for pull in pulls_of_form]
     for key in subject.exact_outputs:
         if not any(pull.key == key for pull in found):
             raise Broken(f"an error in {key!r} changes no gradient", "train it in every batch")
     _check_signs(found)
     if not of_a_law:
         _check_maps(subject, found)
+        _check_velocity(subject, found)
+        _check_anchor(subject)
+        _check_all_calls(by_form)
     weakest = min(pull.z for pull in found if not of_a_law or pull.kind == ALL)
     num = sum(pull.kind == ALL for pull in found)
     return held(f"{num} predictions, z {weakest:.0f} > {LIMIT:.0f}", weakest, LIMIT)
@@ -138,6 +159,42 @@ def _check_maps(subject: Subject, found: list[Pull]) -> None:
             f"u is trained at r = t alone, but the sampler {needs_map[0]!r} needs r < t",
             'train u at r < t, or declare trains = ("velocity",)',
         )
+
+
+def _check_velocity(subject: Subject, found: list[Pull]) -> None:
+    """Where u gives the velocity, it is trained at r = t, or as the map at every r < t."""
+    objective = subject.make()
+    trained = trained_by(objective)
+    if VELOCITY not in trained or MAP in trained or "v" in objective.heads:
+        return
+    if not any(pull.key == "u" and pull.diagonal for pull in found):
+        raise Broken(
+            "`trains` names the velocity, and an error of u at r = t changes no gradient",
+            "train u at r = t, as by || u(x_t, t, t) - v ||^2, or leave 'velocity' out of `trains`",
+        )
+
+
+def _check_anchor(subject: Subject) -> None:
+    """Targets come from the data: the exact solution for other data is no fixed point."""
+    found = (bias for form in subject.forms() for bias in at_other_solution(form))
+    if not any(bias.z > LIMIT for bias in found):
+        raise Broken(
+            "the exact solution for other data is a fixed point too: the loss does not pull it to "
+            "these data",
+            "anchor it: some target must hold the velocity of the data, x1 - x0, or that of a "
+            "trained teacher",
+        )
+
+
+def _check_all_calls(by_form: Mapping[Subject, list[Pull]]) -> None:
+    for form, found in by_form.items():
+        for pull in pulls_of_all_calls(form, found):
+            if pull.z < -LIMIT:
+                raise Broken(
+                    f"an error of {EPS} in {pull.key!r} that its targets have too"
+                    f"{_within(pull.kind, pull.step)} is pushed away: z {pull.z:.1f}",
+                    "a target must be nearer to the data than its prediction: at a time m < t",
+                )
 
 
 def _within(kind: str, step: int) -> str:

@@ -3,8 +3,9 @@
 A loss ||p - sg T||^2 is differentiated through its prediction p alone. `Tapped` adds zero leaves to
 every evaluation of the network. No gradient may reach a leaf that only derivatives see, unless
 `differentiates` names the derivative, or run through the input of an evaluation that comes from
-another one, unless it names the input. No second derivative may join the leaves of two evaluations,
-or of two rows of one evaluation that are in different groups.
+another one, unless it names the input. What it names must be differentiated in some form. No second
+derivative may join the leaves of two evaluations, or of two rows of one evaluation that are in
+different groups.
 
 Two evaluations may be joined by a declared input: an error in the first then moves the second, as
 in a map of two steps, and both errors add up. Where they cancel, the second is a target that is
@@ -64,8 +65,13 @@ def not_through_targets(subject: Subject) -> ClaimResult:
             for one in seen[:1] if "input" in subject.differentiates else seen:
                 one.check()
                 evaluations, used = max(evaluations, len(one.net.calls)), used | one.used()
-    if idle := set(subject.differentiates) - used:
-        return note(f"it differentiates no {', '.join(sorted(idle))}, and declares that it does")
+    if idle := ", ".join(sorted(set(subject.differentiates) - used)):
+        if not getattr(subject.make(), "differentiates", ()):  # full_gradient names what it may be
+            return note(f"it differentiates no {idle}, which full_gradient stands for")
+        raise Broken(
+            f"no gradient runs through any {idle}, which `differentiates` names",
+            "find a .detach() or a no_grad() too many, or let `differentiates` name what is meant",
+        )
     through = f", through {', '.join(sorted(used))}" if used else ""
     return held(f"{evaluations} evaluations{through}")
 

@@ -25,19 +25,21 @@ from typing import Any
 
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.conformance.expected.kinds import ALL, losses_by_kind
 from benchmarks.conformance.networks import Shifted, WithMoments
 from benchmarks.conformance.subject import GAUSSIAN, MIXTURE, Subject, gradients
 from registry.protocols import LossOutput
 from zoo.derivatives.one_pass import apart
-from zoo.oracles import Oracle
+from zoo.oracles import GaussianOracle, Oracle
 
 ROWS_AND_BLOCKS = {GAUSSIAN: (1536, 24), MIXTURE: (256, 32)}
 # Where each row is compared with each, small batches show best what a row does to itself.
 PAIRED = {GAUSSIAN: (128, 96), MIXTURE: (128, 48)}
 FEWEST = 12  # blocks of one stage
+OTHER = GaussianOracle([-0.4, 0.6], [0.8, 0.4])
+OTHER_ROWS, OTHER_SEEDS = 256, range(16)  # one block for each seed
 MOST_ROWS = 4096  # of one batch, since a gradient may keep all steps of the mixture's flow map
 SLOPE_ROWS = {GAUSSIAN: 512, MIXTURE: 256}
 # Shifts below this come from arithmetic: float32 times, and the error of the mixture's flow map.
@@ -84,6 +86,15 @@ def moments(
     return [bias for step in stages for bias in _at(step, subject, law, exact, num_rows, seeds)]
 
 
+def at_other_solution(subject: Subject) -> Iterator[Bias]:
+    """At each stage the largest mean gradient at the exact solution for other data.
+
+    It is no fixed point of what learns from the data, and one of what must agree with itself.
+    """
+    for step in subject.stages(exact=True):
+        yield largest(_at(step, subject, GAUSSIAN, True, OTHER_ROWS, OTHER_SEEDS, solution=OTHER))
+
+
 def largest(biases: Collection[Bias]) -> Bias:
     """The largest in standard errors. A nan is within no limit, so it is the largest."""
     return max(biases, key=lambda bias: math.inf if math.isnan(bias.z) else bias.z)
@@ -102,15 +113,24 @@ def slopes_in(out: LossOutput, bias: Tensor) -> dict[str, float]:
 
 
 def _at(
-    step: int, subject: Subject, law: Oracle, exact: bool, num_rows: int, seeds: range
+    step: int,
+    subject: Subject,
+    law: Oracle,
+    exact: bool,
+    num_rows: int,
+    seeds: range,
+    solution: Oracle | None = None,
 ) -> list[Bias]:
-    network = subject.exact_network(law, exact=exact)
+    """The mean gradients at the law's own solution, or at that of another one."""
+    truth = network = subject.exact_network(law, exact=exact)
+    if solution is not None:
+        network = subject.exact_network(solution, exact=exact)
     outputs = tuple(subject.exact_outputs)
     probe = WithMoments(network, law.shape[0], outputs)
     parameters: list[Tensor] = list(probe.parameters())
     names = [name.split(".")[1] for name, p in probe.named_parameters() for _ in range(p.numel())]
     found: dict[str, list[Tensor]] = {}
-    for out in _blocks(step, subject, law, exact, probe, num_rows, seeds):
+    for out in _blocks(step, subject, law, exact, probe, num_rows, seeds, truth):
         for kind, loss in losses_by_kind(out):
             gradient = torch.cat([g.flatten() for g in gradients(loss, parameters, again=True)])
             found.setdefault(kind, []).append(gradient)
@@ -131,9 +151,12 @@ def _blocks(
     probe: WithMoments,
     num_rows: int,
     seeds: range,
+    truth: nn.Module | None = None,
 ) -> Iterator[LossOutput]:
-    """The losses of each block of rows, as many as there are seeds."""
-    objective = _objective(subject, law, exact=exact, teacher=probe.network)
+    """The losses of each block of rows, as many as there are seeds; the teacher is the truth."""
+    objective = _objective(
+        subject, law, exact=exact, teacher=truth or probe.network, average=probe.network
+    )
     groups = math.ceil(num_rows / subject.group)  # of a block
     alone = law is GAUSSIAN or subject.couples_rows
     in_one = 1 if alone else max(MOST_ROWS // (groups * subject.group), 1)

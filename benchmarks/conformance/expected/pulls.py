@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +35,7 @@ class Pull:
     z: float
     step: int
     diagonal: bool | None = None  # at r = t or at r < t; None is both
+    followed: bool = False  # whether the other outputs had to follow the error
 
 
 def pulls(subject: Subject) -> Iterator[Pull]:
@@ -57,11 +58,32 @@ def pulls(subject: Subject) -> Iterator[Pull]:
                 continue
             erring = partial(Shifted, key=key, call=i, diagonal=diagonal)
             rises = _surest_rises(subject, partial(erring, network), step, (False, True), i)
-            if not rises:
+            if follows := not rises:
                 followed = _followed(subject, network, erring, key, step)
                 rises = _surest_rises(subject, followed, step, (True,))
             for kind, z in rises.items():
-                yield Pull(key, kind, z, step, diagonal)
+                yield Pull(key, kind, z, step, diagonal, followed=follows)
+
+
+def pulls_of_all_calls(subject: Subject, found: Collection[Pull]) -> Iterator[Pull]:
+    """For each output and stage of these pulls: the slope for an error in all calls, targets too.
+
+    A target that is nearer to the data than its prediction has less of a constant error in u, as
+    X(x, t, r) = x - (t - r) u has less of it. One that is further away has more, and the error
+    grows.
+    """
+    network = subject.exact_network(GAUSSIAN)
+    for step, key in dict.fromkeys((p.step, p.key) for p in found if not p.followed):
+        slopes = []
+        for seed in range(8):
+            batch, ends = subject.batch_of(GAUSSIAN, ROWS, seed, step), []
+            for eps in (EPS, -EPS):
+                net, average = (Shifted(network, key, eps, everywhere=True) for _ in range(2))
+                objective = subject.objective(exact=True, teacher=network, average=average)
+                ends.append(slopes_in(subject.loss(objective, net, batch, seed), net.bias)[ALL])
+            slopes.append((ends[0], ends[1]))
+        if _largest(slopes) > ROUNDING:
+            yield Pull(key, ALL, _rise(slopes), step)
 
 
 def pulls_of_a_law(subject: Subject) -> Iterator[Pull]:

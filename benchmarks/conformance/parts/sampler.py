@@ -24,14 +24,15 @@ from benchmarks.conformance.parts.part import (
     check_tensor,
     check_unchanged,
     check_untouched,
+    distance,
     generator,
     normal,
 )
 from benchmarks.conformance.parts.recorded import Recorded, outputs_for, sampler_of, words_of
-from benchmarks.conformance.results import Broken, ClaimResult, compared, held
-from registry.protocols import NULL_LABEL
+from benchmarks.conformance.results import Broken, ClaimResult, compared, declared, held
+from registry.protocols import NULL_LABEL, Cond, Network
 from registry.sampling import EVEN_STEPS, FROM_NOISE, MAP, TO_DATA, VELOCITY
-from zoo.guidance import Guided
+from zoo.guidance import Guided, unlabelled
 
 FEW = (1, 2, 3, 4, 5, 8, 16)
 ALL = range(1, 65)
@@ -152,6 +153,32 @@ def conditions(part: Part) -> ClaimResult:
     return held("every call")
 
 
+def guidance(part: Part) -> ClaimResult:
+    """A scale w samples with null + w (given - null), or it reaches a network that has learned it.
+
+    Samples are those of the same sampler without guidance, run on that combination.
+    """
+    label, found = {"label": torch.arange(ROWS) % 2}, []
+    for variant in (v for sampler in _few(part) for v in _guided(sampler)):
+        scale, x1, keys = variant.guidance_scale, normal(ROWS, 2), outputs_for(variant)[-1]
+        net = Recorded(Toy((2,), keys))
+        samples = _run(variant, net, x1, label)
+        told = [(cond or {}).get("guidance") for *_, cond in net.calls]
+        if all(row is not None and bool((row[:, 0] == scale).all()) for row in told):
+            return declared("the scale is an input of the network")
+        plain = replace(variant, scale=1.0)
+        found.append(distance(samples, _run(plain, _combined(net.net, scale), x1, label)))
+    if not found:
+        return declared("it has no guidance")
+    return compared(
+        "off by",
+        max(found),
+        1e-9,
+        "samples at scale 2 are not those of null + 2 (given - null)",
+        "null + scale * (given - null), with the same noise, at every call in the interval",
+    )
+
+
 def determined(part: Part) -> ClaimResult:
     """The same noise and rng give the same samples; nothing else is drawn, or changed in place."""
     for sampler in _few(part):
@@ -197,6 +224,7 @@ CLAIMS: Claims = {
     "makes as many calls as nfe": evaluations,
     "calls what it needs, in 0 <= r <= t <= 1": times,
     "conditions reach every call": conditions,
+    "guidance is null + scale (given - null)": guidance,
     "determined by noise and rng": determined,
     "rows are independent": rows,
     "straight lines are exact": straight_lines,
@@ -214,6 +242,14 @@ def _guided(sampler: Any) -> tuple[Any, ...]:
     """The same sampler with guidance, where that is a field of it."""
     scaled = "scale" in {f.name for f in fields(sampler)} and isinstance(sampler, Guided)
     return (replace(sampler, scale=2.0),) if scaled else ()
+
+
+def _combined(net: Network, scale: float) -> Network:
+    def combined(x: Tensor, t: Tensor, r: Tensor, cond: Cond | None) -> dict[str, Tensor]:
+        given, null = net(x, t, r, cond), net(x, t, r, unlabelled(cond))
+        return {key: null[key] + scale * (given[key] - null[key]) for key in given}
+
+    return combined
 
 
 def _run(sampler: Any, net: Any, x1: Tensor, cond: Any = None, seed: int = 0) -> Tensor:

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from benchmarks.conformance.gradients import not_through_targets
+from benchmarks.conformance.report import CLAIMS
 from benchmarks.conformance.results import run_claim
 from benchmarks.conformance.subject import Subject
 from registry import objectives
 from registry.protocols import LossOutput, Teacher, differentiated_by
+from zoo.derivatives.methods import Dual
+from zoo.objectives.self_distillation import SelfDistillation
 from zoo.ops import like, mean_flat, normal_like
 from zoo.teachers import EmaTeacher
 
@@ -172,18 +175,54 @@ def test_every_other_target_is_guarded(make, reason):
         assert "declare differentiates" in result.hint
 
 
-def test_what_is_declared_and_not_differentiated_is_noted():
-    class Idle(Terminal):
-        differentiates: ClassVar = ("derivative", "input")
+class Idle(Terminal):
+    differentiates: ClassVar = ("derivative", "input")
 
-    result = guarded(Idle)
-    assert result.status == "note"
-    assert "no input" in result.figure
 
-    class IdleTarget(Terminal):
-        differentiates: ClassVar = ("derivative", "target")
+class IdleTarget(Terminal):
+    differentiates: ClassVar = ("derivative", "target")
 
-    assert "no target" in guarded(IdleTarget).figure
+
+class HeldDual(Dual):
+    """A derivative that no gradient passes."""
+
+    def with_graph(self, fn, primals, tangents, key):
+        out, derivative = super().with_graph(fn, primals, tangents, key)
+        return out, derivative.detach()
+
+
+def held_derivative():
+    return SelfDistillation(derivative=HeldDual())
+
+
+@pytest.mark.parametrize(
+    ("make", "idle"),
+    [(Idle, "input"), (IdleTarget, "target"), (held_derivative, "derivative")],
+)
+def test_what_is_declared_and_never_differentiated_is_rejected(make, idle):
+    result = guarded(make)
+    assert result.status == "FAIL"
+    assert f"no gradient runs through any {idle}" in result.reason
+    assert ".detach()" in result.hint
+
+
+@pytest.mark.slow
+def test_no_other_claim_rejects_a_derivative_that_is_held():
+    subject = Subject("self_distillation", held_derivative)
+    failed = [n for n, c in CLAIMS.items() if run_claim(n, c, subject).status == "FAIL"]
+    assert failed == ["no gradient through targets"]
+
+
+def test_full_gradient_may_stand_for_more_than_is_differentiated():
+    @dataclass(frozen=True, kw_only=True)
+    class Former:
+        heads: ClassVar = ("u",)
+        full_gradient: ClassVar = True
+
+        teacher: Teacher = field(default_factory=EmaTeacher)
+        loss, target = Terminal.loss, Terminal.target
+
+    assert guarded(Former).status == "note"
 
 
 @pytest.mark.parametrize("declared", ["derivative", ("derivatives",), True])

@@ -112,9 +112,12 @@ class Guided:
                 both = {k: torch.cat([value, unlabelled(cond)[k]]) for k, value in cond.items()}
                 twice = torch.cat([x, x])
                 v, null = velocity_at(net, twice, full(twice, t), both).chunk(2)
-                v = null + self.scale * (v - null)
+                v = self.combined(v, null)
             x = x - (t - r) * v
         return x
+
+    def combined(self, v, null):
+        return null + self.scale * (v - null)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +253,18 @@ class FirstCallAlone(FlowMap):
         return x
 
 
+class GuidedTooFar(Guided):
+    """A scale of 1 would already guide."""
+
+    def combined(self, v, null):
+        return v + self.scale * (v - null)
+
+
+class GuidedAway(Guided):
+    def combined(self, v, null):
+        return v + self.scale * (null - v)
+
+
 class GlobalNoise(Renoised):
     def noisy(self, x, t, rng):
         return (self.path or Linear()).sample(x, torch.randn_like(x), full(x, t)).x_t
@@ -324,6 +339,7 @@ EVALUATIONS = "takes the evaluations that it can have"
 SHAPES = "shapes and dtypes"
 CALLS = "makes as many calls as nfe"
 TIMES = "calls what it needs, in 0 <= r <= t <= 1"
+GUIDANCE = "guidance is null + scale (given - null)"
 LINES = "straight lines are exact"
 LAW = "keeps the law of the data"
 WRONG = [
@@ -340,6 +356,8 @@ WRONG = [
     (Unconditional, "conditions reach every call", "'label' does not reach", "pass cond on"),
     (LabelsAlone, "conditions reach every call", "'other' does not reach", "pass cond on"),
     (FirstCallAlone, "conditions reach every call", "nfe = 2", "pass cond on"),
+    (GuidedTooFar, GUIDANCE, "not those of null + 2 (given - null)", "scale * (given - null)"),
+    (GuidedAway, GUIDANCE, "not those of null + 2 (given - null)", "scale * (given - null)"),
     (GlobalNoise, "determined by noise and rng", "noise and rng differ", "generator=rng"),
     (InPlace, "determined by noise and rng", "changes the noise x1 in place", "x = x * a"),
     (Whitening, "rows are independent", "noise of the others", "no mean"),
