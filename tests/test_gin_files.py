@@ -73,7 +73,7 @@ def test_file_is_read_and_every_name_in_it_exists(file):
 def test_comparison_builds_every_arm_and_uses_all_that_the_file_binds(file):
     text = "".join((ROOT / f).read_text() for f in [file, *includes_of(file)])
     small = ["run.num_samples = 12", "run.recorder = @jsonl()"]
-    small += ["unet.channels = 8"] if "@unet" in text else ["mlp.dim = 8", "mlp.depth = 2"]
+    small += ["unet.channels = 8"] if "@unet" in text else ["mlp.dim = 8", "mlp.depth = 3"]
     request = Request(file=Path(file), bindings=tuple(small))
     axes = replace(request.axes(), repeat={})  # one seed shows as much
     planned = plan(request, axes)
