@@ -67,7 +67,8 @@ class Measured:
     def with_runs(self, folders: Sequence[Path]) -> Measured:
         """With the finished runs in these folders, in place of earlier ones of their gin files."""
         files: dict[str, list[RecordedCell]] = {}
-        for cell in read_runs(folders).cells:
+        # One by one: rows of one name in several folders would be named after these.
+        for cell in (cell for folder in folders for cell in read_runs([folder]).cells):
             files.setdefault(cell.command.split()[2], []).append(cell)
         new = {file: _compared(file, cells) for file, cells in files.items()}
         return replace(self, compared={**self.compared, **new})
