@@ -31,7 +31,7 @@ from registry.protocols import (
 )
 from registry.ranges import Probability
 from zoo.couplings import Independent
-from zoo.ops import mean_flat
+from zoo.ops import mean_flat, terms_of
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.velocities import Conditional, check_velocity
@@ -61,14 +61,12 @@ class FlowMatching:
     label_dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
-        coupling = self.coupling
-        check_velocity("flow_matching", self.velocity, coupling=coupling, anchors=False)
+        check_velocity("flow_matching", self.velocity, coupling=self.coupling, anchors=False)
 
     def loss(self, net: Network, batch: Batch, rng: torch.Generator) -> LossOutput:
         d = draw(batch, rng, self.path, self.times, self.label_dropout, coupling=self.coupling)
         v = self.velocity.target(d, net, rng)
         out = net(d.x_t, d.t, d.t, d.cond)
         error = mean_flat((out["v"] - v) ** 2)
-        return LossOutput(
-            per_sample=self.weight(error, out), terms={"v": error.detach()}, t=d.t, r=d.t
-        )
+        loss, terms = self.weight(error, out), terms_of(v=error)
+        return LossOutput(per_sample=loss, terms=terms, t=d.t, r=d.t)
