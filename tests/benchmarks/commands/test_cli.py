@@ -470,11 +470,11 @@ def test_list_gives_the_references_as_bibtex():
 
 def test_list_shows_the_parts_of_ones_own_file(tmp_path):
     (tmp_path / "listed_paths.py").write_text(
-        "from registry import paths\n\n\n@paths.register('my_path')\nclass MyPath:\n"
+        "from registry import paths\n\n\n@paths.register('own_path')\nclass MyPath:\n"
         '    """A path of mine."""\n'
     )
     done = zoo("list", "--import", tmp_path / "listed_paths.py", "--kind", "path")
-    assert "my_path   A path of mine" in done.out
+    assert "own_path  A path of mine" in done.out
     done = zoo("list", "--import", tmp_path / "gone.py")
     assert (done.status, "gone.py" in done.err) == (2, True)
 
