@@ -47,10 +47,7 @@ class FlowMatching:
     heads: ClassVar[tuple[str, ...]] = ("v",)
     trains: ClassVar[tuple[str, ...]] = ("velocity",)
     reference: ClassVar = Reference(
-        title="Flow Matching for Generative Modeling",
-        authors="Lipman et al.",
-        year=2022,
-        arxiv="2210.02747",
+        "Flow Matching for Generative Modeling", "Lipman et al.", 2022, "2210.02747"
     )
 
     path: Path = field(default_factory=Linear)
