@@ -46,21 +46,31 @@ class ToyData:
     num_classes: int = 3
     size: int = 0
 
-    groups_by_label: ClassVar = True
-
     def identity(self) -> str:
         return "toy"
 
-    def batch(
-        self, step: int, n: int, seed: int, same_label: int = 1
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def batch(self, step: int, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * seed + step)
-        label = torch.randint(3, (n // same_label,), generator=rng).repeat_interleave(same_label)
+        label = torch.randint(3, (n,), generator=rng)
         x0 = 0.3 * torch.randn(n, 2, generator=rng) + label[:, None].float() - 1
         return x0, {"label": label}
 
     def reference(self, n: int, seed: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.batch(0, n, seed)
+
+
+@dataclass(frozen=True)
+class GroupedData(ToyData):
+    """The toy data, which can give groups of one label."""
+
+    groups_by_label: ClassVar = True
+
+    def batch(
+        self, step: int, n: int, seed: int, same_label: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        x0, cond = super().batch(step, n, seed)
+        label = cond["label"][::same_label].repeat_interleave(same_label)
+        return x0 + (label - cond["label"])[:, None], {"label": label}
 
 
 @dataclass(frozen=True, kw_only=True)

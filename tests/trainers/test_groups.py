@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,26 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
-from trainer_toys import Sgd, StopAt, ToyData, ToyNet, run, same
+from trainer_toys import GroupedData, Sgd, StopAt, ToyData, ToyNet, run, same
 
 from registry.protocols import Batch, LossOutput, Network, Share, check_batch, group_of
 from trainers import Budget, CheckpointCallback, TorchEngine
 from trainers.finite import NonFiniteLoss
 from zoo.ops import mean_flat, normal_like
-
-
-@dataclass(frozen=True)
-class GroupedData(ToyData):
-    """The toy data, which can give groups of one label."""
-
-    groups_by_label: ClassVar = True
-
-    def batch(
-        self, step: int, n: int, seed: int, same_label: int = 1
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x0, cond = super().batch(step, n, seed)
-        label = cond["label"][::same_label].repeat_interleave(same_label)
-        return x0 + (label - cond["label"])[:, None], {"label": label}
 
 
 @dataclass(frozen=True, kw_only=True)

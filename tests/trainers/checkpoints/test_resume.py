@@ -14,7 +14,7 @@ import pytest
 import torch
 from few_rows import for_few_rows
 from torch import nn
-from trainer_toys import StopAt, ToyNet, ToyObjective, run, same, trained
+from trainer_toys import GroupedData, StopAt, ToyNet, ToyObjective, run, same, trained
 
 import registry
 import zoo  # noqa: F401  registers the objectives
@@ -97,7 +97,8 @@ def test_resume_is_bit_equal_for_every_objective(name: str, tmp_path: Path) -> N
         else:
             objective = for_few_rows(registry.objectives.get(name)())
         net = network(seed, required_heads(objective))
-        return run(net=net, objective=objective, batch_size=16, budget=Budget(steps=6), **changes)
+        given = {"net": net, "objective": objective, "dataset": GroupedData(), **changes}
+        return run(batch_size=16, budget=Budget(steps=6), **given)
 
     whole, losses = go(1)
     _, before = go(1, folder=tmp_path, callbacks=[CheckpointCallback(), StopAt(2)])
