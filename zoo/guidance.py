@@ -26,21 +26,9 @@ import torch
 from torch import Tensor
 
 from registry import guidance_laws
-from registry.protocols import NULL_LABEL, Cond, GuidanceLaw, Network, Reference
+from registry.protocols import NULL_LABEL, Cond, GuidanceLaw, Network
 from zoo.ops import like, rms
-
-IMPROVED_MEAN_FLOW = Reference(
-    title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
-    authors="Geng et al.",
-    year=2025,
-    arxiv="2512.02012",
-)
-TERMINAL_VELOCITY = Reference(
-    title="Terminal Velocity Matching",
-    authors="Zhou et al.",
-    year=2025,
-    arxiv="2511.19797",
-)
+from zoo.times.sources import IMPROVED_MEAN_FLOW, TERMINAL_VELOCITY
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +35,16 @@ class Mutation:
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(Dual):
     """A derivative along other tangents, times `sign`."""
 
     choose: Callable[[Tensor, Tensor, Tensor], Tangents]
     sign: int = 1
-    needs_forward_ad: ClassVar = True
-    differentiable: ClassVar = True
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
-        return self.sign * Dual()(fn, primals, self.choose(*tangents))
+        return self.sign * super().__call__(fn, primals, self.choose(*tangents))
 
     def with_graph(
         self,
@@ -55,30 +53,17 @@ class Turned:
         tangents: Sequence[Tensor],
         key: str,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        out, derivative = Dual().with_graph(fn, primals, self.choose(*tangents), key)
+        out, derivative = super().with_graph(fn, primals, self.choose(*tangents), key)
         return out, self.sign * derivative
 
 
-@dataclass(frozen=True)
-class Leaky:
+class Leaky(Dual):
     """A derivative that gradients run through."""
-
-    needs_forward_ad: ClassVar = True
-    differentiable: ClassVar = True
 
     def __call__(
         self, fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> Tensor:
         return torch.func.jvp(fn, tuple(primals), tuple(tangents))[1]
-
-    def with_graph(
-        self,
-        fn: Callable[..., Mapping[str, Tensor]],
-        primals: Sequence[Tensor],
-        tangents: Sequence[Tensor],
-        key: str,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        return Dual().with_graph(fn, primals, tangents, key)
 
 
 @dataclass

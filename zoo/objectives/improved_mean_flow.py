@@ -47,11 +47,11 @@ from registry.protocols import (
 )
 from registry.ranges import Probability
 from zoo.derivatives.one_pass import OnePass
-from zoo.guidance import IMPROVED_MEAN_FLOW
 from zoo.paths import Linear
 from zoo.points.draws import draw
 from zoo.points.identity import velocity_errors
 from zoo.times import LogitNormalPair, SplitsSteps
+from zoo.times.sources import IMPROVED_MEAN_FLOW
 from zoo.weighting import Adaptive
 
 

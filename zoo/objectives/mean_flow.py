@@ -38,7 +38,6 @@ from registry.protocols import (
     LossOutput,
     Network,
     Path,
-    Reference,
     Teacher,
     TimeLaw,
     VelocityEstimator,
@@ -59,7 +58,7 @@ from zoo.points.velocities import (
     mixed_by,
 )
 from zoo.teachers import Online
-from zoo.times import LogitNormalPair, SplitsSteps
+from zoo.times import MEAN_FLOW, LogitNormalPair, SplitsSteps
 from zoo.weighting import Adaptive
 
 
@@ -70,12 +69,7 @@ class MeanFlow(SplitsSteps):
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
     trains: ClassVar[tuple[str, ...]] = ("map", "velocity")
-    reference: ClassVar = Reference(
-        title="Mean Flows for One-step Generative Modeling",
-        authors="Geng et al.",
-        year=2025,
-        arxiv="2505.13447",
-    )
+    reference: ClassVar = MEAN_FLOW
 
     path: Path = field(default_factory=Linear)
     times: TimeLaw = field(default_factory=LogitNormalPair)

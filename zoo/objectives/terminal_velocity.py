@@ -51,7 +51,6 @@ from registry.protocols import (
 from registry.ranges import Probability
 from zoo.derivatives.methods import Dual
 from zoo.guidance import (
-    TERMINAL_VELOCITY,
     on_diagonal,
     told_scale,
     unguided,
@@ -65,6 +64,7 @@ from zoo.points.velocities import Conditional, check_velocity
 from zoo.residuals import end_of_step
 from zoo.teachers import EmaTeacher
 from zoo.times import DrawsSteps, LogitNormal, StepAndEnd, check_every_row, law_at
+from zoo.times.sources import TERMINAL_VELOCITY
 from zoo.weighting import Unweighted
 
 

@@ -40,10 +40,11 @@ from torch import Tensor
 
 import registry
 from registry import velocities
-from registry.protocols import Coupling, Draw, Network, Reference, Teacher, VelocityEstimator
+from registry.protocols import Coupling, Draw, Network, Teacher, VelocityEstimator
 from registry.ranges import Count, Probability
 from zoo.guidance import check_interval, guided_target, inside, unlabelled, velocity_at
 from zoo.ops import like
+from zoo.times.sources import EXPLICIT_SHORTCUT
 
 
 @velocities.register("conditional")
@@ -68,12 +69,7 @@ class PlugIn:
     """
 
     couples_rows: ClassVar = True
-    reference: ClassVar = Reference(
-        title="On the Design of One-step Diffusion via Shortcutting Flow Paths",
-        authors="Lin et al.",
-        year=2025,
-        arxiv="2512.11831",
-    )
+    reference: ClassVar = EXPLICIT_SHORTCUT
 
     fraction: Probability = 0.2
     group: Count = 1

@@ -26,7 +26,7 @@ a noise level exp(N(mean, std^2)) over a data level of 1, in quarters of a circl
     step_and_end     a length, and where it ends
     noise_levels     the second time of a consistency step, in noise levels
     trained_steps    what a law decides of its objective beside the draws
-    sources          papers of both a law and an objective
+    sources          papers from which several parts come
 
 People import from here; modules of zoo/times import each other directly.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from registry import time_laws
-from registry.protocols import Reference, TimeLaw
+from registry.protocols import TimeLaw
 from registry.ranges import Count
 from zoo.times.draws import (
     MANY,
@@ -18,7 +18,7 @@ from zoo.times.draws import (
     quota,
 )
 from zoo.times.pairs import BetaPair, LogitNormalPair
-from zoo.times.sources import TWINFLOW
+from zoo.times.sources import EXPLICIT_SHORTCUT, TWINFLOW
 
 
 @time_laws.register("progressive")
@@ -26,12 +26,7 @@ from zoo.times.sources import TWINFLOW
 class Progressive:
     """Another law, with r = 0 in a share of its rows with r < t that falls from all to none."""
 
-    reference: ClassVar = Reference(
-        title="On the Design of One-step Diffusion via Shortcutting Flow Paths",
-        authors="Lin et al.",
-        year=2025,
-        arxiv="2512.11831",
-    )
+    reference: ClassVar = EXPLICIT_SHORTCUT
 
     times: TimeLaw = field(default_factory=LogitNormalPair)
     steps: Count = 10_000

@@ -1,4 +1,4 @@
-"""Papers that both a law of times and an objective come from."""
+"""Papers from which several parts come: laws of times or of guidance, velocities, objectives."""
 
 from __future__ import annotations
 
@@ -27,4 +27,22 @@ FLOW_ANCHORED = Reference(
     authors="Peng et al.",
     year=2025,
     arxiv="2507.03738",
+)
+IMPROVED_MEAN_FLOW = Reference(
+    title="Improved Mean Flows: On the Challenges of Fastforward Generative Models",
+    authors="Geng et al.",
+    year=2025,
+    arxiv="2512.02012",
+)
+TERMINAL_VELOCITY = Reference(
+    title="Terminal Velocity Matching",
+    authors="Zhou et al.",
+    year=2025,
+    arxiv="2511.19797",
+)
+EXPLICIT_SHORTCUT = Reference(
+    title="On the Design of One-step Diffusion via Shortcutting Flow Paths",
+    authors="Lin et al.",
+    year=2025,
+    arxiv="2512.11831",
 )

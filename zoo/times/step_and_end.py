@@ -16,8 +16,8 @@ from torch import Tensor
 
 from registry import time_laws
 from registry.ranges import Positive
-from zoo.guidance import TERMINAL_VELOCITY
 from zoo.times.draws import check_positive, uniform_draws
+from zoo.times.sources import TERMINAL_VELOCITY
 
 
 @time_laws.register("step_and_end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_share_falls_over_the_ramp_and_is_cut_at_both_ends():
     shares = [objective.share(p) for p in (0.0, 0.2, 0.4, 0.42, 0.6, 1.0)]
     assert shares == pytest.approx([1, 1, 0.5, 1 - 1 / (1 + math.exp(-25 * 0.05)), 0, 0])
     falls = [objective.share(p / 100) for p in range(101)]
-    assert all(after <= before for before, after in zip(falls, falls[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(falls))
     cut = {share for share in falls if not 0.005 <= share <= 0.995}
     assert cut == {0.0, 1.0}
     assert AlphaFlow(ramp=(0.5, 0.5)).share(0.49) == 1 - AlphaFlow(ramp=(0.5, 0.5)).share(0.5) == 1
