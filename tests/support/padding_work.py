@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from zero_work import STAGES, Pictures, Watch, main
+from zero_toys import Pictures, Watch
+from zero_work import STAGES, main
 
 import zoo  # noqa: F401  registers the objectives
 from backbones.mlp import MLP

@@ -8,7 +8,8 @@ from typing import Any
 
 import zero_work
 from trainer_toys import StopAt
-from zero_work import SMALL, Sgd, train
+from zero_toys import Sgd
+from zero_work import SMALL, train
 
 from backbones.pretrained.tensors import save_tensors
 from trainers import Budget, CheckpointCallback, TrainState, ranks

@@ -10,7 +10,8 @@ import torch
 from feature_toys import Matching
 from torch import nn
 from trained_derivatives import Lsd, Tvm
-from zero_work import SMALL, Pictures, Sgd, found, main, train
+from zero_toys import Pictures, Sgd
+from zero_work import SMALL, found, main, train
 
 from backbones.dit import DiT
 from backbones.network import build_network

@@ -9,7 +9,7 @@ import pytest
 import torch
 from feature_toys import Matching
 from trainer_toys import Losses, StopAt
-from zero_work import Pictures
+from zero_toys import Pictures
 
 import registry
 from backbones.network import build_network

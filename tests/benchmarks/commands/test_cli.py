@@ -1,10 +1,9 @@
-"""The command line as users have it: comparisons, records, resuming, samples, what it refuses."""
+"""The command line as users have it: comparisons, records, resuming, samples."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from registry import objectives
 from zoo.objectives.flow_matching import FlowMatching
 
 ROOT = Path(__file__).parents[3]
-MEAN_FLOW = ["run", DIGITS, "--arm", "mean_flow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,117 +290,7 @@ def test_a_failing_arm_does_not_stop_the_others(tmp_path):
     assert "| flow_matching" in done.out
 
 
-# What is refused, before any training
-
-
-def refused(*bindings: str, file: str = DIGITS, arm: str = "mean_flow") -> str:
-    words = ["--arm", arm] if arm else []
-    done = zoo("run", file, "--out", "never_made", *words, *sets(*FILE_ONLY, *bindings))
-    assert done.status == 2, done.out
-    assert "Traceback" not in done.err
-    assert not Path("never_made").exists()
-    return done.err
-
-
-@pytest.mark.parametrize(
-    ("binding", "says"),
-    [
-        ("run.objective = @mean_flwo()", "Did you mean 'mean_flow'?"),
-        ("run.stepz = 3", "Did you mean 'steps'?"),
-        ("dit.deptth = 3", "Did you mean 'depth'?"),
-        ("dit.depth = ", "not gin"),
-        ("mean_flow/run.objective = 'mean_flow'", "run.objective = 'mean_flow' is no objective"),
-        (
-            "mean_flow/run.objective = @digits()",
-            "@digits is of the kind 'data set', not 'objective'",
-        ),
-        ("mean_flow/run.objective = @dit()", "dit"),
-        ("run.backbone = @dit()", "Write @dit without brackets"),
-        ("run.backbone = 'dit'", "registered: "),
-        ("run.nfe = (1, 0)", "positive whole numbers"),
-        ("run.nfe = (1, 1)", "each NFE once"),
-        ("run.nfe = 1", "run.nfe = (1,)"),
-        ("run.steps = 0", "must be a positive whole number"),
-        ("run.steps = None", "run.seconds"),
-        ("run.images = 100", "run.steps = None"),
-        ("run.seconds = 1.0", "run.steps = None"),
-        ("run.batch_size = 0", "run.batch_size"),
-        ("run.num_samples = 0", "run.num_samples"),
-        ("run.log_every = 0", "run.log_every"),
-        ("run.heads = [@velocity]", "needs the output 'u'"),
-        ("run.backbone = @mlp", "mlp"),
-        ("run.dataset = @image_folder()", "image_folder"),
-        ("run.dataset = None", "run.dataset is not bound"),
-        ("dit.patch = 3", "patch"),
-        ("dit.depth = 'deep'", "dit"),
-        ("flow_matching.label_dropout = 0.0", "nothing uses flow_matching.label_dropout"),
-        ("pseudo_huber.c = 0.1", "nothing uses pseudo_huber.c"),
-        ("SPETS = 3", "nothing reads the macro 'SPETS'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_a_hint(binding, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert says in refused(binding)
-
-
-def test_troubles_of_all_arms_are_told_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = refused("shortcut/run.sampler = @euler()", "decm/run.sampler = @flow_map()", arm="")
-    assert "shortcut: objective 'shortcut' cannot use sampler 'euler'" in said
-    assert "decm: objective 'decm' cannot use sampler 'flow_map'" in said
-
-
-def test_unknown_files_and_arms_are_named_with_the_nearest(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "'experiments/digits.gin'" in refused(file="experiments/digit.gin")
-    assert "Did you mean 'mean_flow'?" in refused(arm="mean_flwo")
-    declared = "('mean_flwo', 'decm')"
-    assert "names 'mean_flwo'" in refused(f"Grid.arms = {declared}", arm="")
-    assert "more than once" in refused("Grid.arms = ('dumo', 'dumo')", arm="")
-    assert "must be a tuple" in refused("Grid.arms = 'dumo'", arm="")
-
-
-def test_a_binding_of_ones_own_file_that_nothing_uses_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.gin").write_text(
-        f"include '{DIGITS}'\nrun.objective = @mean_flow()\n"
-        "mean_flow.weight = @unweighted()\nadaptive.power = 0.0\n"
-    )
-    said = refused(file="mine.gin", arm="")
-    assert "nothing uses adaptive.power" in said
-    assert "by reference" in said
-
-
-def test_a_part_put_in_on_the_command_line_may_leave_bindings_of_the_one_in_the_file(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    text = f"include '{DIGITS}'\nrun.objective = @mean_flow()\nmean_flow.weight = @adaptive()\n"
-    Path("mine.gin").write_text(text + "adaptive.power = 0.5\n")
-    words = sets(*FILE_ONLY, "mean_flow.weight = @unweighted()")
-    assert zoo("run", "mine.gin", "--out", "out", *words).status == 0
-
-
-def test_an_error_in_an_objective_is_said_before_any_training(tmp_path, monkeypatch):
-    @dataclass(frozen=True, kw_only=True)
-    class Broken(FlowMatching):
-        """Flow matching that reads an output that is not there."""
-
-        def loss(self, net, batch, rng):
-            return net(batch.x0, batch.x0, batch.x0, None)["nothing"]
-
-    monkeypatch.chdir(tmp_path)
-    with objectives.temporary("broken", Broken):
-        said = refused("mean_flow/run.objective = @broken()")
-    assert "mean_flow: objective 'broken' on 4 rows of digits" in said
-
-
-def test_resume_needs_a_folder():
-    done = zoo(*MEAN_FLOW, "--resume")
-    assert (done.status, "--out" in done.err) == (2, True)
-
-
-# Samples, lists, sending
+# Samples, sending
 
 
 def test_sample_draws_a_grid_from_a_finished_run(folder, tmp_path):
@@ -443,42 +331,6 @@ def test_sample_refuses_what_it_cannot_draw(folder, tmp_path, words, says):
     assert not (tmp_path / "g.png").exists()
 
 
-def test_list_names_every_part_with_its_paper():
-    done = zoo("list")
-    assert done.status == 0
-    assert all(f"  {name} " in done.out for name in objectives.names())
-    assert "arXiv 2505.13447" in done.out
-    assert "as explicit_shortcut: include 'objective/explicit_shortcut.gin'" in done.out
-    only = zoo("list", "--kind", "time_law").out
-    assert "stratified" in only
-    assert "mean_flow" not in only
-    done = zoo("list", "--kind", "objectiv")
-    assert (done.status, "objective" in done.err) == (2, True)
-
-
-def test_list_gives_the_references_as_bibtex():
-    done = zoo("list", "--bibtex")
-    keys = re.findall(r"^@misc\{(.*),$", done.out, re.MULTILINE)
-    assert "geng2025mean" in keys
-    assert len(keys) == len(set(keys)), "BibTeX refuses a key that comes twice"
-    assert all(key.isascii() and key.isalnum() for key in keys)
-    assert "eprint = {2505.13447}" in done.out
-    assert "author = {Lu and Song}" in done.out
-    assert "author = {Geng and others}" in done.out
-    assert "et al." not in done.out, "BibTeX would take it for a name"
-
-
-def test_list_shows_the_parts_of_ones_own_file(tmp_path):
-    (tmp_path / "listed_paths.py").write_text(
-        "from registry import paths\n\n\n@paths.register('own_path')\nclass MyPath:\n"
-        '    """A path of mine."""\n'
-    )
-    done = zoo("list", "--import", tmp_path / "listed_paths.py", "--kind", "path")
-    assert "own_path  A path of mine" in done.out
-    done = zoo("list", "--import", tmp_path / "gone.py")
-    assert (done.status, "gone.py" in done.err) == (2, True)
-
-
 def test_send_copies_a_record_to_a_store(tmp_path, empty_store):
     out = tmp_path / "out"
     with Jsonl().start("out", out) as run, run.child("mean_flow", out / "mean_flow") as child:
@@ -494,31 +346,3 @@ def test_send_copies_a_record_to_a_store(tmp_path, empty_store):
     (chosen,) = (e for e in client.search_experiments() if e.name == "objective-zoo")
     names = {run.info.run_name for run in client.search_runs([chosen.experiment_id])}
     assert names == {"out", "mean_flow"}
-
-
-def test_list_does_without_mlflow_and_what_only_measuring_needs():
-    heavy = ("mlflow", "matplotlib", "sklearn", "deepspeed", "scipy.optimize", "torchvision")
-    code = (
-        "import sys; from benchmarks.cli import main; main(['list'])\n"
-        f"print([m for m in {heavy} if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr
-
-
-def test_help_does_without_torch():
-    code = (
-        "import sys; from benchmarks.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "False", done.stderr
-
-
-def test_a_reader_that_has_enough_ends_the_command_quietly():
-    pipe = subprocess.PIPE
-    words = [sys.executable, "-m", "benchmarks.cli", "list"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 128 + signal.SIGPIPE

@@ -16,7 +16,8 @@ import zero_work
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_work import OPTIONS, SAVED, STAGES, found, names, train
+from zero_toys import names
+from zero_work import OPTIONS, SAVED, STAGES, found, train
 
 from backbones.pretrained.tensors import DIGEST
 from trainers import Budget, TorchEngine
