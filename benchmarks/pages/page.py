@@ -145,9 +145,7 @@ def _claims(name: str, measured: Measured) -> list[str]:
     found = measured.checked[name]
     met = sum(result.status == "ok" for result in found.results)
     failed = [result.claim for result in found.results if result.status == "FAIL"]
-    outcome = (
-        f"fails {len(failed)} claims: {', '.join(failed)}" if failed else f"meets {met} claims"
-    )
+    outcome = f"fails in: {', '.join(failed)}" if failed else f"meets {met} claims"
     rows = [[r.claim, r.status, _escaped(_figure(r))] for r in found.results]
     return [
         f"{command} of version {found.version}: it {outcome}.",
@@ -166,13 +164,13 @@ def _cost(name: str, measured: Measured) -> list[str]:
         for row, count in compared.passes.items()
         if row in compared.of(name)
     }
-    least = (
-        "Forward passes of the whole batch, as counted late in a run; a backward pass counts two, "
-        "and flow matching takes 3: "
-    )
-    parts = [least + ", ".join(f"{c:g} (`{row}`)" for row, c in passes.items()) + "."]
-    if not passes:
-        parts = ["Its passes were not counted for this page."]
+    parts = ["Its passes were not counted for this page."]
+    if passes:
+        counts = ", ".join(f"{count:g} (`{row}`)" for row, count in passes.items())
+        parts = [
+            f"Late in a run, a step takes {counts} forward passes of the whole batch. A backward "
+            "pass counts as two of them, and flow matching takes 3."
+        ]
     own = [] if measured.speed is None else costs_of(name, measured.speed.costs)
     if measured.speed is not None and own:
         head = ["network", *HEADER]

@@ -60,7 +60,7 @@ from zoo.weighting import Adaptive
 @objectives.register("alpha_flow")
 @dataclass(frozen=True, kw_only=True)
 class AlphaFlow(SplitsSteps):
-    """Two steps, of which the first falls from the whole to nothing, are the target; one head."""
+    """The target is two steps, and the first of them shrinks to nothing over the run; one head."""
 
     heads: ClassVar[tuple[str, ...]] = ("u",)
     trains: ClassVar[tuple[str, ...]] = ("map", "velocity")

@@ -64,7 +64,7 @@ from zoo.weighting import Adaptive
 @objectives.register("twin_flow")
 @dataclass(frozen=True, kw_only=True)
 class TwinFlow(DrawsSteps):
-    """RCGM, and a twin velocity of the own samples that draws their law to the data's."""
+    """RCGM, and a twin head whose velocity of the samples draws their law to that of the data."""
 
     heads: ClassVar[tuple[str, ...]] = ("u", "twin")
     trains: ClassVar[tuple[str, ...]] = ("map", "velocity")

@@ -52,7 +52,7 @@ def test_page_tells_a_claim_that_fails():
     failed = ClaimResult(status="FAIL", claim="few rows", reason="the loss of 1 row\nis a | nan")
     measured = Measured().with_report(ConformanceReport("dumo", (failed,)))
     page = method_page("dumo", measured)
-    assert "it fails 1 claims: few rows" in page
+    assert "it fails in: few rows." in page
     assert r"the loss of 1 row is a \| nan" in page, "a bar would end the cell of the table"
     assert "was not run for this page" in method_page("dumo", Measured())
 
@@ -69,7 +69,7 @@ def test_page_shows_the_rows_of_its_method_beside_flow_matching():
         line.split("|")[1:3] for line in page.splitlines() if "flow_map" in line and "|" in line
     ]
     assert [first.strip() for first, _ in lines] == ["flow_matching", "dumo"]
-    assert "flow matching takes 3: 5 (`dumo`)" in page
+    assert "a step takes 5 (`dumo`) forward passes" in page
 
 
 def test_settings_are_shown_as_gin_writes_them():
